@@ -1,0 +1,139 @@
+"""The composition root: settings in, FastAPI application out. Nothing else reads the settings.
+
+uvicorn app:app --host 0.0.0.0 --port 6006 --reload      for development
+gunicorn -c gunicorn.conf.py app:app                     for production (what `make serve` runs)
+"""
+
+from __future__ import annotations
+
+import logging
+import logging.config
+import os
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from config import Settings, SettingsError, load_settings, log_config
+from reranker import __version__
+from reranker.errors import ModelLoadError
+from reranker.service.access import AccessLog
+from reranker.service.api import errors, health, native
+from reranker.service.auth import TokenAuth
+from reranker.service.batcher import Batcher, ScorerLike
+from reranker.service.limits import Limits
+
+logger = logging.getLogger("reranker")
+
+BOOT_FAILURE = 3
+"""gunicorn's own code: a worker that ends with it ends the whole service."""
+_BACK_OFF_SECONDS = 10
+
+
+def create_app(settings: Settings, load: Callable[[], ScorerLike] | None = None) -> FastAPI:
+    """Wire the service together.
+
+    Args:
+        settings: all of them.
+        load: makes the scorer, in place of the one that the settings describe.
+    """
+    logging.config.dictConfig(log_config(settings))
+    tokens = list(filter(None, settings.access_token.split(",")))
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        if not tokens:
+            logger.warning("ACCESS_TOKEN is not set: everybody who reaches port %d may use the service", settings.port)
+        batcher = Batcher(
+            load or (lambda: load_scorer(settings)),
+            max_queue_tokens=settings.max_queue_tokens,
+            max_requests=settings.worker_connections,
+            load_timeout=settings.load_timeout,
+            on_failure=end_process,
+        )
+        app.state.batcher = batcher
+        await batcher.start()
+        yield
+        await batcher.stop()
+
+    app = FastAPI(
+        title="Qwen3 reranker",
+        summary="Ranks documents by relevance to a query, with Qwen3-Reranker",
+        version=__version__,
+        lifespan=lifespan,
+    )
+    app.state.max_documents = settings.max_documents
+    app.state.request_timeout = settings.request_timeout
+    for dialect in (native, health):
+        app.include_router(dialect.router)
+    errors.install(app)
+    # Outermost last.
+    app.add_middleware(Limits, max_body_bytes=settings.max_body_bytes, body_timeout=settings.body_timeout)
+    app.add_middleware(TokenAuth, tokens=tokens)
+    app.add_middleware(AccessLog)
+    return app
+
+
+def load_scorer(settings: Settings) -> ScorerLike:
+    """The scorer that the settings describe. Imports torch, so it is called in the background."""
+    logger.info("loading %s", settings.model_name_or_path or "the bundled demo model")
+    if not settings.model_name_or_path:
+        logger.warning(
+            "MODEL_NAME_OR_PATH is not set: serving the bundled demo model, which is for trying the API only"
+        )
+    from reranker.engine.prompt import INSTRUCTION
+    from reranker.engine.scorer import DEMO, Scorer
+
+    scorer = Scorer.load(
+        settings.model_name_or_path or DEMO,
+        device=settings.model_device,
+        precision=settings.model_precision,
+        max_memory_percentage=settings.max_memory_percentage,
+        max_seq_length=settings.max_seq_length,
+        batch_size=settings.batch_size,
+        max_batch_tokens=settings.max_batch_tokens,
+        instruction=settings.default_instruction or INSTRUCTION,
+        revision=settings.model_revision or None,
+    )
+    token = " -H 'Authorization: Bearer <token>'" if settings.access_token else ""
+    logger.info(
+        "try it: curl http://127.0.0.1:%s/v1/rerank%s -H 'Content-Type: application/json' -d '%s'",
+        settings.port,
+        token,
+        '{"query": "how to compress files", "documents": ["gzip compresses files", "a game of chess"]}',
+    )
+    return scorer
+
+
+def end_process(error: Exception) -> None:
+    """The model cannot be loaded or its device is lost: say why and leave the rest to whoever started this process.
+
+    Nothing is lost by it: while loading, nothing was accepted; on a lost device, every request was answered already.
+    On the first boot the exit code stops the whole service. A worker started later (RERANKER_RESPAWNED, set by
+    gunicorn.conf.py) must not stop its healthy siblings: it waits, ends with another code, and is started again.
+    """
+    if isinstance(error, (ModelLoadError, TimeoutError)):
+        logger.critical("cannot serve: %s", error)
+    else:
+        logger.critical("cannot serve", exc_info=error)
+    later = os.environ.get("RERANKER_RESPAWNED") == "1"
+
+    def leave() -> None:
+        time.sleep(_BACK_OFF_SECONDS if later else 0.5)  # the answers on their way get out
+        logging.shutdown()
+        os._exit(1 if later else BOOT_FAILURE)
+
+    threading.Thread(target=leave, daemon=True).start()
+
+
+def _from_environment() -> FastAPI:
+    try:
+        return create_app(load_settings())
+    except SettingsError as error:
+        sys.exit(f"error: {error}")  # one line, no traceback
+
+
+app = _from_environment()

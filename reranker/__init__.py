@@ -1,0 +1,25 @@
+"""Reranking with Qwen3-Reranker: `from reranker import Scorer` is all that a library user needs.
+
+`Scorer` is imported on first use, because it brings torch along and the service must answer before torch is there.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from reranker.errors import ModelLoadError, RerankError
+from reranker.types import RerankRequest
+
+if TYPE_CHECKING:
+    from reranker.engine.scorer import Scorer
+
+__all__ = ["ModelLoadError", "RerankError", "RerankRequest", "Scorer", "__version__"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    if name == "Scorer":
+        from reranker.engine.scorer import Scorer
+
+        return Scorer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

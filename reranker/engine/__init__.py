@@ -1,0 +1,1 @@
+"""Text in, scores out: synchronous, without the web stack, usable alone."""

@@ -1,0 +1,184 @@
+"""Attention over a packed batch: one interface, two kernels, held equal by tests/test_attention.py.
+
+An attention object is made once per batch and called once per layer. Shapes: H query heads, G key/value heads, D head
+dimension; T tokens, N documents, K gathered keys (see packing.py).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from reranker.engine.packing import PackedBatch
+
+varlen_attn: Callable[..., Any] | None
+try:
+    from torch.nn.attention import varlen
+except ImportError:  # torch without it, or without the kernel behind it
+    varlen_attn = None
+else:
+    varlen_attn = varlen.varlen_attn
+
+# A mask is only made while it is small: [1024, 1024] floats.
+_MASK_LIMIT = 1 << 20
+
+
+class Attention(Protocol):
+    """What a layer needs: outputs for every token, or for the last token of each document alone."""
+
+    def __init__(self, batch: PackedBatch) -> None: ...
+
+    def every(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """q [T, H, D], k and v [T, G, D] -> [T, H, D]"""
+
+    def last(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """q [N, H, D] of the documents' last tokens, k and v [T, G, D] -> [N, H, D]"""
+
+
+def choose(device: torch.device, dtype: torch.dtype) -> tuple[type[Attention], str]:
+    """The kernel for a device and precision, and the reason, for the log."""
+    if device.type != "cuda":
+        return SdpaAttention, "scaled_dot_product_attention per segment (no varlen kernel on this device)"
+    if varlen_attn is None:
+        return SdpaAttention, "scaled_dot_product_attention per segment (this torch has no varlen_attn)"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return SdpaAttention, "scaled_dot_product_attention per segment (the varlen kernel takes 16-bit types only)"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return (
+            SdpaAttention,
+            "scaled_dot_product_attention per segment (the varlen kernel needs compute capability 8.0)",
+        )
+    return VarlenAttention, "varlen_attn (one call per layer)"
+
+
+class SdpaAttention:
+    """`scaled_dot_product_attention` segment by segment: the CPU's way, and a GPU's without the varlen kernel.
+
+    A document's queries see their prefix as well, so the causal diagonal is shifted. Where the document is longer than
+    its prefix, the prefix's queries are computed along and dropped: the kernel's own causal mode skips more than that
+    costs, and no mask of the document's length squared is made. Shorter ones take a small mask.
+    """
+
+    def __init__(self, batch: PackedBatch) -> None:
+        self.kv_index = batch.kv_index
+        self.first_document = batch.prefixes
+        owners = [i for i, s in enumerate(batch.slices) for _ in range(s.start, s.stop)]
+        starts = [0]
+        for length in batch.lengths_q:
+            starts.append(starts[-1] + length)
+        self.segments: list[tuple[int, int, int, int, int, Tensor | None]] = []
+        """(query start, query stop, prefix start, key start, key stop, mask)"""
+        masks: dict[int, Tensor] = {}
+        key = 0
+        for i, (queries, keys) in enumerate(zip(batch.lengths_q, batch.lengths_k, strict=True)):
+            prefix = keys - queries
+            owner = starts[owners[i - batch.prefixes]] if i >= batch.prefixes else starts[i]
+            mask = None
+            if queries < prefix and queries * keys <= _MASK_LIMIT:
+                if prefix not in masks:
+                    longest = min(prefix, _MASK_LIMIT // prefix)
+                    masks[prefix] = _shifted_causal(longest, prefix, batch.input_ids.device)
+                mask = masks[prefix][:queries, :keys]
+            self.segments.append((starts[i], starts[i + 1], owner, key, key + keys, mask))
+            key += keys
+
+    def every(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """See `Attention.every`."""
+        heads, keys, values = q.transpose(0, 1)[None], *self._gather(k, v)
+        out = torch.empty_like(q)
+        for start, stop, owner, k0, k1, mask in self.segments:
+            queries = heads[:, :, start:stop]
+            shared = k1 - k0 - (stop - start)
+            if shared and mask is None:
+                queries = torch.cat([heads[:, :, owner : owner + shared], queries], dim=2)
+            got = F.scaled_dot_product_attention(
+                queries,
+                keys[:, :, k0:k1],
+                values[:, :, k0:k1],
+                attn_mask=None if mask is None else mask.to(q.dtype),
+                is_causal=mask is None,
+                scale=scale,
+                enable_gqa=True,
+            )
+            out[start:stop] = got[0, :, start - stop :].transpose(0, 1)
+        return out
+
+    def last(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """See `Attention.last`."""
+        keys, values = self._gather(k, v)
+        out = torch.empty_like(q)
+        for i, (_, _, _, k0, k1, _) in enumerate(self.segments[self.first_document :]):
+            got = F.scaled_dot_product_attention(
+                q[i][None, :, None], keys[:, :, k0:k1], values[:, :, k0:k1], scale=scale, enable_gqa=True
+            )
+            out[i] = got[0, :, 0]
+        return out
+
+    def _gather(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """[T, G, D] -> [1, G, K, D], the keys of each segment contiguous"""
+        return k[self.kv_index].transpose(0, 1)[None], v[self.kv_index].transpose(0, 1)[None]
+
+
+class VarlenAttention:
+    """One `varlen_attn` call for the whole batch: CUDA, 16-bit types, compute capability 8.0 and newer."""
+
+    def __init__(self, batch: PackedBatch) -> None:
+        self.kv_index = batch.kv_index
+        self.cu_q, self.cu_k = batch.cu_seqlens_q, batch.cu_seqlens_k
+        self.max_q, self.max_k = max(batch.lengths_q), max(batch.lengths_k)
+        # The last layer asks for the documents alone, whose keys lie behind those of the prefixes.
+        prefix_keys = sum(batch.lengths_k[: batch.prefixes])
+        self.document_kv = batch.kv_index[prefix_keys:]
+        self.document_cu_k = batch.cu_seqlens_k[batch.prefixes :] - prefix_keys
+        self.one_each = torch.arange(len(batch.last) + 1, dtype=torch.int32, device=batch.kv_index.device)
+
+    def every(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """See `Attention.every`."""
+        k, v = k[self.kv_index], v[self.kv_index]
+        return _varlen(q, k, v, self.cu_q, self.cu_k, self.max_q, self.max_k, scale)
+
+    def last(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """See `Attention.last`."""
+        k, v = k[self.document_kv], v[self.document_kv]
+        return _varlen(q, k, v, self.one_each, self.document_cu_k, 1, self.max_k, scale)
+
+
+def _shifted_causal(queries: int, prefix: int, device: torch.device) -> Tensor:
+    """[queries, prefix + queries] additive mask: query i sees keys 0 to prefix + i"""
+    hidden = torch.ones(queries, prefix + queries, dtype=torch.bool, device=device).triu(prefix + 1)
+    return torch.zeros(hidden.shape, device=device).masked_fill_(hidden, float("-inf"))
+
+
+def _varlen_options() -> dict[str, Any]:
+    """How the installed torch spells "causal, aligned to the end of the keys, fewer key than query heads".
+
+    torch 2.10 has `is_causal`, 2.11 `window_size` (and lets head counts differ), later ones also `enable_gqa`, and
+    `num_splits`: 1 keeps a document's result free of its neighbours' lengths.
+    """
+    if varlen_attn is None:
+        return {}
+    known = inspect.signature(varlen_attn).parameters
+    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    if "enable_gqa" in known:
+        options["enable_gqa"] = True
+    if "num_splits" in known:
+        options["num_splits"] = 1
+    return options
+
+
+_OPTIONS = _varlen_options()
+
+
+def _varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, scale: float
+) -> Tensor:
+    """[Tq, H, D], [K, G, D], [K, G, D] -> [Tq, H, D]"""
+    assert varlen_attn is not None  # `choose` has seen to it
+    out = varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, **_OPTIONS)
+    assert isinstance(out, Tensor)  # a tuple only where auxiliary outputs are asked for
+    return out

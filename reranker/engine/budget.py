@@ -1,0 +1,49 @@
+"""How requests are cut to the token budget of a forward pass: always between documents. Pure, and free of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from reranker.types import EncodedRequest, Slice
+
+
+def fit(request: EncodedRequest, start: int, max_tokens: int, max_documents: int) -> int:
+    """Where a slice of `request` from document `start` must stop to stay within both limits (`start`: none fits)."""
+    left = max_tokens - len(request.prefix)
+    stop = start
+    for document in request.documents[start : start + max_documents]:
+        left -= len(document)
+        if left < 0:
+            break
+        stop += 1
+    return stop
+
+
+def split(request: EncodedRequest, max_tokens: int, max_documents: int) -> list[Slice]:
+    """The whole request in slices within both limits; a document above `max_tokens` gets a slice of its own."""
+    slices: list[Slice] = []
+    start = 0
+    while start < len(request.documents):
+        stop = max(fit(request, start, max_tokens, max_documents), start + 1)
+        slices.append(Slice(request, start, stop))
+        start = stop
+    return slices
+
+
+def halves(slices: Sequence[Slice]) -> tuple[list[Slice], list[Slice]] | None:
+    """The same documents in two parts of about the same count, or None when there is only one document."""
+    documents = sum(s.stop - s.start for s in slices)
+    if documents < 2:
+        return None
+    left: list[Slice] = []
+    right: list[Slice] = []
+    room = documents // 2
+    for s in slices:
+        middle = min(s.stop, s.start + room)
+        if middle > s.start:
+            left.append(replace(s, stop=middle))
+        if middle < s.stop:
+            right.append(replace(s, start=middle))
+        room -= middle - s.start
+    return left, right

@@ -1,0 +1,254 @@
+"""Scorer = prompt + packing + model: texts in, logits out. One per process; synchronous; one thread at a time.
+
+from reranker import Scorer
+scorer = Scorer.load("Qwen/Qwen3-Reranker-0.6B")
+scorer.rerank("what is a cat?", ["a small animal", "a kind of bread"])   # -> [0.98, 0.01]
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reranker.engine import device as devices
+from reranker.engine.budget import halves, split
+from reranker.engine.model import Model, check, load, load_tokenizer, locate
+from reranker.engine.packing import PackedBatch, pack
+from reranker.engine.prompt import INSTRUCTION, Prompt
+from reranker.engine.scores import sigmoid
+from reranker.errors import DeviceLostError, ModelLoadError, ScoringError
+from reranker.types import EncodedRequest, ModelInfo, RerankRequest, Slice
+
+logger = logging.getLogger(__name__)
+
+DEMO = Path(__file__).resolve().parents[2] / "models" / "demo"
+
+# A batch should keep the device busy for about this long: longer makes small requests wait, shorter wastes launches.
+_BATCH_SECONDS = 0.5
+_LEAST_BATCH_TOKENS = 1024
+_MOST_BATCH_TOKENS = 262_144
+_WARM_UP = "The warm-up document says nothing of interest, but it has about as many words as a short passage. "
+
+
+@dataclass(frozen=True, slots=True)
+class _Rate:
+    """What a warm-up pass measured."""
+
+    tokens_per_second: float
+    bytes_per_token: float
+
+
+class Scorer:
+    """Scores requests with one loaded model. Make it with `Scorer.load`.
+
+    Attributes:
+        max_batch_tokens: tokens of one forward pass; halved when the device runs out of memory.
+        max_batch_documents: documents of one forward pass.
+    """
+
+    def __init__(
+        self, model: Model, prompt: Prompt, *, name: str, max_batch_tokens: int, max_batch_documents: int | None = None
+    ) -> None:
+        self.model = model
+        self.prompt = prompt
+        self.name = name
+        self.max_batch_tokens = max_batch_tokens
+        self.max_batch_documents = max_batch_documents or 1 << 30
+
+    @classmethod
+    def load(
+        cls,
+        name: str | Path = DEMO,
+        *,
+        device: str = "auto",
+        precision: str = "auto",
+        max_memory_percentage: float = 90.0,
+        max_seq_length: int = 8192,
+        batch_size: int | None = None,
+        max_batch_tokens: int | None = None,
+        instruction: str = INSTRUCTION,
+        revision: str | None = None,
+    ) -> Scorer:
+        """Load a Qwen3-Reranker checkpoint, warm it up and choose the token budget.
+
+        Args:
+            name: a hub name such as `Qwen/Qwen3-Reranker-4B`, or a folder; the bundled demo when it is left out.
+            device: `auto`, `cpu`, `cuda` or `cuda:N`.
+            precision: `auto`, `bfloat16`, `float16`, `float32` (or `bf16`, `fp16`, `fp32`).
+            max_memory_percentage: most of the device's memory that this process takes.
+            max_seq_length: tokens of prompt and document together; the rest of a document is cut.
+            batch_size: most documents in one forward pass; None: as many as the token budget holds.
+            max_batch_tokens: the token budget of one forward pass; None: measured.
+            instruction: the default instruction.
+            revision: branch, tag or commit on the hub.
+
+        Raises:
+            ModelLoadError: it cannot be served; the message says why and how to mend it.
+        """
+        where = devices.choose_device(device)
+        logger.info("device: %s (%s)", where.value, where.reason)
+        devices.cap_memory(where.value, max_memory_percentage)
+        path = locate(str(name), revision)
+        check(path)
+        prompt = Prompt(load_tokenizer(path), max_seq_length=max_seq_length, instruction=instruction)
+        choices = devices.choose_precisions(precision, where.value)
+        for choice in choices:
+            model = load(path, where.value, choice.value, prompt.yes, prompt.no, max_memory_percentage)
+            scorer = cls(model, prompt, name=str(name), max_batch_tokens=_LEAST_BATCH_TOKENS)
+            scorer.max_batch_documents = batch_size or scorer.max_batch_documents
+            try:
+                rate = scorer._warm_up()
+            except ScoringError as error:
+                logger.warning("precision %s cannot be used: %s", devices.short(choice.value), error)
+                continue
+            logger.info("precision: %s (%s)", devices.short(choice.value), choice.reason)
+            scorer._choose_budget(rate, devices.memory(where.value, max_memory_percentage), max_batch_tokens)
+            return scorer
+        raise ModelLoadError(f"{path} gives no finite score in any precision: the weights are damaged")
+
+    @property
+    def info(self) -> ModelInfo:
+        """What was loaded and chosen."""
+        demo = Path(self.name).expanduser().resolve() == DEMO
+        return ModelInfo(
+            name="demo" if demo else self.name,
+            device=str(self.model.device),
+            precision=devices.short(self.model.dtype),
+            max_seq_length=self.prompt.max_seq_length,
+            max_batch_tokens=self.max_batch_tokens,
+            demo=demo,
+        )
+
+    def encode(self, request: RerankRequest) -> EncodedRequest:
+        """Tokenise a request. May run beside `score` in another thread.
+
+        Raises:
+            InvalidRequestError: query and instruction leave no room for a document.
+        """
+        return self.prompt.encode(request)
+
+    def pack(self, slices: Sequence[Slice]) -> PackedBatch:
+        """Lay slices of requests out for one forward pass. May run beside `score` in another thread."""
+        return pack(slices)
+
+    def score(self, batch: PackedBatch) -> list[float]:
+        """Logits (yes minus no) of the batch's documents, in order; may hold NaN, which the caller must not pass on.
+
+        Out of memory halves the token budget and tries the batch again in two parts.
+
+        Raises:
+            ScoringError: one document alone does not fit into memory.
+            DeviceLostError: the device needs a new process.
+        """
+        try:
+            logits: list[float] = self.model.forward(batch).tolist()
+            return logits
+        except RuntimeError as error:
+            if not _out_of_memory(error):
+                if _sticky(error):
+                    raise DeviceLostError(
+                        "the device failed and the worker restarts; try again", retry_after=10
+                    ) from error
+                raise
+        # Outside the handler: while it holds the exception, its frames hold the tensors that must go.
+        parts = halves(batch.slices)
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if parts is None:
+            raise ScoringError(
+                f"a document of {batch.tokens} tokens does not fit into the device's memory; lower MAX_SEQ_LENGTH"
+            )
+        self.max_batch_tokens = max(_LEAST_BATCH_TOKENS, min(self.max_batch_tokens, batch.tokens) // 2)
+        logger.warning("out of memory at %d tokens: token budget is now %d", batch.tokens, self.max_batch_tokens)
+        return [logit for part in parts for logit in self.score(self.pack(part))]
+
+    def rerank(self, query: str, documents: Sequence[str], instruction: str | None = None) -> list[float]:
+        """Relevance scores (probabilities of "yes") in the order of the documents.
+
+        Raises:
+            InvalidRequestError: query and instruction leave no room for a document.
+            ScoringError: the model gave a score that is not a number.
+        """
+        request = self.encode(RerankRequest(query, documents, instruction))
+        logits: list[float] = []
+        for part in split(request, self.max_batch_tokens, self.max_batch_documents):
+            logits += self.score(self.pack([part]))
+        if not all(map(math.isfinite, logits)):
+            raise ScoringError("the model gave a score that is not a number; set MODEL_PRECISION=float32")
+        return [sigmoid(logit) for logit in logits]
+
+    def _warm_up(self) -> _Rate:
+        """Run the real forward pass, small first; larger passes measure speed and memory.
+
+        Raises:
+            ScoringError: a score is not finite, or the precision is not implemented on this device.
+        """
+        # A 4B model on a laptop needs seconds for 128 tokens; a GPU has not begun to work below some thousands.
+        for i, count in enumerate((1, 1, 8, 8, 64, 64)):
+            texts = [_WARM_UP * 2] * count
+            encoded = self.encode(RerankRequest("warm-up", texts))
+            rate, seconds = self._measure(self.pack([Slice(encoded, 0, count)]))
+            if i and seconds > _BATCH_SECONDS / 2:  # the first pass is cold and says nothing of speed
+                break
+        return rate
+
+    def _measure(self, batch: PackedBatch) -> tuple[_Rate, float]:
+        device = self.model.device
+        before = 0
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+        start = time.perf_counter()
+        try:
+            logits = self.score(batch)
+        except RuntimeError as error:
+            raise ScoringError(f"warm-up failed: {str(error).splitlines()[0]}") from error
+        seconds = time.perf_counter() - start
+        if not all(map(math.isfinite, logits)):
+            raise ScoringError("a warm-up score is not a number")
+        if device.type == "cuda":
+            bytes_per_token = (torch.cuda.max_memory_allocated(device) - before) / batch.tokens
+        else:
+            config: Any = self.model.decoder.config
+            heads = config.num_attention_heads + 4 * config.num_key_value_heads
+            width = 4 * config.hidden_size + 2 * config.intermediate_size + 2 * heads * config.head_dim
+            bytes_per_token = width * self.model.dtype.itemsize
+        return _Rate(batch.tokens / seconds, bytes_per_token), seconds
+
+    def _choose_budget(self, rate: _Rate, memory: devices.Memory, wanted: int | None) -> None:
+        """Set `max_batch_tokens` from speed and memory, and say why."""
+        by_memory = int(memory.left * 0.8 / rate.bytes_per_token)
+        by_speed = int(rate.tokens_per_second * _BATCH_SECONDS)
+        self.max_batch_tokens = wanted or max(_LEAST_BATCH_TOKENS, min(by_memory, by_speed, _MOST_BATCH_TOKENS))
+        logger.info(
+            "token budget: %d a forward pass (%s; warm-up ran %.0f tokens/s, %.1f s of work are %d tokens; memory "
+            "would hold %d at %.0f KiB a token, %s)",
+            self.max_batch_tokens,
+            "asked for" if wanted else "chosen",
+            rate.tokens_per_second,
+            _BATCH_SECONDS,
+            by_speed,
+            by_memory,
+            rate.bytes_per_token / 1024,
+            memory,
+        )
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """Also in disguise: under MIG an NVML assert, and the CPU allocator's plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        sign in str(error) for sign in ("NVML_SUCCESS == r", "not enough memory", "CUDA error: out of memory")
+    )
+
+
+def _sticky(error: RuntimeError) -> bool:
+    """A device error after which every further call in this process fails."""
+    return isinstance(error, torch.AcceleratorError)

@@ -1,0 +1,1 @@
+"""Many clients in, fair batches out: asynchronous, HTTP."""

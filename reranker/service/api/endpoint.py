@@ -1,0 +1,107 @@
+"""The way that every dialect shares: from a translated request to a result, and back to headers.
+
+A dialect is one module beside this one: its wire models, one function in, one function out. It calls `rank` and never
+scores by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import Request
+from starlette.responses import Response
+
+from reranker.errors import InvalidRequestError, NotReadyError
+from reranker.service.batcher import Batcher
+from reranker.types import RerankRequest, RerankResult
+
+
+def refuse_too_many(request: Request, documents: object) -> None:
+    """Check the number of documents before anything is done for each of them.
+
+    Raises:
+        InvalidRequestError: more than MAX_DOCUMENTS.
+    """
+    most: int = request.app.state.max_documents
+    if isinstance(documents, list) and len(documents) > most:
+        raise InvalidRequestError(
+            f"documents: at most {most} in one request; send {len(documents)} in several requests"
+        )
+
+
+async def rank(request: Request, query: RerankRequest) -> RerankResult:
+    """Score a request; a client that leaves takes its queued work along.
+
+    Raises:
+        RerankError: see `Batcher.rerank`.
+    """
+    batcher: Batcher = request.app.state.batcher
+    facts: dict[str, Any] = request.scope["state"]["access"]
+    facts["documents"] = len(query.documents)
+    work = asyncio.create_task(batcher.rerank(query, request.app.state.request_timeout))
+    left = asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
+    except asyncio.CancelledError:  # the server gives up on a graceful shutdown: still an answer, not a cut line
+        raise NotReadyError("the service is shutting down; try again", retry_after=5) from None
+    finally:
+        left.cancel()
+        if not work.done():
+            work.cancel()
+    if not work.done():
+        facts["client"] = "left"
+        raise NotReadyError("the client left")  # nobody reads it
+    result = work.result()
+    facts |= {
+        "tokens": result.prompt_tokens,
+        "truncated": result.truncated_documents,
+        "queue_ms": round(result.timings.queue * 1000, 1),
+        "inference_ms": round(result.timings.inference * 1000, 1),
+    }
+    return result
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def order(logits: list[float], top_k: int | None) -> list[int]:
+    """Document indices, best first, ties by index; the first `top_k` of them, all when it is None or too large."""
+    return sorted(range(len(logits)), key=lambda i: (-logits[i], i))[:top_k]
+
+
+def answer(content: object, result: RerankResult) -> Response:
+    """The 200 answer: JSON with the headers that every rerank carries; times in milliseconds."""
+    body = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    return Response(body, headers=_headers(result), media_type="application/json")
+
+
+def _headers(result: RerankResult) -> Mapping[str, str]:
+    times = result.timings
+    return {
+        "x-prompt-tokens": str(result.prompt_tokens),
+        "x-truncated-documents": str(result.truncated_documents),
+        "x-tokenization-time": f"{times.tokenization * 1000:.1f}",
+        "x-queue-time": f"{times.queue * 1000:.1f}",
+        "x-inference-time": f"{times.inference * 1000:.1f}",
+        "x-total-time": f"{times.total * 1000:.1f}",
+    }
+
+
+HEADERS: dict[str, dict[str, object]] = {
+    name: {"description": text, "schema": {"type": kind}}
+    for name, text, kind in (
+        ("x-request-id", "Echo of the request's header, or a new id", "string"),
+        ("x-prompt-tokens", "Tokens of all prompts, as the model reads them", "integer"),
+        ("x-truncated-documents", "Documents that did not fit and were cut", "integer"),
+        ("x-tokenization-time", "Milliseconds", "number"),
+        ("x-queue-time", "Milliseconds", "number"),
+        ("x-inference-time", "Milliseconds", "number"),
+        ("x-total-time", "Milliseconds", "number"),
+    )
+}
+"""OpenAPI's description of the headers."""

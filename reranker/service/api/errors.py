@@ -1,0 +1,71 @@
+"""From error to answer: one table, one shape. `detail` is always a string, and nothing a client sent is echoed."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI, Request
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from reranker import errors
+from reranker.errors import RerankError, UnauthorizedError
+
+
+class ErrorBody(BaseModel):
+    """What every error answers."""
+
+    detail: str = Field(description="What was wrong, where, and how to mend it", examples=["no token was sent"])
+    error_type: str = Field(description="The kind of error, for programs", examples=["unauthorized"])
+
+
+_ANSWERS = [
+    errors.MalformedBodyError,
+    errors.UnauthorizedError,
+    errors.BodyTimeoutError,
+    errors.BodyTooLargeError,
+    errors.UnsupportedMediaTypeError,
+    errors.InvalidRequestError,
+    errors.QueueFullError,
+    errors.HeadersTooLargeError,
+    errors.ScoringError,
+    errors.NotReadyError,
+    errors.DeadlineError,
+]
+RESPONSES: dict[int | str, dict[str, object]] = {
+    error.status: {"model": ErrorBody, "description": str(error.__doc__).rstrip(".")} for error in _ANSWERS
+}
+"""OpenAPI's description of what a rerank route answers besides 200."""
+
+
+def error_response(error: RerankError) -> JSONResponse:
+    """The answer to an error of ours."""
+    headers: dict[str, str] = {}
+    if error.retry_after is not None:
+        headers["Retry-After"] = str(error.retry_after)
+    if isinstance(error, UnauthorizedError):
+        headers["WWW-Authenticate"] = "Bearer"
+    if isinstance(error, errors.BodyTimeoutError):
+        headers["Connection"] = "close"
+    return JSONResponse({"detail": str(error), "error_type": error.error_type}, error.status, headers)
+
+
+def install(app: FastAPI) -> None:
+    """Register the handlers: ours, the framework's own (404, 405), and everything unexpected."""
+
+    async def ours(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RerankError)
+        return error_response(error)
+
+    async def framework(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        kind = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
+        return JSONResponse({"detail": str(error.detail), "error_type": kind}, error.status_code, error.headers)
+
+    async def unexpected(request: Request, error: Exception) -> Response:
+        # The traceback goes to the log: the server logs what is raised again behind this answer.
+        text = "unexpected error; the operator finds the cause in the log under this request's x-request-id"
+        return JSONResponse({"detail": text, "error_type": RerankError.error_type}, 500)
+
+    app.add_exception_handler(RerankError, ours)
+    app.add_exception_handler(HTTPException, framework)
+    app.add_exception_handler(Exception, unexpected)

@@ -1,0 +1,285 @@
+"""Many clients in, fair batches out: the asynchronous front of the synchronous Scorer.
+
+    rerank()  encode in a host thread -> queue, counted in tokens -> wait for the logits
+    _run()    take what waits, up to the token budget -> pack in a host thread -> score in the device thread
+
+There is no wait window: a batch is whatever waits when the device is free. While it runs, the next one gathers, and is
+packed as soon as it is full. The event loop never computes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal, Protocol, TypeVar
+
+from reranker.errors import DeadlineError, DeviceLostError, NotReadyError, QueueFullError, RerankError, ScoringError
+from reranker.service.queue import Job, TokenQueue
+from reranker.types import EncodedRequest, ModelInfo, RerankRequest, RerankResult, Slice, Timings
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Status = Literal["loading", "ok", "draining", "unhealthy"]
+
+# Texts are tokenised in parts of about so many characters, by turns: 0.1 s of work, so that nobody waits for long.
+_ENCODE_CHARACTERS = 200_000
+
+
+class ScorerLike(Protocol):
+    """What the batcher needs of a Scorer; `encode` and `pack` run beside `score`, in other threads.
+
+    What `pack` returns is the scorer's own affair.
+    """
+
+    max_batch_tokens: int
+    max_batch_documents: int
+
+    @property
+    def info(self) -> ModelInfo:
+        """What was loaded and chosen."""
+
+    def encode(self, request: RerankRequest) -> EncodedRequest:
+        """Texts to tokens."""
+
+    def pack(self, slices: Sequence[Slice]) -> Any:
+        """Lay slices out for one forward pass."""
+
+    def score(self, batch: Any) -> list[float]:
+        """Logits of the batch's documents."""
+
+
+class Batcher:
+    """Loads one scorer in the background and shares its forward passes between all requests of this process.
+
+    Args:
+        load: makes the scorer; runs in the device thread.
+        max_queue_tokens: tokens that may wait. One request larger than that is accepted while nothing else waits.
+        max_requests: requests in progress, those being tokenised included.
+        on_failure: called once with the error when the scorer cannot be loaded or its device is lost.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], ScorerLike],
+        *,
+        max_queue_tokens: int = 1_000_000,
+        max_requests: int = 1000,
+        load_timeout: float = 1800.0,
+        on_failure: Callable[[Exception], None] = lambda error: None,
+    ) -> None:
+        self.status: Status = "loading"
+        self.scorer: ScorerLike | None = None
+        self.max_queue_tokens = max_queue_tokens
+        self.max_requests = max_requests
+        self.load_timeout = load_timeout
+        self.requests = 0
+        self.queue = TokenQueue()
+        self._load = load
+        self._on_failure = on_failure
+        self._host = ThreadPoolExecutor(2, thread_name_prefix="host")
+        self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
+        self._changed = asyncio.Event()
+        self._tokens_per_second = math.nan
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Begin to load; returns at once."""
+        self._task = asyncio.create_task(self._load_and_run())
+
+    async def stop(self) -> None:
+        """End the loop; what still waits is answered with 503."""
+        self.status = "draining"
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        for job in self.queue.clear():
+            job.fail(NotReadyError("the service is shutting down; try again", retry_after=5))
+        self._host.shutdown(wait=False, cancel_futures=True)
+        self._device.shutdown(wait=False, cancel_futures=True)
+
+    def drain(self) -> None:
+        """Take nothing new; what was accepted is still answered."""
+        if self.status != "unhealthy":
+            self.status = "draining"
+
+    def check_ready(self) -> ScorerLike:
+        """The scorer, or the reason why there is none.
+
+        Raises:
+            NotReadyError: loading, draining or unhealthy.
+        """
+        if self.status != "ok" or self.scorer is None:
+            wait = {"loading": 5, "draining": 5, "unhealthy": 30, "ok": 5}[self.status]
+            raise NotReadyError(f"the service is {self.status}; try again in {wait} s", retry_after=wait)
+        return self.scorer
+
+    async def rerank(self, request: RerankRequest, seconds: float) -> RerankResult:
+        """Score a request within `seconds`. Cancelling the call drops what still waits of it.
+
+        Raises:
+            NotReadyError: loading, draining or unhealthy.
+            QueueFullError: too much waits already; says when to come back.
+            InvalidRequestError: the query leaves no room for a document.
+            DeadlineError: not answered in time.
+            ScoringError: the model failed on this request.
+        """
+        scorer = self.check_ready()
+        if self.requests >= self.max_requests:
+            raise self._full(f"{self.requests} requests are in progress")
+        if self.queue.tokens >= self.max_queue_tokens:
+            raise self._full(f"{self.queue.tokens} tokens wait")
+        self.requests += 1
+        start = time.monotonic()
+        timings = Timings()
+        try:
+            async with asyncio.timeout(seconds):
+                encoded = await self._encode(scorer, request)
+                timings.tokenization = time.monotonic() - start
+                job = self._enqueue(encoded)
+                try:
+                    await job.done
+                except asyncio.CancelledError:
+                    job.done.cancel()
+                    self.queue.drop_abandoned()
+                    raise
+        except TimeoutError:
+            raise DeadlineError(
+                f"not answered within {seconds:g} s; send fewer documents at a time, or raise REQUEST_TIMEOUT"
+            ) from None
+        finally:
+            self.requests -= 1
+        if not all(map(math.isfinite, job.logits)):
+            raise ScoringError(
+                "the model gave a score that is not a number; the operator can set MODEL_PRECISION=float32"
+            )
+        end = time.monotonic()
+        timings.queue, timings.inference = job.started_at - job.queued_at, end - job.started_at
+        timings.total = end - start
+        return RerankResult(job.logits, encoded.prompt_tokens, encoded.truncated, timings)
+
+    async def _encode(self, scorer: ScorerLike, request: RerankRequest) -> EncodedRequest:
+        """Tokenise in a host thread; a big request in parts, so that others get their turn in between."""
+        parts: list[EncodedRequest] = []
+        part: list[str] = []
+        size = 0
+        for i, document in enumerate(request.documents):
+            part.append(document)
+            size += len(document)
+            if size >= _ENCODE_CHARACTERS or i == len(request.documents) - 1:
+                piece = RerankRequest(request.query, part, request.instruction)
+                parts.append(await self._in(self._host, scorer.encode, piece))
+                part, size = [], 0
+        if len(parts) == 1:
+            return parts[0]
+        return EncodedRequest(
+            parts[0].prefix, [d for p in parts for d in p.documents], truncated=sum(p.truncated for p in parts)
+        )
+
+    def _enqueue(self, request: EncodedRequest) -> Job:
+        self.check_ready()
+        if self.queue.tokens and self.queue.tokens + request.tokens > self.max_queue_tokens:
+            raise self._full(f"{self.queue.tokens} tokens wait")
+        job = Job(request, asyncio.get_running_loop().create_future(), queued_at=time.monotonic())
+        self.queue.put(job)
+        self._changed.set()
+        return job
+
+    def _full(self, why: str) -> QueueFullError:
+        wait = self.queue.tokens / self._tokens_per_second
+        seconds = max(1, min(60, math.ceil(wait))) if math.isfinite(wait) else 1
+        return QueueFullError(f"too busy: {why}; try again in {seconds} s", retry_after=seconds)
+
+    async def _load_and_run(self) -> None:
+        start = time.monotonic()
+        try:
+            async with asyncio.timeout(self.load_timeout):
+                self.scorer = await self._in(self._device, self._load)
+        except TimeoutError:
+            self._give_up(TimeoutError(f"the model was not loaded within LOAD_TIMEOUT={self.load_timeout:g} s"))
+            return
+        except Exception as error:  # whatever a checkpoint can break: said once, then the process ends
+            self._give_up(error)
+            return
+        if self.status == "loading":
+            self.status = "ok"
+        logger.info("ready after %.1f s: %s", time.monotonic() - start, self.scorer.info)
+        await self._run(self.scorer)
+
+    async def _run(self, scorer: ScorerLike) -> None:
+        """The whole algorithm: gather, take, pack, score; one batch ahead of the device."""
+        running: asyncio.Task[None] | None = None
+        while True:
+            await self._gather(scorer, running)
+            batch = self.queue.take(scorer.max_batch_tokens, scorer.max_batch_documents)
+            if not batch:
+                continue
+            packed = await self._pack(scorer, batch)
+            if running is not None:
+                await running
+            running = asyncio.create_task(self._score(scorer, batch, packed))
+            running.add_done_callback(lambda _: self._changed.set())
+
+    async def _gather(self, scorer: ScorerLike, running: asyncio.Task[None] | None) -> None:
+        """Until the device is free and something waits, or a full batch waits."""
+        while not (len(self.queue) and (running is None or running.done())):
+            if self.queue.tokens >= scorer.max_batch_tokens:
+                return
+            self._changed.clear()
+            await self._changed.wait()
+
+    async def _pack(self, scorer: ScorerLike, batch: list[tuple[Job, Slice]]) -> Any:
+        try:
+            return await self._in(self._host, scorer.pack, [part for _, part in batch])
+        except Exception as error:  # dealt with in _score, request by request
+            return error
+
+    async def _score(self, scorer: ScorerLike, batch: list[tuple[Job, Slice]], packed: Any) -> None:
+        """Score one batch. An exception fails only its batch, and in it only the request that causes it."""
+        start = time.monotonic()
+        for job, _ in batch:
+            job.started_at = start if math.isnan(job.started_at) else job.started_at
+        try:
+            if isinstance(packed, Exception):
+                raise packed
+            logits = await self._in(self._device, scorer.score, packed)
+        except DeviceLostError as error:
+            self._lose(error, batch)
+            return
+        except Exception as error:  # the scorer's, whatever it is: must not end the loop
+            logger.exception("a batch of %d request(s) failed", len(batch))
+            if len(batch) == 1:
+                known = isinstance(error, RerankError)
+                batch[0][0].fail(
+                    error if known else ScoringError("scoring failed; the operator finds the cause in the log")
+                )
+                return
+            for item in batch:
+                await self._score(scorer, [item], await self._pack(scorer, [item]))
+            return
+        offset = 0
+        for job, part in batch:
+            count = part.stop - part.start
+            job.fill(part, logits[offset : offset + count])
+            offset += count
+        rate = sum(part.tokens for _, part in batch) / max(time.monotonic() - start, 1e-6)
+        known_rate = self._tokens_per_second
+        self._tokens_per_second = rate if math.isnan(known_rate) else 0.8 * known_rate + 0.2 * rate
+
+    def _lose(self, error: DeviceLostError, batch: list[tuple[Job, Slice]]) -> None:
+        for job in [*(job for job, _ in batch), *self.queue.clear()]:
+            job.fail(error)
+        self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        if self.status != "unhealthy":
+            self.status = "unhealthy"
+            self._on_failure(error)
+
+    async def _in(self, pool: ThreadPoolExecutor, function: Callable[..., T], *args: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(pool, functools.partial(function, *args))

@@ -1,0 +1,66 @@
+"""The gunicorn worker: uvicorn's own, with its limits set from gunicorn's settings and its signals mended."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Any, ClassVar
+
+from gunicorn.arbiter import Arbiter
+from uvicorn.server import Server
+from uvicorn_worker import UvicornWorker
+
+# Connections beyond WORKER_CONNECTIONS that still get our own 429 and can ask for /health.
+_SPARE_CONNECTIONS = 256
+
+
+class RerankWorker(UvicornWorker):  # type: ignore[misc]  # neither package is typed
+    """What stands behind both accepted names of WORKER_CLASS."""
+
+    CONFIG_KWARGS: ClassVar[dict[str, Any]] = {
+        "loop": "uvloop",
+        "http": "httptools",
+        "access_log": False,
+        "server_header": False,
+    }
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for name in ("uvicorn.error", "uvicorn.access"):  # back under the one handler of config.log_config
+            logging.getLogger(name).handlers = []
+            logging.getLogger(name).propagate = name == "uvicorn.error"
+        self.config.limit_concurrency = self.cfg.worker_connections + _SPARE_CONNECTIONS
+        # Below gunicorn's own deadline, so that uvicorn cancels (and we answer 503) before gunicorn kills.
+        self.config.timeout_graceful_shutdown = max(1, self.cfg.graceful_timeout - 5)
+        self.config.timeout_notify = 1
+
+    async def _serve(self) -> None:
+        self.config.app = self.wsgi
+        server = DrainingServer(self.config)
+        # uvicorn's worker ignores SIGQUIT, which gunicorn sends on Ctrl-C, and is killed after the grace period.
+        asyncio.get_running_loop().add_signal_handler(signal.SIGQUIT, server.handle_exit, signal.SIGTERM, None)
+        await server.serve(sockets=self.sockets)
+        if not server.started:
+            sys.exit(Arbiter.WORKER_BOOT_ERROR)
+
+    async def callback_notify(self) -> None:
+        """The heartbeat. A worker whose master was killed ends, instead of holding the GPU as an orphan."""
+        if os.getppid() != self.ppid:
+            os.kill(os.getpid(), signal.SIGTERM)
+        self.notify()
+
+
+class DrainingServer(Server):
+    """Tells the application that it is draining the moment a signal comes."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Called for SIGINT, SIGTERM and SIGQUIT, which all mean: finish what was accepted, then end."""
+        batcher = getattr(getattr(self.config.app, "state", None), "batcher", None)
+        if batcher is not None:
+            batcher.drain()
+        # Ctrl-C reaches a worker twice, from the terminal and from gunicorn: a second SIGINT would cut answers off.
+        super().handle_exit(signal.SIGTERM, frame)

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from reranker.engine.prompt import Prompt
+from reranker.errors import InvalidRequestError, ModelLoadError
+from reranker.types import RerankRequest
+from tests.card import Card
+from tests.conftest import DEMO
+
+TOKENIZER = AutoTokenizer.from_pretrained(str(DEMO))
+PROMPT = Prompt(TOKENIZER)
+CONTROL = [str(token) for token in TOKENIZER.added_tokens_decoder.values()]
+# Text of every kind, and the pieces that break prompts.
+TEXT = st.text(max_size=60) | st.lists(
+    st.sampled_from(
+        [
+            *"\n\r\t :>< .",
+            "  ",
+            "\r\n",
+            ":",
+            "'s",
+            "é",
+            "e\u0301",
+            "\u0301",
+            "中文",
+            "𝒳",
+            "\u200d",
+            "word",
+            "12",
+            "\ufeff",
+        ]
+    ),
+    max_size=30,
+).map("".join)
+
+
+@settings(max_examples=300, deadline=None)
+@given(query=TEXT, document=TEXT, instruction=TEXT)
+def test_the_cut_prompt_is_the_cards_prompt_token_for_token(
+    card: Card, query: str, document: str, instruction: str
+) -> None:
+    encoded = PROMPT.encode(RerankRequest(query, [document], instruction))
+    assert encoded.prefix + encoded.documents[0] == card.ids(query, document, instruction)
+
+
+@settings(max_examples=300, deadline=None)
+@given(parts=st.lists(st.sampled_from(CONTROL) | TEXT, min_size=1, max_size=12))
+def test_no_text_becomes_a_control_token(parts: list[str]) -> None:
+    text = "".join(parts)
+    control = set(TOKENIZER.added_tokens_decoder)
+    encoded = PROMPT.encode(RerankRequest(text, [text], text))
+    assert control.isdisjoint(encoded.prefix[len(PROMPT.system) :])
+    assert control.isdisjoint(encoded.documents[0][: -len(PROMPT.suffix)])
+    # And nothing outside its own span changes.
+    assert encoded.prefix[: len(PROMPT.system)] == PROMPT.system
+    assert encoded.documents[0][-len(PROMPT.suffix) :] == PROMPT.suffix
+
+
+def test_a_surrogate_is_replaced() -> None:
+    assert PROMPT.encode(RerankRequest("a\ud800b", ["\udfff"])) == PROMPT.encode(RerankRequest("a\ufffdb", ["\ufffd"]))
+
+
+@pytest.mark.parametrize("unit", ["word ", "中文字", "a", " ", "\n", "=-", "e\u0301", "🙂"])
+@pytest.mark.parametrize("room", [20, 100, 700])
+def test_a_long_document_is_cut_where_the_card_cuts_it(card: Card, unit: str, room: int) -> None:
+    prompt = Prompt(TOKENIZER, max_seq_length=room + 100)
+    card.max_length = room + 100
+    try:
+        encoded = prompt.encode(RerankRequest("q", [unit * 20_000, "short"]))
+        expected = card.ids("q", unit * 20_000)
+    finally:
+        card.max_length = 8192
+    assert encoded.truncated == 1
+    assert len(encoded.prefix) + len(encoded.documents[0]) == room + 100
+    assert encoded.documents[0][-len(prompt.suffix) :] == prompt.suffix
+    # A run without any break is one word to the tokenizer: how its end is merged depends on all of it.
+    exact = unit not in ("a", " ", "\n", "=-")
+    if exact:
+        assert encoded.prefix + encoded.documents[0] == expected
+
+
+def test_a_document_that_just_fits_is_not_cut() -> None:
+    encoded = PROMPT.encode(RerankRequest("q", ["word " * 50]))
+    needed = len(encoded.prefix) + len(encoded.documents[0])
+    fits = Prompt(TOKENIZER, max_seq_length=needed).encode(RerankRequest("q", ["word " * 50]))
+    assert fits == encoded
+    cut = Prompt(TOKENIZER, max_seq_length=needed - 1).encode(RerankRequest("q", ["word " * 50]))
+    assert cut.truncated == 1
+    assert len(cut.documents[0]) == len(encoded.documents[0]) - 1
+
+
+def test_ten_million_characters_are_not_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = 0
+
+    class Counting:
+        def encode_batch_fast(self, texts: list[str], **options: bool) -> object:
+            nonlocal seen
+            seen += sum(map(len, texts))
+            return PROMPT.plain.encode_batch_fast(texts, **options)
+
+    prompt = Prompt(TOKENIZER, max_seq_length=512)
+    monkeypatch.setattr(prompt, "plain", Counting())
+    assert prompt.encode(RerankRequest("q", ["some words " * 1_000_000])).truncated == 1
+    assert seen < 10_000
+
+
+def test_a_query_without_room_for_a_document_is_refused() -> None:
+    prompt = Prompt(TOKENIZER, max_seq_length=256)
+    with pytest.raises(InvalidRequestError, match="leave no room for a document") as caught:
+        prompt.encode(RerankRequest("word " * 1000, ["a"]))
+    assert caught.value.status == 422
+    assert "word word" not in str(caught.value)
+
+
+def test_the_instruction_of_the_request_replaces_the_default() -> None:
+    prompt = Prompt(TOKENIZER, instruction="Find the bug")
+    assert prompt.encode(RerankRequest("q", ["d"])) == PROMPT.encode(RerankRequest("q", ["d"], "Find the bug"))
+    assert prompt.encode(RerankRequest("q", ["d"], "")) == PROMPT.encode(RerankRequest("q", ["d"], ""))
+
+
+def test_a_tokenizer_whose_control_tokens_can_be_forged_is_refused() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(str(DEMO))
+    tokenizer.add_tokens(["the"])  # an ordinary entry of the vocabulary, now a control token as well
+    with pytest.raises(ModelLoadError, match="could be forged"):
+        Prompt(tokenizer)
+
+
+def test_a_tokenizer_that_splits_the_answers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    encode = TOKENIZER.encode
+    monkeypatch.setattr(TOKENIZER, "encode", lambda text, **options: encode(text + text, **options))
+    with pytest.raises(ModelLoadError, match="splits 'yes' into 2 tokens"):
+        Prompt(TOKENIZER)
