@@ -1,0 +1,65 @@
+"""A scorer whose time and faults a test decides. Its score is the number of words that a document shares with the query."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+
+from reranker.errors import InvalidRequestError
+from reranker.types import EncodedRequest, ModelInfo, RerankRequest, Slice
+
+PREFIX = 10
+
+
+class FakeScorer:
+    """One token a word, a prefix of `PREFIX` tokens; `seconds` of waiting per forward pass."""
+
+    def __init__(
+        self, *, seconds: float = 0.0, max_batch_tokens: int = 1000, max_batch_documents: int = 10_000
+    ) -> None:
+        self.seconds = seconds
+        self.max_batch_tokens = max_batch_tokens
+        self.max_batch_documents = max_batch_documents
+        self.passes: list[list[Slice]] = []
+        self.words: dict[str, int] = {}
+        self.threads: set[str] = set()
+        self.hold = threading.Event()
+        """Cleared: forward passes wait until it is set."""
+        self.hold.set()
+
+    @property
+    def info(self) -> ModelInfo:
+        return ModelInfo("fake", "cpu", "float32", 8192, self.max_batch_tokens)
+
+    def encode(self, request: RerankRequest) -> EncodedRequest:
+        self.threads.add(threading.current_thread().name)
+        if "too long" in request.query:
+            raise InvalidRequestError("the query leaves no room for a document")
+        query = [self._id(word) for word in request.query.split()]
+        documents = [[self._id(word) for word in d.split()] or [0] for d in request.documents]
+        return EncodedRequest((query + [0] * PREFIX)[:PREFIX], documents)
+
+    def pack(self, slices: Sequence[Slice]) -> list[Slice]:
+        return list(slices)
+
+    def score(self, batch: list[Slice]) -> list[float]:
+        self.threads.add(threading.current_thread().name)
+        self.passes.append(batch)
+        self.hold.wait(30)
+        time.sleep(self.seconds)
+        text = {word for s in batch for d in s.documents for word in self._words(d)}
+        if "poison" in text:
+            raise RuntimeError("a kernel failed")
+        return [
+            float("nan") if "nan" in self._words(d) else float(len(set(d) & set(s.request.prefix) - {0}))
+            for s in batch
+            for d in s.documents
+        ]
+
+    def _id(self, word: str) -> int:
+        return self.words.setdefault(word, len(self.words) + 1)
+
+    def _words(self, ids: list[int]) -> set[str]:
+        names = {i: word for word, i in self.words.items()}
+        return {names[i] for i in ids if i in names}

@@ -1,0 +1,347 @@
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from reranker.errors import (
+    DeadlineError,
+    DeviceLostError,
+    InvalidRequestError,
+    ModelLoadError,
+    NotReadyError,
+    QueueFullError,
+    ScoringError,
+)
+from reranker.service.batcher import Batcher
+from reranker.types import RerankRequest, RerankResult
+from tests.fake import PREFIX, FakeScorer
+
+
+def ask(documents: int = 1, query: str = "red fish", words: str = "red") -> RerankRequest:
+    return RerankRequest(query, [words] * documents)
+
+
+def run(test: Callable[[Batcher], Coroutine[Any, Any, None]], scorer: FakeScorer, **options: Any) -> None:
+    """Run `test` with a started batcher around `scorer`."""
+
+    async def main() -> None:
+        batcher = Batcher(lambda: scorer, **options)
+        await batcher.start()
+        while batcher.status == "loading":
+            await asyncio.sleep(0.001)
+        try:
+            await test(batcher)
+        finally:
+            scorer.hold.set()
+            await batcher.stop()
+
+    asyncio.run(main())
+
+
+async def held(batcher: Batcher, scorer: FakeScorer, request: RerankRequest) -> asyncio.Task[RerankResult]:
+    """A request that is in a forward pass which does not end until `scorer.hold` is set."""
+    scorer.hold.clear()
+    passes = len(scorer.passes)
+    task = asyncio.create_task(batcher.rerank(request, 30))
+    while len(scorer.passes) == passes:
+        await asyncio.sleep(0.001)
+    return task
+
+
+async def queued(batcher: Batcher, *requests: RerankRequest, seconds: float = 30) -> list[asyncio.Task[RerankResult]]:
+    """Requests that wait in the queue."""
+    tasks = []
+    for request in requests:
+        tasks.append(asyncio.create_task(batcher.rerank(request, seconds)))
+        before = len(batcher.queue)
+        while len(batcher.queue) == before and not tasks[-1].done():
+            await asyncio.sleep(0.001)
+    return tasks
+
+
+def test_scores_come_in_document_order_with_counts_and_times() -> None:
+    scorer = FakeScorer(seconds=0.01)
+
+    async def test(batcher: Batcher) -> None:
+        result = await batcher.rerank(RerankRequest("red fish", ["a bird", "red fish", "a fish"]), 30)
+        assert result.logits == [0.0, 2.0, 1.0]
+        assert result.prompt_tokens == 3 * PREFIX + 6
+        times = result.timings
+        assert times.inference >= 0.01
+        assert times.total >= times.inference + times.queue + times.tokenization - 1e-3
+
+    run(test, scorer)
+
+
+def test_requests_that_wait_share_a_pass_and_nothing_runs_on_the_event_loop() -> None:
+    scorer = FakeScorer()
+
+    async def test(batcher: Batcher) -> None:
+        first = await held(batcher, scorer, ask())
+        others = await queued(batcher, *[ask(3, query=f"q{i} red") for i in range(5)])
+        scorer.hold.set()
+        for task in [first, *others]:
+            assert set((await task).logits) == {1.0}
+        assert [len(p) for p in scorer.passes] == [1, 5]
+        assert all(name.startswith(("host", "device")) for name in scorer.threads)
+
+    run(test, scorer)
+
+
+def test_a_small_request_overtakes_a_huge_one() -> None:
+    scorer = FakeScorer(max_batch_tokens=PREFIX + 20)
+
+    async def test(batcher: Batcher) -> None:
+        huge = await held(batcher, scorer, ask(200))
+        [small] = await queued(batcher, ask(2))
+        scorer.hold.set()
+        await small
+        # The pass that ran, the one that was packed ahead, and its own.
+        assert len(scorer.passes) <= 4
+        assert not huge.done()
+        assert (await huge).logits == [1.0] * 200
+
+    run(test, scorer)
+
+
+def test_a_full_batch_is_packed_while_the_device_runs() -> None:
+    scorer = FakeScorer(max_batch_tokens=PREFIX + 4)
+    packed: list[int] = []
+    pack = scorer.pack
+    scorer.pack = lambda slices: packed.append(len(slices)) or pack(slices)  # type: ignore[method-assign,func-returns-value]
+
+    async def test(batcher: Batcher) -> None:
+        first = await held(batcher, scorer, ask(4))
+        assert len(packed) == 1
+        [second] = await queued(batcher, ask(2))
+        await asyncio.sleep(0.02)
+        assert len(packed) == 1  # not full: what comes may still join it
+        third = asyncio.create_task(batcher.rerank(ask(4), 30))
+        while len(packed) < 2:
+            await asyncio.sleep(0.001)
+        assert len(scorer.passes) == 1
+        scorer.hold.set()
+        await asyncio.gather(first, second, third)
+
+    run(test, scorer)
+
+
+def test_a_full_queue_refuses_at_once_and_says_when_to_come_back() -> None:
+    scorer = FakeScorer()
+
+    async def test(batcher: Batcher) -> None:
+        first = await held(batcher, scorer, ask())
+        waiting = await queued(batcher, ask(50))
+        with pytest.raises(QueueFullError) as caught:
+            await batcher.rerank(ask(50), 30)
+        assert caught.value.status == 429
+        assert caught.value.retry_after is not None
+        assert caught.value.retry_after >= 1
+        waiting += await queued(batcher, ask(10))  # a smaller one still fits
+        scorer.hold.set()
+        await asyncio.gather(first, *waiting)
+        assert batcher.requests == 0
+        # Larger than the whole queue: accepted while nothing waits, or it could never be.
+        assert len((await batcher.rerank(ask(500), 30)).logits) == 500
+
+    run(test, scorer, max_queue_tokens=100)
+
+
+def test_too_many_requests_in_progress_are_refused() -> None:
+    scorer = FakeScorer()
+
+    async def test(batcher: Batcher) -> None:
+        tasks = [await held(batcher, scorer, ask()), *(await queued(batcher, ask(), ask()))]
+        with pytest.raises(QueueFullError, match="3 requests are in progress"):
+            await batcher.rerank(ask(), 30)
+        scorer.hold.set()
+        await asyncio.gather(*tasks)
+        await batcher.rerank(ask(), 30)
+
+    run(test, scorer, max_requests=3)
+
+
+def test_a_client_that_leaves_takes_its_queued_work_along() -> None:
+    scorer = FakeScorer()
+
+    async def test(batcher: Batcher) -> None:
+        first = await held(batcher, scorer, ask())
+        gone = await queued(batcher, *[ask(5) for _ in range(20)])
+        [stays] = await queued(batcher, ask(1, words="fish"))
+        for task in gone:
+            task.cancel()
+        await asyncio.gather(*gone, return_exceptions=True)
+        assert batcher.queue.tokens == PREFIX + 1
+        scorer.hold.set()
+        await asyncio.gather(first, stays)
+        assert [len(p) for p in scorer.passes] == [1, 1]
+        assert batcher.requests == 0
+
+    run(test, scorer)
+
+
+def test_the_deadline_drops_queued_work() -> None:
+    scorer = FakeScorer()
+
+    async def test(batcher: Batcher) -> None:
+        first = await held(batcher, scorer, ask())
+        with pytest.raises(DeadlineError, match="not answered within 0.05 s"):
+            await batcher.rerank(ask(5), 0.05)
+        assert (batcher.queue.tokens, batcher.requests) == (0, 1)
+        scorer.hold.set()
+        await first
+        assert len(scorer.passes) == 1
+
+    run(test, scorer)
+
+
+@pytest.mark.parametrize("words", ["poison", "nan"])
+def test_a_broken_request_harms_no_other(words: str) -> None:
+    scorer = FakeScorer()
+
+    async def test(batcher: Batcher) -> None:
+        first = await held(batcher, scorer, ask())
+        good = await queued(batcher, *[ask(3) for _ in range(3)])
+        [bad] = await queued(batcher, ask(2, words=f"red {words}"))
+        good += await queued(batcher, ask(3))
+        scorer.hold.set()
+        for task in [first, *good]:
+            assert set((await task).logits) == {1.0}
+        with pytest.raises(ScoringError) as caught:
+            await bad
+        assert caught.value.status == 500
+        assert "kernel" not in str(caught.value)
+        assert (await batcher.rerank(ask(), 30)).logits == [1.0]
+
+    run(test, scorer)
+
+
+def test_a_bad_request_is_told_so() -> None:
+    async def test(batcher: Batcher) -> None:
+        with pytest.raises(InvalidRequestError):
+            await batcher.rerank(ask(query="too long"), 30)
+        assert batcher.requests == 0
+
+    run(test, FakeScorer())
+
+
+def test_a_lost_device_answers_everybody_and_ends_the_worker_once() -> None:
+    scorer = FakeScorer()
+    failures: list[Exception] = []
+
+    async def test(batcher: Batcher) -> None:
+        first = await held(batcher, scorer, ask())
+        waiting = await queued(batcher, ask(), ask())
+
+        def lost(batch: object) -> list[float]:
+            raise DeviceLostError("the device failed", retry_after=10)
+
+        scorer.score = lost  # type: ignore[method-assign]
+        scorer.hold.set()
+        assert (await first).logits == [1.0]
+        for task in waiting:
+            with pytest.raises(DeviceLostError):
+                await task
+        assert batcher.status == "unhealthy"
+        assert len(failures) == 1
+        with pytest.raises(NotReadyError, match="unhealthy"):
+            await batcher.rerank(ask(), 30)
+
+    run(test, scorer, on_failure=failures.append)
+
+
+@pytest.mark.parametrize("error", [ModelLoadError("no such folder"), RuntimeError("anything")])
+def test_a_load_that_fails_is_reported(error: Exception) -> None:
+    async def main() -> None:
+        failures: list[Exception] = []
+
+        def load() -> FakeScorer:
+            raise error
+
+        batcher = Batcher(load, on_failure=failures.append)
+        await batcher.start()
+        while not failures:
+            await asyncio.sleep(0.001)
+        assert failures == [error]
+        assert batcher.status == "unhealthy"
+        await batcher.stop()
+
+    asyncio.run(main())
+
+
+def test_a_load_that_hangs_is_reported() -> None:
+    async def main() -> None:
+        failures: list[Exception] = []
+        batcher = Batcher(lambda: time.sleep(0.3) or FakeScorer(), load_timeout=0.05, on_failure=failures.append)  # type: ignore[func-returns-value]
+        await batcher.start()
+        with pytest.raises(NotReadyError, match="loading"):
+            await batcher.rerank(ask(), 30)
+        while not failures:
+            await asyncio.sleep(0.01)
+        assert "LOAD_TIMEOUT=0.05" in str(failures[0])
+        await batcher.stop()
+
+    asyncio.run(main())
+
+
+def test_draining_finishes_what_was_accepted_and_takes_nothing_new() -> None:
+    scorer = FakeScorer()
+
+    async def test(batcher: Batcher) -> None:
+        tasks = [await held(batcher, scorer, ask()), *(await queued(batcher, ask(), ask()))]
+        batcher.drain()
+        with pytest.raises(NotReadyError, match="draining"):
+            await batcher.rerank(ask(), 30)
+        scorer.hold.set()
+        for task in tasks:
+            assert (await task).logits == [1.0]
+
+    run(test, scorer)
+
+
+def test_stopping_answers_what_still_waits() -> None:
+    scorer = FakeScorer()
+
+    async def test(batcher: Batcher) -> None:
+        await held(batcher, scorer, ask())
+        waiting = await queued(batcher, ask())
+        await batcher.stop()
+        with pytest.raises(NotReadyError, match="shutting down"):
+            await waiting[0]
+
+    run(test, scorer)
+
+
+def test_a_big_request_is_tokenised_by_turns() -> None:
+    scorer = FakeScorer(max_batch_tokens=10_000_000)
+    parts: list[int] = []
+    encode = scorer.encode
+    scorer.encode = lambda request: parts.append(len(request.documents)) or encode(request)  # type: ignore[method-assign,func-returns-value]
+
+    async def test(batcher: Batcher) -> None:
+        documents = [f"red w{i} " * 2000 for i in range(100)]
+        result = await batcher.rerank(RerankRequest("red", documents), 60)
+        assert result.logits == [1.0] * 100
+        assert len(parts) > 5
+        assert sum(parts) == 100
+
+    run(test, scorer, max_queue_tokens=10_000_000)
+
+
+def test_many_clients_at_once_get_their_own_scores() -> None:
+    scorer = FakeScorer(max_batch_tokens=PREFIX * 4)
+
+    async def test(batcher: Batcher) -> None:
+        async def client(i: int) -> None:
+            result = await batcher.rerank(RerankRequest(f"w{i} x", [f"w{i} x", "x", f"w{i + 1}"] * (i % 7 + 1)), 60)
+            assert result.logits == [2.0, 1.0, 0.0] * (i % 7 + 1)
+
+        await asyncio.gather(*map(client, range(200)))
+        assert batcher.requests == 0
+        assert batcher.queue.tokens == 0
+
+    run(test, scorer)

@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import logging
+import logging.config
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from config import Settings, SettingsError, load_settings, log_config
+from tests.conftest import ROOT
+
+LEGACY = (Path(__file__).parent / "legacy.env").read_text()
+
+
+@pytest.fixture(autouse=True)
+def _environment() -> Iterator[None]:
+    """load_settings exports into the environment: leave it as it was."""
+    before = dict(os.environ)
+    for name in Settings.model_fields:
+        os.environ.pop(name.upper(), None)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def load(tmp_path: Path, text: str = "") -> Settings:
+    (tmp_path / ".env").write_text(text, encoding="utf-8")
+    return load_settings(tmp_path / ".env")
+
+
+def test_the_defaults() -> None:
+    settings = load_settings("/nonexistent/.env")
+    assert (settings.host, settings.port, settings.workers) == ("0.0.0.0", 6006, 1)
+    assert (settings.timeout, settings.keep_alive, settings.worker_connections) == (120, 5, 1000)
+    assert (settings.model_device, settings.model_precision) == ("auto", "auto")
+    assert (settings.max_memory_percentage, settings.batch_size, settings.max_seq_length) == (90, None, 8192)
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
+
+
+def test_the_file_of_existing_deployments_is_in_force(tmp_path: Path) -> None:
+    settings = load(tmp_path, LEGACY)
+    assert settings.model_dump() == Settings().model_dump()
+    assert (settings.host, settings.port, settings.workers) == ("0.0.0.0", 6006, 1)
+    assert settings.worker_class == "uvicorn.workers.UvicornWorker"
+    assert (settings.worker_connections, settings.timeout, settings.keep_alive) == (1000, 120, 5)
+    assert settings.model_name_or_path == "./models/Qwen3-Reranker-4B"
+    assert (settings.model_device, settings.model_precision) == ("cuda", "bfloat16")
+    assert (settings.max_memory_percentage, settings.batch_size, settings.max_seq_length) == (50, 1, 256)
+    assert settings.log_level == "INFO"
+    assert settings.log_format == "%(asctime)s - %(name)s - %(levelname)s - %(message)s"
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "max_split_size_mb:128"
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("PORT=70000", ["PORT='70000'", "0 to 65535"]),
+        ("PORT=http", ["PORT='http'", "0 to 65535"]),
+        ("WORKERS=0", ["WORKERS='0'", "1 to 256 or auto"]),
+        ("WORKERS=many", ["WORKERS='many'", "auto"]),
+        ("WORKER_CLASS=gthread", ["WORKER_CLASS='gthread'", "uvicorn.workers.UvicornWorker", "cannot run an ASGI"]),
+        ("WORKER_CLASS=asgi", ["before the model is loaded"]),
+        ("MODEL_DEVICE=gpu", ["MODEL_DEVICE='gpu'", "auto, cuda, cuda:N or cpu"]),
+        ("MODEL_DEVICE=cuda:x", ["MODEL_DEVICE='cuda:x'"]),
+        ("MODEL_PRECISION=bfloat", ["MODEL_PRECISION='bfloat'", "bfloat16", "fp32"]),
+        ("MAX_MEMORY_PERCENTAGE=0.5", ["MAX_MEMORY_PERCENTAGE='0.5'", "1 to 100"]),
+        ("BATCH_SIZE=-1", ["BATCH_SIZE='-1'", "1 to 65536 or auto"]),
+        ("MAX_SEQ_LENGTH=16", ["MAX_SEQ_LENGTH='16'", "128 to"]),
+        ("REQUEST_TIMEOUT=0", ["REQUEST_TIMEOUT='0'", "above 0"]),
+        ("LOG_LEVEL=LOUD", ["LOG_LEVEL='LOUD'", "DEBUG, INFO"]),
+        ("LOG_FORMAT={message}", ["LOG_FORMAT='{message}'", "%-style"]),
+        ("LOG_FORMAT=%(nonsense)s", ["nonsense"]),
+        ("ACCESS_TOKEN='two words'", ["ACCESS_TOKEN=(hidden)", "without spaces"]),
+        ("ACCESS_TOKEN=schlüssel", ["ACCESS_TOKEN=(hidden)", "ASCII"]),
+        ("TOKENIZERS_PARALLELISM=maybe", ["TOKENIZERS_PARALLELISM='maybe'"]),
+    ],
+)
+def test_a_wrong_value_is_one_line_that_helps(tmp_path: Path, line: str, words: list[str]) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load(tmp_path, line)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+    assert "schlüssel" not in message
+    assert "two words" not in message
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "value"),
+    [
+        ("WORKERS=auto", "workers", None),
+        ("BATCH_SIZE=auto", "batch_size", None),
+        ("BATCH_SIZE=", "batch_size", None),
+        ("MODEL_DEVICE=CUDA:1", "model_device", "cuda:1"),
+        ("MODEL_PRECISION=BF16", "model_precision", "bf16"),
+        ("LOG_LEVEL=debug", "log_level", "DEBUG"),
+        ("WORKER_CLASS=uvicorn_worker.UvicornWorker", "worker_class", "uvicorn_worker.UvicornWorker"),
+        ("ACCESS_TOKEN= old , new,", "access_token", "old,new"),
+        ("ACCESS_TOKEN=", "access_token", ""),
+        ("PORT=", "port", 6006),
+    ],
+)
+def test_spellings_that_are_accepted(tmp_path: Path, line: str, name: str, value: object) -> None:
+    assert getattr(load(tmp_path, line), name) == value
+
+
+def test_a_comment_that_compose_left_in_the_value_is_cut(tmp_path: Path) -> None:
+    os.environ["MODEL_DEVICE"] = "cuda  # auto, cuda, cpu"
+    assert load(tmp_path).model_device == "cuda"
+
+
+def test_the_environment_wins_over_the_file_and_strangers_are_exported(tmp_path: Path) -> None:
+    os.environ["PORT"] = "7001"
+    settings = load(tmp_path, "PORT=7002\nHF_ENDPOINT=https://mirror.example\nSOMETHING_ELSE=1\n")
+    assert settings.port == 7001
+    assert os.environ["HF_ENDPOINT"] == "https://mirror.example"
+
+
+def test_the_token_is_not_shown() -> None:
+    os.environ["ACCESS_TOKEN"] = "s3cret"
+    assert "s3cret" not in repr(load_settings("/nonexistent/.env"))
+
+
+def test_the_log_format_is_in_force(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    settings = load(tmp_path, "LOG_FORMAT=[%(levelname)s] %(message)s\nLOG_LEVEL=WARNING")
+    root = logging.getLogger()
+    handlers, level = root.handlers, root.level
+    try:
+        logging.config.dictConfig(log_config(settings))
+        for name in ("gunicorn.error", "uvicorn.error", "reranker"):
+            logging.getLogger(name).warning("from %s", name)
+            logging.getLogger(name).info("not this")
+    finally:
+        root.handlers, root.level = handlers, level
+    lines = capfd.readouterr().err.splitlines()
+    assert lines == ["[WARNING] from gunicorn.error", "[WARNING] from uvicorn.error", "[WARNING] from reranker"]
+
+
+DEFAULTS = {name: field.default for name, field in Settings.model_fields.items()}
+
+
+def shown(value: object) -> str:
+    return {None: "auto", "": ""}.get(value, str(value))  # type: ignore[call-overload,no-any-return]
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README.zh-CN.md"])
+def test_the_readmes_list_every_setting_with_its_default(readme: str) -> None:
+    rows = re.findall(r"^\| `([A-Z_]+)` \| `?([^|`]*)`? \|", (ROOT / readme).read_text(encoding="utf-8"), re.M)
+    table = {name.lower(): default.strip() for name, default in rows}
+    assert set(table) == set(DEFAULTS)
+    for name, default in DEFAULTS.items():
+        assert table[name] == shown(default), name
+
+
+def test_the_example_file_lists_every_setting_with_its_default() -> None:
+    text = (ROOT / ".env.example").read_text(encoding="utf-8")
+    lines = dict(re.findall(r"^#? ?([A-Z_]+)=(.*)$", text, re.M))
+    assert {name for name in lines if name.lower() in DEFAULTS} == {name.upper() for name in DEFAULTS}
+    for name, default in DEFAULTS.items():
+        assert re.sub(r"\s+#.*", "", lines[name.upper()]).strip() == shown(default), name
+
+
+def test_a_copied_example_file_changes_nothing(tmp_path: Path) -> None:
+    settings = load(tmp_path, (ROOT / ".env.example").read_text(encoding="utf-8"))
+    assert settings.model_dump() == DEFAULTS
