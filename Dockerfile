@@ -5,29 +5,26 @@
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 FROM ${BASE_IMAGE}
 
-# The home is the volume: whatever a library keeps (models, compiled kernels) goes there, and the rest stays read-only.
 RUN groupadd --gid 10001 reranker \
     && useradd --uid 10001 --gid 10001 --home-dir /cache --create-home --shell /usr/sbin/nologin reranker \
     && python3 -m venv /opt/venv
-ENV PATH=/opt/venv/bin:$PATH \
-    HOME=/cache \
-    HF_HOME=/cache/huggingface \
-    TRITON_CACHE_DIR=/cache/triton \
-    TORCHINDUCTOR_CACHE_DIR=/cache/inductor \
-    CUDA_CACHE_PATH=/cache/cuda \
-    PIP_NO_CACHE_DIR=1 \
-    PIP_DISABLE_PIP_VERSION_CHECK=1 \
-    PYTHONUNBUFFERED=1 \
-    PYTHONDONTWRITEBYTECODE=1
+ENV PATH=/opt/venv/bin:$PATH
 WORKDIR /app
 
 # Two layers that only a change of the pins makes anew. torch goes first and by its exact pin, as in the Makefile:
 # whatever depends on it then finds it there.
 COPY requirements.txt ./
 ARG TORCH_INDEX=""
-RUN pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)"
-RUN pip install -r requirements.txt
+RUN pip install --no-cache-dir ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} \
+    "$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)"
+RUN pip install --no-cache-dir -r requirements.txt
 
+# The home is the volume: what libraries keep (models, compiled kernels) goes there; the rest may be read-only.
+ENV HOME=/cache \
+    HF_HOME=/cache/huggingface \
+    TORCHINDUCTOR_CACHE_DIR=/cache/inductor \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1
 COPY app.py config.py gunicorn.conf.py LICENSE ./
 COPY reranker/ reranker/
 COPY models/demo/ models/demo/
@@ -39,7 +36,7 @@ EXPOSE 6006
 STOPSIGNAL SIGTERM
 # The first of the tokens comes from the environment, so no process list shows it. The start period is LOAD_TIMEOUT's
 # default, for the first start downloads the model. A connection to 0.0.0.0 or :: reaches this container itself.
-HEALTHCHECK --interval=10s --timeout=5s --start-period=30m --retries=3 CMD ["python", "-c", "\
+HEALTHCHECK --interval=30s --timeout=5s --start-period=30m --retries=3 CMD ["python", "-c", "\
 import http.client, os, re, sys\n\
 host, port, tokens = (\n\
     re.sub(r'\\s+#.*', '', os.environ.get(name, '')).strip() for name in ('HOST', 'PORT', 'ACCESS_TOKEN')\n\
@@ -52,6 +49,6 @@ try:\n\
 except Exception as error:\n\
     sys.exit('no answer: ' + type(error).__name__)\n\
 print(answer.status, answer.read(200).decode(errors='replace'))\n\
-sys.exit(answer.status != 200)\n\
+sys.exit(0 if answer.status == 200 else 1)\n\
 "]
 CMD ["gunicorn", "-c", "gunicorn.conf.py", "app:app"]

@@ -130,7 +130,7 @@ class Settings(BaseSettings):
     )
 
 
-_CHOICES = ("worker_class", "model_device", "model_precision", "log_level", "tokenizers_parallelism", "workers")
+_FREE_TEXT = ("access_token", "default_instruction", "log_format")
 
 
 def load_settings(env_file: str | Path = ".env") -> Settings:
@@ -146,7 +146,7 @@ def load_settings(env_file: str | Path = ".env") -> Settings:
             os.environ.setdefault(name, value)
     for name in map(str.upper, Settings.model_fields):
         value = os.environ.get(name, "")
-        if name.lower() in _CHOICES:  # docker-compose 1 hands "cuda  # a comment" on as it stands in the file
+        if value and name.lower() not in _FREE_TEXT:  # docker --env-file hands "cuda  # a comment" on as it stands
             value = os.environ[name] = re.sub(r"\s+#.*$", "", value).strip()
         if not value.strip():  # blank means unset, as in `ACCESS_TOKEN=` of a copied .env.example
             os.environ.pop(name, None)

@@ -1,1 +1,1 @@
-"""One script per published number."""
+"""One script per published number. Each prints its machine, versions and ratios measured side by side in one run."""

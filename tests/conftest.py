@@ -26,6 +26,8 @@ DEMO = ROOT / "models" / "demo"
 
 # Tiny models: a second thread costs more than it brings, most of all on a busy machine.
 torch.set_num_threads(1)
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+os.environ |= ONE_THREAD
 
 
 def make_model(
@@ -124,15 +126,15 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
         port = free_port()
         (folder / ".env").write_text(env_file)
         inherited = {n: v for n, v in os.environ.items() if n in ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "TMPDIR")}
-        environment = inherited | {"PYTHONPATH": str(ROOT), "PORT": str(port), "HOST": "127.0.0.1"} | env
         log_path = folder / "log"
-        process = subprocess.Popen(
-            [part.format(port=port) for part in command or GUNICORN],
-            cwd=folder,
-            env={name: value for name, value in environment.items() if value != "unset"},
-            stdout=log_path.open("wb"),
-            stderr=subprocess.STDOUT,
-        )
+        with log_path.open("wb") as log:
+            process = subprocess.Popen(
+                [part.format(port=port) for part in command or GUNICORN],
+                cwd=folder,
+                env=inherited | ONE_THREAD | {"PYTHONPATH": str(ROOT), "PORT": str(port), "HOST": "127.0.0.1"} | env,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         client = httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=60, trust_env=False)
         server = Server(process, port, log_path, client)

@@ -1,4 +1,4 @@
-"""A scorer whose time and faults a test decides. Its score is the number of words that a document shares with the query."""
+"""A scorer whose time and faults a test decides: it counts the words that a document shares with the query."""
 
 from __future__ import annotations
 

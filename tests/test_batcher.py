@@ -189,7 +189,7 @@ def test_the_deadline_drops_queued_work() -> None:
 
     async def test(batcher: Batcher) -> None:
         first = await held(batcher, scorer, ask())
-        with pytest.raises(DeadlineError, match="not answered within 0.05 s"):
+        with pytest.raises(DeadlineError, match=r"not answered within 0\.05 s"):
             await batcher.rerank(ask(5), 0.05)
         assert (batcher.queue.tokens, batcher.requests) == (0, 1)
         scorer.hold.set()

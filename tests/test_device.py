@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
@@ -66,10 +67,8 @@ def test_a_precision_that_was_asked_for_is_tried_first(wanted: str, first: str) 
 
 def test_memory_of_the_cpu_is_capped_by_percentage_and_container(monkeypatch: pytest.MonkeyPatch) -> None:
     gib = 1 << 30
-    monkeypatch.setattr(devices.psutil, "virtual_memory", lambda: SimpleNamespace(total=16 * gib, available=10 * gib))
-    monkeypatch.setattr(
-        devices.psutil, "Process", lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=gib))
-    )
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=16 * gib, available=10 * gib))
+    monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=gib)))
     monkeypatch.setattr(devices, "_cgroup_limit", lambda: 1 << 62)
     assert devices.memory(CPU, 50).allowed == 8 * gib
     assert devices.memory(CPU, 50).left == 7 * gib

@@ -9,7 +9,6 @@ import pytest
 from reranker.service.queue import Job, TokenQueue
 from reranker.types import EncodedRequest
 
-
 LOOP = asyncio.new_event_loop()
 
 

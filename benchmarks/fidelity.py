@@ -1,0 +1,69 @@
+"""How near the engine is to the model card: largest difference of the logits, one pair at a time in float32.
+
+    python -m benchmarks.fidelity [--shape mid] [--requests 8]
+
+For float32, bfloat16 and float16; and how far a logit moves when other requests share the batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from pathlib import Path
+
+from benchmarks.card import Card
+from benchmarks.models import SHAPES, model
+from benchmarks.report import header, table
+from reranker import Scorer
+from reranker.engine.budget import split
+from reranker.types import EncodedRequest, RerankRequest, Slice
+
+
+def alone(scorer: Scorer, encoded: EncodedRequest) -> list[float]:
+    """Logits with nobody else in the batch."""
+    return [x for s in split(encoded, scorer.max_batch_tokens, 10**9) for x in scorer.score(scorer.pack([s]))]
+
+
+def main() -> None:
+    """Measure and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="mid")
+    parser.add_argument("--workload", default="short", help="short or long")
+    parser.add_argument("--requests", type=int, default=8)
+    a = parser.parse_args()
+    path = model(a.shape)
+    text = (Path(__file__).parent / f"{a.workload}.json").read_text(encoding="utf-8")
+    work = json.loads(text)[: a.requests]
+    card = Card(path)
+    wanted = [card.logits(request["query"], request["documents"], batch=1) for request in work]
+    spread = max(itertools.chain(*wanted)) - min(itertools.chain(*wanted))
+
+    rows = []
+    for precision in ("float32", "bfloat16", "float16"):
+        scorer = Scorer.load(path, device="cpu", precision=precision)
+        encoded = [scorer.encode(RerankRequest(request["query"], request["documents"])) for request in work]
+        single = [alone(scorer, e) for e in encoded]
+        # All requests by turns, a few documents of each in every batch.
+        mixed: list[list[float]] = [[] for _ in encoded]
+        longest = max(len(e.documents) for e in encoded)
+        for start in range(0, longest, 4):
+            parts = [Slice(e, start, min(start + 4, len(e.documents))) for e in encoded if start < len(e.documents)]
+            flat = iter(scorer.score(scorer.pack(parts)))
+            for part in parts:
+                mixed[encoded.index(part.request)] += [next(flat) for _ in range(part.stop - part.start)]
+        rows.append(
+            [precision, f"{_worst(single, wanted):.1e}", f"{_worst(mixed, wanted):.1e}", f"{_worst(mixed, single):.1e}"]
+        )
+    print(header(), end="\n\n")
+    print(f"Model {a.shape} (random weights), {a.workload}.json, {sum(map(len, wanted))} documents; the card's logits")
+    print(f"spread over {spread:.2f}. Largest absolute difference of a logit:\n")
+    print(table(["precision", "from the card, alone", "from the card, shared batches", "shared from alone"], rows))
+
+
+def _worst(got: list[list[float]], wanted: list[list[float]]) -> float:
+    return max(abs(g - w) for g, w in zip(itertools.chain(*got), itertools.chain(*wanted), strict=True))
+
+
+if __name__ == "__main__":
+    main()

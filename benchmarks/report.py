@@ -1,0 +1,42 @@
+"""What every result carries: the machine, the versions, the command and the commit."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+import transformers
+
+
+def header() -> str:
+    """A few lines of Markdown that say where and with what the figures were measured."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    device = f"{_processor()}, {torch.get_num_threads()} thread(s)"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    now = datetime.now(UTC).strftime("%Y-%m-%d")
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
+    command = f"python -m benchmarks.{Path(sys.argv[0]).stem} {' '.join(sys.argv[1:])}".strip()
+    return f"`{command}` · {now} · commit {commit or 'unknown'}\n\n{device}; {versions}"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _processor() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
+    wide = next((f for f in ("amx_tile", "avx512f", "avx2") if f in text), "no AVX2")
+    return f"{len(names)} cores {names[0] if names else platform.machine()} ({wide})"

@@ -1,0 +1,126 @@
+"""The hooks of gunicorn.conf.py, driven with fakes: a GPU for every slot, and no slot twice."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import subprocess
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.conftest import GUNICORN, ROOT
+
+
+@pytest.fixture(autouse=True)
+def _environment() -> Iterator[None]:
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def conf(monkeypatch: pytest.MonkeyPatch, gpus: int = 0, **env: str) -> dict[str, Any]:
+    """The names of gunicorn.conf.py as gunicorn would read them, on a machine with so many GPUs."""
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    asked = SimpleNamespace(returncode=0, stdout=f"{gpus}\n")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **options: asked)
+    return runpy.run_path(str(ROOT / "gunicorn.conf.py"))
+
+
+class Master:
+    """As much of gunicorn's arbiter as the hooks see."""
+
+    def __init__(self, names: dict[str, Any]) -> None:
+        self.names, self.WORKERS, self.num_workers, self.age = names, dict[int, Any](), names["workers"], 0
+
+    def spawn(self) -> tuple[int, str | None, str]:
+        """Fork a worker: its id, the GPUs it sees, and whether it counts as respawned."""
+        self.age += 1
+        worker = SimpleNamespace(age=self.age)
+        self.names["pre_fork"](self, worker)
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        self.names["post_fork"](self, worker)
+        seen, respawned = os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ["RERANKER_RESPAWNED"]
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # that happened in the child
+        if visible is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible
+        self.WORKERS[self.age] = worker
+        return self.age, seen, respawned
+
+    def die(self, worker: int) -> None:
+        del self.WORKERS[worker]
+
+
+def test_a_respawned_worker_takes_the_gpu_that_became_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    master = Master(conf(monkeypatch, gpus=3, WORKERS="auto"))
+    assert master.num_workers == 3
+    assert [master.spawn() for _ in range(3)] == [(1, "0", "0"), (2, "1", "0"), (3, "2", "0")]
+    master.die(2)
+    assert master.spawn() == (4, "1", "1")
+    master.die(1)
+    master.die(4)
+    assert {master.spawn()[1], master.spawn()[1]} == {"0", "1"}
+
+
+def test_the_operators_choice_of_gpus_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    master = Master(conf(monkeypatch, gpus=2, WORKERS="auto", CUDA_VISIBLE_DEVICES="5, GPU-7c"))
+    assert [master.spawn()[1] for _ in range(2)] == ["5", "GPU-7c"]
+
+
+def test_more_workers_than_gpus_share_them_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    master = Master(conf(monkeypatch, gpus=2, WORKERS="4", MODEL_DEVICE="cuda"))
+    assert [master.spawn()[1] for _ in range(4)] == ["0", "1", "0", "1"]
+
+
+@pytest.mark.parametrize("env", [{"WORKERS": "1"}, {"WORKERS": "2", "MODEL_DEVICE": "cpu"}, {"MODEL_DEVICE": "cuda:1"}])
+def test_nothing_is_pinned_without_a_choice(monkeypatch: pytest.MonkeyPatch, env: dict[str, str]) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert Master(conf(monkeypatch, gpus=2, **env)).spawn()[1] is None
+
+
+def test_without_a_gpu_auto_means_one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert conf(monkeypatch, gpus=0, WORKERS="auto")["workers"] == 1
+
+
+def test_every_setting_reaches_gunicorn(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = conf(
+        monkeypatch,
+        HOST="127.0.0.1",
+        PORT="7000",
+        WORKERS="2",
+        MODEL_DEVICE="cpu",
+        WORKER_CLASS="uvicorn_worker.UvicornWorker",
+        WORKER_CONNECTIONS="77",
+        TIMEOUT="33",
+        KEEP_ALIVE="9",
+        REQUEST_TIMEOUT="20",
+    )
+    assert names["bind"] == "127.0.0.1:7000"
+    assert names["workers"] == 2
+    assert names["worker_class"] == "reranker.service.worker.RerankWorker"
+    assert (names["worker_connections"], names["timeout"], names["keepalive"]) == (77, 33, 9)
+    assert names["graceful_timeout"] == 30
+    assert names["preload_app"] is False
+    assert names["accesslog"] is None
+    assert conf(monkeypatch, HOST="::1")["bind"] == "[::1]:7000"
+
+
+def test_a_wrong_setting_is_one_line_and_no_traceback(tmp_path: Any) -> None:
+    out = subprocess.run(
+        [*GUNICORN, "--check-config"],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "WORKER_CLASS": "sync"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert out.returncode != 0
+    lines = (out.stdout + out.stderr).strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: WORKER_CLASS='sync' cannot be used; use uvicorn.workers.UvicornWorker")

@@ -1,0 +1,76 @@
+"""The READMEs are true: their commands run, both say the same, and neither grows without end."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT, Server
+
+READMES = ["README.md", "README.zh-CN.md"]
+
+
+def text(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def blocks(name: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text(name), re.M | re.S)
+
+
+def test_a_readme_has_at_most_200_lines() -> None:
+    for name in READMES:
+        assert len(text(name).splitlines()) <= 200
+
+
+def test_both_have_the_same_commands() -> None:
+    for language in ("bash", "python"):
+        assert [b.split("#")[0] for b in blocks(READMES[0], language)] == [
+            b.split("#")[0] for b in blocks(READMES[1], language)
+        ]
+    shown = [re.findall(r"^    (\S.*?)(?:\s+#.*)?$", text(name), re.M) for name in READMES]
+    assert shown[0] == shown[1]
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_the_curl_commands_answer_what_is_said(server: Server, name: str) -> None:
+    answers = []
+    for block in blocks(name, "bash"):
+        command = shlex.split(block.replace("127.0.0.1:6006", f"127.0.0.1:{server.port}"))
+        assert command[0] == "curl"
+        out = subprocess.run([*command, "-s", "--noproxy", "*"], capture_output=True, text=True, check=True)
+        answers.append(json.loads(out.stdout))
+    [[best], results] = answers
+    assert best["index"] == 1
+    assert set(best) == {"index", "score"}
+    first = results["results"][0]
+    assert set(first) == {"index", "relevance_score", "text"}
+    assert first["index"] == 1
+    assert first["text"].startswith("gzip 是")
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_the_library_example_runs(name: str) -> None:
+    [code] = blocks(name, "python")
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    chess, gzip = json.loads(out.stdout)
+    assert gzip > chess
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_links_lead_somewhere(name: str) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", text(name)):
+        assert target.startswith("http") or (ROOT / target).exists(), target
+
+
+def test_the_make_targets_exist() -> None:
+    makefile = text("Makefile")
+    for name in [*READMES, "CONTRIBUTING.md"]:
+        for target in re.findall(r"\bmake ([a-z]+)\b(?=[`\s]| TORCH)", text(name)):
+            if target not in ("and",):
+                assert re.search(rf"^{target}:", makefile, re.M), target
