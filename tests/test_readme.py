@@ -52,6 +52,8 @@ def test_the_curl_commands_answer_what_is_said(server: Server, name: str) -> Non
     assert set(first) == {"index", "relevance_score", "text"}
     assert first["index"] == 1
     assert first["text"].startswith("gzip 是")
+    shown = [float(x) for x in re.findall(r'score": (0\.\d\d)', text(name))]
+    assert [best["score"], first["relevance_score"]] == pytest.approx(shown, abs=0.01)
 
 
 @pytest.mark.parametrize("name", READMES)
