@@ -112,6 +112,7 @@ class Server:
 
 Start = Callable[..., Server]
 GUNICORN = [str(Path(sys.executable).with_name("gunicorn")), "-c", str(ROOT / "gunicorn.conf.py"), "app:app"]
+FAKE = [*GUNICORN[:-1], "tests.fake_app:app"]
 
 
 @pytest.fixture(scope="session")
@@ -158,3 +159,9 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
 def server(start: Start) -> Server:
     """The service as `make serve` runs it, with the demo model and without a token."""
     return start()
+
+
+@pytest.fixture(scope="session")
+def fake_server(start: Start) -> Server:
+    """The real service around tests/fake.py: a document's logit is the number of words it shares with the query."""
+    return start(command=FAKE)
