@@ -5,7 +5,7 @@ Everything on the way of a request has a name and a unit here, so that a signatu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 
@@ -17,6 +17,14 @@ class RerankRequest:
     documents: Sequence[str]
     instruction: str | None = None
     """Replaces the default instruction of the service when it is given."""
+    max_tokens_per_doc: int | None = None
+    """Tokens of a document that the model reads at once, where that is less than what fits beside the query."""
+    max_chunks_per_doc: int | None = None
+    """A longer document is split into up to so many chunks of that size and counts by its best; None: it is cut."""
+    truncate: bool = True
+    """False: a document of which a part would not be read is an error instead."""
+    offset: int = 0
+    """Position of the first document where this is a part of a larger request; errors name documents by it."""
 
     @property
     def characters(self) -> int:
@@ -30,8 +38,24 @@ class EncodedRequest:
 
     prefix: list[int]
     documents: list[list[int]]
+    """What is scored, one logit each: a document, or where `chunks` says so each chunk of it, in order."""
     truncated: int = 0
     """How many documents did not fit and were cut."""
+    chunks: list[list[int]] | None = None
+    """None: nothing may be split. Else for each document the characters at which its chunks begin and the last one
+    ends: n + 1 numbers for n chunks."""
+
+    @classmethod
+    def join(cls, parts: Sequence[EncodedRequest]) -> EncodedRequest:
+        """The parts of one request, in order, as one."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            parts[0].prefix,
+            [document for part in parts for document in part.documents],
+            sum(part.truncated for part in parts),
+            None if parts[0].chunks is None else [borders for part in parts for borders in part.chunks or []],
+        )
 
     @property
     def tokens(self) -> int:
@@ -74,6 +98,15 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True)
+class Chunk:
+    """A part of a document: its place among the document's chunks, and characters `start` to `stop` (exclusive)."""
+
+    index: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
 class RerankResult:
     """The answer: one logit (yes minus no) per document, in the order of the documents."""
 
@@ -81,6 +114,8 @@ class RerankResult:
     prompt_tokens: int
     truncated_documents: int
     timings: Timings = field(default_factory=Timings)
+    best_chunks: Mapping[int, Chunk] = field(default_factory=dict)
+    """By document index: the chunk that a document which was split got its logit from."""
 
 
 @dataclass(frozen=True, slots=True)

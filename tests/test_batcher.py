@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from reranker.errors import (
     ScoringError,
 )
 from reranker.service.batcher import Batcher
-from reranker.types import RerankRequest, RerankResult
+from reranker.types import Chunk, EncodedRequest, RerankRequest, RerankResult
 from tests.fake import PREFIX, FakeScorer
 
 
@@ -330,6 +331,31 @@ def test_a_big_request_is_tokenised_by_turns() -> None:
         assert sum(parts) == 100
 
     run(test, scorer, max_queue_tokens=10_000_000)
+
+
+def test_parts_of_a_big_request_keep_its_options_and_the_places_of_its_documents() -> None:
+    scorer = FakeScorer(max_batch_tokens=10_000_000)
+    parts: list[RerankRequest] = []
+
+    def encode(request: RerankRequest) -> EncodedRequest:
+        parts.append(request)
+        # Every document in two chunks, of which the second has the query's word.
+        entries = [ids for _ in request.documents for ids in ([0], [1])]
+        return EncodedRequest([1], entries, 1, [[0, 1, 2] for _ in request.documents])
+
+    scorer.encode = encode  # type: ignore[method-assign]
+
+    async def test(batcher: Batcher) -> None:
+        request = RerankRequest("red", ["x" * 90_000] * 7, "find", 5, 3, truncate=False)
+        result = await batcher.rerank(request, 60)
+        assert result.logits == [1.0] * 7
+        assert result.best_chunks == {i: Chunk(1, 1, 2) for i in range(7)}
+        assert result.truncated_documents == len(parts) == 3
+        assert [part.offset for part in parts] == [0, 3, 6]
+        for part in parts:
+            assert replace(part, documents=request.documents, offset=0) == request
+
+    run(test, scorer)
 
 
 def test_many_clients_at_once_get_their_own_scores() -> None:

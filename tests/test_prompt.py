@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from reranker.engine.prompt import Prompt
+from reranker.engine.prompt import MOST_CHUNKS, Prompt
 from reranker.errors import InvalidRequestError, ModelLoadError
 from reranker.types import RerankRequest
 from tests.card import Card
@@ -134,3 +136,70 @@ def test_a_tokenizer_that_splits_the_answers_is_refused(monkeypatch: pytest.Monk
     monkeypatch.setattr(TOKENIZER, "encode", lambda text, **options: encode(text + text, **options))
     with pytest.raises(ModelLoadError, match="splits 'yes' into 2 tokens"):
         Prompt(TOKENIZER)
+
+
+def rest(document: list[int]) -> list[int]:
+    """A document's tokens without the suffix."""
+    assert document[-len(PROMPT.suffix) :] == PROMPT.suffix
+    return document[: -len(PROMPT.suffix)]
+
+
+def test_max_tokens_per_doc_cuts_shorter_than_what_fits() -> None:
+    whole = PROMPT.encode(RerankRequest("q", ["one two three four five", "x"]))
+    cut = PROMPT.encode(RerankRequest("q", ["one two three four five", "x"], max_tokens_per_doc=3))
+    assert (whole.truncated, cut.truncated) == (0, 1)
+    assert [rest(d) for d in cut.documents] == [rest(d)[:3] for d in whole.documents]
+    # More than fits is no wish at all.
+    large = PROMPT.encode(RerankRequest("q", ["word " * 20_000], max_tokens_per_doc=10**30))
+    assert large == PROMPT.encode(RerankRequest("q", ["word " * 20_000]))
+
+
+@settings(max_examples=200, deadline=None)
+@given(documents=st.lists(TEXT, min_size=1, max_size=4), size=st.integers(1, 30), most=st.integers(1, 5))
+def test_chunks_are_consecutive_windows_of_the_documents_tokens(documents: list[str], size: int, most: int) -> None:
+    whole = PROMPT.encode(RerankRequest("q", documents))
+    request = RerankRequest("q", documents, max_tokens_per_doc=size, max_chunks_per_doc=most)
+    encoded = PROMPT.encode(request)
+    assert encoded.prefix == whole.prefix
+    assert encoded.chunks is not None
+    entries = iter(encoded.documents)
+    cut = 0
+    for text, document, borders in zip(documents, whole.documents, encoded.chunks, strict=True):
+        windows = [rest(next(entries)) for _ in borders[1:]]
+        assert [len(w) for w in windows[:-1]] == [size] * (len(windows) - 1)
+        assert [i for w in windows for i in w] == rest(document)[: size * most]
+        assert borders == sorted(borders)
+        assert borders[0] == 0
+        if len(rest(document)) > size * most:
+            cut += 1
+            assert len(windows) == most
+        else:
+            assert borders[-1] == len(text)
+    assert next(entries, None) is None
+    assert encoded.truncated == cut
+
+
+def test_borders_of_chunks_are_those_of_the_text() -> None:
+    text = "one two three four five six seven"
+    encoded = PROMPT.encode(RerankRequest("q", [text], max_tokens_per_doc=1, max_chunks_per_doc=99))
+    assert encoded.chunks is not None
+    borders = encoded.chunks[0]
+    parts = [text[a:b] for a, b in itertools.pairwise(borders)]
+    assert "".join(parts) == text
+    for part, document in zip(parts, encoded.documents, strict=True):
+        assert PROMPT.plain.decode(rest(document)).strip() == part.strip()
+
+
+def test_the_number_of_chunks_is_bounded() -> None:
+    request = RerankRequest("q", ["word " * 1000], max_tokens_per_doc=2, max_chunks_per_doc=10**30)
+    encoded = PROMPT.encode(request)
+    assert (len(encoded.documents), encoded.truncated) == (MOST_CHUNKS, 1)
+
+
+def test_a_document_that_may_not_be_cut_is_named_by_its_place() -> None:
+    request = RerankRequest("q", ["a", "one two three four five"], max_tokens_per_doc=3, truncate=False, offset=10)
+    with pytest.raises(InvalidRequestError, match=r"documents\[11\]: longer than the 3 tokens") as caught:
+        PROMPT.encode(request)
+    assert "four" not in str(caught.value)
+    fits = RerankRequest("q", ["a", "one two three"], max_chunks_per_doc=2, max_tokens_per_doc=3, truncate=False)
+    assert PROMPT.encode(fits).truncated == 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from reranker.engine.text import printable
@@ -28,6 +28,8 @@ INSTRUCTION = "Given a web search query, retrieve relevant passages that answer 
 _CHARACTERS_PER_TOKEN = 4
 # Tokens near the end of a cut text may differ from those of the whole text: so many are not trusted.
 _UNSURE_TOKENS = 32
+# A document is split into at most so many chunks: with 8192 tokens each, a second of tokenising.
+MOST_CHUNKS = 64
 
 
 class Prompt:
@@ -76,49 +78,74 @@ class Prompt:
     def encode(self, request: RerankRequest) -> EncodedRequest:
         """Tokenise a request; documents that do not fit are cut from the right, the suffix always stays.
 
+        A document has room for what prefix and suffix leave of `max_seq_length`, or for `max_tokens_per_doc` tokens
+        where that is less. With `max_chunks_per_doc` a longer one becomes consecutive windows of that many tokens, the
+        last one shorter, each behind the same prefix; what is behind the last allowed window is cut.
+
         Raises:
-            InvalidRequestError: query and instruction leave no room for a document.
+            InvalidRequestError: query and instruction leave no room for a document; a document would have to be cut
+                and `truncate` is false.
         """
         instruction = self.instruction if request.instruction is None else request.instruction
         pair = f"<Instruct>: {printable(instruction)}\n<Query>: {printable(request.query)}\n<Document>:"
         room = self.max_seq_length - len(self.system) - len(self.suffix)
-        prefix = self.system + self._bounded([pair], room)[0]
+        prefix = self.system + self._bounded([pair], room)[0].ids
         room = self.max_seq_length - len(prefix) - len(self.suffix)
         if room < 1:
             raise InvalidRequestError(
                 f"the query and instruction leave no room for a document: they and the prompt take more than "
                 f"{self.max_seq_length - 1} of {self.max_seq_length} tokens; shorten the query or raise MAX_SEQ_LENGTH"
             )
-        documents = self._bounded([" " + printable(document) for document in request.documents], room)
+        size = min(room, request.max_tokens_per_doc or room)
+        most = size * min(request.max_chunks_per_doc or 1, MOST_CHUNKS)
+        split = request.max_chunks_per_doc is not None
+        texts = [" " + printable(document) for document in request.documents]
+        documents: list[list[int]] = []
+        chunks: list[list[int]] = []
         truncated = 0
-        for ids in documents:
-            if len(ids) > room:
-                truncated += 1
-                del ids[room:]
-            ids += self.suffix
-        return EncodedRequest(prefix, documents, truncated)
+        for i, encoding in enumerate(self._bounded(texts, most, offsets=split)):
+            ids = encoding.ids
+            cut = len(ids) > most
+            if cut and not request.truncate:
+                raise InvalidRequestError(
+                    f"documents[{request.offset + i}]: longer than the {most} tokens that are read of it; "
+                    f"shorten it, or leave truncate out to have it cut"
+                )
+            truncated += cut
+            starts = range(0, min(len(ids), most), size)
+            documents += [ids[start : start + size] + self.suffix for start in starts]
+            if split:
+                borders = [_character(encoding, start) for start in starts]
+                chunks.append([*borders, _character(encoding, most) if cut else len(texts[i]) - 1])
+        return EncodedRequest(prefix, documents, truncated, chunks if split else None)
 
-    def _bounded(self, texts: Sequence[str], wanted: int) -> list[list[int]]:
-        """Ids of each text: all of them, or at least the first `wanted + 1` when there are more.
+    def _bounded(self, texts: Sequence[str], wanted: int, *, offsets: bool = False) -> list[Encoding]:
+        """Tokens of each text: all of them, or at least the first `wanted + 1` when there are more.
 
         Tokenising a ten-million-character text takes a minute; only its beginning matters. A text is cut to what is
-        likely enough, and cut later only where that gave too few tokens.
+        likely enough, and cut later only where that gave too few tokens. `offsets`: know each token's characters.
         """
-        ids: list[list[int]] = [[]] * len(texts)
+        encode = self.plain.encode_batch if offsets else self.plain.encode_batch_fast
+        done: dict[int, Encoding] = {}
         limit = (wanted + 1) * _CHARACTERS_PER_TOKEN
         most = (wanted + 1) * self.longest_entry
         todo = list(range(len(texts)))
         while todo:
             cut = [texts[i][:limit] for i in todo]
-            encodings = self.plain.encode_batch_fast(cut, add_special_tokens=False)
             short: list[int] = []
-            for i, encoding in zip(todo, encodings, strict=True):
-                ids[i] = encoding.ids
+            for i, encoding in zip(todo, encode(cut, add_special_tokens=False), strict=True):
+                done[i] = encoding
                 whole = len(texts[i]) <= limit or limit >= most
-                if not whole and len(ids[i]) - _UNSURE_TOKENS <= wanted:
+                if not whole and len(encoding) - _UNSURE_TOKENS <= wanted:
                     short.append(i)
             todo, limit = short, limit * 2
-        return ids
+        return [done[i] for i in range(len(texts))]
+
+
+def _character(encoding: Encoding, token: int) -> int:
+    """Where a token of " " + document begins in the document."""
+    characters = encoding.token_to_chars(token)
+    return max(0, characters[0] - 1) if characters else 0
 
 
 def _without_added_tokens(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:

@@ -58,7 +58,8 @@ class Scorer:
     ) -> None:
         self.model = model
         self.prompt = prompt
-        self.name = name
+        self.demo = Path(name).expanduser().resolve() == DEMO
+        self.name = "demo" if self.demo else name
         self.max_batch_tokens = max_batch_tokens
         self.max_batch_documents = max_batch_documents or 1 << 30
 
@@ -116,14 +117,13 @@ class Scorer:
     @property
     def info(self) -> ModelInfo:
         """What was loaded and chosen."""
-        demo = Path(self.name).expanduser().resolve() == DEMO
         return ModelInfo(
-            name="demo" if demo else self.name,
+            name=self.name,
             device=str(self.model.device),
             precision=devices.short(self.model.dtype),
             max_seq_length=self.prompt.max_seq_length,
             max_batch_tokens=self.max_batch_tokens,
-            demo=demo,
+            demo=self.demo,
         )
 
     def encode(self, request: RerankRequest) -> EncodedRequest:

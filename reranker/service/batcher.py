@@ -16,8 +16,10 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, Literal, Protocol, TypeVar
 
+from reranker.engine.scores import per_document
 from reranker.errors import DeadlineError, DeviceLostError, NotReadyError, QueueFullError, RerankError, ScoringError
 from reranker.service.queue import Job, TokenQueue
 from reranker.types import EncodedRequest, ModelInfo, RerankRequest, RerankResult, Slice, Timings
@@ -125,7 +127,7 @@ class Batcher:
         Raises:
             NotReadyError: loading, draining or unhealthy.
             QueueFullError: too much waits already; says when to come back.
-            InvalidRequestError: the query leaves no room for a document.
+            InvalidRequestError: the query leaves no room for a document, or a document may not be cut and must be.
             DeadlineError: not answered in time.
             ScoringError: the model failed on this request.
         """
@@ -161,7 +163,8 @@ class Batcher:
         end = time.monotonic()
         timings.queue, timings.inference = job.started_at - job.queued_at, end - job.started_at
         timings.total = end - start
-        return RerankResult(job.logits, encoded.prompt_tokens, encoded.truncated, timings)
+        logits, best_chunks = per_document(encoded, job.logits)
+        return RerankResult(logits, encoded.prompt_tokens, encoded.truncated, timings, best_chunks)
 
     async def _encode(self, scorer: ScorerLike, request: RerankRequest) -> EncodedRequest:
         """Tokenise in a host thread; a big request in parts, so that others get their turn in between."""
@@ -172,14 +175,10 @@ class Batcher:
             part.append(document)
             size += len(document)
             if size >= _ENCODE_CHARACTERS or i == len(request.documents) - 1:
-                piece = RerankRequest(request.query, part, request.instruction)
+                piece = replace(request, documents=part, offset=i + 1 - len(part))
                 parts.append(await self._in(self._host, scorer.encode, piece))
                 part, size = [], 0
-        if len(parts) == 1:
-            return parts[0]
-        return EncodedRequest(
-            parts[0].prefix, [d for p in parts for d in p.documents], truncated=sum(p.truncated for p in parts)
-        )
+        return EncodedRequest.join(parts)
 
     def _enqueue(self, request: EncodedRequest) -> Job:
         self.check_ready()
