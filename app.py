@@ -21,7 +21,7 @@ from config import Settings, SettingsError, load_settings, log_config
 from reranker import __version__
 from reranker.errors import ModelLoadError
 from reranker.service.access import AccessLog
-from reranker.service.api import errors, health, native
+from reranker.service.api import errors, health, openai, routes, tei
 from reranker.service.auth import TokenAuth
 from reranker.service.batcher import Batcher, ScorerLike
 from reranker.service.limits import Limits
@@ -67,8 +67,8 @@ def create_app(settings: Settings, load: Callable[[], ScorerLike] | None = None)
     )
     app.state.max_documents = settings.max_documents
     app.state.request_timeout = settings.request_timeout
-    for dialect in (native, health):
-        app.include_router(dialect.router)
+    for part in (routes, openai, tei, health):
+        app.include_router(part.router)
     errors.install(app)
     # Outermost last.
     app.add_middleware(Limits, max_body_bytes=settings.max_body_bytes, body_timeout=settings.body_timeout)

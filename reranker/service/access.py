@@ -35,7 +35,7 @@ class AccessLog:
         sent = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"").decode("latin-1")
         request_id = sent if _REQUEST_ID.fullmatch(sent) else secrets.token_hex(8)
         facts: dict[str, Any] = {}
-        scope.setdefault("state", {})["access"] = facts
+        scope.setdefault("state", {}).update(access=facts, request_id=request_id)
         status = 0
 
         async def stamped(message: Message) -> None:

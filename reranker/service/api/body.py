@@ -1,4 +1,8 @@
-"""Reading a JSON body: bytes to a checked model, with errors that say what and where and never echo the input."""
+"""Reading a JSON body: bytes to a checked model, with errors that say what and where and never echo the input.
+
+The fields that every dialect shares are here, under every name that a client gives them; a dialect's own module holds
+what only it has.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,20 @@ import json
 from typing import Annotated, Any, NoReturn, TypeVar
 
 from fastapi import Request
-from pydantic import BaseModel, BeforeValidator, FailFast, Field, ValidationError, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+)
 from pydantic_core import PydanticCustomError
 
 from reranker.engine.text import printable
 from reranker.errors import InvalidRequestError, MalformedBodyError, UnsupportedMediaTypeError
+from reranker.types import RerankRequest
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -47,8 +60,21 @@ def _count(value: Any) -> int | None:
     return value
 
 
+# RAGFlow sends "true"; Python's str() makes "True"; 1 equals True as a key.
+_FLAGS: dict[float | str, bool] = {
+    flag: value for value in (True, False) for flag in (value, str(value), str(value).lower(), str(int(value)))
+}
+
+
+def _flag(value: Any) -> bool:
+    flag = _FLAGS.get(value) if isinstance(value, (int, float, str)) else None
+    if flag is None:
+        raise PydanticCustomError("flag", "must be true or false")
+    return flag
+
+
 Text = Annotated[str, BeforeValidator(_text)]
-Query = Annotated[str, BeforeValidator(_query), WithJsonSchema({"type": "string", "minLength": 1})]
+Query = Annotated[str, BeforeValidator(_query), WithJsonSchema({"type": "string", "minLength": 1, "pattern": r"\S"})]
 Document = Annotated[
     str,
     BeforeValidator(_document),
@@ -68,6 +94,61 @@ Count = Annotated[
     BeforeValidator(_count),
     WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "null"}]}),
 ]
+"""None: not limited."""
+Flag = Annotated[
+    bool,
+    BeforeValidator(_flag),
+    WithJsonSchema(
+        {"anyOf": [{"type": "boolean"}, {"enum": ["true", "false", "True", "False", "1", "0", 1, 0, None]}]}
+    ),
+]
+
+
+class RerankBody(BaseModel):
+    """Rank `documents` by relevance to `query`. Unknown keys and nulls are ignored."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    query: Query = Field(description="What is searched for", examples=["what is a cat?"])
+    documents: Documents = Field(
+        description='Strings, or objects {"text": string}', examples=[["a small animal", "a bread"]]
+    )
+    top_k: Count = Field(None, description="How many results; null: all")
+    top_n: Count = Field(None, description="The same as top_k, which goes first")
+    instruction: Text | None = Field(None, description="Replaces the default instruction")
+    instruct: Text | None = Field(None, description="The same as instruction, which goes first")
+    return_documents: Flag = Field(False, description="Answer the texts as well")
+    return_text: Flag = Field(False, description="The same as return_documents")
+    max_tokens_per_doc: Count = Field(None, description="Tokens of a document that are read at once; null: what fits")
+    max_chunks_per_doc: Count = Field(
+        None,
+        description="A longer document is split into up to so many chunks (at most 64) and counts by its best; "
+        "null: it is cut",
+    )
+    raw_scores: Flag = Field(False, description="Answer logits instead of probabilities")
+    truncate: Flag = Field(True, description="false: a document that does not fit is an error instead of cut")
+    model: Text | None = Field(None, description="Any string; the answer names the model that is served")
+
+    @property
+    def limit(self) -> int | None:
+        """How many results are asked for; None: all."""
+        return self.top_n if self.top_k is None else self.top_k
+
+    @property
+    def wants_documents(self) -> bool:
+        """Are the texts answered as well."""
+        return self.return_documents or self.return_text
+
+    def request(self) -> RerankRequest:
+        """The request in the engine's words."""
+        return RerankRequest(
+            self.query,
+            self.documents,
+            self.instruct if self.instruction is None else self.instruction,
+            self.max_tokens_per_doc,
+            self.max_chunks_per_doc,
+            self.truncate,
+        )
 
 
 async def read_json(request: Request) -> dict[str, Any]:
@@ -105,7 +186,7 @@ def parse(model: type[M], body: dict[str, Any]) -> M:
         InvalidRequestError: names the first field that is wrong.
     """
     try:
-        return model.model_validate(body)
+        return model.model_validate({name: value for name, value in body.items() if value is not None})
     except ValidationError as error:
         problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]).lstrip(".")

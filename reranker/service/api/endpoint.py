@@ -1,7 +1,6 @@
-"""The way that every dialect shares: from a translated request to a result, and back to headers.
+"""The way that every dialect shares: from a checked body to a ranking, and from its rendering to the answer.
 
-A dialect is one module beside this one: its wire models, one function in, one function out. It calls `rank` and never
-scores by itself.
+A dialect is one module beside this one: its wire models, and a function that renders a `Ranking`. It never scores.
 """
 
 from __future__ import annotations
@@ -9,14 +8,29 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Request
 from starlette.responses import Response
 
+from reranker.engine.scores import sigmoid
 from reranker.errors import InvalidRequestError, NotReadyError
+from reranker.service.api.body import RerankBody
 from reranker.service.batcher import Batcher
 from reranker.types import RerankRequest, RerankResult
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """All that a dialect needs to render its answer."""
+
+    asked: RerankBody
+    result: RerankResult
+    best: list[tuple[int, float]]
+    """(document index, score), best first, `top_k` of them; the score is a probability, or the logit if asked for."""
+    model: str
+    request_id: str
 
 
 def refuse_too_many(request: Request, documents: object) -> None:
@@ -32,12 +46,21 @@ def refuse_too_many(request: Request, documents: object) -> None:
         )
 
 
-async def rank(request: Request, query: RerankRequest) -> RerankResult:
-    """Score a request; a client that leaves takes its queued work along.
+async def rank(request: Request, asked: RerankBody) -> Ranking:
+    """Score what a body asks for and sort it.
 
     Raises:
         RerankError: see `Batcher.rerank`.
     """
+    model = request.app.state.batcher.check_ready().info.name
+    result = await _score(request, asked.request())
+    score = float if asked.raw_scores else sigmoid
+    best = [(i, score(result.logits[i])) for i in order(result.logits, asked.limit)]
+    return Ranking(asked, result, best, model, request.scope["state"]["request_id"])
+
+
+async def _score(request: Request, query: RerankRequest) -> RerankResult:
+    """A client that leaves takes its queued work along."""
     batcher: Batcher = request.app.state.batcher
     facts: dict[str, Any] = request.scope["state"]["access"]
     facts["documents"] = len(query.documents)

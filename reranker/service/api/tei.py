@@ -1,0 +1,96 @@
+"""The dialect of text-embeddings-inference: `texts` in, the native array out, and GET /info.
+
+Dify's TEI plugin reads /info before it saves a model: 200, the first key of `model_type` must be "reranker", and
+`max_input_length` and `max_client_batch_size` are taken over.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, Field
+from starlette.responses import JSONResponse, Response
+
+from reranker import __version__
+from reranker.service.api.body import Documents, RerankBody
+from reranker.service.api.errors import ErrorBody
+from reranker.types import RerankRequest
+
+router = APIRouter(tags=["models"])
+
+
+class TeiBody(RerankBody):
+    """Rank `texts` by relevance to `query`. Unknown keys and nulls are ignored."""
+
+    documents: Documents = Field(
+        validation_alias="texts",
+        description='Strings, or objects {"text": string}',
+        examples=[["a small animal", "a bread"]],
+    )
+
+    def request(self) -> RerankRequest:
+        """As ever, but texts are always cut: litellm sends `truncate: false` whether its user wants it or not."""
+        return replace(super().request(), truncate=True)
+
+
+class Labels(BaseModel):
+    """The classes of the model: one, whose score is answered."""
+
+    id2label: dict[str, str]
+    label2id: dict[str, int]
+
+
+class ModelType(BaseModel):
+    """What the model does."""
+
+    reranker: Labels
+
+
+class Info(BaseModel):
+    """The served model and the limits of a request, as text-embeddings-inference answers them."""
+
+    model_id: str
+    model_sha: str | None
+    model_dtype: str
+    model_type: ModelType
+    max_concurrent_requests: int
+    max_input_length: int
+    max_batch_tokens: int
+    max_batch_requests: int | None
+    max_client_batch_size: int
+    auto_truncate: bool
+    tokenization_workers: int
+    version: str
+    sha: str | None
+    docker_label: str | None
+
+
+@router.get(
+    "/info",
+    summary="The served model and its limits, as TEI answers them",
+    response_model=Info,
+    responses={503: {"model": ErrorBody, "description": "The model is not loaded"}},
+)
+async def info(request: Request) -> Response:
+    """What Dify and other TEI clients read before they send anything."""
+    batcher = request.app.state.batcher
+    model = batcher.check_ready().info
+    return JSONResponse(
+        {
+            "model_id": model.name,
+            "model_sha": None,
+            "model_dtype": model.precision,
+            "model_type": {"reranker": {"id2label": {"0": "relevant"}, "label2id": {"relevant": 0}}},
+            "max_concurrent_requests": batcher.max_requests,
+            "max_input_length": model.max_seq_length,
+            "max_batch_tokens": model.max_batch_tokens,
+            "max_batch_requests": None,
+            "max_client_batch_size": request.app.state.max_documents,
+            "auto_truncate": True,
+            "tokenization_workers": 1,
+            "version": __version__,
+            "sha": None,
+            "docker_label": None,
+        }
+    )
