@@ -33,14 +33,27 @@ async def health(request: Request) -> Response:
     return JSONResponse({"status": status}, 503, {"Retry-After": "5"})
 
 
-@router.get("/livez", summary="Liveness probe", responses={503: {"description": "Restart it"}})
+_TEXT = {"text/plain": {"schema": {"type": "string"}}}
+
+
+@router.get(
+    "/livez",
+    summary="Liveness probe",
+    response_class=PlainTextResponse,
+    responses={503: {"description": "Restart it", "content": _TEXT}},
+)
 async def livez(request: Request) -> Response:
     """503 only when a restart helps; loading and draining are alive."""
     alive = _batcher(request).status != "unhealthy"
     return PlainTextResponse("ok" if alive else "not ok", 200 if alive else 503)
 
 
-@router.get("/readyz", summary="Readiness probe", responses={503: {"description": "Send no requests"}})
+@router.get(
+    "/readyz",
+    summary="Readiness probe",
+    response_class=PlainTextResponse,
+    responses={503: {"description": "Send no requests", "content": _TEXT}},
+)
 async def readyz(request: Request) -> Response:
     """200 when requests are welcome."""
     ready = _batcher(request).status == "ok"
