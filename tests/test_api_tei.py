@@ -39,16 +39,9 @@ def test_info_is_what_difys_plugin_accepts(fake_server: Server) -> None:
     assert info["max_batch_tokens"] == 1000
 
 
-def test_models_is_an_openai_list_of_the_served_model(fake_server: Server) -> None:
-    assert fake_server.client.get("/v1/models").json() == {
-        "object": "list",
-        "data": [{"id": "fake", "object": "model", "created": 0, "owned_by": "reranker"}],
-    }
-
-
 def test_nothing_is_said_of_a_model_that_is_still_loading(start: Start) -> None:
     server = start(command=FAKE, wait="loading", FAKE_LOAD_SECONDS="10")
-    for path in ("/info", "/v1/models"):
+    for path in ("/info", "/v1/models", "/v1/models/m"):
         answer = server.client.get(path)
         assert (answer.status_code, answer.json()["error_type"]) == (503, "not_ready")
         assert answer.headers["retry-after"] == "5"

@@ -1,4 +1,7 @@
-"""GET /v1/models: the list that OpenAI's clients, and user interfaces built on them, ask for."""
+"""GET /v1/models and /v1/models/{name}: what OpenAI's clients, and user interfaces built on them, ask for.
+
+xinference-client asks for the model by name before it sends anything, and reads `model_type`.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ class ServedModel(BaseModel):
     object: Literal["model"]
     created: int
     owned_by: str
+    model_type: Literal["rerank"]
 
 
 class ModelList(BaseModel):
@@ -29,15 +33,29 @@ class ModelList(BaseModel):
     data: list[ServedModel]
 
 
+_NOT_LOADED: dict[int | str, dict[str, object]] = {503: {"model": ErrorBody, "description": "The model is not loaded"}}
+
+
+def _served(request: Request) -> dict[str, object]:
+    name = request.app.state.batcher.check_ready().info.name
+    # When a checkpoint was made is not known; the field is required of the answer.
+    return {"id": name, "object": "model", "created": 0, "owned_by": "reranker", "model_type": "rerank"}
+
+
 @router.get(
-    "/v1/models",
-    summary="The served model, as OpenAI lists it",
-    response_model=ModelList,
-    responses={503: {"model": ErrorBody, "description": "The model is not loaded"}},
+    "/v1/models", summary="The served model, as OpenAI lists it", response_model=ModelList, responses=_NOT_LOADED
 )
 async def models(request: Request) -> Response:
     """A list of one model."""
-    name = request.app.state.batcher.check_ready().info.name
-    # When a checkpoint was made is not known; the field is required of the answer.
-    model = {"id": name, "object": "model", "created": 0, "owned_by": "reranker"}
-    return JSONResponse({"object": "list", "data": [model]})
+    return JSONResponse({"object": "list", "data": [_served(request)]})
+
+
+@router.get(
+    "/v1/models/{name:path}",
+    summary="The served model, whatever name it is asked for by",
+    response_model=ServedModel,
+    responses=_NOT_LOADED,
+)
+async def model(request: Request, name: str) -> Response:
+    """The same for every name, as a rerank takes every `model`."""
+    return JSONResponse(_served(request))

@@ -1,0 +1,99 @@
+"""The request bodies of real clients, as they send them: read at their source or recorded (tests/clients runs them)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from reranker.engine.scores import sigmoid
+from tests.conftest import Server
+
+QUERY = "red fish"
+DOCUMENTS = ["a bird", "red fish", "a fish"]
+RANKING = [(1, sigmoid(2)), (2, sigmoid(1)), (0, sigmoid(0))]
+BASE = {"model": "some-reranker", "query": QUERY, "documents": DOCUMENTS}
+TEI = {"query": QUERY, "texts": DOCUMENTS}
+XINFERENCE = {"max_chunks_per_doc": None, "return_documents": None, "return_len": None, "kwargs": "{}"}
+
+# name, path, body, whether texts come back
+RESULTS: list[tuple[str, str, dict[str, Any], bool]] = [
+    ("cohere Client", "/v1/rerank", BASE, False),
+    ("cohere Client with options", "/v1/rerank", BASE | {"top_n": 3, "return_documents": True}, True),
+    ("cohere ClientV2", "/v2/rerank", BASE | {"top_n": 3}, False),
+    ("langchain-cohere", "/v2/rerank", BASE | {"top_n": 3, "max_tokens_per_doc": None}, False),
+    ("llama-index cohere", "/v2/rerank", BASE | {"top_n": 3}, False),
+    ("cohere-haystack", "/v2/rerank", BASE | {"top_n": 10, "max_tokens_per_doc": 4096}, False),
+    ("llama-index jinaai", "/v1/rerank", BASE | {"top_n": 3}, False),
+    ("langchain-community jina", "/v1/rerank", BASE | {"top_n": 3}, False),
+    ("jina-haystack", "/v1/rerank", BASE | {"top_n": 3}, False),
+    ("LightRAG", "/rerank", BASE | {"top_n": 3, "return_documents": False}, False),
+    ("Open WebUI", "/v1/rerank", BASE | {"top_n": 3}, False),
+    ("infinity_client", "/rerank", BASE | {"return_documents": False, "raw_scores": False}, False),
+    ("xinference-client", "/v1/rerank", BASE | {"top_n": None, **XINFERENCE}, False),
+    ("litellm cohere/", "/v2/rerank", BASE | {"return_documents": True}, True),
+    ("litellm jina_ai/", "/v1/rerank", BASE | {"top_n": 3, "return_documents": True}, True),
+    ("litellm hosted_vllm/", "/rerank", BASE | {"top_n": 3, "return_documents": True}, True),
+    ("rerankers, Cohere", "/v1/rerank", BASE | {"top_n": 3, "return_documents": True}, True),
+    ("rerankers, Jina", "/v1/rerank", BASE | {"top_n": 3, "return_documents": True}, True),
+    ("Dify OpenAI-compatible", "/v1/rerank", BASE | {"top_n": None, "return_documents": True}, True),
+    ("Dify Jina", "/v1/rerank", BASE | {"top_n": None, "return_documents": True}, True),
+    ("Dify Cohere", "/v1/rerank", BASE | {"top_n": None, "return_documents": True, "max_chunks_per_doc": None}, True),
+    ("Dify LocalAI", "/v1/rerank", BASE | {"top_n": 3}, False),
+    ("RAGFlow Xinference", "/v1/rerank", BASE | {"return_documents": "true", "return_len": "true"}, True),
+    ("RAGFlow LocalAI, VLLM, OpenAI", "/rerank", BASE | {"top_n": 3}, False),
+    (
+        "RAGFlow SiliconFlow",
+        "/v1/rerank",
+        BASE | {"top_n": 3, "return_documents": False, "max_chunks_per_doc": 1024, "overlap_tokens": 80},
+        False,
+    ),
+    ("FastGPT", "/v1/rerank", BASE, False),
+    ("vLLM's example", "/rerank", BASE, False),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "texts"), [row[1:] for row in RESULTS], ids=[row[0] for row in RESULTS])
+def test_clients_of_the_results_object(fake_server: Server, path: str, body: dict[str, Any], texts: bool) -> None:
+    answer = fake_server.client.post(path, json=body)
+    assert answer.status_code == 200, answer.text
+    content = answer.json()
+    assert [(row["index"], row["relevance_score"]) for row in content["results"]] == RANKING
+    assert [row.get("document") for row in content["results"]] == [
+        {"text": DOCUMENTS[i]} if texts else None for i, _ in RANKING
+    ]
+    assert content["model"] == "fake"
+    assert content["usage"]["total_tokens"] == content["meta"]["tokens"]["input_tokens"] == 36
+    assert "object" not in content
+
+
+ARRAY: list[tuple[str, str, dict[str, Any], bool]] = [
+    ("native", "/v1/rerank", {"query": QUERY, "documents": DOCUMENTS}, False),
+    ("native with top_k", "/v1/rerank", {"query": QUERY, "documents": DOCUMENTS, "top_k": 3}, False),
+    ("llama-index tei", "/rerank", TEI, False),
+    ("haystack tei", "/rerank", TEI | {"raw_scores": False, "truncate": True, "truncation_direction": "Right"}, False),
+    ("rerankers, TEI", "/rerank", TEI | {"model": "m", "top_n": 3, "return_text": True}, True),
+    ("Dify TEI", "/rerank", TEI | {"return_text": True}, True),
+    (
+        "litellm huggingface/",
+        "/rerank",
+        TEI
+        | {"top_n": 3, "raw_scores": False, "truncate": False, "truncation_direction": "Right", "return_text": True},
+        True,
+    ),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "texts"), [row[1:] for row in ARRAY], ids=[row[0] for row in ARRAY])
+def test_clients_of_the_array(fake_server: Server, path: str, body: dict[str, Any], texts: bool) -> None:
+    answer = fake_server.client.post(path, json=body)
+    assert answer.status_code == 200, answer.text
+    assert [(row["index"], row["score"]) for row in answer.json()] == RANKING
+    assert [row.get("text") for row in answer.json()] == [DOCUMENTS[i] if texts else None for i, _ in RANKING]
+
+
+def test_clients_of_the_native_results(fake_server: Server) -> None:
+    rows = fake_server.client.post("/api/v1/rerank", json={"query": QUERY, "documents": DOCUMENTS}).json()["results"]
+    assert [(row["index"], row["relevance_score"], row["text"]) for row in rows] == [
+        (i, score, DOCUMENTS[i]) for i, score in RANKING
+    ]
