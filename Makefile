@@ -1,4 +1,4 @@
-# What a person, a commit hook and CI call.   make serve | test | check | bench | clean
+# What a person, a commit hook and CI call.   make serve | test | test-clients | check | bench | clean
 #
 #   PYTHON=python3.12                                     another interpreter (3.11 or newer)
 #   TORCH_INDEX=https://download.pytorch.org/whl/cpu      PyTorch without CUDA (about 200 MB instead of several GB)
@@ -8,13 +8,18 @@ TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: serve test check format bench bench-models clean
+.PHONY: serve test test-clients check format bench bench-models clean
 
 serve: $(VENV)/.serve
 	$(BIN)/gunicorn -c gunicorn.conf.py app:app
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(ARGS)
+
+# The real SDKs of every client, each in an environment that its makers' pins allow.
+test-clients: $(VENV)/clients/.ready $(VENV)/cohere/.ready
+	GUNICORN=$(abspath $(BIN)/gunicorn) $(VENV)/clients/bin/python -m pytest -c tests/clients/pytest.ini tests/clients
+	GUNICORN=$(abspath $(BIN)/gunicorn) $(VENV)/cohere/bin/python -m pytest -c tests/clients/pytest.ini tests/clients/test_cohere.py
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
@@ -43,6 +48,16 @@ $(VENV)/.serve: requirements.txt $(VENV)/.python
 
 $(VENV)/.dev: requirements-dev.txt $(VENV)/.serve
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/clients/.ready: tests/clients/requirements.txt $(VENV)/.serve
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet -r $<
+	@touch $@
+
+$(VENV)/cohere/.ready: tests/clients/requirements-cohere.txt $(VENV)/.serve
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet -r $<
 	@touch $@
 
 $(VENV)/.bench: benchmarks/requirements.txt $(VENV)/.dev
