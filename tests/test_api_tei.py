@@ -24,7 +24,12 @@ def test_texts_mean_the_array_on_every_route(fake_server: Server, path: str, mod
 
 
 def test_errors_name_texts(fake_server: Server) -> None:
-    for texts, detail in (([], "texts: "), (["a", 5], "texts[1]: "), (None, "texts: is required")):
+    for texts, detail in (
+        ([], "texts: "),
+        (["a", 5], "texts[1]: "),
+        (["a"] * 2049, "texts: at most 2048"),
+        (None, "texts: is required"),
+    ):
         answer = fake_server.client.post("/rerank", json={"query": "q", "texts": texts})
         assert answer.status_code == 422
         assert answer.json()["detail"].startswith(detail)

@@ -33,17 +33,15 @@ class Ranking:
     request_id: str
 
 
-def refuse_too_many(request: Request, documents: object) -> None:
-    """Check the number of documents before anything is done for each of them.
+def refuse_too_many(request: Request, name: str, documents: object) -> None:
+    """Check the number of documents, which the body calls `name`, before anything is done for each of them.
 
     Raises:
         InvalidRequestError: more than MAX_DOCUMENTS.
     """
     most: int = request.app.state.max_documents
     if isinstance(documents, list) and len(documents) > most:
-        raise InvalidRequestError(
-            f"documents: at most {most} in one request; send {len(documents)} in several requests"
-        )
+        raise InvalidRequestError(f"{name}: at most {most} in one request; send {len(documents)} in several requests")
 
 
 async def rank(request: Request, asked: RerankBody) -> Ranking:

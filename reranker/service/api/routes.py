@@ -28,7 +28,8 @@ async def _rerank(request: Request, plain: Callable[[Ranking], object], model: C
     request.app.state.batcher.check_ready()
     body = await read_json(request)
     texts = "texts" in body
-    refuse_too_many(request, body.get("texts" if texts else "documents"))
+    name = "texts" if texts else "documents"
+    refuse_too_many(request, name, body.get(name))
     asked = parse(TeiBody if texts else RerankBody, body)
     ranking = await rank(request, asked)
     render = native.array if texts else model if "model" in body else plain
