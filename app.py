@@ -16,15 +16,17 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from fastapi.routing import iter_route_contexts
 
 from config import Settings, SettingsError, load_settings, log_config
 from reranker import __version__
 from reranker.errors import ModelLoadError
 from reranker.service.access import AccessLog
-from reranker.service.api import errors, health, openai, routes, tei
+from reranker.service.api import errors, health, metrics, openai, routes, tei
 from reranker.service.auth import TokenAuth
 from reranker.service.batcher import Batcher, ScorerLike
 from reranker.service.limits import Limits
+from reranker.service.metrics import Metrics
 
 logger = logging.getLogger("reranker")
 
@@ -41,7 +43,10 @@ def create_app(settings: Settings, load: Callable[[], ScorerLike] | None = None)
         load: makes the scorer, in place of the one that the settings describe.
     """
     logging.config.dictConfig(log_config(settings))
+    logging.captureWarnings(True)
     tokens = list(filter(None, settings.access_token.split(",")))
+    # Set by gunicorn.conf.py; without a slot, the workers of an operator's own folder are told apart by process id.
+    counts = Metrics(os.environ.get("PROMETHEUS_MULTIPROC_DIR"), os.environ.get("RERANKER_SLOT", str(os.getpid())))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -53,6 +58,7 @@ def create_app(settings: Settings, load: Callable[[], ScorerLike] | None = None)
             max_requests=settings.worker_connections,
             load_timeout=settings.load_timeout,
             on_failure=end_process,
+            observer=counts,
         )
         app.state.batcher = batcher
         await batcher.start()
@@ -67,13 +73,16 @@ def create_app(settings: Settings, load: Callable[[], ScorerLike] | None = None)
     )
     app.state.max_documents = settings.max_documents
     app.state.request_timeout = settings.request_timeout
-    for part in (routes, openai, tei, health):
+    app.state.metrics = counts
+    for part in (routes, openai, tei, health, metrics):
         app.include_router(part.router)
     errors.install(app)
     # Outermost last.
     app.add_middleware(Limits, max_body_bytes=settings.max_body_bytes, body_timeout=settings.body_timeout)
     app.add_middleware(TokenAuth, tokens=tokens)
-    app.add_middleware(AccessLog)
+    app.add_middleware(
+        AccessLog, metrics=counts, routes={str(context.path) for context in iter_route_contexts(app.routes)}
+    )
     return app
 
 
@@ -86,6 +95,9 @@ def load_scorer(settings: Settings) -> ScorerLike:
         )
     from reranker.engine.prompt import INSTRUCTION
     from reranker.engine.scorer import DEMO, Scorer
+
+    for name in ("transformers", "huggingface_hub"):  # back under the one handler of config.log_config
+        logging.getLogger(name).handlers, logging.getLogger(name).propagate = [], True
 
     scorer = Scorer.load(
         settings.model_name_or_path or DEMO,

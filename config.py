@@ -36,12 +36,14 @@ def _worker_class(value: str) -> str:
 
 
 def _log_format(value: str) -> str:
+    if value == "json":
+        return value
     try:
         logging.PercentStyle(value).validate()
         logging.Formatter(value).format(logging.makeLogRecord({}))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"not a %-style log format ({error}); example: %(asctime)s %(levelname)s %(message)s"
+            f"neither json nor a %-style log format ({error}); example: %(asctime)s %(levelname)s %(message)s"
         ) from error
     return value
 
@@ -126,7 +128,8 @@ class Settings(BaseSettings):
     pytorch_cuda_alloc_conf: str = Field("", description="Passed on to PyTorch, e.g. expandable_segments:True")
     log_level: Annotated[LogLevel, BeforeValidator(_upper)] = Field("INFO", description="DEBUG, INFO, WARNING, ERROR")
     log_format: Annotated[str, AfterValidator(_log_format)] = Field(
-        "%(asctime)s - %(name)s - %(levelname)s - %(message)s", description="A %-style format of Python's logging"
+        "%(asctime)s - %(name)s - %(levelname)s - %(message)s",
+        description="json, or a %-style format of Python's logging",
     )
 
 
@@ -155,6 +158,8 @@ def load_settings(env_file: str | Path = ".env") -> Settings:
     except ValidationError as error:
         raise SettingsError(_one_line(error)) from None
     os.environ["TOKENIZERS_PARALLELISM"] = settings.tokenizers_parallelism
+    if settings.log_format == "json":  # a download's progress bar is not JSON
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if settings.pytorch_cuda_alloc_conf:
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = settings.pytorch_cuda_alloc_conf
     return settings
@@ -184,10 +189,12 @@ def _allowed(field: FieldInfo) -> str:
 
 def log_config(settings: Settings) -> dict[str, Any]:
     """A `logging.config.dictConfig` for the whole process: one handler and one format for all."""
+    json = settings.log_format == "json"
+    formatter = {"()": "reranker.service.logs.JsonFormatter"} if json else {"format": settings.log_format}
     return {
         "version": 1,
         "disable_existing_loggers": False,
-        "formatters": {"default": {"format": settings.log_format}},
+        "formatters": {"default": formatter},
         "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "default"}},
         "root": {"level": settings.log_level, "handlers": ["stderr"]},
         "loggers": {

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from config import OWN_WORKER_CLASS, SettingsError, load_settings, log_config
@@ -44,6 +47,30 @@ if workers > 1:  # else every worker starts as many threads as there are cores
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 
+def on_starting(server: Any) -> None:
+    """In the master: a folder for the workers' metrics, empty and in memory where possible; or the operator's own."""
+    server.metrics, server.own_metrics = os.environ.get("PROMETHEUS_MULTIPROC_DIR"), None
+    try:
+        if not server.metrics:
+            server.metrics = server.own_metrics = tempfile.mkdtemp(prefix="reranker-metrics-", dir=worker_tmp_dir)
+        for file in Path(server.metrics).glob("gauge_live*.db"):  # of workers that no longer are
+            file.unlink()
+    except OSError as error:
+        logging.getLogger("gunicorn.error").warning("no folder for shared metrics: %s", error)
+
+
+def child_exit(server: Any, worker: Any) -> None:
+    """In the master: what a dead worker had in progress or in memory is gone; what it counted stays."""
+    for file in Path(getattr(server, "metrics", None) or os.devnull).glob(f"gauge_live*_{worker.slot}.db"):
+        file.unlink(missing_ok=True)
+
+
+def on_exit(server: Any) -> None:
+    """In the master: leave nothing behind."""
+    if getattr(server, "own_metrics", None):
+        shutil.rmtree(server.own_metrics, ignore_errors=True)
+
+
 def pre_fork(server: Any, worker: Any) -> None:
     """In the master: give the new worker the lowest slot that no living worker has."""
     taken = {getattr(other, "slot", None) for other in server.WORKERS.values()}
@@ -51,7 +78,7 @@ def pre_fork(server: Any, worker: Any) -> None:
 
 
 def post_fork(server: Any, worker: Any) -> None:
-    """In the worker: see one GPU only, the one of its slot, and know whether this is the first boot."""
+    """In the worker: see one GPU only, the one of its slot; know where to count, and whether this is the first boot."""
     if _gpus:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         devices = [d.strip() for d in visible.split(",") if d.strip()] or [str(i) for i in range(_gpus)]
@@ -59,4 +86,7 @@ def post_fork(server: Any, worker: Any) -> None:
         logging.getLogger("gunicorn.error").info(
             "worker slot %d: GPU %s", worker.slot, os.environ["CUDA_VISIBLE_DEVICES"]
         )
+    if getattr(server, "metrics", None):
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = server.metrics
+        os.environ["RERANKER_SLOT"] = str(worker.slot)
     os.environ["RERANKER_RESPAWNED"] = "1" if worker.age > server.num_workers else "0"

@@ -86,6 +86,11 @@ class Slice:
         """Cost in a forward pass: the prefix once, these documents once."""
         return len(self.request.prefix) + sum(map(len, self.documents))
 
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of these documents' prompts as the model reads them: the prefix in front of every document."""
+        return self.tokens + len(self.request.prefix) * (self.stop - self.start - 1)
+
 
 @dataclass(slots=True)
 class Timings:

@@ -32,6 +32,10 @@ class FakeScorer:
     def info(self) -> ModelInfo:
         return ModelInfo("fake", "cpu", "float32", 8192, self.max_batch_tokens)
 
+    @property
+    def memory(self) -> int:
+        return 1 << 20
+
     def encode(self, request: RerankRequest) -> EncodedRequest:
         self.threads.add(threading.current_thread().name)
         if "too long" in request.query:

@@ -126,6 +126,11 @@ class Scorer:
             demo=self.demo,
         )
 
+    @property
+    def memory(self) -> int:
+        """Bytes of the device's memory that this process holds."""
+        return devices.memory_held(self.model.device)
+
     def encode(self, request: RerankRequest) -> EncodedRequest:
         """Tokenise a request. May run beside `score` in another thread.
 

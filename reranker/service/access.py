@@ -1,4 +1,7 @@
-"""One line a request in the log, and an id that ties it to the answer: sizes and times, never a text or a token."""
+"""One line a request in the log and one count in the metrics, and an id that ties them to the answer.
+
+Sizes and times, never a text or a token.
+"""
 
 from __future__ import annotations
 
@@ -6,28 +9,41 @@ import logging
 import re
 import secrets
 import time
+from collections.abc import Set
 from typing import Any
 
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from reranker.errors import RerankError
+from reranker.service.metrics import OTHER, Metrics
+
 logger = logging.getLogger(__name__)
 
 _REQUEST_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
-_QUIET = frozenset({"/health", "/livez", "/readyz"})
+_QUIET = frozenset({"/health", "/livez", "/readyz", "/metrics"})
+
+CLIENT_LEFT = 499
+"""nginx's status for a client that did not wait for its answer; it stands in logs and metrics only."""
 
 
 class AccessLog:
-    """Pure ASGI middleware, outermost: adds `x-request-id` (echoed where it is harmless, else made) and logs.
+    """Pure ASGI middleware, outermost: adds `x-request-id` (echoed where it is harmless, else made), logs and counts.
 
     Routes put what they know into `scope["state"]["access"]`, a dict.
+
+    Args:
+        metrics: where requests are counted.
+        routes: the paths that the service has; none has parameters, so each is its own template.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, routes: Set[str]) -> None:
         self.app = app
+        self.metrics = metrics
+        self.routes = routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on and log its end."""
+        """Pass the request on; log and count its end."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -45,23 +61,35 @@ class AccessLog:
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
+        self.metrics.request_began()
         try:
             await self.app(scope, receive, stamped)
         except Exception:
             status = status or 500
+            facts["error_type"] = RerankError.error_type
             raise
         finally:
-            # Probes come every few seconds; only their failures are news.
-            level = logging.DEBUG if scope["path"] in _QUIET and status < 400 else logging.INFO
+            seconds = time.monotonic() - start
+            if facts.get("client") == "left":  # nobody was refused anything, and nothing is wrong here
+                facts.pop("error_type", None)
+                status = CLIENT_LEFT
+            path, method = scope["path"], scope["method"]
+            route = path if path in self.routes else OTHER
+            self.metrics.request_ended(route, status, seconds, facts.get("error_type"))
+            fields = {"id": request_id, "method": method, "route": route, "status": status}
+            if route == OTHER:
+                fields["path"] = printable(path)
             logger.log(
-                level,
+                # Probes and scrapes come every few seconds; only their failures are news.
+                logging.DEBUG if path in _QUIET and status < 400 else logging.INFO,
                 "%s %s %d %.1f ms id=%s%s",
-                scope["method"],
-                printable(scope["path"]),
+                method,
+                printable(path),
                 status,
-                (time.monotonic() - start) * 1000,
+                seconds * 1000,
                 request_id,
                 "".join(f" {name}={value}" for name, value in facts.items()),
+                extra={"facts": {**fields, "duration_ms": round(seconds * 1000, 1), **facts}},  # for logs.JsonFormatter
             )
 
 

@@ -21,6 +21,7 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from reranker.engine.scores import per_document
 from reranker.errors import DeadlineError, DeviceLostError, NotReadyError, QueueFullError, RerankError, ScoringError
+from reranker.service.observer import ForwardPass, Observer
 from reranker.service.queue import Job, TokenQueue
 from reranker.types import EncodedRequest, ModelInfo, RerankRequest, RerankResult, Slice, Timings
 
@@ -46,6 +47,10 @@ class ScorerLike(Protocol):
     def info(self) -> ModelInfo:
         """What was loaded and chosen."""
 
+    @property
+    def memory(self) -> int:
+        """Bytes of the device's memory that this process holds."""
+
     def encode(self, request: RerankRequest) -> EncodedRequest:
         """Texts to tokens."""
 
@@ -64,6 +69,7 @@ class Batcher:
         max_queue_tokens: tokens that may wait. One request larger than that is accepted while nothing else waits.
         max_requests: requests in progress, those being tokenised included.
         on_failure: called once with the error when the scorer cannot be loaded or its device is lost.
+        observer: told what happens.
     """
 
     def __init__(
@@ -74,8 +80,10 @@ class Batcher:
         max_requests: int = 1000,
         load_timeout: float = 1800.0,
         on_failure: Callable[[Exception], None] = lambda error: None,
+        observer: Observer | None = None,
     ) -> None:
-        self.status: Status = "loading"
+        self._observer = observer or Observer()
+        self.status = "loading"
         self.scorer: ScorerLike | None = None
         self.max_queue_tokens = max_queue_tokens
         self.max_requests = max_requests
@@ -89,6 +97,16 @@ class Batcher:
         self._changed = asyncio.Event()
         self._tokens_per_second = math.nan
         self._task: asyncio.Task[None] | None = None
+
+    @property
+    def status(self) -> Status:
+        """What the service can do now."""
+        return self._status
+
+    @status.setter
+    def status(self, status: Status) -> None:
+        self._status = status
+        self._observer.status_changed(status)
 
     async def start(self) -> None:
         """Begin to load; returns at once."""
@@ -149,6 +167,7 @@ class Batcher:
                 except asyncio.CancelledError:
                     job.done.cancel()
                     self.queue.drop_abandoned()
+                    self._observer.queue_changed(self.queue.tokens)
                     raise
         except TimeoutError:
             raise DeadlineError(
@@ -164,7 +183,9 @@ class Batcher:
         timings.queue, timings.inference = job.started_at - job.queued_at, end - job.started_at
         timings.total = end - start
         logits, best_chunks = per_document(encoded, job.logits)
-        return RerankResult(logits, encoded.prompt_tokens, encoded.truncated, timings, best_chunks)
+        result = RerankResult(logits, encoded.prompt_tokens, encoded.truncated, timings, best_chunks)
+        self._observer.request_scored(result)
+        return result
 
     async def _encode(self, scorer: ScorerLike, request: RerankRequest) -> EncodedRequest:
         """Tokenise in a host thread; a big request in parts, so that others get their turn in between."""
@@ -186,6 +207,7 @@ class Batcher:
             raise self._full(f"{self.queue.tokens} tokens wait")
         job = Job(request, asyncio.get_running_loop().create_future(), queued_at=time.monotonic())
         self.queue.put(job)
+        self._observer.queue_changed(self.queue.tokens)
         self._changed.set()
         return job
 
@@ -205,6 +227,7 @@ class Batcher:
         except Exception as error:  # whatever a checkpoint can break: said once, then the process ends
             self._give_up(error)
             return
+        self._observer.loaded(self.scorer.info, self.scorer.memory)
         if self.status == "loading":
             self.status = "ok"
         logger.info("ready after %.1f s: %s", time.monotonic() - start, self.scorer.info)
@@ -216,6 +239,7 @@ class Batcher:
         while True:
             await self._gather(scorer, running)
             batch = self.queue.take(scorer.max_batch_tokens, scorer.max_batch_documents)
+            self._observer.queue_changed(self.queue.tokens)
             if not batch:
                 continue
             packed = await self._pack(scorer, batch)
@@ -241,8 +265,11 @@ class Batcher:
     async def _score(self, scorer: ScorerLike, batch: list[tuple[Job, Slice]], packed: Any) -> None:
         """Score one batch. An exception fails only its batch, and in it only the request that causes it."""
         start = time.monotonic()
+        budget = scorer.max_batch_tokens  # lower behind a pass that ran out of memory
         for job, _ in batch:
-            job.started_at = start if math.isnan(job.started_at) else job.started_at
+            if math.isnan(job.started_at):
+                job.started_at = start
+                self._observer.request_started(start - job.queued_at)
         try:
             if isinstance(packed, Exception):
                 raise packed
@@ -266,7 +293,11 @@ class Batcher:
             count = part.stop - part.start
             job.fill(part, logits[offset : offset + count])
             offset += count
-        rate = sum(part.tokens for _, part in batch) / max(time.monotonic() - start, 1e-6)
+        seconds = time.monotonic() - start
+        tokens = sum(part.tokens for _, part in batch)
+        prompt_tokens = sum(part.prompt_tokens for _, part in batch)
+        self._observer.pass_ended(ForwardPass(offset, tokens, prompt_tokens, budget, seconds, scorer.memory))
+        rate = tokens / max(seconds, 1e-6)
         known_rate = self._tokens_per_second
         self._tokens_per_second = rate if math.isnan(known_rate) else 0.8 * known_rate + 0.2 * rate
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from fastapi import FastAPI, Request
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
 
 from reranker import errors
 from reranker.errors import RerankError, UnauthorizedError
@@ -37,7 +40,20 @@ RESPONSES: dict[int | str, dict[str, object]] = {
 """OpenAPI's description of what a rerank route answers besides 200."""
 
 
-def error_response(error: RerankError) -> JSONResponse:
+class ErrorResponse(JSONResponse):
+    """An answer that tells the access log and the metrics its error type, whoever sends it."""
+
+    def __init__(self, detail: str, error_type: str, status: int, headers: Mapping[str, str] | None = None) -> None:
+        self.error_type = error_type
+        super().__init__({"detail": detail, "error_type": error_type}, status, headers)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Note the type and send the answer."""
+        scope.get("state", {}).get("access", {})["error_type"] = self.error_type
+        await super().__call__(scope, receive, send)
+
+
+def error_response(error: RerankError) -> ErrorResponse:
     """The answer to an error of ours."""
     headers: dict[str, str] = {}
     if error.retry_after is not None:
@@ -46,7 +62,7 @@ def error_response(error: RerankError) -> JSONResponse:
         headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, errors.BodyTimeoutError):
         headers["Connection"] = "close"
-    return JSONResponse({"detail": str(error), "error_type": error.error_type}, error.status, headers)
+    return ErrorResponse(str(error), error.error_type, error.status, headers)
 
 
 def install(app: FastAPI) -> None:
@@ -59,12 +75,12 @@ def install(app: FastAPI) -> None:
     async def framework(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         kind = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
-        return JSONResponse({"detail": str(error.detail), "error_type": kind}, error.status_code, error.headers)
+        return ErrorResponse(str(error.detail), kind, error.status_code, error.headers)
 
     async def unexpected(request: Request, error: Exception) -> Response:
         # The traceback goes to the log: the server logs what is raised again behind this answer.
         text = "unexpected error; the operator finds the cause in the log under this request's x-request-id"
-        return JSONResponse({"detail": text, "error_type": RerankError.error_type}, 500)
+        return ErrorResponse(text, RerankError.error_type, 500)
 
     app.add_exception_handler(RerankError, ours)
     app.add_exception_handler(HTTPException, framework)
