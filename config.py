@@ -36,8 +36,8 @@ def _worker_class(value: str) -> str:
 
 
 def _log_format(value: str) -> str:
-    if value == "json":
-        return value
+    if value.strip().lower() == "json":
+        return "json"
     try:
         logging.PercentStyle(value).validate()
         logging.Formatter(value).format(logging.makeLogRecord({}))

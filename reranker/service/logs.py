@@ -26,4 +26,4 @@ class JsonFormatter(logging.Formatter):
             fields["exception"] = self.formatException(record.exc_info)
         if record.stack_info:
             fields["stack"] = record.stack_info
-        return json.dumps(fields, ensure_ascii=False, default=str)
+        return json.dumps(fields, default=str)  # in ASCII: right whatever the encoding of stderr is

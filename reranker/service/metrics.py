@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from reranker import __version__
+from reranker import __version__, errors
 from reranker.service.observer import ForwardPass, Observer
 from reranker.types import ModelInfo, RerankResult
 
@@ -67,6 +67,9 @@ class Metrics(Observer):
         self.errors = Counter(
             "reranker_errors", "Requests refused or failed, by kind.", ["error_type"], registry=registry
         )
+        for kind in vars(errors).values():  # a counter that appears with a 1 has not risen, to Prometheus
+            if isinstance(kind, type) and issubclass(kind, errors.RerankError):
+                self.errors.labels(kind.error_type)
         self.ready = Gauge(
             "reranker_ready_workers",
             "Workers that take requests.",
