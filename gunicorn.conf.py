@@ -61,13 +61,14 @@ def on_starting(server: Any) -> None:
 
 def child_exit(server: Any, worker: Any) -> None:
     """In the master: what a dead worker had in progress or in memory is gone; what it counted stays."""
-    for file in Path(getattr(server, "metrics", None) or os.devnull).glob(f"gauge_live*_{worker.slot}.db"):
-        file.unlink(missing_ok=True)
+    if server.metrics:
+        for file in Path(server.metrics).glob(f"gauge_live*_{worker.slot}.db"):
+            file.unlink(missing_ok=True)
 
 
 def on_exit(server: Any) -> None:
     """In the master: leave nothing behind."""
-    if getattr(server, "own_metrics", None):
+    if server.own_metrics:
         shutil.rmtree(server.own_metrics, ignore_errors=True)
 
 

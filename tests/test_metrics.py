@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from fastapi.routing import iter_route_contexts
 from prometheus_client import values
@@ -26,6 +27,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from app import create_app
 from config import Settings
 from reranker import errors
+from reranker.engine.scorer import Scorer
 from reranker.service.access import AccessLog
 from reranker.service.batcher import Batcher
 from reranker.service.metrics import _FILES, OTHER, Metrics
@@ -240,6 +242,23 @@ def test_killed_workers_lose_no_counts_and_leave_no_gauges(start: Start) -> None
     assert not folder.exists()
 
 
+def test_a_reload_keeps_the_counts(start: Start) -> None:
+    server = start(command=FAKE, WORKERS="2", MODEL_DEVICE="cpu")
+    once(server, lambda s: value(s, "reranker_ready_workers") == 2)
+    for _ in range(4):
+        assert call(server, "/v1/rerank", json=body()).status_code == 200
+    for generation in (2, 3):  # new workers stand beside the old ones for a while
+        server.process.send_signal(signal.SIGHUP)
+        deadline = time.monotonic() + 60
+        while len(re.findall("ready after", server.log)) < 2 * generation and time.monotonic() < deadline:
+            time.sleep(0.05)
+        found = once(server, lambda s: value(s, "reranker_ready_workers") == 2)
+        assert value(found, "reranker_requests_total", route="/v1/rerank", status="200") == 4
+        assert (
+            value(found, "reranker_model_info", device="cpu", model="fake", precision="float32", version="0.1.0") == 2
+        )
+
+
 def folders(server: Server) -> list[Path]:
     """Where the workers of a server keep their values: read from the memory map of one of them."""
     [*_, pid] = re.findall(r"Booting worker with pid: (\d+)", server.log)
@@ -404,6 +423,11 @@ def test_what_is_nobodys_fault_and_what_is_ours(facts: dict[str, str], status: s
     assert read("reranker_errors_total", {"error_type": "internal_error"}) == (1 if kind else 0)
     assert read("reranker_errors_total", {"error_type": "not_ready"}) == 0
     assert read("reranker_requests_in_progress") == 0
+
+
+def test_the_memory_of_a_cpu_is_that_of_the_process(model_path: Path) -> None:
+    scorer = Scorer.load(model_path, device="cpu", max_batch_tokens=1024)
+    assert scorer.memory == pytest.approx(psutil.Process().memory_info().rss, rel=0.1)
 
 
 def test_prometheus_is_known_in_one_place() -> None:
