@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -240,6 +242,21 @@ def test_killed_workers_lose_no_counts_and_leave_no_gauges(start: Start) -> None
     once(server, lambda s: value(s, name, **labels) == 9)
     server.stop()
     assert not folder.exists()
+
+
+def test_a_client_that_leaves_is_no_error(start: Start) -> None:
+    server = start(command=FAKE, FAKE_SECONDS="1", LOG_FORMAT="json")
+    head = b"POST /v1/rerank HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 39\r\n\r\n"
+    for sent in (b'{"query": "red"', b'{"query": "red", "documents": ["fish"]}'):  # in its body, and behind it
+        with socket.create_connection(("127.0.0.1", server.port)) as client:
+            client.sendall(head + sent)
+            once(server, lambda s: value(s, "reranker_requests_in_progress") == 2)
+    found = once(server, lambda s: value(s, "reranker_requests_total", route="/v1/rerank", status="499") == 2)
+    assert not [v for (name, _), v in found.items() if name == "reranker_errors_total" and v]
+    assert value(found, "reranker_requests_in_progress") == 1
+    assert '"ERROR"' not in server.log
+    left = [line for line in map(json.loads, server.log.splitlines()) if line.get("client") == "left"]
+    assert [line["status"] for line in left] == [499, 499]
 
 
 def test_a_reload_keeps_the_counts(start: Start) -> None:

@@ -206,7 +206,15 @@ def test_monitoring_starts_only_when_asked_and_is_not_open_to_the_network(file: 
 
 
 @pytest.mark.parametrize(
-    ("given", "token"), [("", ""), ("one", "one"), (" one , two", "one"), (",two", "two"), ("p%s$x\\n!", "p%s$x\\n!")]
+    ("given", "token"),
+    [
+        ("", ""),
+        ("one", "one"),
+        (" one , two", "one"),
+        (",two", "two"),
+        ("t#1  # a comment", "t#1"),
+        ("p%s$x\\n!", "p%s$x\\n!"),
+    ],
 )
 def test_prometheus_takes_port_and_token_from_the_environment(tmp_path: Path, given: str, token: str) -> None:
     shell, flags, script = compose("docker-compose.yml")["services"]["prometheus"]["entrypoint"]

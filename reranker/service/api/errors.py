@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from fastapi import FastAPI, Request
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from reranker import errors
-from reranker.errors import RerankError, UnauthorizedError
+from reranker.errors import MalformedBodyError, RerankError, UnauthorizedError
 
 
 class ErrorBody(BaseModel):
@@ -77,6 +78,11 @@ def install(app: FastAPI) -> None:
         kind = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
         return ErrorResponse(str(error.detail), kind, error.status_code, error.headers)
 
+    async def gone(request: Request, error: Exception) -> Response:
+        # The client left in the middle of its body: no error of ours, and nobody reads the answer.
+        request.scope["state"]["access"]["client"] = "left"
+        return Response(status_code=MalformedBodyError.status)
+
     async def unexpected(request: Request, error: Exception) -> Response:
         # The traceback goes to the log: the server logs what is raised again behind this answer.
         text = "unexpected error; the operator finds the cause in the log under this request's x-request-id"
@@ -84,4 +90,5 @@ def install(app: FastAPI) -> None:
 
     app.add_exception_handler(RerankError, ours)
     app.add_exception_handler(HTTPException, framework)
+    app.add_exception_handler(ClientDisconnect, gone)
     app.add_exception_handler(Exception, unexpected)
