@@ -415,6 +415,27 @@ def test_a_pass_of_several_requests(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_library")
+def test_a_bug_is_answered_with_the_id_that_finds_it_and_is_counted() -> None:
+    app = create_app(Settings(), FakeScorer)
+
+    @app.get("/v1/bug")
+    async def bug() -> None:
+        raise RuntimeError("confidential")
+
+    async def main() -> httpx.Response:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.get("/v1/bug", headers={"X-Request-Id": "bug-1"})
+
+    answer = asyncio.run(main())
+    assert (answer.status_code, answer.headers["x-request-id"]) == (500, "bug-1")
+    assert answer.json()["error_type"] == "internal_error"
+    assert "confidential" not in answer.text
+    metrics: Metrics = app.state.metrics
+    assert metrics.registry.get_sample_value("reranker_errors_total", {"error_type": "internal_error"}) == 1
+
+
+@pytest.mark.usefixtures("_library")
 @pytest.mark.parametrize(
     ("facts", "status", "kind"), [({"client": "left", "error_type": "not_ready"}, "499", None), ({}, "500", True)]
 )

@@ -86,7 +86,9 @@ def install(app: FastAPI) -> None:
     async def unexpected(request: Request, error: Exception) -> Response:
         # The traceback goes to the log: the server logs what is raised again behind this answer.
         text = "unexpected error; the operator finds the cause in the log under this request's x-request-id"
-        return ErrorResponse(text, RerankError.error_type, 500)
+        # This answer is given outside of the access log's middleware.
+        headers = {"x-request-id": request.scope["state"]["request_id"]}
+        return ErrorResponse(text, RerankError.error_type, 500, headers)
 
     app.add_exception_handler(RerankError, ours)
     app.add_exception_handler(HTTPException, framework)
