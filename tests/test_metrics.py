@@ -36,6 +36,7 @@ from reranker.service.metrics import _FILES, OTHER, Metrics
 from reranker.types import RerankRequest
 from tests.conftest import GUNICORN, ROOT, Server, Start
 from tests.fake import PREFIX, FakeScorer
+from tests.test_imports import imports, top
 
 FAKE = [*GUNICORN[:-1], "tests.fake_app:app"]
 UVICORN = [str(Path(sys.executable).with_name("uvicorn")), "tests.fake_app:app", "--port", "{port}"]
@@ -469,5 +470,5 @@ def test_the_memory_of_a_cpu_is_that_of_the_process(model_path: Path) -> None:
 
 
 def test_prometheus_is_known_in_one_place() -> None:
-    users = {p.name for p in (ROOT / "reranker").rglob("*.py") if "prometheus_client" in p.read_text().split('"""')[2]}
-    assert users == {"metrics.py"}
+    users = [p for p in (ROOT / "reranker").rglob("*.py") if "prometheus_client" in top(imports(p))]
+    assert users == [ROOT / "reranker" / "service" / "metrics.py"]
