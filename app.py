@@ -22,7 +22,7 @@ from config import Settings, SettingsError, load_settings, log_config
 from reranker import __version__
 from reranker.errors import ModelLoadError
 from reranker.service.access import AccessLog
-from reranker.service.api import errors, health, metrics, openai, routes, tei
+from reranker.service.api import errors, health, metrics, openai, page, routes, tei
 from reranker.service.auth import TokenAuth
 from reranker.service.batcher import Batcher, ScorerLike
 from reranker.service.limits import Limits
@@ -70,11 +70,13 @@ def create_app(settings: Settings, load: Callable[[], ScorerLike] | None = None)
         summary="Ranks documents by relevance to a query, with Qwen3-Reranker",
         version=__version__,
         lifespan=lifespan,
+        docs_url=None,  # page.py serves it without internet access
+        redoc_url=None,
     )
     app.state.max_documents = settings.max_documents
     app.state.request_timeout = settings.request_timeout
     app.state.metrics = counts
-    for part in (routes, openai, tei, health, metrics):
+    for part in (routes, openai, tei, health, metrics, page):
         app.include_router(part.router)
     errors.install(app)
     # Outermost last.

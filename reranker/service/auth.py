@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from reranker.errors import UnauthorizedError
 from reranker.service.api.errors import error_response
 
-OPEN = frozenset({"/livez", "/readyz"})
+OPEN = frozenset({"/", "/livez", "/readyz"})
 PARAMETER = "access_token"
 _HINT = f"send the header 'Authorization: Bearer <token>' or the query parameter ?{PARAMETER}=<token>, once"
 

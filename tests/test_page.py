@@ -1,0 +1,438 @@
+"""The pages for people, in a real browser: what is shown, what stays text, what never leaves the machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from tests.conftest import GUNICORN, Server, Start
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+).split()
+FAKE = [*GUNICORN[:-1], "tests.fake_app:app"]
+TOKEN = "s3cret-of-the-page"
+MARKUP = "<img src=x onerror=alert(1)><script>alert(2)</script>{{7*7}}\"'><b id=injected>"
+
+expect.set_options(timeout=30_000)
+
+Open = Callable[..., Page]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine; on Debian: apt-get install chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser: Browser) -> Iterator[Open]:
+    """Open a page: `visit(server, "/docs", locale="zh-CN")`.
+
+    Afterwards: no script failed, no dialog opened, no policy was violated and nothing was asked of another host.
+    """
+    contexts = []
+    said: list[str] = []
+    asked: list[str] = []
+
+    def run(server: Server, path: str = "/", **options: object) -> Page:
+        context = browser.new_context(**{"locale": "en-US", **options})  # type: ignore[arg-type]
+        contexts.append(context)
+        context.set_default_timeout(30_000)
+        page = context.new_page()
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(f"uncaught: {error}"))
+        page.on("dialog", lambda dialog: said.append(f"dialog: {dialog.message}"))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(f"http://127.0.0.1:{server.port}{path}")
+        return page
+
+    yield run
+    for context in contexts:
+        context.close()
+    assert [line for line in said if re.search("uncaught|dialog|Security Policy|Trusted", line)] == []
+    assert [url for url in asked if not url.startswith(("http://127.0.0.1:", "data:"))] == []
+
+
+@pytest.fixture(scope="module")
+def fake(start: Start) -> Server:
+    """Scores are the numbers of words that a document shares with the query."""
+    return start(command=FAKE)
+
+
+@pytest.fixture(scope="module")
+def guarded(start: Start) -> Server:
+    return start(command=FAKE, ACCESS_TOKEN=TOKEN, token=TOKEN, LOG_LEVEL="DEBUG")
+
+
+def fill(page: Page, query: str, documents: list[str], **fields: str) -> None:
+    page.fill("#query", query)
+    page.fill("#documents", "\n".join(documents))
+    for name, value in fields.items():
+        page.fill(f"#{name}", value)
+
+
+def ranking(page: Page) -> list[tuple[str, float]]:
+    """What is shown: (document, score), from top to bottom."""
+    page.locator("#ranking li").first.wait_for()
+    texts = page.locator("#ranking p").all_inner_texts()
+    return list(zip(texts, map(float, page.locator("#ranking .score").all_inner_texts()), strict=True))
+
+
+# Without a browser
+
+
+def test_the_page_is_open_and_strict(guarded: Server) -> None:
+    answer = guarded.client.get("/", headers={"Authorization": ""})
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == "text/html; charset=utf-8"
+    policy = dict(part.strip().partition(" ")[::2] for part in answer.headers["content-security-policy"].split(";"))
+    assert policy["default-src"] == policy["frame-ancestors"] == policy["form-action"] == policy["base-uri"] == "'none'"
+    assert "unsafe" not in answer.headers["content-security-policy"]
+    assert re.fullmatch(r"'sha256-[\w+/]{43}='", policy["script-src"])
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert answer.headers["referrer-policy"] == "no-referrer"
+    again = guarded.client.get("/", headers={"If-None-Match": answer.headers["etag"]})
+    assert (again.status_code, again.content) == (304, b"")
+    assert TOKEN not in answer.text
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH"])
+def test_the_page_can_only_be_read(guarded: Server, method: str) -> None:
+    assert guarded.client.request(method, "/", headers={"Authorization": ""}).status_code == 405
+
+
+@pytest.mark.parametrize(
+    "path", ["/docs", "/docs/", "/openapi.json", "/redoc", "//", "/index.html", "/playground.html"]
+)
+def test_nothing_beside_the_page_is_open(guarded: Server, path: str) -> None:
+    assert (
+        guarded.client.get(f"http://127.0.0.1:{guarded.port}{path}", headers={"Authorization": ""}).status_code == 401
+    )
+
+
+# The playground
+
+
+def test_the_example_is_ranked_as_the_service_ranks_it(server: Server, visit: Open) -> None:
+    page = visit(server)
+    for language in ("en", "zh"):
+        page.click(f"[data-example={language}]")
+        with page.expect_response("**/v1/rerank") as caught:
+            page.click("#rank")
+        expect(page.locator("#status")).to_be_hidden()
+        documents = page.input_value("#documents").split("\n")
+        results = caught.value.json()
+        assert ranking(page) == [(documents[r["index"]], float(f"{r['score']:.4f}")) for r in results]
+        scores = [score for _, score in ranking(page)]
+        assert scores == sorted(scores, reverse=True)
+        assert len(scores) == len(documents)
+        widths = [box["width"] for bar in page.locator(".bar i").all() if (box := bar.bounding_box())]
+        assert widths == sorted(widths, reverse=True)
+        times = page.locator("#times").inner_text()
+        assert f"{caught.value.headers['x-total-time']} ms" in times
+        assert caught.value.headers["x-prompt-tokens"] in times
+
+
+def test_instruction_and_top_k_are_sent_only_when_given(fake: Server, visit: Open) -> None:
+    page = visit(fake)
+    fill(page, "a b", ["a", "a b", "c", "", "  "])
+    with page.expect_request("**/v1/rerank") as plain:
+        page.keyboard.press("Control+Enter")
+    assert plain.value.post_data_json == {"query": "a b", "documents": ["a", "a b", "c"]}
+    fill(page, "a b", ["a", "a b", "c"], instruction="find letters", top="2")
+    with page.expect_request("**/v1/rerank") as full:
+        page.press("#top", "Enter")
+    extra = {"top_k": 2, "instruction": "find letters"}
+    assert full.value.post_data_json == {"query": "a b", "documents": ["a", "a b", "c"], **extra}
+    expect(page.locator("#ranking p")).to_have_text(["a b", "a"])
+    expect(page.locator("#summary")).to_have_text("2 of 3 documents")
+
+
+def test_markup_stays_text(fake: Server, visit: Open) -> None:
+    page = visit(fake)
+    page.click("#code summary")
+    fill(page, MARKUP, [MARKUP, "</script><svg onload=alert(3)>"], instruction=MARKUP, token=MARKUP.replace(" ", ""))
+    page.click("#rank")
+    expect(page.locator("#ranking p")).to_have_text([MARKUP, "</script><svg onload=alert(3)>"])
+    for tab in ("python", "curl"):
+        page.click(f"[data-language={tab}]")
+        assert json.dumps(MARKUP) in page.locator("#snippet").inner_text()
+    assert page.locator("#injected, main img, main svg, main script").count() == 0
+
+
+def test_the_token_is_asked_for_sent_and_kept_nowhere(guarded: Server, visit: Open) -> None:
+    page = visit(guarded)
+    fill(page, "a", ["a", "b"])
+    page.click("#rank")
+    expect(page.locator("#status")).to_contain_text("access token")
+    expect(page.locator("#status")).to_contain_text("no token was sent")
+    expect(page.locator("#token")).to_be_focused()
+    page.keyboard.type("wrong")
+    page.keyboard.press("Enter")
+    expect(page.locator("#status")).to_contain_text("the token is wrong")
+    page.fill("#token", TOKEN)
+    with page.expect_request("**/v1/rerank") as sent:
+        page.click("#rank")
+    assert sent.value.headers["authorization"] == f"Bearer {TOKEN}"
+    expect(page.locator("#ranking p")).to_have_text(["a", "b"])
+    expect(page.locator("#token")).not_to_have_attribute("aria-invalid", "true")
+    page.click("#code summary")
+    for tab in ("python", "curl"):
+        page.click(f"[data-language={tab}]")
+        assert TOKEN not in page.content()
+        assert "ACCESS_TOKEN" in page.locator("#snippet").inner_text()
+    kept = (
+        "[location.href, document.cookie, JSON.stringify({...localStorage, ...sessionStorage}), history.length].join()"
+    )
+    assert TOKEN not in page.evaluate(kept)
+    page.reload()
+    assert page.input_value("#token") == ""
+    assert TOKEN not in guarded.log
+
+
+def test_the_code_to_copy_gives_the_ranking_that_is_shown(guarded: Server, visit: Open) -> None:
+    page = visit(guarded, permissions=["clipboard-read", "clipboard-write"])
+    awkward = ["it's $HOME `id` \\n a", 'a "b" \\ 中文 😀', "JSON", "null"]
+    fill(page, "a b 中文 it's", awkward, instruction="don't $(exit 1)", top="3", token=TOKEN)
+    page.click("#rank")
+    shown = ranking(page)
+    page.click("#code summary")
+    page.click("#copy")
+    expect(page.locator("#copy")).to_have_text("Copied")
+    curl = page.evaluate("navigator.clipboard.readText()")
+    page.click("[data-language=python]")
+    python = page.locator("#snippet").inner_text()
+    environment = os.environ | {"ACCESS_TOKEN": TOKEN, "NO_PROXY": "127.0.0.1"}
+
+    if shutil.which("curl") is None or shutil.which("bash") is None:
+        pytest.skip("no curl or no bash on this machine")
+    done = subprocess.run(["bash", "-c", curl], env=environment, capture_output=True, text=True, timeout=60, check=True)
+    assert [(awkward[r["index"]], round(r["score"], 4)) for r in json.loads(done.stdout)] == shown
+
+    # The same calls of httpx, which the tests have; the page shows requests, which more people have.
+    script = python.replace("import requests", "import httpx as requests")
+    assert script != python
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert [(awkward[int(index)], round(float(score), 4)) for index, score in rows] == shown
+
+
+def test_files_are_dropped_and_chosen(fake: Server, visit: Open, tmp_path: Path) -> None:
+    page = visit(fake)
+    drop = """([name, bytes]) => {
+        const data = new DataTransfer();
+        data.items.add(new File([new Uint8Array(bytes)], name));
+        document.querySelector("#documents").dispatchEvent(
+            new DragEvent("drop", {dataTransfer: data, bubbles: true, cancelable: true}));
+    }"""
+    files = {
+        "lines.txt": "one of a text\r\n\n  two of a text\n".encode("utf-8-sig"),
+        "rows.jsonl": b'"one of rows"\n\n{"id": 1, "text": "two of\\nrows"}\n{"document": "three of rows"}',
+        "table.CSV": b'id,Text\r\n1,"one, ""of"" a\r\ntable"\r\n2,two of a table\r\n',
+        "plain.csv": "第一个\n第二个\n".encode("gb18030"),
+    }
+    for name, content in files.items():
+        page.evaluate(drop, [name, list(content)])
+    expect(page.locator("#files li")).to_have_text(
+        ["lines.txt · 2×", "rows.jsonl · 3×", "table.CSV · 2×", "plain.csv · 2×"]
+    )
+    page.fill("#query", "text")
+    page.fill("#documents", "typed")
+    with page.expect_request("**/v1/rerank") as sent:
+        page.click("#rank")
+    assert json.loads(sent.value.post_data or "")["documents"] == [
+        *["typed", "one of a text", "two of a text", "one of rows", "two of\nrows", "three of rows"],
+        *['one, "of" a\r\ntable', "two of a table", "第一个", "第二个"],
+    ]
+    expect(page.locator("#count")).to_have_text("10")
+
+    page.click("[aria-label='Remove rows.jsonl']")
+    expect(page.locator("#count")).to_have_text("7")
+    for name, content, message in (
+        (
+            "broken.jsonl",
+            b'"fine"\n{"text": 3}',
+            'broken.jsonl, line 2: expected a JSON string or an object with "text"',
+        ),
+        ("picture.png", b"x", "picture.png: only .txt, .jsonl and .csv"),
+    ):
+        page.evaluate(drop, [name, list(content)])
+        expect(page.locator("#status")).to_have_text(message)
+    expect(page.locator("#count")).to_have_text("7")
+
+    (tmp_path / "chosen.txt").write_text("chosen")
+    page.set_input_files("#file", tmp_path / "chosen.txt")
+    expect(page.locator("#count")).to_have_text("8")
+
+
+def test_it_says_what_was_cut(start: Start, visit: Open) -> None:
+    page = visit(start(MAX_SEQ_LENGTH="128"))
+    fill(page, "cats", ["a cat", "cats and dogs " * 200, "dogs and cats " * 200])
+    with page.expect_response("**/v1/rerank") as caught:
+        page.click("#rank")
+    assert caught.value.headers["x-truncated-documents"] == "2"
+    expect(page.locator("#cut")).to_be_visible()
+    expect(page.locator("#cut")).to_contain_text("cut: 2.")
+    fill(page, "cats", ["a cat"])
+    page.click("#rank")
+    expect(page.locator("#cut")).to_be_hidden()
+
+
+def test_what_is_missing_is_said_before_anything_is_sent(fake: Server, visit: Open) -> None:
+    page = visit(fake)
+    sent: list[str] = []
+    page.on("request", lambda request: sent.append(request.url))
+    for field, message in (("query", "Enter a query."), ("documents", "Enter at least one document.")):
+        page.click("#rank")
+        expect(page.locator("#status")).to_have_text(message)
+        expect(page.locator(f"#{field}")).to_be_focused()
+        page.fill(f"#{field}", "a")
+    for top in ("0", "1.5", "x"):
+        page.fill("#top", top)
+        page.click("#rank")
+        expect(page.locator("#status")).to_contain_text("top_k")
+    page.fill("#top", "")
+    page.fill("#token", "schlüssel")
+    page.click("#rank")
+    expect(page.locator("#status")).to_contain_text("access token")
+    assert [url for url in sent if url.endswith("rerank")] == []
+
+
+def test_errors_are_shown_with_their_request_id(fake: Server, visit: Open) -> None:
+    page = visit(fake)
+    fill(page, "a", ["a"])
+    page.click("#rank")
+    assert len(ranking(page)) == 1
+    fill(page, "too long", ["a"])
+    with page.expect_response("**/v1/rerank") as caught:
+        page.click("#rank")
+    expect(page.locator("#status")).to_have_text(
+        f"Error 422: {caught.value.json()['detail']} (request {caught.value.headers['x-request-id']})"
+    )
+    expect(page.locator("#ranking li")).to_have_count(0)  # nothing stale beside an error
+
+
+def test_it_waits_for_the_model_and_sends_then(start: Start, visit: Open) -> None:
+    server = start(command=FAKE, FAKE_LOAD_SECONDS="6", wait="loading")
+    page = visit(server)
+    expect(page.locator("#status")).to_contain_text("its model may still be loading")
+    fill(page, "a b", ["a", "a b"])
+    page.click("#rank")
+    expect(page.locator("#status")).to_contain_text("sent as soon as it is")
+    expect(page.locator("#ranking p")).to_have_text(["a b", "a"])
+    expect(page.locator("#status")).to_be_hidden()
+
+
+def test_a_request_can_be_stopped_and_a_silent_service_is_noticed(start: Start, visit: Open) -> None:
+    server = start(command=FAKE, FAKE_SECONDS="2")
+    page = visit(server)
+    expect(page.locator("#stop")).to_be_hidden()
+    fill(page, "a", ["a"])
+    page.click("#rank")
+    page.click("#stop")
+    expect(page.locator("#status")).to_have_text("Stopped.")
+    server.stop()
+    page.click("#rank")
+    expect(page.locator("#status")).to_have_text("The service does not answer. Is it running?")
+
+
+def background(page: Page) -> str:
+    return str(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+
+
+def test_light_and_dark(fake: Server, visit: Open) -> None:
+    light, dark = visit(fake, color_scheme="light"), visit(fake, color_scheme="dark")
+    colours = background(light), background(dark)
+    assert colours == ("rgb(245, 246, 248)", "rgb(15, 18, 22)")
+    for page, other in ((light, colours[1]), (dark, colours[0])):
+        before = background(page)
+        page.click("#theme")
+        assert background(page) == other
+        page.click("#theme")
+        assert background(page) == before
+
+
+def test_english_and_chinese(fake: Server, visit: Open) -> None:
+    page = visit(fake, locale="zh-CN")
+    assert page.evaluate("document.documentElement.lang") == "zh-CN"
+    expect(page.locator("#rank")).to_have_text("排序")
+    page.click("#rank")
+    expect(page.locator("#status")).to_have_text("请输入查询。")
+    page.click("#language")
+    assert page.evaluate("document.documentElement.lang") == "en"
+    expect(page.locator("#rank")).to_have_text("Rank")
+    expect(page.locator("#status")).to_have_text("Enter a query.")
+    keys = page.evaluate("Object.values(TEXTS).map((texts) => Object.keys(texts))")
+    assert keys[0] == keys[1]
+    holes = "Object.values(TEXTS).map((t) => Object.values(t).map((s) => (s.match(/\\{\\d\\}/g) ?? []).sort().join()))"
+    in_english, in_chinese = page.evaluate(holes)
+    assert in_english == in_chinese
+
+
+def test_everything_has_a_name_and_is_reached_by_keyboard(fake: Server, visit: Open) -> None:
+    page = visit(fake)
+    nameless = """[...document.querySelectorAll("input, textarea, button")].filter(
+        (node) => !node.labels?.[0]?.innerText.trim() && !node.textContent.trim() && !node.ariaLabel).map((n) => n.id)"""
+    assert page.evaluate(nameless) == []
+    reached = []
+    for _ in range(15):
+        page.keyboard.press("Tab")
+        reached.append(page.evaluate("document.activeElement.id"))
+    fields = ["query", "documents", "file", "instruction", "top", "token", "rank"]
+    assert [name for name in reached if name in fields] == fields
+
+
+@pytest.mark.parametrize("width", [320, 390, 768, 1440])
+def test_it_fits_the_screen(fake: Server, visit: Open, width: int) -> None:
+    page = visit(fake, viewport={"width": width, "height": 800})
+    fill(page, "a", ["a" * 300, "b c " * 300, MARKUP])
+    page.click("#rank")
+    page.click("#code summary")
+    assert len(ranking(page)) == 3
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+# The description of the API
+
+
+def test_the_docs_need_no_internet_and_work_with_a_token_in_the_address(guarded: Server, visit: Open) -> None:
+    page = visit(guarded, f"/docs?access_token={TOKEN}")
+    operation = page.locator(".opblock", has_text="/v1/rerank").first
+    operation.locator(".opblock-summary").click()
+    operation.get_by_text("Try it out").click()
+    operation.locator("textarea").fill('{"query": "a", "documents": ["b", "a"]}')
+    with page.expect_response("**/v1/rerank") as caught:
+        operation.get_by_text("Execute").click()
+    assert caught.value.status == 200
+    assert [result["index"] for result in caught.value.json()] == [1, 0]
+    assert "referer" not in caught.value.request.all_headers()
+    operation.locator(".live-responses-table").wait_for()
+    assert TOKEN not in page.content()
+    assert TOKEN not in guarded.log
+
+
+def test_the_docs_without_a_token(server: Server, visit: Open) -> None:
+    page = visit(server, "/docs")
+    routes = server.client.get("/openapi.json").json()["paths"]
+    expect(page.locator(".opblock")).to_have_count(sum(map(len, routes.values())))
+    assert "/" not in routes
+    assert "/docs" not in routes
