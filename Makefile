@@ -46,7 +46,7 @@ $(VENV)/.serve: requirements.txt $(VENV)/.python
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	@touch $@
 
-$(VENV)/.dev: requirements-dev.txt $(VENV)/.serve
+$(VENV)/.dev: requirements-dev.txt requirements-eval.txt $(VENV)/.serve
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	@touch $@
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from reranker.types import EncodedRequest, Slice
@@ -29,6 +29,32 @@ def split(request: EncodedRequest, max_tokens: int, max_documents: int) -> list[
         slices.append(Slice(request, start, stop))
         start = stop
     return slices
+
+
+def fill(requests: Iterable[EncodedRequest], limits: Callable[[], tuple[int, int]]) -> Iterator[list[Slice]]:
+    """A stream of requests as full batches, in order; a request at a batch's end is cut, as in `split`.
+
+    Args:
+        requests: read only as far as the next batch needs it.
+        limits: the most tokens and documents of a batch, asked anew for each.
+    """
+    batch: list[Slice] = []
+    tokens, documents = limits()
+    for request in requests:
+        start = 0
+        while start < len(request.documents):
+            stop = fit(request, start, tokens, max(0, documents))
+            if stop == start and batch:
+                yield batch
+                batch = []
+                tokens, documents = limits()
+                continue
+            batch.append(Slice(request, start, max(stop, start + 1)))
+            tokens -= batch[-1].tokens
+            documents -= batch[-1].stop - start
+            start = batch[-1].stop
+    if batch:
+        yield batch
 
 
 def halves(slices: Sequence[Slice]) -> tuple[list[Slice], list[Slice]] | None:

@@ -1,0 +1,48 @@
+"""`check`: load, score one pair, say what was chosen. For images and deployments: exit code 0 means it can serve."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+
+from reranker.cli.errors import CommandError, FailedError
+from reranker.cli.options import source
+from reranker.cli.ranker import open_ranker, rank_one
+from reranker.errors import ModelLoadError, RerankError
+from reranker.types import RerankRequest
+
+_PAIR = ("how to compress files", "gzip compresses files to save disk space")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Run the command: JSON in a pipe, lines in a terminal.
+
+    Raises:
+        FailedError: it cannot serve.
+    """
+    where = source(args)
+    start = time.monotonic()
+    try:
+        ranker = open_ranker(where)
+        loaded = time.monotonic()
+        scored = rank_one(ranker, RerankRequest(_PAIR[0], [_PAIR[1]], args.instruction))
+    except (CommandError, ModelLoadError, RerankError):
+        raise
+    except Exception as error:  # whatever a broken checkpoint makes its libraries raise: a check answers, it never dies
+        if args.verbose:
+            raise
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise FailedError(f"cannot serve: {type(error).__name__}: {first} (--verbose shows where)") from None
+    facts: dict[str, object] = {
+        **ranker.facts,
+        "load_seconds": round(loaded - start, 2),
+        "score_seconds": round(time.monotonic() - loaded, 3),
+        "score": scored.scores[0],
+    }
+    if sys.stdout.isatty():
+        print("\n".join(f"{name:17} {value}" for name, value in facts.items()))
+        print("ok")
+    else:
+        print(json.dumps(facts | {"status": "ok"}, ensure_ascii=False))

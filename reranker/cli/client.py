@@ -1,0 +1,208 @@
+"""Scores from a running service: POST /v1/rerank in its native shape.
+
+Over the standard library, which follows HTTPS_PROXY and NO_PROXY: a client package would be one more pin for one POST,
+and a new connection for each costs little beside the scoring.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import http.client
+import json
+import random
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from reranker import __version__
+from reranker.cli.errors import FailedError
+from reranker.cli.ranker import Scored
+from reranker.errors import InvalidRequestError, RerankError
+from reranker.types import RerankRequest
+
+# Enough to fill the service's next batch while it computes this one; more would only fill its queue.
+_CONNECTIONS = 4
+# A request is sent in parts: a service may allow fewer documents or bytes than one request here has.
+_PART_DOCUMENTS = 256
+_PART_CHARACTERS = 1_000_000
+_SOCKET_SECONDS = 150
+"""Above the service's own deadline (REQUEST_TIMEOUT, 100 s), so that its 504 is heard."""
+_LONGEST_WAIT = 60.0
+_BUSY = {429: "busy", 502: "behind a proxy without it", 503: "not ready", 504: "too slow"}
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Following would turn the POST into a GET and hand the token to another host."""
+
+    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+        """Never."""
+
+
+class Client:
+    """A service at an address.
+
+    Args:
+        url: scheme, host and port, and a path if it is served under one.
+        token: sent as a bearer token.
+        patience: seconds that one request may wait for a busy or restarting service.
+
+    Raises:
+        FailedError: nothing answers there.
+    """
+
+    def __init__(self, url: str, token: str | None = None, *, patience: float = 300.0) -> None:
+        self.url = url
+        self.patience = patience
+        self._headers = {"Content-Type": "application/json", "User-Agent": f"reranker/{__version__}"}
+        if token:
+            self._headers["Authorization"] = f"Bearer {token}"
+        self._opener = urllib.request.build_opener(_NoRedirect)
+        self._closing = threading.Event()
+        self._told = False
+        self._open("/livez", None).close()
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """See `Ranker.facts`."""
+        return {"url": self.url}
+
+    def rank_many(self, requests: Iterable[RerankRequest]) -> Iterator[Scored | RerankError]:
+        """See `Ranker.rank_many`. A few requests are on their way at a time, and answered in order."""
+        sent: deque[Future[Scored | RerankError]] = deque()
+        with ThreadPoolExecutor(_CONNECTIONS, thread_name_prefix="client") as pool:
+            try:
+                for request in requests:
+                    sent.append(pool.submit(self._rank, request))
+                    if len(sent) > _CONNECTIONS:
+                        yield sent.popleft().result()
+                while sent:
+                    yield sent.popleft().result()
+            finally:
+                if sent:  # left early: nobody reads the rest
+                    self._closing.set()
+                    pool.shutdown(wait=False, cancel_futures=True)
+
+    def _rank(self, request: RerankRequest) -> Scored | RerankError:
+        scores: list[float] = []
+        truncated = 0
+        try:
+            for documents in _parts(request.documents):
+                body: dict[str, Any] = {"query": request.query, "documents": documents}
+                if request.instruction is not None:
+                    body["instruction"] = request.instruction
+                got, cut = self._post(body)
+                scores += got
+                truncated += cut
+        except RerankError as error:
+            return error
+        return Scored(scores, truncated)
+
+    def _post(self, body: dict[str, Any]) -> tuple[list[float], int]:
+        """Scores in the order of the documents, and how many were cut; waits politely while the service is busy.
+
+        Raises:
+            InvalidRequestError: the service refuses this request.
+            FailedError: it refuses all, or its patience ran out.
+        """
+        data = json.dumps(body).encode()
+        deadline = time.monotonic() + self.patience
+        for attempt in range(1 << 30):
+            try:
+                with self._open("/v1/rerank", data) as response:
+                    rows, headers = json.load(response), response.headers
+                scores = {row["index"]: float(row["score"]) for row in rows}
+                cut = int(headers.get("x-truncated-documents", 0))
+                return [scores[i] for i in range(len(body["documents"]))], cut
+            except urllib.error.HTTPError as error:
+                wait, why = self._refused(error), f"{_BUSY.get(error.code)} ({error.code})"
+            except (KeyError, TypeError, ValueError):
+                raise FailedError(f"{self.url} does not answer like this service; check --url") from None
+            except (OSError, http.client.HTTPException) as error:  # it answered before: probably it restarts
+                wait, why = None, f"gone ({_reason(error)})"
+            pause = min(_LONGEST_WAIT, wait if wait is not None else 0.5 * 2 ** min(attempt, 7))
+            pause += random.uniform(0, pause / 4)  # several clients must not come back at the same moment
+            if time.monotonic() + pause > deadline:
+                raise FailedError(f"{self.url} is {why}, for {self.patience:g} s now; try again later")
+            if not self._told:
+                self._told = True
+                print(f"note: {self.url} is {why}; waiting up to {self.patience:g} s", file=sys.stderr)
+            if self._closing.wait(pause):
+                raise FailedError("interrupted")
+        raise AssertionError("unreachable")
+
+    def _refused(self, error: urllib.error.HTTPError) -> float | None:
+        """Seconds to wait by a busy service's own word.
+
+        Raises:
+            InvalidRequestError: this request will never do.
+            FailedError: no request will.
+        """
+        with error:
+            detail = _detail(error)
+        if error.code in _BUSY:
+            return _retry_after(error.headers.get("Retry-After"))
+        if error.code in (401, 403):
+            raise FailedError(f"{self.url} refuses the token: {detail}; set --token or ACCESS_TOKEN")
+        if error.code in (400, 413, 422):
+            raise InvalidRequestError(detail)
+        raise FailedError(f"{self.url} answers {error.code}: {detail}")
+
+    def _open(self, path: str, data: bytes | None) -> Any:
+        request = urllib.request.Request(self.url + path, data, self._headers)
+        try:
+            return self._opener.open(request, timeout=_SOCKET_SECONDS if data else 20)
+        except urllib.error.HTTPError as error:
+            if data:
+                raise
+            return error  # whatever it is, something answers
+        except (OSError, http.client.HTTPException) as error:
+            if data:
+                raise
+            raise FailedError(f"cannot reach {self.url}: {_reason(error)}; is the service running?") from None
+
+
+def _parts(documents: Iterable[str]) -> Iterator[list[str]]:
+    part: list[str] = []
+    characters = 0
+    for document in documents:
+        if part and (len(part) == _PART_DOCUMENTS or characters + len(document) > _PART_CHARACTERS):
+            yield part
+            part, characters = [], 0
+        part.append(document)
+        characters += len(document)
+    if part:
+        yield part
+
+
+def _reason(error: Exception) -> str:
+    inner = getattr(error, "reason", error)
+    return str(getattr(inner, "strerror", None) or inner or type(error).__name__)
+
+
+def _detail(error: urllib.error.HTTPError) -> str:
+    """The service's own words, else the status's."""
+    try:
+        detail = json.load(error)["detail"]
+    except (ValueError, KeyError, TypeError, OSError, http.client.HTTPException):
+        return str(error.reason)
+    return " ".join(str(detail).split())[:500]
+
+
+def _retry_after(value: str | None) -> float | None:
+    """Seconds, from either form of the header."""
+    if value is None:
+        return None
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:
+        return None

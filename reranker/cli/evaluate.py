@@ -1,0 +1,147 @@
+"""`evaluate`: is it worth it? Ranks the candidates of the user's own judged queries and measures before and after."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from reranker.cli import bm25, collection, gain
+from reranker.cli.collection import Grades, Ranking
+from reranker.cli.errors import FailedError, InputError
+from reranker.cli.lines import writing
+from reranker.cli.options import source
+from reranker.cli.ranker import Ranker, open_ranker
+from reranker.cli.terminal import meter
+from reranker.errors import RerankError
+from reranker.types import RerankRequest
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Run the command.
+
+    Raises:
+        InputError: the data cannot be read, or does not fit together.
+        FailedError: a package is missing, or scoring failed.
+    """
+    where = source(args)
+    _require("ir_measures", *(() if args.run else ("bm25s",)), *(("matplotlib",) if args.plot else ()))
+    measures = gain.parse_measures(args.measures or f"nDCG@10 RR@10 R@10 R@{args.candidates}")
+    grades, queries, corpus, before = _load(args)
+    ranker = open_ranker(where)
+    start = time.monotonic()
+    after = _rerank(ranker, queries, corpus, before, args.instruction)
+    seconds = time.monotonic() - start
+    gains = gain.measure(measures, grades, before, after)
+    if args.per_query:
+        gain.write_per_query(Path(args.per_query), gains)
+    if args.plot:
+        gain.write_plot(Path(args.plot), gains[0])
+    if args.save_run:
+        _save_run(Path(args.save_run), after)
+    facts = {
+        "queries": len(grades),
+        "without_candidates": sum(not before.get(query) for query in grades),
+        "documents": sum(map(len, before.values())),
+        "first_stage": args.run or "bm25",
+        "seconds": round(seconds, 1),
+    }
+    if args.output == "table" or (args.output == "auto" and sys.stdout.isatty()):
+        _print(facts, gains)
+    else:
+        print(json.dumps(facts | {"measures": {g.name: g.summary for g in gains}}, ensure_ascii=False))
+
+
+def _require(*modules: str) -> None:
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise FailedError(f"{' and '.join(missing)} missing; pip install -r requirements-eval.txt")
+
+
+def _load(args: argparse.Namespace) -> tuple[Grades, dict[str, str], dict[str, str], Ranking]:
+    """Judgements, texts of judged queries, texts of candidates, and the candidates.
+
+    Raises:
+        InputError: a part is missing, or an id has no text.
+    """
+    parts = (args.corpus, args.queries, args.qrels)
+    if args.beir:
+        if any(parts):
+            raise InputError("give --beir, or --corpus, --queries and --qrels, not both")
+        paths = collection.beir(args.beir, args.split)
+    elif all(parts):
+        paths = collection.Paths(Path(args.corpus), Path(args.queries), Path(args.qrels), beir=False)
+    else:
+        raise InputError("no data: give --beir DIR, or --corpus, --queries and --qrels")
+    grades = collection.read_grades(paths)
+    queries = collection.read_texts(paths.queries, grades)
+    _demand(grades, queries, paths.queries, "query")
+    if not args.run:
+        corpus = collection.read_texts(paths.corpus)
+        return grades, queries, corpus, bm25.candidates(corpus, queries, args.candidates)
+    ranking = collection.read_run(Path(args.run), grades)
+    ranking = {query: found[: args.candidates] for query, found in ranking.items()}
+    if not ranking:
+        raise InputError(f"{args.run} ranks no query of {paths.qrels}")
+    wanted = dict.fromkeys(chain(*ranking.values()))
+    corpus = collection.read_texts(paths.corpus, wanted)
+    _demand(wanted, corpus, paths.corpus, "document")
+    return grades, queries, corpus, ranking
+
+
+def _demand(ids: Mapping[str, object], found: Mapping[str, str], path: Path, what: str) -> None:
+    missing = [i for i in ids if i not in found]
+    if missing:
+        raise InputError(f"{path} has no text for {len(missing)} of {len(ids)}, the first is {what} {missing[0]!r}")
+
+
+def _rerank(
+    ranker: Ranker, queries: dict[str, str], corpus: dict[str, str], before: Ranking, instruction: str | None
+) -> Ranking:
+    order = [query for query in queries if before.get(query)]
+    requests = (RerankRequest(queries[q], [corpus[d] for d in before[q]], instruction) for q in order)
+    after: Ranking = {}
+    with meter(sum(len(before[q]) for q in order)) as shown:
+        for query, outcome in zip(order, ranker.rank_many(requests), strict=True):
+            if isinstance(outcome, RerankError):
+                raise FailedError(f"query {query}: {outcome}")
+            after[query] = [before[query][i] for i in outcome.best(None)]
+            shown.advance(shown.done + len(outcome.scores), len(outcome.scores))
+    return after
+
+
+def _save_run(path: Path, after: Ranking) -> None:
+    with writing(path), open(path, "w", encoding="utf-8") as file:
+        for query, found in after.items():
+            for i, document in enumerate(found):
+                file.write(f"{query} Q0 {document} {i + 1} {len(found) - i} reranked\n")
+
+
+def _print(facts: Mapping[str, Any], gains: list[gain.Gain]) -> None:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("measure", "before", "after", "gain", "better", "equal", "worse"):
+        table.add_column(name, justify="left" if name == "measure" else "right")
+    for one in gains:
+        numbers = one.summary
+        colour = "green" if numbers["gain"] > 0 else "red" if numbers["gain"] < 0 else "dim"
+        shown = [f"{numbers[key]:.4f}" for key in ("before", "after")]
+        counts = [str(numbers[key]) for key in ("better", "equal", "worse")]
+        table.add_row(one.name, *shown, f"[{colour}]{numbers['gain']:+.4f}[/]", *counts)
+    console = Console()
+    console.print(table)
+    console.print(
+        "{queries} queries ({without_candidates} without candidates), {documents} documents, first stage "
+        "{first_stage}, {seconds} s".format(**facts),
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,152 @@
+"""The output of a batch, safe against every way to die: complete under its name, or not there.
+
+    OUT.partial        the lines written so far; becomes OUT by a rename when the last one is there
+    OUT.partial.json   what they were made from; another run may continue only with the same
+
+A line is written with one call when it is scored, so a killed process loses nothing that it has scored. Every two
+seconds the file is forced to the disk, so a power failure loses as much at the most; what it leaves of the last lines
+(half of one, or zeros) is cut off on the next start.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from reranker.cli.errors import InputError
+from reranker.cli.lines import dump, writing
+
+_SYNC_SECONDS = 2.0
+
+
+class Journal:
+    """The unfinished output; a context manager.
+
+    Args:
+        path: the output.
+        identity: what the output depends on; JSON values.
+        overwrite: replace a finished output, and an unfinished one of another identity.
+
+    Attributes:
+        last: number of the last input line that has its output line; 0: none.
+        lines: how many output lines there are.
+
+    Raises:
+        InputError: the output exists, is being written by another process, or was begun with something else.
+        FailedError: it cannot be written.
+    """
+
+    def __init__(self, path: Path, identity: dict[str, Any], *, overwrite: bool) -> None:
+        self.path = path
+        self.partial = path.with_name(path.name + ".partial")
+        self.about = path.with_name(path.name + ".partial.json")
+        self.last = self.lines = 0
+        self._mine = False
+        if path.exists() and not overwrite:
+            raise InputError(f"{path} exists already; give another name, or --overwrite")
+        with writing(self.partial):
+            self._file = open(self.partial, "ab", buffering=0)  # noqa: SIM115  # closed by close()
+        try:
+            self._begin(identity, overwrite)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def write(self, line: int, record: dict[str, Any]) -> None:
+        """The output of input line `line`.
+
+        Raises:
+            FailedError: the disk is full or gone.
+        """
+        data = dump({"line": line} | record)
+        with writing(self.partial):
+            while data:  # a signal or a nearly full disk may cut a write short
+                data = data[self._file.write(data) :]
+        self.last, self.lines = line, self.lines + 1
+        if time.monotonic() - self._synced > _SYNC_SECONDS:
+            self.sync()
+
+    def sync(self) -> None:
+        """Force everything written to the disk."""
+        with writing(self.partial):
+            os.fsync(self._file.fileno())
+        self._synced = time.monotonic()
+
+    def finish(self) -> None:
+        """Everything is there: give it its name."""
+        self.sync()
+        with writing(self.path):
+            os.replace(self.partial, self.path)
+            _sync_folder(self.path)
+            self.about.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Let go of the file; what was written stays. Where nothing was, nothing is left behind."""
+        if not self.lines and self._mine:
+            self.partial.unlink(missing_ok=True)
+            self.about.unlink(missing_ok=True)
+        self._file.close()
+
+    def _begin(self, identity: dict[str, Any], overwrite: bool) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"{self.partial} is being written by another process") from None
+        self._synced = time.monotonic()
+        other = _difference(self.about, identity) if self.partial.stat().st_size else None
+        if other and not overwrite:
+            raise InputError(f"{self.partial} was begun with {other}; use the same again, or --overwrite to start anew")
+        with writing(self.partial):
+            self._mine = True
+            self._file.truncate(0 if other else self._recover())
+            # What the lines were made from is on the disk before the first of them.
+            draft = self.about.with_name(self.about.name + ".new")
+            with open(draft, "wb") as file:
+                file.write(dump(identity))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(draft, self.about)
+            _sync_folder(self.path)
+
+    def _recover(self) -> int:
+        """Read what an earlier run left: bytes up to the last line before the first that is not whole."""
+        good = 0
+        with open(self.partial, "rb") as file:
+            for raw in file:
+                try:
+                    number = json.loads(raw)["line"] if raw.endswith(b"\n") else 0
+                except (ValueError, KeyError, TypeError):
+                    break
+                if not isinstance(number, int) or number <= self.last:
+                    break
+                self.last, self.lines, good = number, self.lines + 1, good + len(raw)
+        return good
+
+
+def _difference(about: Path, identity: dict[str, Any]) -> str | None:
+    """What an unfinished output was begun with that is not so now."""
+    try:
+        begun = json.loads(about.read_bytes())
+        differs = [key for key in identity | begun if begun.get(key) != identity.get(key)]
+    except (OSError, ValueError, TypeError, AttributeError):
+        return "something unknown"
+    return f"another {' and '.join(differs)}" if differs else None
+
+
+def _sync_folder(path: Path) -> None:
+    """Force a rename in the folder of `path` to the disk."""
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

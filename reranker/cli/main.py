@@ -1,0 +1,121 @@
+"""The commands and their arguments, and the one place where an error becomes a line and an exit code.
+
+argparse, because it is always there: four commands with flat options need no more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from typing import NoReturn
+
+from reranker import __version__
+from reranker.cli.errors import CommandError, InputError
+from reranker.cli.options import add_model_options, load_env_file
+from reranker.errors import InvalidRequestError, ModelLoadError, RerankError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line instead of the whole usage."""
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands."""
+    top = _Parser(prog="python -m reranker", description="Rank documents by relevance to a query, without a server.")
+    top.add_argument("--version", action="version", version=__version__)
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    add = commands.add_parser("rank", help="one query: a table in a terminal, JSON in a pipe")
+    add.add_argument("query", metavar="QUERY")
+    add.add_argument("document", nargs="*", metavar="DOCUMENT", help="without any: --file or standard input")
+    add.add_argument(
+        "--file", help="one document per line, .jsonl or .csv; - is standard input; blank lines are left out"
+    )
+    add.add_argument("--input-format", choices=("lines", "jsonl", "csv"), help="instead of by the file's name")
+    add.add_argument("--field", default="text", help="the key or column that holds the text (default: text)")
+    add.add_argument("--top-k", type=_count, metavar="N", help="only the best N")
+    add.add_argument("--output", choices=("auto", "table", "json"), default="auto")
+    add_model_options(add)
+
+    add = commands.add_parser("batch", help="many queries, JSON lines in and out; goes on after an interruption")
+    add.add_argument(
+        "input", metavar="IN.jsonl", help='lines of {"query", "documents", "id"?, "top_k"?, "instruction"?}'
+    )
+    add.add_argument(
+        "output", metavar="OUT.jsonl", help="complete when it is there; until then it is OUT.jsonl.partial"
+    )
+    add.add_argument("--top-k", type=_count, metavar="N", help="only the best N, where a line does not say")
+    add.add_argument("--skip-bad", action="store_true", help="report bad lines and go on")
+    add.add_argument("--overwrite", action="store_true", help="replace OUT, and an unfinished one of other options")
+    add_model_options(add)
+
+    add = commands.add_parser("evaluate", help="measure the gain on your own data (needs requirements-eval.txt)")
+    data = add.add_argument_group("data: a BEIR folder, or texts and TREC qrels")
+    data.add_argument("--beir", metavar="DIR", help="corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv")
+    data.add_argument("--split", default="test", help="which qrels of a BEIR folder (default: test)")
+    data.add_argument("--corpus", metavar="FILE", help=".jsonl as in BEIR, else lines of id, tab, text")
+    data.add_argument("--queries", metavar="FILE", help="the same forms")
+    data.add_argument("--qrels", metavar="FILE", help="TREC: query, 0, document, relevance")
+    data.add_argument("--run", metavar="FILE", help="TREC run with the candidates; without it BM25 finds them")
+    add.add_argument("--candidates", type=_count, default=100, metavar="N", help="how many are reranked (default: 100)")
+    add.add_argument("--measures", metavar="LIST", help='of ir-measures; default: "nDCG@10 RR@10 R@10 R@N"')
+    add.add_argument("--per-query", metavar="FILE.csv", help="every query before and after")
+    add.add_argument("--plot", metavar="FILE.png", help="the gain of every query as a picture")
+    add.add_argument("--save-run", metavar="FILE", help="the reranked candidates as a TREC run")
+    add.add_argument("--output", choices=("auto", "table", "json"), default="auto")
+    add_model_options(add)
+
+    add = commands.add_parser("check", help="load, score one pair, say what was chosen; exit code 0 or 1")
+    add_model_options(add)
+    return top
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one command.
+
+    Raises:
+        CommandError, ModelLoadError, RerankError: what `run` turns into a line.
+    """
+    args = parser().parse_args(argv)
+    logging.basicConfig(format="%(message)s", level=logging.INFO if args.verbose else logging.WARNING)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    load_env_file()
+    if args.command == "rank":
+        from reranker.cli.rank import rank as command
+    elif args.command == "batch":
+        from reranker.cli.batch import batch as command
+    elif args.command == "evaluate":
+        from reranker.cli.evaluate import evaluate as command
+    else:
+        from reranker.cli.check import check as command
+    command(args)
+
+
+def run() -> NoReturn:
+    """The program: exit code 0, 1 (failed) or 2 (bad input); an interruption ends it by its signal."""
+    code = 0
+    try:
+        main()
+        sys.stdout.flush()
+    except (CommandError, ModelLoadError, RerankError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = error.code if isinstance(error, CommandError) else 2 if isinstance(error, InvalidRequestError) else 1
+    except BrokenPipeError:  # `... | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        # By the signal itself: the shell then knows, and no thread that still reads or waits holds the end up.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    sys.exit(code)

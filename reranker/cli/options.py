@@ -1,0 +1,167 @@
+"""The options that every command shares: which model, or which running service, scores.
+
+A model option that is not given takes the value of the service's setting of the same name, from the environment and
+then from `.env` in the working directory, so that one `.env` serves both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dotenv import dotenv_values
+
+from reranker.cli.errors import InputError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A model option: the setting behind it, how a text becomes its value, and what is allowed."""
+
+    setting: str
+    read: Callable[[str], Any]
+    allowed: str
+    default: Any = None
+
+    @property
+    def flag(self) -> str:
+        """Its name on the command line."""
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def name(self) -> str:
+        """Its name as a keyword of `Scorer.load`."""
+        short = {"model_name_or_path": "model", "default_instruction": "instruction"}
+        name = self.setting.lower()
+        return short.get(name, name.removeprefix("model_"))
+
+    def value(self, text: str, source: str) -> Any:
+        """`text` as the option's value.
+
+        Raises:
+            InputError: it cannot be used; names `source`.
+        """
+        try:
+            return self.read(text)
+        except ValueError:
+            raise InputError(f"{source}={text!r} cannot be used; {self.allowed}") from None
+
+
+def _one_of(pattern: str) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if not re.fullmatch(pattern, text.lower()):
+            raise ValueError
+        return text.lower()
+
+    return read
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if int(text) < least:
+            raise ValueError
+        return int(text)
+
+    return read
+
+
+def _or_auto(read: Callable[[str], T]) -> Callable[[str], T | None]:
+    return lambda text: None if text.lower() == "auto" else read(text)
+
+
+def _percentage(text: str) -> float:
+    if not 1 <= float(text) <= 100:
+        raise ValueError
+    return float(text)
+
+
+OPTIONS = (
+    Option("MODEL_NAME_OR_PATH", str, "a hub name or a folder; without it: the bundled demo model"),
+    Option("MODEL_REVISION", str, "branch, tag or commit on the hub"),
+    Option("MODEL_DEVICE", _one_of(r"auto|cpu|cuda(:\d{1,3})?"), "auto, cpu, cuda or cuda:N", "auto"),
+    Option(
+        "MODEL_PRECISION",
+        _one_of("auto|bfloat16|float16|float32|bf16|fp16|fp32"),
+        "auto, bfloat16, float16 or float32 (bf16, fp16, fp32)",
+        "auto",
+    ),
+    Option("MAX_MEMORY_PERCENTAGE", _percentage, "most of the device's memory, 1 to 100", 90.0),
+    Option("MAX_SEQ_LENGTH", _at_least(128), "tokens of prompt and document, at least 128; the rest is cut", 8192),
+    Option("BATCH_SIZE", _or_auto(_at_least(1)), "most documents in one forward pass, or auto"),
+    Option("MAX_BATCH_TOKENS", _or_auto(_at_least(256)), "tokens in one forward pass, at least 256, or auto"),
+)
+_DEFAULT_INSTRUCTION = Option("DEFAULT_INSTRUCTION", str, "an instruction")
+
+
+def load_env_file(path: str | Path = ".env") -> None:
+    """Put `.env` into the environment where a name is not set yet, for the libraries too (HF_ENDPOINT, HF_HOME)."""
+    for name, value in dotenv_values(path).items():
+        if value is not None:
+            os.environ.setdefault(name, value)
+
+
+def _setting(option: Option) -> Any:
+    """The value of an option that was not given: from the environment, else the default. Blank means unset."""
+    text = os.environ.get(option.setting, "").strip()
+    if option.read is not str:
+        text = re.sub(r"\s+#.*$", "", text)  # docker hands "cuda  # a comment" on as it stands in the file
+    return option.value(text, option.setting) if text else option.default
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Which model or service scores."""
+    group = parser.add_argument_group("model", "defaults come from the environment and .env, as for the service")
+    for option in OPTIONS:
+        group.add_argument(option.flag, metavar="VALUE", help=f"{option.allowed} ({option.setting})")
+    group.add_argument("--instruction", metavar="TEXT", help="what relevant means here (DEFAULT_INSTRUCTION)")
+    group = parser.add_argument_group("service", "a running service instead of a model in this process")
+    group.add_argument("--url", help="its address, such as http://127.0.0.1:6006")
+    group.add_argument("--token", help="its token; safer in the environment: the first of ACCESS_TOKEN")
+    parser.add_argument("--verbose", action="store_true", help="say what was chosen and why")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where scores come from: a service when `url` is set, else `Scorer.load(**model)`."""
+
+    url: str | None
+    token: str | None
+    model: dict[str, Any]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What changes scores; an interrupted batch is only continued with the same."""
+        if self.url:
+            return {"url": self.url}
+        name = self.model["model"]
+        path = os.path.abspath(os.path.expanduser(name)) if name else None
+        model = path if path and os.path.isdir(path) else name
+        kept = ("revision", "precision", "max_seq_length", "instruction")
+        return {"model": model} | {key: self.model[key] for key in kept}
+
+
+def source(args: argparse.Namespace) -> Source:
+    """The options as given, completed from the environment.
+
+    Raises:
+        InputError: a value cannot be used, or model options were given together with --url.
+    """
+    given = {o: getattr(args, o.name) for o in OPTIONS if getattr(args, o.name) is not None}
+    if args.url is not None:
+        if given:
+            raise InputError(f"{next(iter(given)).flag} has no effect with --url: the service has chosen; leave it out")
+        if not re.match(r"https?://[^/]", args.url):
+            raise InputError(f"--url={args.url!r} is no address; write it like http://127.0.0.1:6006")
+        tokens = (token.strip() for token in os.environ.get("ACCESS_TOKEN", "").split(","))
+        return Source(args.url.rstrip("/"), args.token or next(filter(None, tokens), None), {})
+    if args.token is not None:
+        raise InputError("--token is for a running service; give its address with --url")
+    model = {o.name: o.value(given[o], o.flag) if o in given else _setting(o) for o in OPTIONS}
+    return Source(None, None, model | {"instruction": _setting(_DEFAULT_INSTRUCTION)})

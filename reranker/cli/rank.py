@@ -1,0 +1,63 @@
+"""`rank`: one query, its documents best first: a coloured table in a terminal, JSON in a pipe."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from reranker.cli import documents
+from reranker.cli.errors import InputError
+from reranker.cli.options import source
+from reranker.cli.ranker import Scored, open_ranker, rank_one
+from reranker.cli.terminal import harmless
+from reranker.types import RerankRequest
+
+# A table row shows one line: more of a text would only be cut again.
+_SHOWN_CHARACTERS = 500
+
+
+def rank(args: argparse.Namespace) -> None:
+    """Run the command.
+
+    Raises:
+        InputError: no query, no documents, or documents from two places.
+    """
+    where = source(args)
+    if not args.query.strip():
+        raise InputError("the query must not be empty")
+    if args.document and args.file:
+        raise InputError("give documents as arguments or with --file, not both")
+    found = args.document or documents.read(args.file or "-", args.input_format, args.field)
+    scored = rank_one(open_ranker(where), RerankRequest(args.query, found, args.instruction))
+    best = scored.best(args.top_k)
+    if scored.truncated:
+        print(f"note: {scored.truncated} documents did not fit and were cut (--max-seq-length)", file=sys.stderr)
+    if args.output == "table" or (args.output == "auto" and sys.stdout.isatty()):
+        Console().print(_table(found, scored, best))
+    else:
+        rows = [{"index": i, "score": scored.scores[i], "text": found[i]} for i in best]
+        try:
+            print(json.dumps(rows, ensure_ascii=False))
+        except UnicodeEncodeError:  # half a surrogate pair, or a terminal that is not UTF-8
+            print(json.dumps(rows))
+
+
+def _table(found: Sequence[str], scored: Scored, best: Sequence[int]) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("score", justify="right", no_wrap=True)
+    table.add_column("index", justify="right", no_wrap=True)
+    table.add_column("document", no_wrap=True, overflow="ellipsis", ratio=1)
+    for i in best:
+        score = scored.scores[i]
+        colour = "green" if score >= 0.5 else "yellow" if score >= 0.1 else "red"
+        # Text, not markup: brackets in a document are only brackets. Widths are rich's, so Chinese counts double.
+        table.add_row(
+            Text(f"{score:.4f}", colour), Text(str(i), "dim"), Text(harmless(found[i][:_SHOWN_CHARACTERS]).strip())
+        )
+    return table

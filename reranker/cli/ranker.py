@@ -1,0 +1,68 @@
+"""Who scores: a model in this process or a running service, behind one method. The scores are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from reranker.cli.options import Source
+from reranker.errors import RerankError
+from reranker.types import RerankRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """The answer to a request."""
+
+    scores: list[float]
+    """Probabilities of "yes", in the order of the documents."""
+    truncated: int
+    """How many documents did not fit and were cut."""
+
+    def best(self, top_k: int | None) -> list[int]:
+        """Indices of the documents, best first, ties by index; all when `top_k` is None or too large."""
+        return sorted(range(len(self.scores)), key=lambda i: (-self.scores[i], i))[:top_k]
+
+
+class Ranker(Protocol):
+    """What a command needs."""
+
+    def rank_many(self, requests: Iterable[RerankRequest]) -> Iterator[Scored | RerankError]:
+        """For each request, in order, its scores or why it has none; takes a little more than it has answered.
+
+        Raises:
+            FailedError: no request can be scored any more.
+        """
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What scores, for people."""
+
+
+def open_ranker(source: Source) -> Ranker:
+    """Load the model, or find the service.
+
+    Raises:
+        ModelLoadError: the model cannot be served.
+        FailedError: the service does not answer.
+    """
+    if source.url:
+        from reranker.cli.client import Client
+
+        return Client(source.url, source.token)
+    from reranker.cli.local import Local
+
+    return Local(source.model)
+
+
+def rank_one(ranker: Ranker, request: RerankRequest) -> Scored:
+    """The scores of one request.
+
+    Raises:
+        RerankError: it has none.
+    """
+    outcome = next(iter(ranker.rank_many([request])))
+    if isinstance(outcome, RerankError):
+        raise outcome
+    return outcome
