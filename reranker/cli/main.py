@@ -87,7 +87,11 @@ def main(argv: list[str] | None = None) -> None:
     Raises:
         CommandError, ModelLoadError, RerankError: what `run` turns into a line.
     """
-    args = parser().parse_args(argv)
+    args, rest = parser().parse_known_args(argv)
+    if args.command == "rank" and not any(word.startswith("-") for word in rest):
+        args.document += rest  # argparse takes positionals up to the first option only
+    elif rest:
+        raise InputError(f"unknown arguments: {' '.join(rest)} (see python -m reranker {args.command} --help)")
     logging.basicConfig(format="%(message)s", level=logging.INFO if args.verbose else logging.WARNING)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     load_env_file()

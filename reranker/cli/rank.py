@@ -39,7 +39,8 @@ def rank(args: argparse.Namespace) -> None:
     if scored.truncated:
         print(f"note: {scored.truncated} documents did not fit and were cut (--max-seq-length)", file=sys.stderr)
     if args.output == "table" or (args.output == "auto" and sys.stdout.isatty()):
-        Console().print(_table(found, scored, best))
+        console = Console()
+        console.print(_table(found, scored, best, console.width))
     else:
         rows = [{"index": i, "score": scored.scores[i], "text": found[i]} for i in best]
         try:
@@ -48,15 +49,17 @@ def rank(args: argparse.Namespace) -> None:
             print(json.dumps(rows))
 
 
-def _table(found: Sequence[str], scored: Scored, best: Sequence[int]) -> Table:
+def _table(found: Sequence[str], scored: Scored, best: Sequence[int], columns: int) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("score", justify="right", no_wrap=True)
-    table.add_column("index", justify="right", no_wrap=True)
-    table.add_column("document", no_wrap=True, overflow="ellipsis", ratio=1)
+    # Fixed widths: rich would shorten every column alike, the numbers too. It counts Chinese characters double.
+    numbers = max(5, len(str(len(found))))
+    table.add_column("score", justify="right", width=6)
+    table.add_column("index", justify="right", width=numbers)
+    table.add_column("document", no_wrap=True, overflow="ellipsis", width=max(20, columns - numbers - 10))
     for i in best:
         score = scored.scores[i]
         colour = "green" if score >= 0.5 else "yellow" if score >= 0.1 else "red"
-        # Text, not markup: brackets in a document are only brackets. Widths are rich's, so Chinese counts double.
+        # Text, not markup: brackets in a document are only brackets.
         table.add_row(
             Text(f"{score:.4f}", colour), Text(str(i), "dim"), Text(harmless(found[i][:_SHOWN_CHARACTERS]).strip())
         )

@@ -1,0 +1,99 @@
+"""The command line as a user runs it: a process of its own, in a folder of its own, with a clean environment."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import ROOT
+
+COMMAND = [sys.executable, "-m", "reranker"]
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """Nothing of the developer's settings."""
+    kept = {n: v for n, v in os.environ.items() if n in ("PATH", "HOME", "LD_LIBRARY_PATH", "TMPDIR")}
+    return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "LANG": "C.UTF-8"} | changes
+
+
+def cli(
+    *args: object, cwd: Path, stdin: bytes | None = b"", code: int = 0, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end and check its exit code; expected problems never show a traceback."""
+    done = subprocess.run(
+        [*COMMAND, *map(str, args)], cwd=cwd, env=environment(**env), input=stdin, capture_output=True, timeout=120
+    )
+    out, err = done.stdout.decode(), done.stderr.decode()
+    assert done.returncode == code, err
+    assert "Traceback" not in err
+    return subprocess.CompletedProcess(done.args, done.returncode, out, err)
+
+
+def write_lines(path: Path, values: Iterable[object]) -> Path:
+    path.write_text("".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values), encoding="utf-8")
+    return path
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+class Stub:
+    """A service that answers POST /v1/rerank from a list, then with equal scores; keeps what it was sent."""
+
+    def __init__(self, answers: Iterable[tuple[int, dict[str, str], bytes]]) -> None:
+        self.answers = list(answers)
+        self.bodies: list[dict[str, Any]] = []
+        self.authorization: list[str | None] = []
+        self.url = ""
+
+    def answer(self, body: bytes, authorization: str | None) -> tuple[int, dict[str, str], bytes]:
+        self.bodies.append(json.loads(body))
+        self.authorization.append(authorization)
+        if self.answers:
+            return self.answers.pop(0)
+        rows = [{"index": i, "score": 0.5} for i, _ in enumerate(self.bodies[-1]["documents"])]
+        return 200, {}, json.dumps(rows).encode()
+
+
+@contextmanager
+def stub(*answers: tuple[int, dict[str, str], bytes]) -> Iterator[Stub]:
+    """A stub that listens on 127.0.0.1."""
+    service = Stub(answers)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self._send(200, {}, b"ok")
+
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            self._send(*service.answer(body, self.headers["Authorization"]))
+
+        def _send(self, status: int, headers: dict[str, str], body: bytes) -> None:
+            self.send_response(status)
+            for name, value in (headers | {"Content-Length": str(len(body))}).items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    service.url = f"http://127.0.0.1:{server.server_port}"
+    try:
+        yield service
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -1,0 +1,110 @@
+"""Arguments, environment and exit codes of `python -m reranker`; `check`; and that it stays a library's front."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from config import Settings
+from reranker.cli.options import OPTIONS
+from tests.cli import cli
+from tests.conftest import DEMO, ROOT
+from tests.test_imports import COMPUTE, imports, top
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "reranker" / "cli").glob("*.py")), ids=lambda p: p.name)
+def test_the_command_line_knows_no_service_and_no_settings_file(path: Path) -> None:
+    names = imports(path)
+    assert not any(name.startswith("reranker.service") for name in names)
+    assert not top(names) & {"config", "app", "fastapi", "starlette", "pydantic"}
+
+
+def test_torch_comes_with_a_model_only() -> None:
+    code = (
+        "import sys, reranker.cli.main, reranker.cli.rank, reranker.cli.batch, reranker.cli.check, "
+        "reranker.cli.evaluate, reranker.cli.client; print(sorted(set(sys.modules) & set(sys.argv[1:])))"
+    )
+    out = subprocess.run([sys.executable, "-c", code, *COMPUTE], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=lambda o: o.setting)
+def test_every_model_option_is_a_setting_of_the_service_with_the_same_default(option: object) -> None:
+    field = Settings.model_fields[option.setting.lower()]  # type: ignore[attr-defined]
+    assert (option.default or "") == (field.default or "")  # type: ignore[attr-defined]
+
+
+def test_help_names_every_command(tmp_path: Path) -> None:
+    out = cli("--help", cwd=tmp_path).stdout
+    assert all(command in out for command in ("rank", "batch", "evaluate", "check"))
+
+
+@pytest.mark.parametrize(
+    ("args", "env", "says"),
+    [
+        (["rank"], {}, "QUERY"),
+        (["rnak", "q"], {}, "rnak"),
+        (["rank", "q", "d", "--top-k", "0"], {}, "at least 1"),
+        (["rank", "q", "d", "--colour"], {}, "unknown arguments: --colour"),
+        (["rank", " ", "d"], {}, "query must not be empty"),
+        (["rank", "q", "d", "--file", "x"], {}, "not both"),
+        (["rank", "q", "--file", "nowhere.txt"], {}, "cannot read nowhere.txt: No such file"),
+        (["rank", "q", "d", "--device", "gpu"], {}, "--device='gpu' cannot be used; auto, cpu, cuda"),
+        (["rank", "q", "d"], {"MAX_SEQ_LENGTH": "12"}, "MAX_SEQ_LENGTH='12' cannot be used"),
+        (["rank", "q", "d"], {"BATCH_SIZE": "many"}, "BATCH_SIZE='many' cannot be used"),
+        (["rank", "q", "d", "--url", "localhost:1"], {}, "write it like http://"),
+        (["rank", "q", "d", "--url", "http://h", "--precision", "fp16"], {}, "--precision has no effect with --url"),
+        (["rank", "q", "d", "--token", "t"], {}, "--url"),
+        (["batch", "nowhere.jsonl", "out.jsonl"], {}, "nowhere.jsonl is not a file"),
+        (["evaluate"], {}, "--beir"),
+        (["evaluate", "--beir", "nowhere"], {}, "is it a BEIR folder?"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_bad_input_is_one_line_and_exit_code_2(args: list[str], env: dict[str, str], says: str, tmp_path: Path) -> None:
+    err = cli(*args, cwd=tmp_path, code=2, **env).stderr
+    assert says in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+
+
+def test_the_environment_file_gives_defaults_and_the_command_line_overrides_them(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("BATCH_SIZE=none  # a comment\nMODEL_DEVICE=cpu  # a comment\n")
+    assert "BATCH_SIZE='none' cannot be used" in cli("rank", "q", "d", cwd=tmp_path, code=2).stderr
+    assert "--device='x'" in cli("rank", "q", "d", "--batch-size", "3", "--device", "x", cwd=tmp_path, code=2).stderr
+
+
+def test_a_missing_evaluation_package_is_named_with_its_cure(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util as u\nf = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'ir_measures' else f(name, *a)\n"
+    )
+    path = f"{tmp_path}:{ROOT}"
+    err = cli("evaluate", "--beir", "x", cwd=tmp_path, code=1, PYTHONPATH=path).stderr
+    assert err == "error: ir_measures missing; pip install -r requirements-eval.txt\n"
+
+
+def test_check_says_what_was_chosen(model_path: Path, tmp_path: Path) -> None:
+    env = {"MODEL_NAME_OR_PATH": str(model_path), "MODEL_PRECISION": "fp32  # a comment", "MAX_BATCH_TOKENS": "auto"}
+    facts = json.loads(cli("check", "--device", "cpu", "--max-seq-length", 512, cwd=tmp_path, **env).stdout)
+    assert facts["status"] == "ok"
+    assert (facts["model"], facts["device"], facts["precision"]) == (str(model_path), "cpu", "float32")
+    assert facts["max_seq_length"] == "512"
+    assert int(facts["max_batch_tokens"]) >= 1024
+    assert 0 < facts["score"] < 1
+
+
+@pytest.mark.parametrize("broken", ["model.safetensors", "tokenizer.json"])
+def test_check_of_a_broken_folder_is_one_line_and_exit_code_1(broken: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(DEMO, tmp_path / "broken")
+    whole = (folder / broken).read_bytes()
+    (folder / broken).write_bytes(whole[: len(whole) // 2])
+    err = cli("check", "--model", folder, cwd=tmp_path, code=1).stderr
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert err.endswith(lines[0] + "\n")
