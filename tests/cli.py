@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -25,11 +25,16 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 def cli(
-    *args: object, cwd: Path, stdin: bytes | None = b"", code: int = 0, **env: str
+    *args: object, cwd: Path, stdin: bytes = b"", code: int = 0, env: Mapping[str, str] | None = None, **more: str
 ) -> subprocess.CompletedProcess[str]:
     """Run a command to its end and check its exit code; expected problems never show a traceback."""
     done = subprocess.run(
-        [*COMMAND, *map(str, args)], cwd=cwd, env=environment(**env), input=stdin, capture_output=True, timeout=120
+        [*COMMAND, *map(str, args)],
+        cwd=cwd,
+        env=environment(**more, **(env or {})),
+        input=stdin,
+        capture_output=True,
+        timeout=120,
     )
     out, err = done.stdout.decode(), done.stderr.decode()
     assert done.returncode == code, err

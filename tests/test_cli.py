@@ -67,7 +67,7 @@ def test_help_names_every_command(tmp_path: Path) -> None:
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
 def test_bad_input_is_one_line_and_exit_code_2(args: list[str], env: dict[str, str], says: str, tmp_path: Path) -> None:
-    err = cli(*args, cwd=tmp_path, code=2, **env).stderr
+    err = cli(*args, cwd=tmp_path, code=2, env=env).stderr
     assert says in err
     assert err.startswith("error: ")
     assert err.count("\n") == 1
@@ -91,7 +91,7 @@ def test_a_missing_evaluation_package_is_named_with_its_cure(tmp_path: Path) -> 
 
 def test_check_says_what_was_chosen(model_path: Path, tmp_path: Path) -> None:
     env = {"MODEL_NAME_OR_PATH": str(model_path), "MODEL_PRECISION": "fp32  # a comment", "MAX_BATCH_TOKENS": "auto"}
-    facts = json.loads(cli("check", "--device", "cpu", "--max-seq-length", 512, cwd=tmp_path, **env).stdout)
+    facts = json.loads(cli("check", "--device", "cpu", "--max-seq-length", 512, cwd=tmp_path, env=env).stdout)
     assert facts["status"] == "ok"
     assert (facts["model"], facts["device"], facts["precision"]) == (str(model_path), "cpu", "float32")
     assert facts["max_seq_length"] == "512"

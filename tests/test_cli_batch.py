@@ -51,7 +51,7 @@ def wait_for_bytes(path: Path, count: int, process: subprocess.Popen[bytes]) -> 
 
 
 def test_killed_and_resumed_with_the_model(tmp_path: Path) -> None:
-    values = inputs(400)
+    values = inputs(250)
     write_lines(tmp_path / "in.jsonl", values)
     partial = tmp_path / "out.jsonl.partial"
     args = ["--device", "cpu", "--max-batch-tokens", "1024"]
