@@ -25,13 +25,13 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 def cli(
-    *args: object, cwd: Path, stdin: bytes = b"", code: int = 0, env: Mapping[str, str] | None = None, **more: str
+    *args: object, cwd: Path, stdin: bytes = b"", code: int = 0, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run a command to its end and check its exit code; expected problems never show a traceback."""
     done = subprocess.run(
         [*COMMAND, *map(str, args)],
         cwd=cwd,
-        env=environment(**more, **(env or {})),
+        env=environment(**(env or {})),
         input=stdin,
         capture_output=True,
         timeout=120,

@@ -20,6 +20,12 @@ def test_fit_stays_within_both_limits() -> None:
     assert fit(r, 0, 4, 9) == 0
 
 
+def test_a_long_query_before_tiny_documents_gathers_a_bounded_number_of_keys() -> None:
+    r = request([1] * 2000, prefix=8000)
+    for part in split(r, 10_000, 9999):
+        assert (part.stop - part.start) * 8001 <= 8 * 10_000
+
+
 def test_split_covers_every_document_once_and_in_order() -> None:
     rng = random.Random(2)
     for _ in range(100):

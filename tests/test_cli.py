@@ -85,7 +85,7 @@ def test_a_missing_evaluation_package_is_named_with_its_cure(tmp_path: Path) -> 
         "u.find_spec = lambda name, *a: None if name == 'ir_measures' else f(name, *a)\n"
     )
     path = f"{tmp_path}:{ROOT}"
-    err = cli("evaluate", "--beir", "x", cwd=tmp_path, code=1, PYTHONPATH=path).stderr
+    err = cli("evaluate", "--beir", "x", cwd=tmp_path, code=1, env={"PYTHONPATH": path}).stderr
     assert err == "error: ir_measures missing; pip install -r requirements-eval.txt\n"
 
 

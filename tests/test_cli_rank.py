@@ -151,8 +151,8 @@ def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:
 
 def test_the_first_access_token_is_sent_and_a_wrong_one_named(tmp_path: Path) -> None:
     with stub() as service:
-        cli("rank", "q", "d", "--url", service.url, cwd=tmp_path, ACCESS_TOKEN=" one , two")
-        cli("rank", "q", "d", "--url", service.url, "--token", "three", cwd=tmp_path, ACCESS_TOKEN="one")
+        cli("rank", "q", "d", "--url", service.url, cwd=tmp_path, env={"ACCESS_TOKEN": " one , two"})
+        cli("rank", "q", "d", "--url", service.url, "--token", "three", cwd=tmp_path, env={"ACCESS_TOKEN": "one"})
     assert service.authorization == ["Bearer one", "Bearer three"]
     with stub((401, {}, b'{"detail": "the token is wrong"}')) as service:
         err = cli("rank", "q", "d", "--url", service.url, cwd=tmp_path, code=1).stderr

@@ -75,7 +75,7 @@ def health_check() -> list[str]:
 
 
 def service(file: str) -> dict[str, Any]:
-    (only,) = yaml.safe_load((ROOT / file).read_text())["services"].values()
+    only = yaml.safe_load((ROOT / file).read_text())["services"]["reranker"]
     assert isinstance(only, dict)
     return only
 
@@ -182,7 +182,7 @@ def test_docker_compose_accepts_them(file: str, env: str, tmp_path: Path) -> Non
     text = LEGACY_ENV if env == "legacy" else (ROOT / env).read_text()
     (tmp_path / ".env").write_text(text)
     got = config(tmp_path, file)
-    (it,) = got["services"].values()
+    it = got["services"]["reranker"]
     port = 7007 if env == "legacy" else 6006
     assert ports(it) == [(port, port)]
     assert it["environment"]["PORT"] == str(port)
@@ -200,7 +200,7 @@ def test_docker_compose_accepts_them(file: str, env: str, tmp_path: Path) -> Non
 def test_the_shell_wins_over_env_for_both_ports_and_the_build(tmp_path: Path) -> None:
     shutil.copy(ROOT / FILES[0], tmp_path)
     (tmp_path / ".env").write_text("PORT=6006\n")
-    (it,) = config(tmp_path, FILES[0], PORT="6100", TORCH_INDEX="https://example.org/whl")["services"].values()
+    it = config(tmp_path, FILES[0], PORT="6100", TORCH_INDEX="https://example.org/whl")["services"]["reranker"]
     assert ports(it) == [(6100, 6100)]
     assert it["environment"]["PORT"] == "6100"
     assert it["build"]["args"] == {"TORCH_INDEX": "https://example.org/whl"}

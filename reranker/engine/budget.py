@@ -7,14 +7,20 @@ from dataclasses import replace
 
 from reranker.types import EncodedRequest, Slice
 
+# Attention gathers the prefix's keys for every document anew. So many gathered keys for each token of the budget is
+# several times what usual requests need; a query of thousands of tokens before as many tiny documents would take
+# gigabytes without it.
+_KEYS_PER_TOKEN = 8
+
 
 def fit(request: EncodedRequest, start: int, max_tokens: int, max_documents: int) -> int:
     """Where a slice of `request` from document `start` must stop to stay within both limits (`start`: none fits)."""
-    left = max_tokens - len(request.prefix)
+    left, keys = max_tokens - len(request.prefix), max_tokens * _KEYS_PER_TOKEN
     stop = start
     for document in request.documents[start : start + max_documents]:
         left -= len(document)
-        if left < 0:
+        keys -= len(request.prefix) + len(document)
+        if left < 0 or keys < 0:
             break
         stop += 1
     return stop
