@@ -99,7 +99,7 @@ BAD: list[tuple[object, str]] = [
     ({"query": "q"}, "documents: is required"),
     ({"query": "", "documents": ["a"]}, "query: must not be empty"),
     ({"query": " \n", "documents": ["a"]}, "query: must not be empty"),
-    ({"query": None, "documents": ["a"]}, "query: must be a string"),
+    ({"query": None, "documents": ["a"]}, "query: is required"),
     ({"query": 7, "documents": ["a"]}, "query: must be a string"),
     ({"query": "q", "documents": []}, "documents: "),
     ({"query": "q", "documents": "a"}, "documents: "),
