@@ -38,9 +38,14 @@ RESULTS: list[tuple[str, str, dict[str, Any], bool]] = [
     ("rerankers, Cohere", "/v1/rerank", BASE | {"top_n": 3, "return_documents": True}, True),
     ("rerankers, Jina", "/v1/rerank", BASE | {"top_n": 3, "return_documents": True}, True),
     ("Dify OpenAI-compatible", "/v1/rerank", BASE | {"top_n": None, "return_documents": True}, True),
-    ("Dify Jina", "/v1/rerank", BASE | {"top_n": None, "return_documents": True}, True),
+    ("Dify Jina", "/v1/rerank", BASE | {"top_n": None, "return_documents": False}, False),
+    (
+        "Dify Jina, newer models",
+        "/v1/rerank",
+        BASE | {"documents": [{"text": d} for d in DOCUMENTS], "top_n": None, "return_documents": False},
+        False,
+    ),
     ("Dify Cohere", "/v1/rerank", BASE | {"top_n": None, "return_documents": True, "max_chunks_per_doc": None}, True),
-    ("Dify LocalAI", "/v1/rerank", BASE | {"top_n": 3}, False),
     ("RAGFlow Xinference", "/v1/rerank", BASE | {"return_documents": "true", "return_len": "true"}, True),
     ("RAGFlow LocalAI, VLLM, OpenAI", "/rerank", BASE | {"top_n": 3}, False),
     (
