@@ -40,7 +40,7 @@ def plain(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch) -> Tensor:
     return out
 
 
-def compare(kernel: type[Attention], device: str, dtype: torch.dtype, tolerance: float) -> None:
+def check_against_definition(kernel: type[Attention], device: str, dtype: torch.dtype, tolerance: float) -> None:
     rng = random.Random(3)
     torch.manual_seed(3)
     for _ in range(12):
@@ -55,29 +55,29 @@ def compare(kernel: type[Attention], device: str, dtype: torch.dtype, tolerance:
 
 
 def test_segment_wise_attention_equals_the_definition() -> None:
-    compare(SdpaAttention, "cpu", torch.float32, 1e-5)
+    check_against_definition(SdpaAttention, "cpu", torch.float32, 1e-5)
 
 
 def test_segment_wise_attention_without_any_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "_MASK_LIMIT", 0)
-    compare(SdpaAttention, "cpu", torch.float32, 1e-5)
+    check_against_definition(SdpaAttention, "cpu", torch.float32, 1e-5)
 
 
 def test_segment_wise_attention_in_bfloat16() -> None:
-    compare(SdpaAttention, "cpu", torch.bfloat16, 2e-2)
+    check_against_definition(SdpaAttention, "cpu", torch.bfloat16, 2e-2)
 
 
 @pytest.mark.cuda
 @CUDA
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_varlen_attention_equals_the_definition(dtype: torch.dtype) -> None:
-    compare(VarlenAttention, "cuda", dtype, 2e-2)
+    check_against_definition(VarlenAttention, "cuda", dtype, 2e-2)
 
 
 @pytest.mark.cuda
 @CUDA
 def test_segment_wise_attention_on_cuda() -> None:
-    compare(SdpaAttention, "cuda", torch.float32, 1e-4)
+    check_against_definition(SdpaAttention, "cuda", torch.float32, 1e-4)
 
 
 def test_varlen_is_called_with_what_the_kernel_expects(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +110,7 @@ def test_varlen_is_called_with_what_the_kernel_expects(monkeypatch: pytest.Monke
         return out
 
     monkeypatch.setattr(attention, "varlen_attn", by_the_book)
-    compare(VarlenAttention, "cpu", torch.float32, 1e-5)
+    check_against_definition(VarlenAttention, "cpu", torch.float32, 1e-5)
 
 
 def test_the_installed_torch_takes_the_options_that_are_sent() -> None:
