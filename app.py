@@ -18,9 +18,9 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 from fastapi.routing import iter_route_contexts
 
-from config import Settings, SettingsError, load_settings, log_config
+from config import Settings, SettingsError, load_settings, log_config, misspelt
 from reranker import __version__
-from reranker.errors import ModelLoadError
+from reranker.errors import DeviceLostError, ModelLoadError
 from reranker.service.access import AccessLog
 from reranker.service.api import errors, health, metrics, openai, page, routes, tei
 from reranker.service.auth import TokenAuth
@@ -62,6 +62,8 @@ def create_app(settings: Settings, load: Callable[[], ScorerLike] | None = None)
         )
         app.state.batcher = batcher
         await batcher.start()
+        if os.environ.get("RERANKER_SIBLINGS") == "1":  # set by gunicorn.conf.py: others serve, so listen when ready
+            await batcher.wait_until_loaded()
         yield
         await batcher.stop()
 
@@ -126,26 +128,31 @@ def end_process(error: Exception) -> None:
     """The model cannot be loaded or its device is lost: say why and leave the rest to whoever started this process.
 
     Nothing is lost by it: while loading, nothing was accepted; on a lost device, every request was answered already.
-    On the first boot the exit code stops the whole service. A worker started later (RERANKER_RESPAWNED, set by
-    gunicorn.conf.py) must not stop its healthy siblings: it waits, ends with another code, and is started again.
+    On the first boot the exit code stops the whole service. A worker that has served, or was started later
+    (RERANKER_RESPAWNED, set by gunicorn.conf.py), must not stop its healthy siblings: it ends with another code and is
+    started again; after a failed load it waits first.
     """
-    if isinstance(error, (ModelLoadError, TimeoutError)):
+    if isinstance(error, (ModelLoadError, TimeoutError, DeviceLostError)):
         logger.critical("cannot serve: %s", error)
     else:
         logger.critical("cannot serve", exc_info=error)
+    lost = isinstance(error, DeviceLostError)
     later = os.environ.get("RERANKER_RESPAWNED") == "1"
 
     def leave() -> None:
-        time.sleep(_BACK_OFF_SECONDS if later else 0.5)  # the answers on their way get out
+        time.sleep(_BACK_OFF_SECONDS if later and not lost else 0.5)  # the answers on their way get out
         logging.shutdown()
-        os._exit(1 if later else BOOT_FAILURE)
+        os._exit(1 if later or lost else BOOT_FAILURE)
 
     threading.Thread(target=leave, daemon=True).start()
 
 
 def _from_environment() -> FastAPI:
     try:
-        return create_app(load_settings())
+        made = create_app(load_settings())
+        for warning in misspelt():
+            logger.warning(warning)
+        return made
     except SettingsError as error:
         sys.exit(f"error: {error}")  # one line, no traceback
 

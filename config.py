@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import string
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -163,6 +164,17 @@ def load_settings(env_file: str | Path = ".env") -> Settings:
     if settings.pytorch_cuda_alloc_conf:
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = settings.pytorch_cuda_alloc_conf
     return settings
+
+
+def misspelt(env_file: str | Path = ".env") -> list[str]:
+    """A line for each name in `.env` that is no setting but looks like one; strangers are nobody's business."""
+    known = [name.upper() for name in Settings.model_fields]
+    close = {name: get_close_matches(name.upper(), known, 1, 0.85) for name in dotenv_values(env_file)}
+    return [
+        f"{name} in {env_file} is not a setting; did you mean {match[0]}?"
+        for name, match in close.items()
+        if match and name.upper() not in known
+    ]
 
 
 def _one_line(error: ValidationError) -> str:

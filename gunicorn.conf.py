@@ -90,4 +90,6 @@ def post_fork(server: Any, worker: Any) -> None:
     if getattr(server, "metrics", None):
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = server.metrics
         os.environ["RERANKER_SLOT"] = str(worker.slot)
+    # Where siblings serve meanwhile, a later worker loads before it listens; a single one answers "loading" instead.
+    os.environ["RERANKER_SIBLINGS"] = "1" if worker.age > server.num_workers > 1 else "0"
     os.environ["RERANKER_RESPAWNED"] = "1" if worker.age > server.num_workers else "0"

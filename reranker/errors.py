@@ -10,6 +10,7 @@
     ├── QueueFullError               429    queue_full             come back after `retry_after` seconds
     ├── HeadersTooLargeError         431    headers_too_large
     ├── ScoringError                 500    scoring_failed         the model gave no usable score
+    │   └── OutOfMemoryError         500    out_of_memory          one document alone does not fit on the device
     ├── NotReadyError                503    not_ready              loading, draining or unhealthy
     │   └── DeviceLostError          503    device_lost            the device needs a new process
     └── DeadlineError                504    deadline_exceeded      not answered within the request's deadline
@@ -96,6 +97,12 @@ class ScoringError(RerankError):
 
     status = 500
     error_type = "scoring_failed"
+
+
+class OutOfMemoryError(ScoringError):
+    """One document alone does not fit into the device's memory."""
+
+    error_type = "out_of_memory"
 
 
 class NotReadyError(RerankError):

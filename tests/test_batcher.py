@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
@@ -302,6 +303,94 @@ def test_draining_finishes_what_was_accepted_and_takes_nothing_new() -> None:
             assert (await task).logits == [1.0]
 
     run(test, scorer)
+
+
+def test_draining_answers_what_is_still_being_tokenised() -> None:
+    scorer = FakeScorer()
+    encode, begun = scorer.encode, threading.Event()
+
+    def slow(request: RerankRequest) -> EncodedRequest:
+        begun.set()
+        scorer.hold.wait(30)
+        return encode(request)
+
+    scorer.encode = slow  # type: ignore[method-assign]
+
+    async def test(batcher: Batcher) -> None:
+        scorer.hold.clear()
+        task = asyncio.create_task(batcher.rerank(ask(), 30))
+        await asyncio.to_thread(begun.wait, 30)
+        batcher.drain()
+        scorer.hold.set()
+        assert (await task).logits == [1.0]
+
+    run(test, scorer)
+
+
+def test_packing_never_waits_behind_tokenising() -> None:
+    scorer = FakeScorer()
+    encode, blocked = scorer.encode, threading.Event()
+
+    def some_block(request: RerankRequest) -> EncodedRequest:
+        if "slow" in request.query:
+            blocked.wait(30)
+        return encode(request)
+
+    scorer.encode = some_block  # type: ignore[method-assign]
+
+    async def test(batcher: Batcher) -> None:
+        first = await held(batcher, scorer, ask())
+        [quick] = await queued(batcher, ask())
+        slow = [asyncio.create_task(batcher.rerank(ask(query="slow red"), 30)) for _ in range(4)]
+        await asyncio.sleep(0.05)
+        scorer.hold.set()
+        await asyncio.gather(first, quick)  # while both host threads are busy with the others
+        assert not any(task.done() for task in slow)
+        blocked.set()
+        await asyncio.gather(*slow)
+
+    run(test, scorer)
+
+
+def test_a_batch_that_was_packed_ahead_for_nobody_is_not_scored() -> None:
+    scorer = FakeScorer(max_batch_tokens=PREFIX + 4)
+    packed: list[int] = []
+    pack = scorer.pack
+    scorer.pack = lambda slices: packed.append(len(slices)) or pack(slices)  # type: ignore[method-assign,func-returns-value]
+
+    async def test(batcher: Batcher) -> None:
+        first = await held(batcher, scorer, ask(4))
+        gone = asyncio.create_task(batcher.rerank(ask(4), 30))
+        while len(packed) < 2:
+            await asyncio.sleep(0.001)
+        gone.cancel()
+        await asyncio.gather(gone, return_exceptions=True)
+        scorer.hold.set()
+        await first
+        await batcher.rerank(ask(), 30)
+        assert len(scorer.passes) == 2
+
+    run(test, scorer)
+
+
+def test_a_bug_in_the_loop_ends_the_worker_instead_of_hanging() -> None:
+    failures: list[Exception] = []
+
+    class Broken(FakeScorer):
+        @property
+        def memory(self) -> int:
+            if self.passes:
+                raise OSError("a bug behind a forward pass")
+            return 0
+
+    async def test(batcher: Batcher) -> None:
+        await batcher.rerank(ask(), 30)
+        while batcher.status == "ok":  # the loop ends behind the pass that it answered
+            await asyncio.gather(batcher.rerank(ask(), 0.2), return_exceptions=True)
+        assert batcher.status == "unhealthy"
+        assert isinstance(failures[0], OSError)
+
+    run(test, Broken(), on_failure=failures.append)
 
 
 def test_stopping_answers_what_still_waits() -> None:

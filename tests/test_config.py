@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from config import Settings, SettingsError, load_settings, log_config
+from config import Settings, SettingsError, load_settings, log_config, misspelt
 from tests.conftest import ROOT
 
 LEGACY = (Path(__file__).parent / "legacy.env").read_text()
@@ -121,6 +121,14 @@ def test_the_environment_wins_over_the_file_and_strangers_are_exported(tmp_path:
     settings = load(tmp_path, "PORT=7002\nHF_ENDPOINT=https://mirror.example\nSOMETHING_ELSE=1\n")
     assert settings.port == 7001
     assert os.environ["HF_ENDPOINT"] == "https://mirror.example"
+
+
+def test_a_name_that_looks_like_a_setting_is_reported(tmp_path: Path) -> None:
+    file = tmp_path / ".env"
+    file.write_text("ACESS_TOKEN=x\nMAX_BATCH_TOKEN=5\nHF_ENDPOINT=y\nPORT=1\nEDITOR=vi\n")
+    lines = misspelt(file)
+    assert [line.split(" ")[0] for line in lines] == ["ACESS_TOKEN", "MAX_BATCH_TOKEN"]
+    assert lines[0].endswith("did you mean ACCESS_TOKEN?")
 
 
 def test_the_token_is_not_shown() -> None:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import logging
 import random
 import threading
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from reranker import Scorer
 from reranker.engine.budget import split
+from reranker.engine.model import Model, load
 from reranker.engine.packing import PackedBatch
 from reranker.engine.scores import sigmoid
-from reranker.errors import DeviceLostError, InvalidRequestError, ScoringError
+from reranker.errors import DeviceLostError, InvalidRequestError, ModelLoadError, ScoringError
 from reranker.types import RerankRequest, Slice
 from tests.card import Card
 from tests.conftest import DEMO, make_model
@@ -199,6 +203,49 @@ def test_one_document_that_never_fits_is_an_error(model_path: Path) -> None:
     scorer.model = Flaky(scorer, lambda batch: torch.OutOfMemoryError("CUDA out of memory"))  # type: ignore[assignment]
     with pytest.raises(ScoringError, match="does not fit"):
         scorer.rerank("a", ["b", "c"])
+
+
+def test_out_of_memory_never_raises_a_small_budget(model_path: Path) -> None:
+    scorer = Scorer.load(model_path, device="cpu", max_batch_tokens=300)
+    out_of_memory = torch.OutOfMemoryError("CUDA out of memory")
+    scorer.model = Flaky(scorer, lambda batch: out_of_memory if len(batch.last) > 1 else None)  # type: ignore[assignment]
+    assert len(scorer.rerank("a", ["b", "c"])) == 2
+    assert scorer.max_batch_tokens <= 300
+
+
+def test_out_of_memory_in_the_warm_up_does_not_blame_the_weights(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(model: Model, batch: PackedBatch) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Model, "forward", fail)
+    with pytest.raises(ModelLoadError, match="the weights fit, but no forward pass"):
+        Scorer.load(model_path, device="cpu", precision="bfloat16")
+
+
+def test_a_precision_that_failed_is_freed_before_the_next_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    earlier: list[Any] = []
+    alive: list[bool] = []
+
+    def watched(*args: Any) -> Model:
+        gc.collect()
+        alive.extend(reference() is not None for reference in earlier)
+        model = load(*args)
+        earlier.append(weakref.ref(model.decoder))
+        return model
+
+    path = make_model(tmp_path / "m", std=100.0)
+    monkeypatch.setattr("reranker.engine.scorer.load", watched)
+    assert Scorer.load(path, device="cpu", precision="float16").info.precision == "float32"
+    assert alive == [False]
+
+
+def test_an_instruction_without_room_is_a_start_up_error(model_path: Path) -> None:
+    with pytest.raises(ModelLoadError, match="DEFAULT_INSTRUCTION leaves no room"):
+        Scorer.load(model_path, device="cpu", max_seq_length=128, instruction="very long " * 100)
 
 
 def test_a_device_error_is_told_from_other_errors(model_path: Path) -> None:

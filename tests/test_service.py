@@ -458,6 +458,41 @@ def test_a_killed_worker_is_replaced_and_a_killed_master_takes_its_workers_along
     assert not Path(f"/proc/{second}").exists()
 
 
+def boots(server: Server, count: int) -> None:
+    """Until so many workers have been started."""
+    deadline = time.monotonic() + 30
+    while len(re.findall(r"Booting worker with pid", server.log)) < count and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(re.findall(r"Booting worker with pid", server.log)) == count
+
+
+def test_a_lost_device_ends_its_worker_and_no_sibling(start: Start) -> None:
+    server = start(command=FAKE, WORKERS="2", MODEL_DEVICE="cpu")
+    lost = server.client.post("/v1/rerank", json={"query": "q", "documents": ["lost"]})
+    assert (lost.status_code, lost.json()["error_type"]) == (503, "device_lost")
+    boots(server, 3)
+    server.wait_for("ok")
+    assert server.client.post("/v1/rerank", json=BODY).status_code == 200
+    assert server.process.poll() is None
+
+
+def test_a_worker_that_is_started_beside_others_takes_requests_when_it_is_loaded(start: Start) -> None:
+    server = start(command=FAKE, WORKERS="2", MODEL_DEVICE="cpu", FAKE_LOAD_SECONDS="2")
+    time.sleep(1)  # both are loaded
+    first = int(re.findall(r"Booting worker with pid: (\d+)", server.log)[0])
+    os.kill(first, signal.SIGKILL)
+    boots(server, 3)
+    statuses = []
+    deadline = time.monotonic() + 4
+    while time.monotonic() < deadline:
+        # A connection each, so that both workers would get some.
+        statuses.append(httpx.post(f"{server.client.base_url}/v1/rerank", json=BODY, trust_env=False).status_code)
+        time.sleep(0.02)
+    assert set(statuses) == {200}
+    assert server.log.count("ready after") == 3
+    assert server.stop() == 0
+
+
 def test_uvicorn_alone_works_too(start: Start) -> None:
     server = start(
         command=[str(Path(sys.executable).with_name("uvicorn")), "app:app", "--host", "127.0.0.1", "--port", "{port}"],

@@ -34,7 +34,7 @@ def check(args: argparse.Namespace) -> None:
         if args.verbose:
             raise
         first = (str(error).strip().splitlines() or [""])[0]
-        raise FailedError(f"cannot serve: {type(error).__name__}: {first} (--verbose shows where)") from None
+        raise FailedError(f"cannot load: {type(error).__name__}: {first} (--verbose shows where)") from None
     facts: dict[str, object] = {
         **ranker.facts,
         "load_seconds": round(loaded - start, 2),

@@ -89,7 +89,7 @@ class SdpaAttention:
 
     def every(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """See `Attention.every`."""
-        heads, keys, values = q.transpose(0, 1)[None], *self._gather(k, v)
+        heads, keys, values = q.transpose(0, 1)[None], *self._gather(q, k, v)
         out = torch.empty_like(q)
         for start, stop, owner, k0, k1, mask in self.segments:
             queries = heads[:, :, start:stop]
@@ -110,7 +110,7 @@ class SdpaAttention:
 
     def last(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """See `Attention.last`."""
-        keys, values = self._gather(k, v)
+        keys, values = self._gather(q, k, v)
         out = torch.empty_like(q)
         for i, (_, _, _, k0, k1, _) in enumerate(self.segments[self.first_document :]):
             got = F.scaled_dot_product_attention(
@@ -119,9 +119,13 @@ class SdpaAttention:
             out[i] = got[0, :, 0]
         return out
 
-    def _gather(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """[T, G, D] -> [1, G, K, D], the keys of each segment contiguous"""
-        return k[self.kv_index].transpose(0, 1)[None], v[self.kv_index].transpose(0, 1)[None]
+    def _gather(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """[T, G, D] -> [1, G, K, D], the keys of each segment contiguous; on a GPU [1, H, K, D]"""
+        k, v = k[self.kv_index], v[self.kv_index]
+        if k.is_cuda:  # with unequal head counts only the math kernel would be left, whose memory is quadratic
+            groups = q.shape[1] // k.shape[1]
+            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        return k.transpose(0, 1)[None], v.transpose(0, 1)[None]
 
 
 class VarlenAttention:

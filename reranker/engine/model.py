@@ -151,6 +151,10 @@ def load(
             trust_remote_code=False,
             attn_implementation="sdpa",  # unused: reranker.engine.attention takes its place
         ).eval()
+    except torch.OutOfMemoryError as error:
+        raise ModelLoadError(
+            f"the weights do not fit beside what else is on {device}: free memory, or a smaller model"
+        ) from error
     except (OSError, ValueError) as error:
         raise ModelLoadError(f"cannot load the weights in {path}: {str(error).splitlines()[0]}") from error
     rows = whole.lm_head.weight.detach()[[yes, no]].float()

@@ -7,6 +7,7 @@ scorer.rerank("what is a cat?", ["a small animal", "a kind of bread"])   # -> [0
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import time
@@ -23,7 +24,7 @@ from reranker.engine.model import Model, check, load, load_tokenizer, locate
 from reranker.engine.packing import PackedBatch, pack
 from reranker.engine.prompt import INSTRUCTION, Prompt
 from reranker.engine.scores import sigmoid
-from reranker.errors import DeviceLostError, ModelLoadError, ScoringError
+from reranker.errors import DeviceLostError, InvalidRequestError, ModelLoadError, OutOfMemoryError, ScoringError
 from reranker.types import EncodedRequest, ModelInfo, RerankRequest, Slice
 
 logger = logging.getLogger(__name__)
@@ -104,14 +105,26 @@ class Scorer:
             model = load(path, where.value, choice.value, prompt.yes, prompt.no, max_memory_percentage)
             scorer = cls(model, prompt, name=str(name), max_batch_tokens=_LEAST_BATCH_TOKENS)
             scorer.max_batch_documents = batch_size or scorer.max_batch_documents
+            problem = ""
             try:
                 rate = scorer._warm_up()
+            except OutOfMemoryError as error:
+                raise ModelLoadError(f"the weights fit, but no forward pass beside them: {error}") from error
+            except InvalidRequestError as error:
+                raise ModelLoadError(
+                    f"DEFAULT_INSTRUCTION leaves no room for a query and a document in MAX_SEQ_LENGTH={max_seq_length}"
+                ) from error
             except ScoringError as error:
-                logger.warning("precision %s cannot be used: %s", devices.short(choice.value), error)
-                continue
-            logger.info("precision: %s (%s)", devices.short(choice.value), choice.reason)
-            scorer._choose_budget(rate, devices.memory(where.value, max_memory_percentage), max_batch_tokens)
-            return scorer
+                problem = str(error)
+            if not problem:
+                logger.info("precision: %s (%s)", devices.short(choice.value), choice.reason)
+                scorer._choose_budget(rate, devices.memory(where.value, max_memory_percentage), max_batch_tokens)
+                return scorer
+            logger.warning("precision %s cannot be used: %s", devices.short(choice.value), problem)
+            del model, scorer  # the next one needs the memory
+            gc.collect()
+            if where.value.type == "cuda":
+                torch.cuda.empty_cache()
         raise ModelLoadError(f"{path} gives no finite score in any precision: the weights are damaged")
 
     @property
@@ -149,7 +162,7 @@ class Scorer:
         Out of memory halves the token budget and tries the batch again in two parts.
 
         Raises:
-            ScoringError: one document alone does not fit into memory.
+            OutOfMemoryError: one document alone does not fit into memory.
             DeviceLostError: the device needs a new process.
         """
         try:
@@ -167,10 +180,11 @@ class Scorer:
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
         if parts is None:
-            raise ScoringError(
+            raise OutOfMemoryError(
                 f"a document of {batch.tokens} tokens does not fit into the device's memory; lower MAX_SEQ_LENGTH"
             )
-        self.max_batch_tokens = max(_LEAST_BATCH_TOKENS, min(self.max_batch_tokens, batch.tokens) // 2)
+        least = min(_LEAST_BATCH_TOKENS, self.max_batch_tokens)
+        self.max_batch_tokens = max(least, min(self.max_batch_tokens, batch.tokens) // 2)
         logger.warning("out of memory at %d tokens: token budget is now %d", batch.tokens, self.max_batch_tokens)
         return [logit for part in parts for logit in self.score(self.pack(part))]
 
@@ -196,13 +210,19 @@ class Scorer:
             ScoringError: a score is not finite, or the precision is not implemented on this device.
         """
         # A 4B model on a laptop needs seconds for 128 tokens; a GPU has not begun to work below some thousands.
-        for i, count in enumerate((1, 1, 8, 8, 64, 64)):
+        best = _Rate(0.0, 0.0)
+        for count in (1, 8, 64):
             texts = [_WARM_UP * 2] * count
-            encoded = self.encode(RerankRequest("warm-up", texts))
-            rate, seconds = self._measure(self.pack([Slice(encoded, 0, count)]))
-            if i and seconds > _BATCH_SECONDS / 2:  # the first pass is cold and says nothing of speed
+            batch = self.pack([Slice(self.encode(RerankRequest("warm-up", texts)), 0, count)])
+            start, seconds = time.perf_counter(), 0.0
+            for repeat in range(3):  # the first pass is cold, and another may meet a busy machine
+                rate, seconds = self._measure(batch)
+                best = _Rate(max(best.tokens_per_second, rate.tokens_per_second), rate.bytes_per_token)
+                if repeat and time.perf_counter() - start > 2 * _BATCH_SECONDS:
+                    break
+            if seconds > _BATCH_SECONDS / 2:
                 break
-        return rate
+        return best
 
     def _measure(self, batch: PackedBatch) -> tuple[_Rate, float]:
         device = self.model.device

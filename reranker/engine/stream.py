@@ -15,6 +15,7 @@ from typing import TypeVar
 from reranker.engine.budget import fill
 from reranker.engine.packing import PackedBatch
 from reranker.engine.scorer import Scorer
+from reranker.engine.scores import per_document
 from reranker.errors import RerankError, ScoringError
 from reranker.types import EncodedRequest, RerankRequest, RerankResult
 
@@ -66,7 +67,8 @@ def rerank_many(scorer: Scorer, requests: Iterable[RerankRequest]) -> Iterator[R
 def _result(request: EncodedRequest, logits: list[float]) -> RerankResult | RerankError:
     if not all(map(math.isfinite, logits)):
         return ScoringError("the model gave a score that is not a number; set MODEL_PRECISION=float32")
-    return RerankResult(logits, request.prompt_tokens, request.truncated)
+    logits, best_chunks = per_document(request, logits)
+    return RerankResult(logits, request.prompt_tokens, request.truncated, best_chunks=best_chunks)
 
 
 def _ahead(items: Iterator[T]) -> Iterator[T]:

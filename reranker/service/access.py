@@ -34,7 +34,7 @@ class AccessLog:
 
     Args:
         metrics: where requests are counted.
-        routes: the paths that the service has; none has parameters, so each is its own template.
+        routes: the fixed paths that the service has; what else is asked for counts as one.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, routes: Set[str]) -> None:

@@ -1,7 +1,7 @@
 """Many clients in, fair batches out: the asynchronous front of the synchronous Scorer.
 
     rerank()  encode in a host thread -> queue, counted in tokens -> wait for the logits
-    _run()    take what waits, up to the token budget -> pack in a host thread -> score in the device thread
+    _run()    take what waits, up to the token budget -> pack in the packer thread -> score in the device thread
 
 There is no wait window: a batch is whatever waits when the device is free. While it runs, the next one gathers, and is
 packed as soon as it is full. The event loop never computes.
@@ -83,6 +83,7 @@ class Batcher:
         observer: Observer | None = None,
     ) -> None:
         self._observer = observer or Observer()
+        self._left_loading = asyncio.Event()
         self.status = "loading"
         self.scorer: ScorerLike | None = None
         self.max_queue_tokens = max_queue_tokens
@@ -93,6 +94,7 @@ class Batcher:
         self._load = load
         self._on_failure = on_failure
         self._host = ThreadPoolExecutor(2, thread_name_prefix="host")
+        self._packer = ThreadPoolExecutor(1, thread_name_prefix="packer")  # its own: never behind what is tokenised
         self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
         self._changed = asyncio.Event()
         self._tokens_per_second = math.nan
@@ -106,11 +108,17 @@ class Batcher:
     @status.setter
     def status(self, status: Status) -> None:
         self._status = status
+        if status != "loading":
+            self._left_loading.set()
         self._observer.status_changed(status)
 
     async def start(self) -> None:
         """Begin to load; returns at once."""
         self._task = asyncio.create_task(self._load_and_run())
+
+    async def wait_until_loaded(self) -> None:
+        """Until the scorer is there, or will never be."""
+        await self._left_loading.wait()
 
     async def stop(self) -> None:
         """End the loop; what still waits is answered with 503."""
@@ -120,8 +128,8 @@ class Batcher:
             await asyncio.gather(self._task, return_exceptions=True)
         for job in self.queue.clear():
             job.fail(NotReadyError("the service is shutting down; try again", retry_after=5))
-        self._host.shutdown(wait=False, cancel_futures=True)
-        self._device.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._host, self._packer, self._device):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def drain(self) -> None:
         """Take nothing new; what was accepted is still answered."""
@@ -202,7 +210,8 @@ class Batcher:
         return EncodedRequest.join(parts)
 
     def _enqueue(self, request: EncodedRequest) -> Job:
-        self.check_ready()
+        if self.status == "unhealthy":  # draining is for what comes later: this one was accepted
+            self.check_ready()
         if self.queue.tokens and self.queue.tokens + request.tokens > self.max_queue_tokens:
             raise self._full(f"{self.queue.tokens} tokens wait")
         job = Job(request, asyncio.get_running_loop().create_future(), queued_at=time.monotonic())
@@ -231,7 +240,11 @@ class Batcher:
         if self.status == "loading":
             self.status = "ok"
         logger.info("ready after %.1f s: %s", time.monotonic() - start, self.scorer.info)
-        await self._run(self.scorer)
+        try:
+            await self._run(self.scorer)
+        except Exception as error:  # a bug: without the loop nobody would be answered, so end rather than hang
+            logger.exception("the batch loop failed")
+            self._give_up(error)
 
     async def _run(self, scorer: ScorerLike) -> None:
         """The whole algorithm: gather, take, pack, score; one batch ahead of the device."""
@@ -245,6 +258,8 @@ class Batcher:
             packed = await self._pack(scorer, batch)
             if running is not None:
                 await running
+            if all(job.done.done() for job, _ in batch):  # everybody left while it was packed ahead
+                continue
             running = asyncio.create_task(self._score(scorer, batch, packed))
             running.add_done_callback(lambda _: self._changed.set())
 
@@ -258,7 +273,7 @@ class Batcher:
 
     async def _pack(self, scorer: ScorerLike, batch: list[tuple[Job, Slice]]) -> Any:
         try:
-            return await self._in(self._host, scorer.pack, [part for _, part in batch])
+            return await self._in(self._packer, scorer.pack, [part for _, part in batch])
         except Exception as error:  # dealt with in _score, request by request
             return error
 
@@ -285,7 +300,7 @@ class Batcher:
                     error if known else ScoringError("scoring failed; the operator finds the cause in the log")
                 )
                 return
-            for item in batch:
+            for item in (item for item in batch if not item[0].done.done()):
                 await self._score(scorer, [item], await self._pack(scorer, [item]))
             return
         offset = 0

@@ -68,8 +68,9 @@ class Limits:
             self.held_bytes -= taken
 
     def _refusal(self, scope: Scope) -> RerankError | None:
-        if sum(len(name) + len(value) + 4 for name, value in scope["headers"]) > MAX_HEADER_BYTES:
-            return HeadersTooLargeError(f"the headers are larger than {MAX_HEADER_BYTES} bytes")
+        target = len(scope["path"]) + len(scope["query_string"])
+        if target + sum(len(name) + len(value) + 4 for name, value in scope["headers"]) > MAX_HEADER_BYTES:
+            return HeadersTooLargeError(f"the address and headers are larger than {MAX_HEADER_BYTES} bytes")
         length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
         if int(length) > self.max_body_bytes:
             return self._too_large()

@@ -24,6 +24,7 @@ class RerankWorker(UvicornWorker):  # type: ignore[misc]  # neither package is t
     CONFIG_KWARGS: ClassVar[dict[str, Any]] = {
         "loop": "uvloop",
         "http": "httptools",
+        "ws": "none",
         "access_log": False,
         "server_header": False,
     }
@@ -41,11 +42,20 @@ class RerankWorker(UvicornWorker):  # type: ignore[misc]  # neither package is t
     async def _serve(self) -> None:
         self.config.app = self.wsgi
         server = DrainingServer(self.config)
+        server.loop = asyncio.get_running_loop()
         # uvicorn's worker ignores SIGQUIT, which gunicorn sends on Ctrl-C, and is killed after the grace period.
-        asyncio.get_running_loop().add_signal_handler(signal.SIGQUIT, server.handle_exit, signal.SIGTERM, None)
+        server.loop.add_signal_handler(signal.SIGQUIT, server.handle_exit, signal.SIGTERM, None)
+        beat = asyncio.create_task(self._beat_until_started(server))
         await server.serve(sockets=self.sockets)
+        beat.cancel()
         if not server.started:
             sys.exit(Arbiter.WORKER_BOOT_ERROR)
+
+    async def _beat_until_started(self, server: Server) -> None:
+        """A worker that loads before it listens is alive all the same; uvicorn beats only from then on."""
+        while not server.started:
+            await self.callback_notify()
+            await asyncio.sleep(1)
 
     async def callback_notify(self) -> None:
         """The heartbeat. A worker whose master was killed ends, instead of holding the GPU as an orphan."""
@@ -55,12 +65,18 @@ class RerankWorker(UvicornWorker):  # type: ignore[misc]  # neither package is t
 
 
 class DrainingServer(Server):
-    """Tells the application that it is draining the moment a signal comes."""
+    """Tells the application that it is draining when a signal comes."""
+
+    loop: asyncio.AbstractEventLoop
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called for SIGINT, SIGTERM and SIGQUIT, which all mean: finish what was accepted, then end."""
+        # On the loop and not in the signal handler: draining touches metrics, whose locks the loop may hold just now.
+        self.loop.call_soon_threadsafe(self._drain)
+        # Ctrl-C reaches a worker twice, from the terminal and from gunicorn: a second SIGINT would cut answers off.
+        super().handle_exit(signal.SIGTERM, frame)
+
+    def _drain(self) -> None:
         batcher = getattr(getattr(self.config.app, "state", None), "batcher", None)
         if batcher is not None:
             batcher.drain()
-        # Ctrl-C reaches a worker twice, from the terminal and from gunicorn: a second SIGINT would cut answers off.
-        super().handle_exit(signal.SIGTERM, frame)

@@ -6,6 +6,7 @@ what only it has.
 
 from __future__ import annotations
 
+import gc
 import json
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -144,7 +145,7 @@ class RerankBody(BaseModel):
         return RerankRequest(
             self.query,
             self.documents,
-            self.instruct if self.instruction is None else self.instruction,
+            self.instruction or self.instruct or None,  # many pages send "" for "none"
             self.max_tokens_per_doc,
             self.max_chunks_per_doc,
             self.truncate,
@@ -162,8 +163,10 @@ async def read_json(request: Request) -> dict[str, Any]:
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
         raise UnsupportedMediaTypeError("the body must be JSON: send the header 'Content-Type: application/json'")
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise UnsupportedMediaTypeError("Content-Encoding is not supported: send the JSON uncompressed")
     try:
-        value = json.loads((await request.body()).decode("utf-8-sig"), parse_constant=_refuse_constant)
+        value = _loads((await request.body()).decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise MalformedBodyError(f"the body is not UTF-8 at byte {error.start}") from None
     except RecursionError:
@@ -192,6 +195,15 @@ def parse(model: type[M], body: dict[str, Any]) -> M:
         where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]).lstrip(".")
         message = "is required" if problem["type"] == "missing" else problem["msg"]
         raise InvalidRequestError(f"{where}: {message}") from None
+
+
+def _loads(text: str) -> Any:
+    """JSON to values, with the garbage collector off: it looks through millions of new lists again and again."""
+    gc.disable()
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    finally:
+        gc.enable()
 
 
 def _refuse_constant(name: str) -> NoReturn:
