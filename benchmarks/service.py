@@ -1,0 +1,210 @@
+"""The service under load, beside peers: documents per second, latency and failures, closed and open loop.
+
+    python -m benchmarks.service [--shape mid] [--workload short] [--requests 4] [--documents N] [--rounds 2]
+                                 [--clients 1 8 64] [--rates 0.5 0.8] [--vllm PATH/bin/vllm] [--peer NAME=URL ...]
+
+Closed loop: so many clients, each with one request at a time. Open loop: requests come when they come (Poisson), at
+the given shares of the most that this service reached in the closed one, the same arrivals for all. Contestants take
+turns: one is under load at a time, the others idle. Every request has a fresh word in its query, so no cache answers
+from before; the prefix that the documents of one request share stays shared. `benchmarks/vllm.sh` installs vLLM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import queue
+import random
+import statistics
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+
+from benchmarks import servers
+from benchmarks.models import SHAPES, model
+from benchmarks.peers import Work
+from benchmarks.report import header, table
+from benchmarks.servers import Running
+
+
+@dataclass
+class Load:
+    """What one contestant did under one load."""
+
+    seconds: float = 0.0
+    processor_seconds: float = 0.0
+    latencies: list[float] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    def percentile(self, share: float) -> float:
+        """Nearest rank, in seconds."""
+        ordered = sorted(self.latencies)
+        return ordered[math.ceil(share * len(ordered)) - 1] if ordered else math.nan
+
+
+def main() -> None:
+    """Measure and print two tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="mid")
+    parser.add_argument("--workload", default="short", help="short or long")
+    parser.add_argument("--requests", type=int, default=4, help="requests of the workload to use")
+    parser.add_argument("--documents", type=int, help="documents of each request to use; all")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--rates", type=float, nargs="*", default=[0.5, 0.8], help="open loop, shares of the capacity")
+    parser.add_argument("--open-seconds", type=float, default=30)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--vllm", type=Path, help="vLLM's program: it is started too")
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=URL", help="a running server's rerank URL")
+    a = parser.parse_args()
+    path = model(a.shape)
+    text = (Path(__file__).parent / f"{a.workload}.json").read_text(encoding="utf-8")
+    work: Work = json.loads(text)[: a.requests]
+    work = [{"query": r["query"], "documents": r["documents"][: a.documents]} for r in work]
+    running = [servers.ours(path, a.threads)]
+    try:
+        if a.vllm:
+            running.append(servers.vllm(a.vllm, path, a.threads))
+        running += [Running(*peer.split("=", 1)) for peer in a.peer]
+        _measure(a, work, running)
+    finally:
+        for server in running:
+            server.stop()
+
+
+def _measure(a: argparse.Namespace, work: Work, running: list[Running]) -> None:
+    print(header(), end="\n\n")
+    per_request = statistics.mean(len(r["documents"]) for r in work)
+    print(f"Model {a.shape} (random weights, float32), {a.workload}.json: {len(work)} requests of {per_request:.0f}")
+    print(f"documents, {a.threads} thread(s) each; {a.rounds} rounds. Apart: largest difference of a probability.\n")
+    reference: list[list[float]] = []
+    apart: dict[str, float] = {}
+    for server in running:
+        with httpx.Client(timeout=600, trust_env=False) as client:
+            scores = [_rerank(client, server, r["query"], r["documents"]) for r in work]
+        reference = reference or scores
+        apart[server.name] = max(
+            abs(x - y) for s, t in zip(scores, reference, strict=True) for x, y in zip(s, t, strict=True)
+        )
+
+    rows, best = [], 0.0
+    for clients in a.clients:
+        loads: dict[str, list[Load]] = {server.name: [] for server in running}
+        for _ in range(a.rounds):
+            for server in running:
+                loads[server.name].append(_closed(server, work, clients))
+        rate = {n: len(work) * per_request / statistics.median(x.seconds for x in of) for n, of in loads.items()}
+        best = max(best, rate[running[0].name])
+        for server in running:
+            of = loads[server.name]
+            used = statistics.median(x.processor_seconds for x in of) / (len(work) * per_request) * 100
+            row = [server.name, str(clients), f"{rate[server.name]:.2f}"]
+            row += [f"{rate[running[0].name] / rate[server.name]:.2f}", f"{used:.1f}" if server.process else "-"]
+            rows.append([*row, *_times(of), f"{apart[server.name]:.1e}"])
+    head = ["server", "clients", "documents/s", "ours is faster", "CPU s / 100 documents", "p50 s", "p95 s", "p99 s"]
+    print(table([*head, "failed", "apart"], rows))
+    print("\nReady after: " + ", ".join(f"{s.name} {s.ready_after:.0f} s" for s in running if s.process), end=". ")
+    print("Resident: " + ", ".join(f"{s.name} {s.memory() / 2**30:.1f} GiB" for s in running if s.process) + ".\n")
+
+    rows = []
+    for share in a.rates:
+        rate_per_second = share * best / per_request
+        arrivals = _arrivals(rate_per_second, a.open_seconds)
+        for server in running:
+            load = _open(server, work, arrivals)
+            rows.append([server.name, f"{share:.0%}", f"{rate_per_second:.2f}", str(len(arrivals)), *_times([load])])
+    if rows:
+        head = ["server", "of our capacity", "requests/s", "requests", "p50 s", "p95 s", "p99 s", "failed"]
+        print(table(head, rows))
+
+
+def _times(loads: list[Load]) -> list[str]:
+    whole = Load(
+        latencies=[x for load in loads for x in load.latencies], failures=[f for x in loads for f in x.failures]
+    )
+    return [*(f"{whole.percentile(p):.2f}" for p in (0.5, 0.95, 0.99)), str(len(whole.failures))]
+
+
+def _closed(server: Running, work: Work, clients: int) -> Load:
+    """The workload, so often that every client has at least one request; the times are those of one workload."""
+    load, waiting = Load(), queue.Queue[dict[str, Any]]()
+    repeats = math.ceil(clients / len(work))
+    for request in work * repeats:
+        waiting.put(request)
+
+    def client() -> None:
+        with httpx.Client(timeout=600, trust_env=False) as http:
+            while True:
+                try:
+                    request = waiting.get_nowait()
+                except queue.Empty:
+                    return
+                _ask(http, server, request, load)
+
+    _timed(load, server, [threading.Thread(target=client) for _ in range(clients)])
+    load.seconds /= repeats
+    load.processor_seconds /= repeats
+    return load
+
+
+def _open(server: Running, work: Work, arrivals: list[float]) -> Load:
+    load, start = Load(), 0.0
+
+    def arrive(at: float, request: dict[str, Any]) -> None:
+        time.sleep(max(0.0, start + at - time.perf_counter()))
+        with httpx.Client(timeout=600, trust_env=False) as http:
+            _ask(http, server, request, load, due=start + at)
+
+    threads = [threading.Thread(target=arrive, args=(at, work[i % len(work)])) for i, at in enumerate(arrivals)]
+    start = time.perf_counter() + 0.2
+    _timed(load, server, threads)
+    return load
+
+
+def _timed(load: Load, server: Running, threads: list[threading.Thread]) -> None:
+    used, start = server.processor_seconds(), time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    load.seconds = time.perf_counter() - start
+    load.processor_seconds = server.processor_seconds() - used
+
+
+def _ask(http: httpx.Client, server: Running, request: dict[str, Any], load: Load, due: float | None = None) -> None:
+    start = due or time.perf_counter()
+    salt = "".join(random.choices("abcdefghijklmnopqrstuvwxyz", k=5))
+    try:
+        scores = _rerank(http, server, f"{request['query']} {salt}", request["documents"])
+        if any(map(math.isnan, scores)):
+            load.failures.append("not every document has a score")
+    except (httpx.HTTPError, KeyError) as error:
+        load.failures.append(str(error) or type(error).__name__)
+    load.latencies.append(time.perf_counter() - start)
+
+
+def _rerank(http: httpx.Client, server: Running, query: str, documents: list[str]) -> list[float]:
+    answer = http.post(server.url, json={"model": servers.MODEL, "query": query, "documents": documents})
+    answer.raise_for_status()
+    scores = [math.nan] * len(documents)
+    for row in answer.json()["results"]:
+        scores[row["index"]] = row["relevance_score"]
+    return scores
+
+
+def _arrivals(rate: float, seconds: float) -> list[float]:
+    """Poisson arrivals, the same in every run."""
+    source, at, times = random.Random(7), 0.0, []
+    while (at := at + source.expovariate(rate)) < seconds:
+        times.append(at)
+    return times
+
+
+if __name__ == "__main__":
+    main()
