@@ -1,4 +1,4 @@
-# What a person, a commit hook and CI call.   make serve | test | test-clients | check | bench | clean
+# What a person, a commit hook and CI call.   make serve | test | test-clients | check | bench | audit | sbom | clean
 #
 #   PYTHON=python3.12                                     another interpreter (3.11 or newer)
 #   TORCH_INDEX=https://download.pytorch.org/whl/cpu      PyTorch without CUDA (about 200 MB instead of several GB)
@@ -7,8 +7,9 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
+SITE_PACKAGES = $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
-.PHONY: serve test test-clients check format bench bench-models clean
+.PHONY: serve test test-clients tokenizer check format bench bench-models audit sbom clean
 
 serve: $(VENV)/.serve
 	$(BIN)/gunicorn -c gunicorn.conf.py app:app
@@ -20,6 +21,10 @@ test: $(VENV)/.dev
 test-clients: $(VENV)/clients/.ready $(VENV)/cohere/.ready
 	GUNICORN=$(abspath $(BIN)/gunicorn) $(VENV)/clients/bin/python -m pytest -c tests/clients/pytest.ini tests/clients
 	GUNICORN=$(abspath $(BIN)/gunicorn) $(VENV)/cohere/bin/python -m pytest -c tests/clients/pytest.ini tests/clients/test_cohere.py
+
+# The true vocabulary, for the tests that want it beside the demo's; they skip without it.
+tokenizer: $(VENV)/.dev
+	$(BIN)/python -c 'from benchmarks.models import tokenizer; print(tokenizer())'
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
@@ -33,6 +38,16 @@ format: $(VENV)/.dev
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.fidelity
 	$(BIN)/python -m benchmarks.engine
+
+# Known vulnerabilities of what runs; needs a network that has the advisories (pypi.org itself) and says so where it has not.
+audit: $(VENV)/.supply
+	$(VENV)/supply/bin/python deploy/supply/audit.py $(SITE_PACKAGES) requirements.txt
+
+# What runs, as CycloneDX 1.6; without a network once its tools are there.
+sbom: $(VENV)/.supply
+	@set -e; whole=$$(mktemp); trap 'rm -f "$$whole"' EXIT; \
+	$(VENV)/supply/bin/cyclonedx-py environment --spec-version 1.6 $(BIN)/python >"$$whole"; \
+	$(VENV)/supply/bin/python deploy/supply/sbom.py $(SITE_PACKAGES) requirements.txt sbom.json <"$$whole"
 
 $(VENV)/.python:
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or newer, or set PYTHON=..."; exit 1; }
@@ -62,6 +77,11 @@ $(VENV)/cohere/.ready: tests/clients/requirements-cohere.txt $(VENV)/.serve
 
 $(VENV)/.bench: benchmarks/requirements.txt $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet -r benchmarks/requirements.txt
+	@touch $@
+
+$(VENV)/.supply: deploy/supply/requirements.txt $(VENV)/.serve
+	$(PYTHON) -m venv $(VENV)/supply
+	$(VENV)/supply/bin/python -m pip install --quiet -r $<
 	@touch $@
 
 clean:

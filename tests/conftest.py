@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from tests.card import Card
 
@@ -67,6 +67,15 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def card(model_path: Path) -> Card:
     return Card(model_path)
+
+
+@pytest.fixture(scope="session", params=[DEMO, ROOT / "benchmarks" / ".cache" / "tokenizer"], ids=["demo", "qwen3"])
+def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
+    """The demo's tokenizer, and Qwen3's own, which `make tokenizer` builds from a package of the index."""
+    if not request.param.is_dir():
+        pytest.skip("Qwen3's tokenizer is not there: run `make tokenizer`")
+    made: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(request.param))
+    return made
 
 
 def free_port() -> int:

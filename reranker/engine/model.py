@@ -91,7 +91,8 @@ def check(path: Path) -> None:
     """Refuse what is not a Qwen3-Reranker checkpoint before anything of it is built.
 
     Raises:
-        ModelLoadError: another architecture, or one that needs code from the checkpoint.
+        ModelLoadError: another architecture, or one that needs code from the checkpoint, or weights that are not in
+            safetensors.
     """
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
@@ -108,6 +109,18 @@ def check(path: Path) -> None:
         )
     if config.get("use_sliding_window"):
         raise ModelLoadError("use_sliding_window is set: no Qwen3-Reranker has sliding attention")
+    for index in path.glob("*.safetensors.index.json"):
+        _check_index(index)
+
+
+def _check_index(index: Path) -> None:
+    """transformers opens whatever the index of the shards names, and unpickles what is not called *.safetensors."""
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelLoadError(f"{index} is not an index of shards: download the checkpoint again") from error
+    if not all(isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name) for name in names):
+        raise ModelLoadError(f"{index} names files that are not *.safetensors beside it: nothing else is read")
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:

@@ -1,0 +1,202 @@
+"""What is installed and what is read: pins above their floors, nothing unpickled, no code of a checkpoint run."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+from packaging.version import Version
+from safetensors.torch import load_file
+
+from reranker import ModelLoadError, Scorer
+from tests.conftest import ROOT, Start
+
+PINS = {
+    requirement.name: next(iter(requirement.specifier))
+    for requirement in map(
+        Requirement, re.findall(r"^([^#\s-]\S*)", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.M)
+    )
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "floor"),
+    [
+        ("starlette", "1.3.1"),  # CVE-2026-48710: a Host header that bent request.url
+        ("transformers", "5.3"),  # CVE-2026-5241, in everything up to 5.2
+        ("torch", "2.10"),
+        ("httptools", "0.9"),  # the parser whose strictness tests/test_service.py asserts
+    ],
+)
+def test_pins_are_above_their_floors(name: str, floor: str) -> None:
+    assert Version(PINS[name].version) >= Version(floor)
+
+
+def test_everything_is_pinned_and_says_why_it_is_there() -> None:
+    assert {pin.operator for pin in PINS.values()} == {"=="}
+    for file in ("requirements.txt", "deploy/supply/requirements.txt"):
+        for line in (ROOT / file).read_text(encoding="utf-8").splitlines():
+            assert line.startswith("#") or re.fullmatch(r"[\w-]+==[\w.]+ +# \S.*", line), line
+
+
+# No pickle, in the source
+
+SOURCES = [ROOT / n for n in ("app.py", "config.py", "gunicorn.conf.py")] + [
+    path for folder in ("reranker", "benchmarks", "demo", "deploy") for path in sorted((ROOT / folder).rglob("*.py"))
+]
+MODULES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "multiprocessing"}
+CALLS = {"torch.load", "torch.hub.load", "numpy.load", "np.load", "yaml.load", "pandas.read_pickle", "pd.read_pickle"}
+BARE = {"eval", "exec", "compile", "__import__"}
+ONLY = {"trust_remote_code": False, "use_safetensors": True, "allow_pickle": False, "weights_only": True, "shell": False}
+
+
+def unsafe(source: str) -> list[str]:
+    """What a source does that could run data as code: imports, calls and arguments, by line."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name.partition(".")[0] for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [str(node.module).partition(".")[0]]
+        found += [f"{node.lineno}: import {name}" for name in names if name in MODULES]  # type: ignore[attr-defined]
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        if called in CALLS or called in BARE:
+            found.append(f"{node.lineno}: {called}")
+        for keyword in node.keywords:
+            if keyword.arg in ONLY and ast.unparse(keyword.value) != str(ONLY[keyword.arg]):
+                found.append(f"{node.lineno}: {keyword.arg}={ast.unparse(keyword.value)}")
+        if called.endswith("ForCausalLM.from_pretrained") and "reranker" in source:
+            given = {keyword.arg for keyword in node.keywords}
+            found += [f"{node.lineno}: no {name}" for name in sorted({"use_safetensors", "trust_remote_code"} - given)]
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_source_runs_data_as_code(path: Path) -> None:
+    assert unsafe(path.read_text(encoding="utf-8")) == []
+
+
+def test_the_check_itself_finds_what_it_looks_for() -> None:
+    for bad in (
+        "import pickle",
+        "from joblib import load",
+        "import torch\ntorch.load('x')",
+        "np.load('x', allow_pickle=True)",
+        "AutoModel.from_pretrained('x', trust_remote_code=True)",
+        "AutoModel.from_pretrained('x', use_safetensors=None)",
+        "eval('1')",
+        "import reranker\nAutoModelForCausalLM.from_pretrained('x')",
+    ):
+        assert unsafe(bad), bad
+    assert unsafe("model.eval()\nAutoModel.from_pretrained('x', use_safetensors=True)") == []
+
+
+# No pickle, in fact
+
+
+class Evil:
+    """Unpickled, it leaves a file."""
+
+    def __init__(self, sign: Path) -> None:
+        self.sign = sign
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.system, (f"touch {self.sign}",)
+
+
+@pytest.fixture
+def sign(tmp_path: Path) -> Iterator[Path]:
+    """The file that a pickle leaves where it is read; it must not be there in the end."""
+    path = tmp_path / "a-pickle-was-read"
+    pickle.loads(pickle.dumps(Evil(path)))
+    assert path.exists(), "the pickle works"
+    path.unlink()
+    yield path
+    assert not path.exists()
+
+
+@pytest.fixture
+def folder(model_path: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(model_path, tmp_path / "model"))
+
+
+def test_pickled_weights_alone_are_refused(folder: Path, sign: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Evil(sign)))
+    with pytest.raises(ModelLoadError, match=r"no \*\.safetensors"):
+        Scorer.load(folder, device="cpu")
+
+
+def test_pickled_weights_beside_others_are_not_read(folder: Path, sign: Path) -> None:
+    for name in ("pytorch_model.bin", "adapter_model.bin", "training_args.bin", "optimizer.pt"):
+        (folder / name).write_bytes(pickle.dumps(Evil(sign)))
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "x/y"}')
+    assert len(Scorer.load(folder, device="cpu").rerank("a", ["b"])) == 1
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    with pytest.raises(ModelLoadError, match="cannot load the weights"):
+        Scorer.load(folder, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["weights.bin", "../model/weights.bin", "weights.safetensors/../weights.bin", 7, None])
+def test_an_index_of_shards_that_names_a_pickle_is_refused(folder: Path, sign: Path, name: object) -> None:
+    """transformers itself would open it with torch.load."""
+    weights = load_file(folder / "model.safetensors")
+    torch.save(weights | {"evil": Evil(sign)}, folder / "weights.bin")
+    (folder / "model.safetensors").rename(folder / "shard.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, name)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelLoadError, match=r"names files that are not \*\.safetensors"):
+        Scorer.load(folder, device="cpu")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}'])
+def test_a_broken_index_is_named(folder: Path, text: str) -> None:
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ModelLoadError, match="is not an index of shards"):
+        Scorer.load(folder, device="cpu")
+
+
+def test_code_of_a_tokenizer_does_not_run(folder: Path, sign: Path) -> None:
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text(f"import os\nos.system('touch {sign}')")
+    assert len(Scorer.load(folder, device="cpu").rerank("a", ["b"])) == 1
+
+
+HOOK = """
+import sys
+def hook(event, arguments):
+    if event == "pickle.find_class":
+        with open({path!r}, "a") as file:
+            file.write(".".join(arguments) + "\\n")
+sys.addaudithook(hook)
+import pickle
+pickle.loads({trial!r})
+"""
+
+
+def test_the_running_service_unpickles_nothing(start: Start, tmp_path: Path) -> None:
+    """Python reports every class that a pickle names: from the start of two workers to their end there is none."""
+    seen = tmp_path / "seen"
+    hook = HOOK.format(path=str(seen), trial=pickle.dumps(os.getcwd))
+    (tmp_path / "sitecustomize.py").write_text(hook)
+    server = start(PYTHONPATH=f"{tmp_path}:{ROOT}", WORKERS="2", MODEL_DEVICE="cpu")
+    body = {"query": "how to compress files", "documents": ["gzip", {"text": "chess"}], "max_chunks_per_doc": 2}
+    for path in ("/v1/rerank", "/rerank"):
+        assert server.client.post(path, json=body).status_code == 200
+    assert server.client.get("/metrics").status_code == 200
+    assert server.stop() == 0
+    assert set(seen.read_text().split()) == {"posix.getcwd"}, "the hook's own trial and nothing else"
