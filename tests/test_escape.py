@@ -104,6 +104,62 @@ def test_a_cut_or_split_document_stays_in_its_span_too(
     assert encoded.documents[-1] == prompt.encode(RerankRequest("q", ["d"])).documents[0]
 
 
+# The tokenizer's boundary
+
+# Words, spaces and signs that merge with their like, and with each other, into the longest entries of a vocabulary.
+UNITS = [
+    "word ",
+    "a",
+    " ",
+    "\n",
+    "\t",
+    "=-",
+    "-",
+    "=",
+    "1",
+    "中",
+    "文字",
+    "가",
+    "e\u0301",
+    "🙂",
+    "\u200d",
+    "ing",
+    "\r\n",
+    "\x00",
+]
+
+
+@settings(max_examples=150, deadline=None)
+@given(query=TEXT, document=TEXT, instruction=TEXT)
+def test_the_cut_prompt_is_the_whole_pairs_tokens(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, query: str, document: str, instruction: str
+) -> None:
+    """The card tokenises the pair in one piece; cut at `<Document>:` it has the same tokens, whatever the texts are."""
+    query, document, instruction = map(printable, (query, document, instruction))
+    pair = f"<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {document}"
+    encoded = prompt.encode(RerankRequest(query, [document], instruction))
+    middle = encoded.prefix[len(prompt.system) :] + encoded.documents[0][: -len(prompt.suffix)]
+    assert middle == as_text(tokenizer.backend_tokenizer, pair)
+    if not any(token in pair for token in map(str, tokenizer.added_tokens_decoder.values())):
+        assert middle == tokenizer.encode(pair, add_special_tokens=False)
+
+
+@settings(max_examples=150, deadline=None)
+@given(units=st.lists(st.sampled_from(UNITS) | st.text(max_size=6), min_size=1, max_size=3), data=st.data())
+def test_a_text_cut_before_it_is_tokenised_has_the_same_first_tokens(
+    prompt: Prompt, units: list[str], data: st.DataObject
+) -> None:
+    """As tokenising all of it and cutting then; thousands of combining marks in a row aside, which NFC sorts."""
+    order = data.draw(st.lists(st.sampled_from(units), min_size=1, max_size=20))
+    text = "".join(order) * data.draw(st.integers(1, 400))
+    room = data.draw(st.integers(1, 60))
+    request = RerankRequest("q", [text], max_tokens_per_doc=room)
+    encoded = prompt.encode(request)
+    whole = prompt.plain.encode(" " + text, add_special_tokens=False).ids
+    assert encoded.documents[0] == whole[:room] + prompt.suffix
+    assert encoded.truncated == (len(whole) > room)
+
+
 # The demonstration
 
 

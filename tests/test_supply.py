@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import os
 import pickle
 import re
 import shutil
+import subprocess
+import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from packaging.version import Version
 from safetensors.torch import load_file
 
-from reranker import ModelLoadError, Scorer
+from reranker import ModelLoadError, Scorer, __version__
 from tests.conftest import ROOT, Start
 
 PINS = {
@@ -56,7 +61,13 @@ SOURCES = [ROOT / n for n in ("app.py", "config.py", "gunicorn.conf.py")] + [
 MODULES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "multiprocessing"}
 CALLS = {"torch.load", "torch.hub.load", "numpy.load", "np.load", "yaml.load", "pandas.read_pickle", "pd.read_pickle"}
 BARE = {"eval", "exec", "compile", "__import__"}
-ONLY = {"trust_remote_code": False, "use_safetensors": True, "allow_pickle": False, "weights_only": True, "shell": False}
+ONLY = {
+    "trust_remote_code": False,
+    "use_safetensors": True,
+    "allow_pickle": False,
+    "weights_only": True,
+    "shell": False,
+}
 
 
 def unsafe(source: str) -> list[str]:
@@ -179,17 +190,17 @@ def test_code_of_a_tokenizer_does_not_run(folder: Path, sign: Path) -> None:
 HOOK = """
 import sys
 def hook(event, arguments):
-    if event == "pickle.find_class":
+    if event in ("pickle.find_class", "socket.connect", "socket.getaddrinfo"):
         with open({path!r}, "a") as file:
-            file.write(".".join(arguments) + "\\n")
+            file.write(event + " " + " ".join(map(str, arguments)) + "\\n")
 sys.addaudithook(hook)
 import pickle
 pickle.loads({trial!r})
 """
 
 
-def test_the_running_service_unpickles_nothing(start: Start, tmp_path: Path) -> None:
-    """Python reports every class that a pickle names: from the start of two workers to their end there is none."""
+def test_the_running_service_unpickles_nothing_and_calls_nobody(start: Start, tmp_path: Path) -> None:
+    """Python reports every class that a pickle names, and every connection: there is none from start to end."""
     seen = tmp_path / "seen"
     hook = HOOK.format(path=str(seen), trial=pickle.dumps(os.getcwd))
     (tmp_path / "sitecustomize.py").write_text(hook)
@@ -199,4 +210,93 @@ def test_the_running_service_unpickles_nothing(start: Start, tmp_path: Path) -> 
         assert server.client.post(path, json=body).status_code == 200
     assert server.client.get("/metrics").status_code == 200
     assert server.stop() == 0
-    assert set(seen.read_text().split()) == {"posix.getcwd"}, "the hook's own trial and nothing else"
+    assert set(seen.read_text().splitlines()) == {"pickle.find_class posix getcwd"}, "the hook's own trial alone"
+
+
+# The make targets
+
+SUPPLY = ROOT / "deploy" / "supply"
+FAKE_AUDIT = """#!{python}
+import json, os, pathlib, sys
+answer = next(a.partition("=")[2] for a in sys.argv if a.startswith("--output="))
+asked = [line.partition("==") for line in pathlib.Path(sys.argv[-1]).read_text().split()]
+mode = os.environ["MODE"]
+if mode == "no network":
+    sys.exit(1)
+def row(name, version):
+    if mode == "mirror" or (mode == "half" and name == "torch"):
+        return {{"name": name, "skip_reason": "not found"}}
+    bad = name == "jinja2" and version == "2.4.1" and mode != "no advisories" or mode == "bad" and name == "starlette"
+    return {{"name": name, "version": version, "vulns": [{{"id": "PYSEC-1"}}] * bad}}
+pathlib.Path(answer).write_text(json.dumps({{"dependencies": [row(n, v) for n, _, v in asked]}}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("mode", "code", "words"),
+    [
+        ("fine", 0, "0 with known vulnerabilities"),
+        ("bad", 1, "starlette"),
+        ("half", 2, "Not known there: torch."),
+        ("mirror", 2, "could not be asked for"),
+        ("no advisories", 2, "could not be asked for"),
+        ("no network", 2, "could not be asked for"),
+    ],
+)
+def test_an_audit_says_whether_it_could_ask(tmp_path: Path, mode: str, code: int, words: str) -> None:
+    """pip-audit itself calls a network without advisories a success."""
+    tool = tmp_path / "pip-audit"
+    tool.write_text(FAKE_AUDIT.format(python=sys.executable))
+    tool.chmod(0o755)
+    (tmp_path / "python").symlink_to(sys.executable)
+    site = sysconfig.get_path("purelib")
+    done = subprocess.run(
+        [str(tmp_path / "python"), str(SUPPLY / "audit.py"), site, str(ROOT / "requirements.txt")],
+        env=os.environ | {"MODE": mode, "PYTHONPATH": site},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    assert words in done.stdout + done.stderr
+
+
+def test_the_packages_of_the_service_are_those_it_imports_and_no_tools_of_the_tests(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(SUPPLY))
+    packages = importlib.import_module("packages")
+    installed = packages.environment(sysconfig.get_path("purelib"))
+    found = packages.needed((ROOT / "requirements.txt").read_text(encoding="utf-8"), installed)
+    assert set(map(canonicalize_name, PINS)) <= set(found)
+    assert {"numpy", "jinja2", "anyio", "click"} <= set(found), "what these need is there"
+    assert not {"pytest", "hypothesis", "mypy", "ruff", "schemathesis", "playwright", "matplotlib"} & set(found)
+    with pytest.raises(SystemExit, match="nowhere is not installed"):
+        packages.needed("nowhere==1 # a reason", installed)
+    document = {
+        "bomFormat": "CycloneDX",
+        "components": [{"bom-ref": n, "name": n} for n in ("Torch", "jinja2", "pytest")],
+        "dependencies": [{"ref": "Torch", "dependsOn": ["pytest", "jinja2"]}, {"ref": "pytest"}, {"ref": "jinja2"}],
+    }
+    assert packages.reduce(document, {"torch", "jinja2"}) == {
+        "bomFormat": "CycloneDX",
+        "components": [{"bom-ref": n, "name": n} for n in ("Torch", "jinja2")],
+        "dependencies": [{"ref": "Torch", "dependsOn": ["jinja2"]}, {"ref": "jinja2", "dependsOn": []}],
+    }
+
+
+def test_what_the_security_policy_names_exists() -> None:
+    text = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = re.findall(r"`make ([a-z-]+)`", text)
+    assert {"audit", "sbom"} <= set(targets)
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.M), target
+    files = re.findall(r"`((?:docs|tests|deploy|reranker)/[^`]*|[\w.-]+\.(?:md|txt|yml|py))`", text)
+    assert len(files) >= 5
+    for file in [*files, *re.findall(r"\]\(([^)h][^)]*)\)", text)]:
+        assert (ROOT / file).exists(), file
+    assert not re.search(r"\w@\w", text), "reports go through GitHub"
+    assert len(text.splitlines()) <= 80
+    assert __version__.rpartition(".")[0] in text

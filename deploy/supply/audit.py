@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from sbom import environment, needed
+from packages import environment, needed
 
 KNOWN = ("jinja2", "2.4.1")
 """CVE-2014-1402 and others."""

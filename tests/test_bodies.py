@@ -1,0 +1,116 @@
+"""Bodies of every kind to every dialect of a real server: what is right is ranked, what is not is refused in one shape.
+
+tests/test_api_schema.py makes bodies from the OpenAPI document; these know the request's meaning, and whether an answer
+gives away what was sent.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reranker.engine.scores import sigmoid
+from tests.conftest import Server
+from tests.fake import PREFIX
+from tests.test_api_routes import ALL, ranked
+
+MARK = "zebra7"
+"""In every string that is sent; in no answer that refuses it."""
+KEYS = (
+    "query documents texts model top_k top_n instruction instruct return_documents return_text max_tokens_per_doc "
+    "max_chunks_per_doc raw_scores truncate"
+).split()
+TEXT = st.text(st.characters(exclude_categories=()), max_size=12).map(lambda text: MARK + text)
+NUMBER = st.integers() | st.integers(-(10**40), 10**40) | st.floats(allow_nan=False, allow_infinity=False)
+JSON = st.recursive(
+    st.none() | st.booleans() | NUMBER | TEXT,
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(TEXT | st.sampled_from(["text", *KEYS]), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+DOCUMENT = TEXT | st.just("") | st.fixed_dictionaries({"text": TEXT}, optional={"id": NUMBER, MARK: JSON})
+RIGHT: dict[str, st.SearchStrategy[Any]] = {
+    "query": TEXT,
+    "documents": st.lists(DOCUMENT, min_size=1, max_size=5),
+    "texts": st.lists(DOCUMENT, min_size=1, max_size=5),
+    "model": TEXT,
+    "instruction": TEXT | st.just(""),
+    "instruct": TEXT | st.none(),
+    **dict.fromkeys(["top_k", "top_n", "max_tokens_per_doc", "max_chunks_per_doc"], st.integers(1, 10**20) | st.none()),
+    **dict.fromkeys(
+        ["return_documents", "return_text", "raw_scores"], st.sampled_from([True, False, "true", "0", None])
+    ),
+    "truncate": st.booleans(),
+}
+
+
+def near() -> st.SearchStrategy[dict[str, Any]]:
+    """A request of which some fields are right and others anything."""
+    return st.fixed_dictionaries({}, optional={key: RIGHT[key] | JSON for key in KEYS} | {MARK: JSON})
+
+
+def send(server: Server, path: str, body: object) -> tuple[int, Any, bytes]:
+    content = json.dumps(body).encode()
+    answer = server.client.post(path, content=content, headers={"Content-Type": "application/json"})
+    return answer.status_code, answer.json(), answer.content
+
+
+@settings(max_examples=400, deadline=None)
+@given(path=st.sampled_from(ALL), body=near() | JSON)
+def test_any_json_is_ranked_or_refused_without_an_echo(fake_server: Server, path: str, body: object) -> None:
+    status, content, raw = send(fake_server, path, body)
+    if status == 200:
+        assert isinstance(body, dict)
+        count = len(body["texts" if "texts" in body else "documents"])
+        assert {i for i, _ in ranked(content)} <= set(range(count))
+    else:
+        assert status == 422
+        assert set(content) == {"detail", "error_type"}
+        assert isinstance(content["detail"], str)
+        assert content["error_type"] == "invalid_request"
+        assert len(raw) < 2048
+        assert MARK not in raw.decode()
+
+
+@settings(max_examples=250, deadline=None)
+@given(
+    path=st.sampled_from(ALL),
+    body=st.fixed_dictionaries({"query": RIGHT["query"]}, optional={k: v for k, v in RIGHT.items() if k in KEYS[3:]}),
+    name=st.sampled_from(["documents", "texts"]),
+    documents=RIGHT["documents"],
+    data=st.data(),
+)
+def test_a_right_request_is_ranked_in_its_dialect(
+    fake_server: Server, path: str, body: dict[str, Any], name: str, documents: list[Any], data: st.DataObject
+) -> None:
+    words = data.draw(st.lists(st.sampled_from("red green blue".split()), min_size=1, max_size=3, unique=True))
+    body |= {"query": " ".join(words), name: documents}
+    documents += data.draw(st.lists(st.sampled_from(["red", "green blue", "red green blue", "none"]), max_size=3))
+    status, content, _ = send(fake_server, path, body)
+    assert status == 200, content
+    # The scorer of tests/fake.py: as many as the words that a document shares with the query.
+    texts = [document if isinstance(document, str) else document["text"] for document in documents]
+    assert len(words) < PREFIX
+    logits = [len(set(words) & set(text.split())) for text in texts]
+    limit = body.get("top_k") or body.get("top_n") or len(texts)
+    best = sorted(range(len(texts)), key=lambda i: (-logits[i], i))[:limit]
+    score = float if body.get("raw_scores") in (True, "true") else sigmoid
+    assert [i for i, _ in ranked(content)] == best
+    assert [s for _, s in ranked(content)] == pytest.approx([score(logits[i]) for i in best])
+    array = name == "texts" or (path == "/v1/rerank" and "model" not in body)
+    assert isinstance(content, list) == array
+    if not array:
+        about = {"results", "id", "model", "usage", "meta"}
+        assert set(content) == ({"results"} if path == "/api/v1/rerank" and "model" not in body else about)
+
+
+@pytest.mark.parametrize("path", ALL)
+def test_the_mark_is_in_answers_that_rank(fake_server: Server, path: str) -> None:
+    """So its absence elsewhere says something."""
+    _, _, raw = send(fake_server, path, {"query": MARK, "documents": [MARK], "return_documents": True})
+    assert MARK in raw.decode()
