@@ -77,6 +77,7 @@ def create_app(settings: Settings, load: Callable[[], ScorerLike] | None = None)
     )
     app.state.max_documents = settings.max_documents
     app.state.request_timeout = settings.request_timeout
+    app.state.body_timeout = settings.body_timeout  # for worker.py
     app.state.metrics = counts
     for part in (routes, openai, tei, health, metrics, page):
         app.include_router(part.router)

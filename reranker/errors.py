@@ -3,7 +3,9 @@
     RerankError                     status  error_type
     ├── InvalidRequestError          422    invalid_request        the request cannot be ranked as it is
     ├── MalformedBodyError           400    malformed_body         not JSON, not UTF-8, nested too deep
+    ├── MalformedRequestError        400    malformed_request      not HTTP/1.1, or to be read in two ways
     ├── UnauthorizedError            401    unauthorized           token missing or wrong
+    ├── HeadTimeoutError             408    head_timeout           the head did not arrive in time
     ├── BodyTimeoutError             408    body_timeout           the body did not arrive in time
     ├── BodyTooLargeError            413    body_too_large         more bytes than allowed
     ├── UnsupportedMediaTypeError    415    unsupported_media_type not application/json
@@ -50,11 +52,25 @@ class MalformedBodyError(RerankError):
     error_type = "malformed_body"
 
 
+class MalformedRequestError(RerankError):
+    """The request is not HTTP/1.1, or another parser could read it in another way."""
+
+    status = 400
+    error_type = "malformed_request"
+
+
 class UnauthorizedError(RerankError):
     """The token is missing, wrong or given twice."""
 
     status = 401
     error_type = "unauthorized"
+
+
+class HeadTimeoutError(RerankError):
+    """The head of the request did not arrive in time."""
+
+    status = 408
+    error_type = "head_timeout"
 
 
 class BodyTimeoutError(RerankError):

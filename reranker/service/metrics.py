@@ -177,7 +177,7 @@ class Metrics(Observer):
             self.stages.labels(stage).observe(getattr(result.timings, stage))
         self.truncated.inc(result.truncated_documents)
 
-    # What the access log reports
+    # What the access log and the protocol report
 
     def request_began(self) -> None:
         """A request is here."""
@@ -190,6 +190,11 @@ class Metrics(Observer):
         self.duration.labels(route).observe(seconds)
         if error_type is not None:
             self.errors.labels(error_type).inc()
+
+    def refused(self, status: int, error_type: str) -> None:
+        """A connection was refused before there was a request."""
+        self.requests.labels(OTHER, str(status)).inc()
+        self.errors.labels(error_type).inc()
 
     # What Prometheus reads
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import signal
 import sys
+from functools import partial
 from types import FrameType
 from typing import Any, ClassVar
 
@@ -14,8 +16,13 @@ from gunicorn.arbiter import Arbiter
 from uvicorn.server import Server
 from uvicorn_worker import UvicornWorker
 
-# Connections beyond WORKER_CONNECTIONS that still get our own 429 and can ask for /health.
-_SPARE_CONNECTIONS = 256
+from reranker.service.protocol import Connections, HttpProtocol
+
+# Connections beyond WORKER_CONNECTIONS: gunicorn's backlog. As many can come at once, and whoever is cut off to make
+# room for them has had a turn to be read.
+_SPARE_CONNECTIONS = 2048
+# Files that the process holds beside its connections: the model, the metrics, the listener, the libraries.
+_OTHER_FILES = 256
 
 
 class RerankWorker(UvicornWorker):  # type: ignore[misc]  # neither package is typed
@@ -23,7 +30,6 @@ class RerankWorker(UvicornWorker):  # type: ignore[misc]  # neither package is t
 
     CONFIG_KWARGS: ClassVar[dict[str, Any]] = {
         "loop": "uvloop",
-        "http": "httptools",
         "ws": "none",
         "access_log": False,
         "server_header": False,
@@ -34,13 +40,18 @@ class RerankWorker(UvicornWorker):  # type: ignore[misc]  # neither package is t
         for name in ("uvicorn.error", "uvicorn.access"):  # back under the one handler of config.log_config
             logging.getLogger(name).handlers = []
             logging.getLogger(name).propagate = name == "uvicorn.error"
-        self.config.limit_concurrency = self.cfg.worker_connections + _SPARE_CONNECTIONS
         # Below gunicorn's own deadline, so that uvicorn cancels (and we answer 503) before gunicorn kills.
         self.config.timeout_graceful_shutdown = max(1, self.cfg.graceful_timeout - 5)
         self.config.timeout_notify = 1
 
     async def _serve(self) -> None:
         self.config.app = self.wsgi
+        self.config.http = partial(
+            HttpProtocol,
+            among=Connections(room(self.cfg.worker_connections + _SPARE_CONNECTIONS)),
+            metrics=self.wsgi.state.metrics,
+            patience=self.wsgi.state.body_timeout,
+        )
         server = DrainingServer(self.config)
         server.loop = asyncio.get_running_loop()
         # uvicorn's worker ignores SIGQUIT, which gunicorn sends on Ctrl-C, and is killed after the grace period.
@@ -80,3 +91,14 @@ class DrainingServer(Server):
         batcher = getattr(getattr(self.config.app, "state", None), "batcher", None)
         if batcher is not None:
             batcher.drain()
+
+
+def room(connections: int) -> int:
+    """So many connections, or as many as the system's limit on open files allows, which is raised where possible."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = connections + _OTHER_FILES
+    if hard != resource.RLIM_INFINITY:
+        files = min(files, hard)
+    if soft != resource.RLIM_INFINITY and soft < files:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
+    return max(1, min(connections, files - _OTHER_FILES))
