@@ -157,6 +157,7 @@ class HttpProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """An answer is complete."""
         super().on_response_complete()
+        self._unset_keepalive_if_required()  # our own clock tells a head that began from silence
         self._watch()
 
     def pause_writing(self) -> None:
@@ -262,7 +263,7 @@ class HttpProtocol(HttpToolsProtocol):
 
 
 _TOO_LARGE = HeadersTooLargeError(f"the address and headers are larger than {MAX_HEADER_BYTES} bytes")
-_MALFORMED = MalformedRequestError("the request is not valid HTTP/1.1")
+_MALFORMED = MalformedRequestError("the request is not valid HTTP")
 
 
 def check(version: str, method: bytes, url: bytes, headers: list[tuple[bytes, bytes]]) -> RerankError | None:
@@ -272,13 +273,13 @@ def check(version: str, method: bytes, url: bytes, headers: list[tuple[bytes, by
     if len(url) > MAX_HEADER_BYTES:
         return _TOO_LARGE
     if version not in ("1.0", "1.1"):
-        return MalformedRequestError("only HTTP/1.1 and HTTP/1.0 are spoken here")
+        return MalformedRequestError("only versions 1.0 and 1.1 of HTTP are spoken here")
     if method == b"CONNECT":
         return MalformedRequestError("this is not a proxy")
     if b"#" in url:  # 3.2: no target has a fragment
         return MalformedRequestError("the address holds a #")
     if codings and (version == "1.0" or codings != [b"chunked"]):  # 6.1
-        return MalformedRequestError("no other Transfer-Encoding than chunked is understood, and that in HTTP/1.1 only")
+        return MalformedRequestError("Transfer-Encoding may only be chunked, and only in version 1.1")
     if hosts > 1 or (hosts == 0 and version == "1.1"):  # 3.2
         return MalformedRequestError("one Host header is needed")
     return None

@@ -24,6 +24,7 @@ def _batcher(request: Request) -> Batcher:
     return batcher
 
 
+@router.head("/health", include_in_schema=False)  # load balancers ask so
 @router.get("/health", summary="State of the service", responses={200: {"model": Health}, 503: {"model": Health}})
 async def health(request: Request) -> Response:
     """200 and "ok", or 503 with what keeps it from being so."""
@@ -36,6 +37,7 @@ async def health(request: Request) -> Response:
 _TEXT = {"text/plain": {"schema": {"type": "string"}}}
 
 
+@router.head("/livez", include_in_schema=False)
 @router.get(
     "/livez",
     summary="Liveness probe",
@@ -48,6 +50,7 @@ async def livez(request: Request) -> Response:
     return PlainTextResponse("ok" if alive else "not ok", 200 if alive else 503)
 
 
+@router.head("/readyz", include_in_schema=False)
 @router.get(
     "/readyz",
     summary="Readiness probe",

@@ -73,6 +73,7 @@ _PLAYGROUND = Page(
 _DOCS = Page(_docs(), "", "private")
 
 
+@router.head("/")
 @router.get("/")
 async def playground(request: Request) -> Response:
     """Try a query and documents in the browser. Open to everybody: the page is static and asks for the token itself."""

@@ -1,0 +1,543 @@
+"""What a client can do to the bodies, the heads and the connections, done to a real gunicorn."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from reranker.service.limits import MAX_HEADER_BYTES
+from reranker.service.protocol import MAX_PIPELINED
+from tests.conftest import FAKE, Server, Start
+from tests.faults.raw import Peak, connect, exchange, listen, once, post, send, workers
+
+BODY = json.dumps({"query": "q", "documents": ["a"]}).encode()
+RERANK = b"POST /v1/rerank HTTP/1.1\r\nHost: h\r\n"
+LENGTH = b"Content-Length: %d\r\n" % len(BODY)
+CHUNKED = b"Transfer-Encoding: chunked\r\n"
+LIVEZ = b"GET /livez HTTP/1.1\r\nHost: h\r\n\r\n"
+PATIENCE, KEEP_ALIVE = 2, 2
+# Our own deadlines, on a busy machine.
+LATE = 20
+
+
+@pytest.fixture(scope="module")
+def wire(start: Start) -> Server:
+    """Quick to score, and short of patience."""
+    return start(command=FAKE, BODY_TIMEOUT=str(PATIENCE), KEEP_ALIVE=str(KEEP_ALIVE))
+
+
+@pytest.fixture(autouse=True)
+def _unharmed(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Whatever was done: the same worker serves on, and nothing in it failed."""
+    yield
+    for name in {"wire", "server"} & set(request.fixturenames):
+        server = request.getfixturevalue(name)
+        assert len(workers(server)) == 1
+        assert server.client.post("/v1/rerank", json=json.loads(BODY)).status_code == 200
+        assert "Traceback" not in server.log
+
+
+# Bodies
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"query": "q", "documents": [' + b"{}," * 1_000_000 + b"{}]}",
+        b'{"query": "q", "documents": [' + b"7," * 100_000 + b"7]}",
+        b'{"query": "q", "documents": [' + b"7," * 2000 + b"7]}",
+        b'{"query": [' + b"7," * 100_000 + b'7], "documents": ["a"]}',
+    ],
+    ids=["a million objects", "a hundred thousand integers", "as many integers as allowed", "a query of integers"],
+)
+def test_a_huge_wrong_body_is_refused_briefly_by_the_same_worker(server: Server, body: bytes) -> None:
+    start = time.monotonic()
+    response = server.client.post("/v1/rerank", content=body)
+    seconds = time.monotonic() - start
+    assert (response.status_code, response.json()["error_type"]) == (422, "invalid_request")
+    assert len(response.content) < 500
+    assert seconds < 5  # 0.3 s for the million, 35 s as FastAPI comes
+
+
+def test_500_mb_that_are_announced_are_refused_before_they_are_sent(wire: Server) -> None:
+    with Peak(wire) as peak:
+        answers = exchange(wire, RERANK + b"Content-Length: 500000000\r\n\r\n", answers=1)
+        assert answers.statuses == [413]
+        assert answers.seconds < 5
+        assert answers.error["error_type"] == "body_too_large"
+    assert peak.megabytes < 10
+
+
+@pytest.mark.parametrize(
+    ("head", "piece"),
+    [
+        (b"Content-Length: 500000000\r\n\r\n", b"x" * (1 << 20)),
+        (CHUNKED + b"\r\n", b"100000\r\n" + b"x" * (1 << 20) + b"\r\n"),
+    ],
+    ids=["announced", "chunked"],
+)
+def test_500_mb_that_are_sent_all_the_same_fill_no_memory_and_delay_nobody(
+    wire: Server, head: bytes, piece: bytes
+) -> None:
+    slowest, over = 0.0, threading.Event()
+
+    def probe() -> None:
+        nonlocal slowest
+        while not over.is_set():
+            start = time.monotonic()
+            assert wire.client.get("/health").status_code == 200
+            slowest = max(slowest, time.monotonic() - start)
+
+    with Peak(wire) as peak, connect(wire) as connection, ThreadPoolExecutor(1) as pool:
+        probing = pool.submit(probe)
+        send(connection, RERANK + head)
+        # The service reads and drops for a while, so that the answer is not lost in a reset, and then closes.
+        sent = next((i for i in range(500) if not send(connection, piece)), 500)
+        answers = listen(connection, LATE)
+        over.set()
+        probing.result()
+    assert answers.closed
+    assert answers.statuses == [413] or sent < 500
+    assert slowest < 5  # as uvicorn and FastAPI come: 9.3 s, and 1.5 GB
+    assert peak.megabytes < 60  # MAX_BODY_BYTES is 16 MB
+
+
+@pytest.mark.parametrize("size", [1_000_000, 10_000_000])
+def test_an_endless_document_is_cut_before_it_is_read(server: Server, size: int) -> None:
+    words = "how to compress files with gzip, and 压缩文件。 "
+    document = (words * (size // len(words) + 1))[:size]
+    body = json.dumps({"query": "q", "documents": [document]}, ensure_ascii=False).encode()
+    start = time.monotonic()
+    response = server.client.post("/v1/rerank", content=body)
+    assert response.status_code == 200
+    assert response.headers["x-truncated-documents"] == "1"
+    assert float(response.headers["x-tokenization-time"]) < 5000  # as transformers comes: 4.8 s, 59.5 s
+    assert time.monotonic() - start < 60
+
+
+def test_a_body_that_drips(wire: Server) -> None:
+    with connect(wire) as connection:
+        send(connection, RERANK + b"Content-Length: 1000\r\n\r\n")
+        start = time.monotonic()
+        while send(connection, b"x") and time.monotonic() - start < LATE:
+            connection.settimeout(0.1)
+            with contextlib.suppress(TimeoutError):
+                assert connection.recv(12) == b"HTTP/1.1 408"
+                break
+        assert PATIENCE - 1 < time.monotonic() - start < LATE
+        assert listen(connection, LATE).closed
+
+
+@pytest.mark.parametrize("half", [RERANK + LENGTH + b"\r\n" + BODY[:5], RERANK + CHUNKED + b"\r\n5\r\nabc"])
+def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_error(wire: Server, half: bytes) -> None:
+    before = wire.log.count("499")
+    with connect(wire) as connection:
+        send(connection, half)
+    wait_until(lambda: wire.log.count(" 499 ") > before)
+    assert " 500 " not in wire.log
+
+
+def test_a_client_that_closes_its_half_counts_as_gone(wire: Server) -> None:
+    with connect(wire) as connection:
+        send(connection, RERANK + LENGTH + b"\r\n" + BODY[:5])
+        connection.shutdown(socket.SHUT_WR)
+        answers = listen(connection, LATE)
+    assert (answers.closed, answers.data) == (True, b"")
+
+
+def wait_until(true: Callable[[], bool], seconds: float = LATE) -> None:
+    deadline = time.monotonic() + seconds
+    while not true() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert true()
+
+
+# Heads and connections that take their time
+
+
+@pytest.mark.parametrize(
+    ("half", "drip"),
+    [
+        (b"G", b""),
+        (b"GET /livez HTTP/1.1\r\nHost: h\r\n", b""),
+        (b"GET /", b"a"),
+        (b"GET /livez HTTP/1.1\r\nHost: h\r\n", b"x: y\r\n"),
+        (LIVEZ + b"GET /livez HT", b""),
+    ],
+    ids=["one byte", "half sent", "a slow address", "slow headers", "a second request"],
+)
+def test_a_head_that_does_not_arrive_in_time(wire: Server, half: bytes, drip: bytes) -> None:
+    with connect(wire) as connection:
+        send(connection, half)
+        start = time.monotonic()
+        answer = b""
+        while time.monotonic() - start < LATE:
+            connection.settimeout(0.1)
+            try:
+                piece = connection.recv(65536)
+            except TimeoutError:
+                if drip and not send(connection, drip):
+                    break
+                continue
+            if not piece:
+                break
+            answer += piece
+    assert PATIENCE - 1 < time.monotonic() - start < LATE
+    assert b" 408 Request Timeout\r\n" in answer
+    assert answer.endswith(
+        b'{"detail":"the head of the request did not arrive within 2 s","error_type":"head_timeout"}'
+    )
+
+
+@pytest.mark.parametrize("noise", [b"", b"\r\n"], ids=["silent", "empty lines"])
+@pytest.mark.parametrize("first", [b"", LIVEZ], ids=["from the beginning", "after an answer"])
+def test_an_idle_connection_is_closed(wire: Server, first: bytes, noise: bytes) -> None:
+    with connect(wire) as connection:
+        send(connection, first)
+        start = time.monotonic()
+        while time.monotonic() - start < LATE:
+            connection.settimeout(0.2)
+            try:
+                if not connection.recv(65536):
+                    break
+            except TimeoutError:
+                send(connection, noise)
+            except OSError:
+                break
+    assert KEEP_ALIVE - 1 < time.monotonic() - start < LATE
+
+
+def test_the_rest_of_a_body_that_nobody_wants_is_not_waited_for(wire: Server) -> None:
+    """The answer, a 404, is given at once; the body drips on."""
+    with connect(wire) as connection:
+        send(connection, RERANK.replace(b"/v1/rerank", b"/nothing") + b"Content-Length: 1000\r\n\r\n")
+        assert listen(connection, LATE, answers=1).statuses == [404]
+        start = time.monotonic()
+        while send(connection, b"x") and time.monotonic() - start < LATE:
+            time.sleep(0.1)
+    assert PATIENCE - 1 < time.monotonic() - start < LATE
+
+
+def test_a_connection_whose_early_answered_body_came_is_used_again_and_closed_when_idle(wire: Server) -> None:
+    with connect(wire) as connection:
+        send(connection, RERANK.replace(b"/v1/rerank", b"/nothing") + LENGTH + b"\r\n")
+        assert listen(connection, LATE, answers=1).statuses == [404]
+        send(connection, BODY + LIVEZ)
+        answers = listen(connection, LATE)
+    assert answers.statuses == [200]
+    assert answers.closed
+
+
+BIG = post(json.dumps({"query": "q", "documents": ["x" * 8_000_000]}).encode(), path=b"/api/v1/rerank")
+
+
+def test_a_client_that_does_not_read_is_cut_off(wire: Server) -> None:
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        connection.settimeout(LATE)
+        connection.connect(("127.0.0.1", wire.port))
+        send(connection, BIG)
+        time.sleep(2.5 * PATIENCE)
+        answers = listen(connection, LATE)
+    assert answers.statuses == [200]
+    assert answers.closed
+    assert len(answers.data) < 8_000_000
+
+
+def test_a_client_that_reads_slowly_gets_everything(wire: Server) -> None:
+    data = b""
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        connection.settimeout(LATE)
+        connection.connect(("127.0.0.1", wire.port))
+        send(connection, BIG)
+        start = time.monotonic()
+        while len(data) < 8_000_000:
+            piece = connection.recv(1 << 18)
+            assert piece
+            data += piece
+            # For longer than all deadlines, never for longer than one.
+            if time.monotonic() - start < 3 * PATIENCE:
+                time.sleep(0.05)
+    assert b'"text":"xxx' in data
+
+
+@pytest.fixture(scope="module")
+def crowded(start: Start) -> Server:
+    """Room for 100 connections, because the system allows no more files; 256 are kept for other things."""
+    limited = ["bash", "-c", f"ulimit -n 356; exec {shlex.join(FAKE)}"]
+    return start(command=limited, KEEP_ALIVE="600", BODY_TIMEOUT="600", FAKE_SECONDS="3", LOG_LEVEL="DEBUG")
+
+
+@pytest.mark.parametrize(
+    "opening",
+    [b"", b"GET /livez HT", RERANK + b"Content-Length: 10\r\n\r\n{", LIVEZ],
+    ids=["idle", "half heads", "half bodies", "kept alive"],
+)
+def test_a_crowd_of_connections_locks_nobody_out(crowded: Server, opening: bytes) -> None:
+    """Those that make the service wait the longest make room; who waits for the service is left alone."""
+    with ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as crowd:
+        working = pool.submit(httpx.post, f"{crowded.client.base_url}/v1/rerank", content=BODY, timeout=60)
+        time.sleep(0.5)
+        sockets = []
+        for _ in range(300):
+            sockets.append(crowd.enter_context(connect(crowded)))
+            send(sockets[-1], opening)
+        for path in ("/livez", "/health", "/metrics"):
+            start = time.monotonic()
+            assert httpx.get(f"{crowded.client.base_url}{path}", timeout=30).status_code == 200
+            assert time.monotonic() - start < 5
+        assert working.result().status_code == 200
+        first, last = listen(sockets[0], 5), listen(sockets[-1], 0.2)
+        assert first.closed
+        assert not last.closed
+    assert crowded.log.count("more than 100 connections") == 1
+    assert len(workers(crowded)) == 1
+
+
+# Heads
+
+
+def flood(server: Server, begin: bytes, piece: bytes) -> tuple[int, Callable[[], None]]:
+    """Send until the service closes, 64 MB at most: how many pieces went, and a check of the answer, if one came."""
+    with connect(server) as connection:
+        send(connection, begin)
+        count = (64 << 20) // len(piece)
+        sent = next((i for i in range(count) if not send(connection, piece)), count)
+        answers = listen(connection, LATE)
+
+    def check() -> None:
+        assert answers.closed
+        if answers.data:  # it is lost when the reset overtakes it
+            assert answers.statuses == [431]
+            assert answers.error["error_type"] == "headers_too_large"
+
+    return sent * len(piece), check
+
+
+@pytest.mark.parametrize(
+    ("begin", "piece"),
+    [
+        (b"GET /", b"a" * 65536),
+        (b"GET /livez HTTP/1.1\r\nHost: h\r\nX: ", b"a" * 65536),
+        (b"GET /livez HTTP/1.1\r\nHost: h\r\n", b"a" * 65536),
+        (b"GET /livez HTTP/1.1\r\nHost: h\r\n", b"a: b\r\n" * 10_000),
+        (RERANK + CHUNKED + b"\r\n" + b"%x\r\n%s\r\n0\r\n" % (len(BODY), BODY), b"a: b\r\n" * 10_000),
+        (RERANK + CHUNKED + b"\r\n" + b"%x\r\n%s\r\n0\r\nX: " % (len(BODY), BODY), b"a" * 65536),
+        (RERANK + CHUNKED + b"\r\n1;", b"a" * 65536),
+        (RERANK + CHUNKED + b"\r\n", b"0" * 65536),
+    ],
+    ids="address header name headers trailers trailer extension chunk-size".split(),
+)
+def test_a_head_without_end_is_refused(wire: Server, begin: bytes, piece: bytes) -> None:
+    before = wire.log.count("headers_too_large") + wire.log.count("malformed_request")
+    with Peak(wire) as peak:
+        sent, check = flood(wire, begin, piece)
+    check()
+    assert sent < 16 << 20  # what the buffers of the system hold
+    assert peak.megabytes < 40
+    assert wire.log.count("headers_too_large") + wire.log.count("malformed_request") == before + 1
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET /%s HTTP/1.1\r\nHost: h\r\n\r\n" % (b"a" * 70_000),
+        b"GET /livez?%s HTTP/1.1\r\nHost: h\r\n\r\n" % (b"a" * 40_000),
+        b"GET /livez HTTP/1.1\r\nHost: h\r\nX: %s\r\n\r\n" % (b"a" * 40_000),
+        b"GET /livez HTTP/1.1\r\nHost: h\r\n%s\r\n" % (b"a: b\r\n" * 8000),
+        b"GET /livez HTTP/1.1\r\nHost: h\r\nX: %s\r\n\r\n" % (b"a" * 1_000_000),
+    ],
+    ids=["address", "query", "header", "headers", "a megabyte"],
+)
+def test_a_head_that_is_too_large_is_a_431(wire: Server, head: bytes) -> None:
+    with connect(wire) as connection:
+        if send(connection, head):
+            answers = listen(connection, LATE, answers=1)
+            if answers.data or len(head) < MAX_HEADER_BYTES * 3:  # else the reset can overtake the answer
+                assert answers.statuses == [431]
+                assert answers.error["error_type"] == "headers_too_large"
+
+
+def test_as_much_of_a_head_as_allowed_is_accepted_in_any_pieces(wire: Server) -> None:
+    small = b"GET /livez HTTP/1.1\r\nHost: h\r\nConnection: close\r\nX: %s\r\n\r\n" % (b"y" * 32_000)
+    with connect(wire) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for i in range(0, len(small), 1000):
+            send(connection, small[i : i + 1000])
+            time.sleep(0.002)
+        assert listen(connection, LATE).statuses == [200]
+
+
+# Requests that two parsers could read in two ways
+
+TWO_WAYS = {
+    "length and chunks": RERANK + LENGTH + CHUNKED + b"\r\n0\r\n\r\n",
+    "chunks and length": RERANK + CHUNKED + LENGTH + b"\r\n0\r\n\r\n",
+    "one length twice": RERANK + LENGTH + LENGTH + b"\r\n" + BODY,
+    "two lengths": RERANK + LENGTH + b"Content-Length: 0\r\n\r\n" + BODY,
+    "a list of lengths": RERANK + b"Content-Length: 3, 3\r\n\r\nabc",
+    "a negative length": RERANK + b"Content-Length: -1\r\n\r\n",
+    "a signed length": RERANK + b"Content-Length: +3\r\n\r\nabc",
+    "a hexadecimal length": RERANK + b"Content-Length: 0x3\r\n\r\nabc",
+    "a length with a gap": RERANK + b"Content-Length: 3 0\r\n\r\nabc",
+    "an empty length": RERANK + b"Content-Length: \r\n\r\n",
+    "a length beyond 64 bits": RERANK + b"Content-Length: 99999999999999999999\r\n\r\n",
+    "bare line feeds": (RERANK + LENGTH).replace(b"\r\n", b"\n") + b"\n" + BODY,
+    "one bare line feed": RERANK + b"X: y\n" + LENGTH + b"\r\n" + BODY,
+    "a bare carriage return": RERANK + b"X: y\r" + LENGTH + b"\r\n" + BODY,
+    "a folded header": RERANK + b"X: y\r\n z\r\n" + LENGTH + b"\r\n" + BODY,
+    "folded chunks": RERANK + b"Transfer-Encoding:\r\n chunked\r\n\r\n0\r\n\r\n",
+    "a blank before the colon": RERANK + b"Content-Length : 2\r\n\r\n{}",
+    "chunks before a blank": RERANK + LENGTH + b"Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n",
+    "a blank before the first header": b"POST /v1/rerank HTTP/1.1\r\n Host: h\r\n" + LENGTH + b"\r\n" + BODY,
+    "xchunked": RERANK + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
+    "x, chunked": RERANK + b"Transfer-Encoding: x, chunked\r\n\r\n0\r\n\r\n",
+    "chunked, x": RERANK + b"Transfer-Encoding: chunked, x\r\n\r\n0\r\n\r\n",
+    "chunked;x": RERANK + b"Transfer-Encoding: chunked;x\r\n\r\n0\r\n\r\n",
+    "identity": RERANK + b"Transfer-Encoding: identity\r\n" + LENGTH + b"\r\n" + BODY,
+    "chunked twice": RERANK + CHUNKED + CHUNKED + b"\r\n0\r\n\r\n",
+    "chunked behind a vertical tab": RERANK + b"Transfer-Encoding: \x0bchunked\r\n\r\n0\r\n\r\n",
+    "chunked before a tab": RERANK + b"Transfer-Encoding: chunked\t\r\n\r\n0\r\n\r\n",
+    "chunks in 1.0": (RERANK + CHUNKED).replace(b"1.1", b"1.0") + b"\r\n0\r\n\r\n",
+    "a signed chunk": RERANK + CHUNKED + b"\r\n+1\r\nx\r\n0\r\n\r\n",
+    "a chunk in 0x": RERANK + CHUNKED + b"\r\n0x1\r\nx\r\n0\r\n\r\n",
+    "a chunk beyond 64 bits": RERANK + CHUNKED + b"\r\nfffffffffffffffff\r\nx",
+    "a chunk's bare line feed": RERANK + CHUNKED + b"\r\n1\nx\r\n0\r\n\r\n",
+    "a line feed in an extension": RERANK + CHUNKED + b"\r\n1;a\nb\r\nx\r\n0\r\n\r\n",
+    "a blank behind a chunk's size": RERANK + CHUNKED + b"\r\n1 \r\nx\r\n0\r\n\r\n",
+    "a chunk longer than it says": RERANK + CHUNKED + b"\r\n1\r\nxy\r\n0\r\n\r\n",
+    "a NUL in a header": RERANK + b"X: \x00\r\n\r\n",
+    "a NUL in a name": RERANK + b"X\x00: y\r\n\r\n",
+    "a NUL in the address": b"GET /liv\x00ez HTTP/1.1\r\nHost: h\r\n\r\n",
+    "a line without a colon": RERANK + b"X\r\n\r\n",
+    "a header without a name": RERANK + b": y\r\n\r\n",
+    "no Host": b"GET /livez HTTP/1.1\r\n\r\n",
+    "two Hosts": b"GET /livez HTTP/1.1\r\nHost: h\r\nHost: i\r\n\r\n",
+    "a fragment": b"GET /livez#/health HTTP/1.1\r\nHost: h\r\n\r\n",
+    "UTF-8 in the address": "GET /livéz HTTP/1.1\r\nHost: h\r\n\r\n".encode(),
+    "no path": b"GET http://h HTTP/1.1\r\nHost: h\r\n\r\n",
+    "CONNECT": b"CONNECT h:443 HTTP/1.1\r\nHost: h:443\r\n\r\n",
+    "CONNECT to a path": b"CONNECT /livez HTTP/1.1\r\nHost: h\r\n\r\n",
+    "version 0.9": b"GET /livez\r\n\r\n",
+    "version 1.2": b"GET /livez HTTP/1.2\r\nHost: h\r\n\r\n",
+    "version 2.0": b"GET /livez HTTP/2.0\r\nHost: h\r\n\r\n",
+    "HTTP/2's preface": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    "a TLS hello": bytes.fromhex("16030100ca010000c60303") + b"x" * 200,
+    "an unknown method": b"FOO /livez HTTP/1.1\r\nHost: h\r\n\r\n",
+    "a tab for a blank": b"GET\t/livez\tHTTP/1.1\r\nHost: h\r\n\r\n",
+    "noise": b"\x00\x01\x02\xff\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("request_", TWO_WAYS.values(), ids=TWO_WAYS.keys())
+def test_what_can_be_read_in_two_ways_is_refused_with_all_behind_it(wire: Server, request_: bytes) -> None:
+    answers = exchange(wire, request_ + LIVEZ)
+    assert answers.statuses == [400]
+    assert answers.error["error_type"] == "malformed_request"
+    assert b"connection: close" in answers.data
+    assert answers.closed
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        RERANK + CHUNKED + b"\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY),
+        RERANK + CHUNKED + b"\r\n%x;a=b\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY),
+        RERANK + b"transfer-encoding:\tChunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY),
+        RERANK + CHUNKED + b"\r\n%x\r\n%s\r\n0\r\nX-Request-Id: of-the-trailer\r\n\r\n" % (len(BODY), BODY),
+        RERANK + b"Expect: 100-continue\r\n" + LENGTH + b"\r\n" + BODY,
+        b"\r\n" + RERANK + LENGTH + b"\r\n" + BODY,
+        RERANK.replace(b" /", b" http://elsewhere/") + LENGTH + b"\r\n" + BODY,
+        (RERANK + LENGTH + b"\r\n" + BODY).replace(b"1.1", b"1.0"),
+    ],
+    ids="chunks extension tabs trailer expect empty-line absolute 1.0".split(),
+)
+def test_what_is_odd_but_clear_is_answered(wire: Server, request_: bytes) -> None:
+    answers = once(wire, request_)
+    assert answers.statuses in ([200], [100, 200])
+    assert b'[{"index":0,"score":0.5}]' in answers.data
+    assert b"of-the-trailer" not in answers.data
+
+
+def test_a_request_inside_a_body_is_a_body(wire: Server) -> None:
+    for path in (b"/livez", b"/nothing", b"/v1/rerank"):
+        answers = once(wire, post(LIVEZ, path=path))
+        assert len(answers.statuses) == 1
+
+
+UPGRADE = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\r\n"
+WEBSOCKET = (
+    b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+)
+
+
+@pytest.mark.parametrize("header", [UPGRADE, WEBSOCKET], ids=["h2c, as Java's client sends", "websocket"])
+@pytest.mark.parametrize("split", [False, True], ids=["in one piece", "head first"])
+def test_an_upgrade_is_not_made_and_hides_no_request(wire: Server, header: bytes, split: bool) -> None:
+    """Stock uvicorn loses the body, and takes it for the next request when it comes by itself."""
+    request = post(b'{"query":"q","documents":["' + LIVEZ.replace(b"\r\n", b" ") + b'"]}', header)
+    smuggling = post(LIVEZ, header)
+    with connect(wire) as connection:
+        for data, answers in [(request, [200]), (smuggling, [400]), (LIVEZ, [200])]:
+            head, _, body = data.partition(b"\r\n\r\n")
+            for piece in [head + b"\r\n\r\n", body] if split else [data]:
+                send(connection, piece)
+                time.sleep(0.2 if split else 0)
+            assert listen(connection, 1, answers=1).statuses == answers
+    for _ in range(2):
+        assert once(wire, b"GET /livez HTTP/1.1\r\nHost: h\r\n" + header + b"\r\n" + LIVEZ).statuses[0] == 200
+    assert "WebSocket" not in wire.log  # no advice to install something
+
+
+# Several requests at once, and odd methods
+
+
+def test_requests_at_once_are_answered_in_order(wire: Server) -> None:
+    mixed = LIVEZ + post(BODY) + LIVEZ.replace(b"/livez", b"/nothing") + post(b"{") + LIVEZ
+    answers = exchange(wire, mixed, wait=KEEP_ALIVE + LATE)
+    assert answers.statuses == [200, 200, 404, 400, 200]
+
+
+def test_noise_behind_a_request_takes_nothing_from_it(wire: Server) -> None:
+    answers = exchange(wire, post(BODY) + b"NOISE\r\n\r\n" + LIVEZ)
+    assert answers.statuses == [200]
+    assert answers.closed
+
+
+def test_thousands_of_requests_at_once_are_too_many(wire: Server) -> None:
+    with Peak(wire) as peak:
+        answers = exchange(wire, LIVEZ * 100_000, wait=60)
+    assert answers.closed
+    assert set(answers.statuses) <= {200}
+    assert len(answers.statuses) <= MAX_PIPELINED + 1
+    assert peak.megabytes < 40
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/livez", "/readyz"])
+def test_head_answers_as_get_without_the_body(wire: Server, path: str) -> None:
+    get, head = wire.client.get(path), wire.client.head(path)
+    assert (head.status_code, head.content) == (200, b"")
+    for name in ("content-length", "content-type"):
+        assert head.headers[name] == get.headers[name]
+
+
+def test_refusals_are_counted_and_logged(wire: Server) -> None:
+    def count(status: int) -> float:
+        line = f'reranker_requests_total{{route="other",status="{status}"}} '
+        lines = wire.client.get("/metrics").text.splitlines()
+        return sum(float(text.removeprefix(line)) for text in lines if text.startswith(line))
+
+    before = count(400), wire.log.count("refused 400 id=")
+    exchange(wire, b"NOISE\r\n\r\n")
+    assert (count(400), wire.log.count("refused 400 id=")) == (before[0] + 1, before[1] + 1)
