@@ -23,7 +23,7 @@ from reranker import __version__
 from reranker.errors import DeviceLostError, ModelLoadError
 from reranker.service.access import AccessLog
 from reranker.service.api import errors, health, metrics, openai, page, routes, tei
-from reranker.service.auth import TokenAuth
+from reranker.service.auth import TokenAuth, describe
 from reranker.service.batcher import Batcher, ScorerLike
 from reranker.service.limits import Limits
 from reranker.service.metrics import Metrics
@@ -82,6 +82,8 @@ def create_app(settings: Settings, load: Callable[[], ScorerLike] | None = None)
     for part in (routes, openai, tei, health, metrics, page):
         app.include_router(part.router)
     errors.install(app)
+    if tokens:
+        describe(app)
     # Outermost last.
     app.add_middleware(Limits, max_body_bytes=settings.max_body_bytes, body_timeout=settings.body_timeout)
     app.add_middleware(TokenAuth, tokens=tokens)

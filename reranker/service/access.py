@@ -21,6 +21,8 @@ from reranker.service.metrics import OTHER, Metrics
 logger = logging.getLogger(__name__)
 
 _REQUEST_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
+# "&access_token=" in place of "?access_token=": no parameter to anybody but the one who sent it.
+_MISPLACED = re.compile(r"(access_token=)[^&;/?]*", re.IGNORECASE)
 _QUIET = frozenset({"/health", "/livez", "/readyz", "/metrics"})
 
 CLIENT_LEFT = 499
@@ -94,5 +96,5 @@ class AccessLog:
 
 
 def printable(path: str) -> str:
-    """A path as it may stand in a log line: no line breaks, not endless."""
-    return repr(path[:200])[1:-1]
+    """A path as it may stand in a log line: no line breaks, not endless, no token."""
+    return repr(_MISPLACED.sub(r"\1***", path)[:200])[1:-1]

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+from typing import Any
 from urllib.parse import parse_qsl
 
+from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from reranker.errors import UnauthorizedError
@@ -68,6 +70,24 @@ class TokenAuth:
         # Every accepted token is compared, in constant time, on digests of bytes.
         matches = [hmac.compare_digest(digest, accepted) for accepted in self.digests]
         return None if any(matches) else "the token is wrong"
+
+
+def describe(app: FastAPI) -> None:
+    """Let the OpenAPI document say which paths want a token; Swagger UI then has its Authorize button."""
+    plain = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = plain()
+        document["components"]["securitySchemes"] = {
+            "header": {"type": "http", "scheme": "bearer"},
+            "query": {"type": "apiKey", "in": "query", "name": PARAMETER},
+        }
+        for path, operations in document["paths"].items():
+            for operation in operations.values():
+                operation["security"] = [] if path in OPEN else [{"header": []}, {"query": []}]
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's own way to change the document
 
 
 def redact(query_string: bytes) -> bytes:
