@@ -9,7 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.types import Receive, Scope, Send
 
+from app import create_app
+from config import Settings
 from reranker.service.auth import TokenAuth, redact
+from tests.fake import FakeScorer
 
 TOKENS = ["old-token", "new-token"]
 seen: dict[str, Any] = {}
@@ -140,3 +143,11 @@ def test_redaction_hides_the_token_and_keeps_the_rest(pairs: list[tuple[str, str
     for (name, value), part in zip(pairs, parts, strict=True):
         hidden = unquote(name) == "access_token"
         assert part == (b"access_token=***" if hidden else f"{name}={quote('S' + value)}".encode())
+
+
+def test_the_openapi_document_says_what_wants_a_token() -> None:
+    document = create_app(Settings(access_token="t"), FakeScorer).openapi()
+    assert document["components"]["securitySchemes"]["header"] == {"type": "http", "scheme": "bearer"}
+    wanting = {path for path, operations in document["paths"].items() for o in operations.values() if o["security"]}
+    assert wanting == set(document["paths"]) - {"/livez", "/readyz"}
+    assert "securitySchemes" not in create_app(Settings(access_token=""), FakeScorer).openapi()["components"]

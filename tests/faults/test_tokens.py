@@ -220,14 +220,6 @@ def test_the_attempts_left_no_token_in_the_log(guarded: Server) -> None:
     assert "/v1/rerank&access_token=***" in guarded.log
 
 
-def test_the_openapi_document_says_what_wants_a_token(guarded: Server, fake_server: Server) -> None:
-    document = guarded.client.get("/openapi.json").json()
-    assert document["components"]["securitySchemes"]["header"] == {"type": "http", "scheme": "bearer"}
-    wanting = {path for path, operations in document["paths"].items() for o in operations.values() if o["security"]}
-    assert wanting == set(document["paths"]) - {"/livez", "/readyz"}
-    assert "securitySchemes" not in fake_server.client.get("/openapi.json").json()["components"]
-
-
 # Every status, at every level
 
 
