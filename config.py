@@ -122,7 +122,9 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(16_777_216, ge=1024, le=1_073_741_824, description="Bytes of a request's body")
     max_queue_tokens: int = Field(1_000_000, ge=1, le=1_000_000_000, description="Tokens that wait; more get 429")
     request_timeout: float = Field(100, gt=0, le=3600, description="Seconds until a request is answered with 504")
-    body_timeout: float = Field(20, gt=0, le=3600, description="Seconds for a body to arrive, else 408")
+    body_timeout: float = Field(
+        20, gt=0, le=3600, description="Seconds for a head, and again for its body, to arrive, else 408"
+    )
 
     # How it runs and logs
     tokenizers_parallelism: Literal["true", "false"] = Field("false", description="Passed on to the tokenizers library")
