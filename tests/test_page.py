@@ -116,6 +116,17 @@ def test_the_page_is_open_and_strict(guarded: Server) -> None:
     assert TOKEN not in answer.text
 
 
+def test_the_docs_are_strict_too(guarded: Server) -> None:
+    answer = guarded.client.get("/docs")
+    policy = answer.headers["content-security-policy"]
+    assert re.search(r"script-src 'sha256-[\w+/]{43}=' 'sha256-[\w+/]{43}=';", policy)
+    assert "default-src 'none'" in policy
+    assert "frame-ancestors 'none'" in policy
+    assert "unsafe" not in policy
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert answer.headers["referrer-policy"] == "no-referrer"
+
+
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH"])
 def test_the_page_can_only_be_read(guarded: Server, method: str) -> None:
     assert guarded.client.request(method, "/", headers={"Authorization": ""}).status_code == 405
@@ -432,6 +443,22 @@ def test_the_docs_need_no_internet_and_work_with_a_token_in_the_address(guarded:
     operation.locator(".live-responses-table").wait_for()
     assert TOKEN not in page.content()
     assert TOKEN not in guarded.log
+
+
+def test_the_docs_take_a_token_by_their_authorize_button(guarded: Server, visit: Open) -> None:
+    page = visit(guarded, f"/docs?access_token={TOKEN}")
+    page.locator(".auth-wrapper .authorize").click()
+    dialog = page.locator(".auth-container", has_text="bearer")
+    dialog.locator("input").fill("another-one")
+    dialog.locator("button.authorize").click()
+    page.locator("button.btn-done").first.click()
+    operation = page.locator(".opblock", has_text="/health").first
+    operation.locator(".opblock-summary").click()
+    operation.get_by_text("Try it out").click()
+    with page.expect_response("**/health") as caught:
+        operation.get_by_text("Execute").click()
+    assert caught.value.request.all_headers()["authorization"] == "Bearer another-one"
+    assert caught.value.status == 401
 
 
 def test_the_docs_without_a_token(server: Server, visit: Open) -> None:

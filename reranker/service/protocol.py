@@ -113,7 +113,7 @@ class HttpProtocol(HttpToolsProtocol):
         self.bytes_in_vain += len(data)
         self._unset_keepalive_if_required()
         self._feed(data)
-        if self.bytes_in_vain > MAX_HEADER_BYTES:
+        if self.refusal is None and self.bytes_in_vain > MAX_HEADER_BYTES:
             self._refuse(_TOO_LARGE)
         self._watch()
 
