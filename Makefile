@@ -1,4 +1,5 @@
-# What a person, a commit hook and CI call.   make serve | test | test-clients | check | bench | audit | sbom | clean
+# What a person, a commit hook and CI call:
+#   make serve | restart | test | test-clients | check | format | bench | audit | sbom | clean
 #
 #   PYTHON=python3.12                                     another interpreter (3.11 or newer)
 #   TORCH_INDEX=https://download.pytorch.org/whl/cpu      PyTorch without CUDA (about 200 MB instead of several GB)
@@ -9,10 +10,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 SITE_PACKAGES = $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
-.PHONY: serve test test-clients tokenizer check format bench bench-models audit sbom clean
+.PHONY: serve restart test test-clients tokenizer check format bench audit sbom clean
 
 serve: $(VENV)/.serve
-	$(BIN)/gunicorn -c gunicorn.conf.py app:app
+	$(BIN)/gunicorn -c gunicorn.conf.py --pid $(VENV)/gunicorn.pid app:app
+
+# New code, settings and model in what `make serve` started, and no request fails.
+restart:
+	$(BIN)/python deploy/restart.py $(VENV)/gunicorn.pid
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(ARGS)

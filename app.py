@@ -24,7 +24,8 @@ from reranker.errors import DeviceLostError, ModelLoadError
 from reranker.service.access import AccessLog
 from reranker.service.api import errors, health, metrics, openai, page, routes, tei
 from reranker.service.auth import TokenAuth, describe
-from reranker.service.batcher import Batcher, ScorerLike
+from reranker.service.batcher import Batcher
+from reranker.service.compute import ScorerLike
 from reranker.service.limits import Limits
 from reranker.service.metrics import Metrics
 
@@ -57,6 +58,7 @@ def create_app(settings: Settings, load: Callable[[], ScorerLike] | None = None)
             max_queue_tokens=settings.max_queue_tokens,
             max_requests=settings.worker_connections,
             load_timeout=settings.load_timeout,
+            pass_timeout=2 * settings.request_timeout,
             on_failure=end_process,
             observer=counts,
         )
@@ -131,9 +133,9 @@ def end_process(error: Exception) -> None:
     """The model cannot be loaded or its device is lost: say why and leave the rest to whoever started this process.
 
     Nothing is lost by it: while loading, nothing was accepted; on a lost device, every request was answered already.
-    On the first boot the exit code stops the whole service. A worker that has served, or was started later
-    (RERANKER_RESPAWNED, set by gunicorn.conf.py), must not stop its healthy siblings: it ends with another code and is
-    started again; after a failed load it waits first.
+    On the first boot the exit code stops the whole service; of several workers one gives it, for gunicorn stumbles over
+    a second. A worker that has served, or was started later (RERANKER_RESPAWNED, set by gunicorn.conf.py), must not
+    stop its healthy siblings: it ends with another code and is started again; after a failed load it waits first.
     """
     if isinstance(error, (ModelLoadError, TimeoutError, DeviceLostError)):
         logger.critical("cannot serve: %s", error)
@@ -141,11 +143,13 @@ def end_process(error: Exception) -> None:
         logger.critical("cannot serve", exc_info=error)
     lost = isinstance(error, DeviceLostError)
     later = os.environ.get("RERANKER_RESPAWNED") == "1"
+    first = os.environ.get("RERANKER_BOOT")  # a pipe of gunicorn.conf.py that holds one byte
 
     def leave() -> None:
         time.sleep(_BACK_OFF_SECONDS if later and not lost else 0.5)  # the answers on their way get out
         logging.shutdown()
-        os._exit(1 if later or lost else BOOT_FAILURE)
+        stops = not later and not lost and bool(os.read(int(first), 1) if first else True)
+        os._exit(BOOT_FAILURE if stops else 1)
 
     threading.Thread(target=leave, daemon=True).start()
 

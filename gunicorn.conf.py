@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from config import OWN_WORKER_CLASS, SettingsError, load_settings, log_config
+from reranker.service import folder
+from reranker.service.handover import Handover
 
 try:
     _settings = load_settings()
@@ -43,43 +43,74 @@ worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None
 accesslog = None  # the service writes its own line, without the token
 logconfig_dict = log_config(_settings)
 
+_SUFFIX, _FOLDER = "RERANKER_SUFFIX", "RERANKER_METRICS"  # what a master tells the next one, through the environment
+_NEXT = "b"  # every second generation's files
+
 if workers > 1:  # else every worker starts as many threads as there are cores
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 
 def on_starting(server: Any) -> None:
-    """In the master: a folder for the workers' metrics, empty and in memory where possible; or the operator's own."""
-    server.metrics, server.own_metrics = os.environ.get("PROMETHEUS_MULTIPROC_DIR"), None
+    """In the master: the right worker class, whatever the command line says; the workers' folder for metrics."""
+    if server.cfg.worker_class_str != OWN_WORKER_CLASS:
+        sys.exit(f"error: the worker class {server.cfg.worker_class_str} cannot serve this; leave out -k")
+    server.boot, fill = os.pipe()  # the one worker that finds the byte in it stops the service: see app.end_process
+    os.write(fill, b".")
+    os.close(fill)
+    server.handover = Handover(server.master_pid, workers) if server.master_pid else None
+    # Two generations stand side by side during a rolling restart; their files must differ, their folder must not.
+    server.suffix = os.environ.get(_SUFFIX, "")
+    server.metrics = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    server.own_metrics = None
     try:
         if not server.metrics:
-            server.metrics = server.own_metrics = tempfile.mkdtemp(prefix="reranker-metrics-", dir=worker_tmp_dir)
+            inherited = os.environ.get(_FOLDER, "")
+            server.metrics = inherited if os.path.isdir(inherited) else folder.make(worker_tmp_dir)
+            server.own_metrics = folder.hold(server.metrics)
         for file in Path(server.metrics).glob("gauge_live*.db"):  # of workers that no longer are
-            file.unlink()
+            if not server.master_pid or file.stem.endswith(_NEXT) == bool(server.suffix):
+                file.unlink()
     except OSError as error:
         logging.getLogger("gunicorn.error").warning("no folder for shared metrics: %s", error)
+
+
+def pre_exec(server: Any) -> None:
+    """In the child that becomes the new master (SIGUSR2): what it has to know of this one."""
+    if server.pid == 1:
+        logging.getLogger("gunicorn.error").error(
+            "SIGUSR2 is refused: this is process 1 of a container, which ends with it; start a new container instead"
+        )
+        logging.shutdown()
+        os._exit(1)
+    server.cfg.env_orig |= {_SUFFIX: "" if server.suffix else _NEXT, _FOLDER: server.metrics or ""}
+    args = server.START_CTX["args"]
+    if Path(args[1]).name == "__main__.py":  # started with python -m gunicorn
+        args[1:2] = ["-m", "gunicorn"]
 
 
 def child_exit(server: Any, worker: Any) -> None:
     """In the master: what a dead worker had in progress or in memory is gone; what it counted stays."""
     if server.metrics:
-        for file in Path(server.metrics).glob(f"gauge_live*_{worker.slot}.db"):
+        for file in Path(server.metrics).glob(f"gauge_live*_{worker.slot}{server.suffix}.db"):
             file.unlink(missing_ok=True)
 
 
 def on_exit(server: Any) -> None:
-    """In the master: leave nothing behind."""
-    if server.own_metrics:
-        shutil.rmtree(server.own_metrics, ignore_errors=True)
+    """In the master: leave nothing behind, unless the next generation uses it."""
+    if server.own_metrics is not None:
+        os.close(server.own_metrics)
+        folder.remove(server.metrics)
 
 
 def pre_fork(server: Any, worker: Any) -> None:
     """In the master: give the new worker the lowest slot that no living worker has."""
     taken = {getattr(other, "slot", None) for other in server.WORKERS.values()}
     worker.slot = next(slot for slot in range(len(taken) + 1) if slot not in taken)
+    worker.handover = getattr(server, "handover", None)
 
 
 def post_fork(server: Any, worker: Any) -> None:
-    """In the worker: see one GPU only, the one of its slot; know where to count, and whether this is the first boot."""
+    """In the worker: see one GPU only, the one of its slot; know where to count, and whether others serve."""
     if _gpus:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         devices = [d.strip() for d in visible.split(",") if d.strip()] or [str(i) for i in range(_gpus)]
@@ -89,7 +120,10 @@ def post_fork(server: Any, worker: Any) -> None:
         )
     if getattr(server, "metrics", None):
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = server.metrics
-        os.environ["RERANKER_SLOT"] = str(worker.slot)
-    # Where siblings serve meanwhile, a later worker loads before it listens; a single one answers "loading" instead.
-    os.environ["RERANKER_SIBLINGS"] = "1" if worker.age > server.num_workers > 1 else "0"
-    os.environ["RERANKER_RESPAWNED"] = "1" if worker.age > server.num_workers else "0"
+        os.environ["RERANKER_SLOT"] = f"{worker.slot}{server.suffix}"
+    # Where others serve meanwhile, a later worker loads before it listens; alone, it answers "loading" instead.
+    later = worker.age > workers
+    serving = bool(getattr(server, "master_pid", 0)) or (later and bool(server.WORKERS))
+    os.environ["RERANKER_SIBLINGS"] = "1" if serving else "0"
+    os.environ["RERANKER_RESPAWNED"] = "1" if later else "0"
+    os.environ["RERANKER_BOOT"] = str(getattr(server, "boot", ""))

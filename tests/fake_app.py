@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
+from pathlib import Path
 
 from app import create_app
 from config import load_settings
-from reranker.errors import DeviceLostError
+from reranker.errors import DeviceLostError, ModelLoadError
 from reranker.types import Slice
 from tests.fake import FakeScorer
 
 
 class Losing(FakeScorer):
-    """Its device is lost when a document says so."""
+    """Its device is lost, or hangs for ever, when a document says so."""
 
     def score(self, batch: list[Slice]) -> list[float]:
         """As ever, unless."""
-        if any("lost" in self._words(d) for s in batch for d in s.documents):
+        said = {word for s in batch for d in s.documents for word in self._words(d)}
+        if "lost" in said:
             raise DeviceLostError("the device failed and the worker restarts; try again", retry_after=10)
+        if "hang" in said:
+            threading.Event().wait()
         return super().score(batch)
 
 
 def load() -> FakeScorer:
     """Slow, failing or quick, as the test wants it."""
     time.sleep(float(os.environ.get("FAKE_LOAD_SECONDS", "0")))
+    if Path(os.environ.get("FAKE_LOAD_FAILS", "none")).exists():
+        raise ModelLoadError("the test wants it so")
     return Losing(
         seconds=float(os.environ.get("FAKE_SECONDS", "0")),
         max_batch_tokens=int(os.environ.get("FAKE_BATCH_TOKENS", "1000")),
@@ -32,3 +39,9 @@ def load() -> FakeScorer:
 
 
 app = create_app(load_settings(), load)
+
+
+@app.get("/block", include_in_schema=False)
+async def block() -> None:
+    """Hold the event loop up, as a bug would."""
+    time.sleep(60)  # noqa: ASYNC251

@@ -265,16 +265,15 @@ def test_a_reload_keeps_the_counts(start: Start) -> None:
     once(server, lambda s: value(s, "reranker_ready_workers") == 2)
     for _ in range(4):
         assert call(server, "/v1/rerank", json=body()).status_code == 200
+    about = {"device": "cpu", "model": "fake", "precision": "float32", "version": "0.1.0"}
     for generation in (2, 3):  # new workers stand beside the old ones for a while
         server.process.send_signal(signal.SIGHUP)
         deadline = time.monotonic() + 60
         while len(re.findall("ready after", server.log)) < 2 * generation and time.monotonic() < deadline:
             time.sleep(0.05)
-        found = once(server, lambda s: value(s, "reranker_ready_workers") == 2)
+        found = once(server, lambda s: value(s, "reranker_model_info", **about) == 2)  # the old ones have ended
+        assert value(found, "reranker_ready_workers") == 2
         assert value(found, "reranker_requests_total", route="/v1/rerank", status="200") == 4
-        assert (
-            value(found, "reranker_model_info", device="cpu", model="fake", precision="float32", version="0.1.0") == 2
-        )
 
 
 def folders(server: Server) -> list[Path]:

@@ -1,7 +1,7 @@
 """Many clients in, fair batches out: the asynchronous front of the synchronous Scorer.
 
     rerank()  encode in a host thread -> queue, counted in tokens -> wait for the logits
-    _run()    take what waits, up to the token budget -> pack in the packer thread -> score in the device thread
+    _run()    take what waits, up to the token budget -> pack in the packer thread -> score in the compute thread
 
 There is no wait window: a batch is whatever waits when the device is free. While it runs, the next one gathers, and is
 packed as soon as it is full. The event loop never computes.
@@ -14,16 +14,17 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 from reranker.engine.scores import per_document
 from reranker.errors import DeadlineError, DeviceLostError, NotReadyError, QueueFullError, RerankError, ScoringError
+from reranker.service.compute import ComputeThread, ScorerLike
 from reranker.service.observer import ForwardPass, Observer
 from reranker.service.queue import Job, TokenQueue
-from reranker.types import EncodedRequest, ModelInfo, RerankRequest, RerankResult, Slice, Timings
+from reranker.types import EncodedRequest, RerankRequest, RerankResult, Slice, Timings
 
 logger = logging.getLogger(__name__)
 
@@ -34,40 +35,15 @@ Status = Literal["loading", "ok", "draining", "unhealthy"]
 _ENCODE_CHARACTERS = 200_000
 
 
-class ScorerLike(Protocol):
-    """What the batcher needs of a Scorer; `encode` and `pack` run beside `score`, in other threads.
-
-    What `pack` returns is the scorer's own affair.
-    """
-
-    max_batch_tokens: int
-    max_batch_documents: int
-
-    @property
-    def info(self) -> ModelInfo:
-        """What was loaded and chosen."""
-
-    @property
-    def memory(self) -> int:
-        """Bytes of the device's memory that this process holds."""
-
-    def encode(self, request: RerankRequest) -> EncodedRequest:
-        """Texts to tokens."""
-
-    def pack(self, slices: Sequence[Slice]) -> Any:
-        """Lay slices out for one forward pass."""
-
-    def score(self, batch: Any) -> list[float]:
-        """Logits of the batch's documents."""
-
-
 class Batcher:
     """Loads one scorer in the background and shares its forward passes between all requests of this process.
 
     Args:
-        load: makes the scorer; runs in the device thread.
+        load: makes the scorer; runs in the compute thread.
         max_queue_tokens: tokens that may wait. One request larger than that is accepted while nothing else waits.
         max_requests: requests in progress, those being tokenised included.
+        load_timeout: seconds that `load` may take.
+        pass_timeout: seconds that a forward pass may take.
         on_failure: called once with the error when the scorer cannot be loaded or its device is lost.
         observer: told what happens.
     """
@@ -79,23 +55,22 @@ class Batcher:
         max_queue_tokens: int = 1_000_000,
         max_requests: int = 1000,
         load_timeout: float = 1800.0,
+        pass_timeout: float = 200.0,
         on_failure: Callable[[Exception], None] = lambda error: None,
         observer: Observer | None = None,
     ) -> None:
         self._observer = observer or Observer()
-        self._left_loading = asyncio.Event()
+        self._loaded = asyncio.Event()
         self.status = "loading"
         self.scorer: ScorerLike | None = None
         self.max_queue_tokens = max_queue_tokens
         self.max_requests = max_requests
-        self.load_timeout = load_timeout
         self.requests = 0
         self.queue = TokenQueue()
-        self._load = load
         self._on_failure = on_failure
         self._host = ThreadPoolExecutor(2, thread_name_prefix="host")
         self._packer = ThreadPoolExecutor(1, thread_name_prefix="packer")  # its own: never behind what is tokenised
-        self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
+        self._compute = ComputeThread(load, load_timeout=load_timeout, pass_timeout=pass_timeout)
         self._changed = asyncio.Event()
         self._tokens_per_second = math.nan
         self._task: asyncio.Task[None] | None = None
@@ -108,8 +83,8 @@ class Batcher:
     @status.setter
     def status(self, status: Status) -> None:
         self._status = status
-        if status != "loading":
-            self._left_loading.set()
+        if status in ("ok", "draining"):
+            self._loaded.set()
         self._observer.status_changed(status)
 
     async def start(self) -> None:
@@ -117,8 +92,8 @@ class Batcher:
         self._task = asyncio.create_task(self._load_and_run())
 
     async def wait_until_loaded(self) -> None:
-        """Until the scorer is there, or will never be."""
-        await self._left_loading.wait()
+        """Until the scorer is there, or nobody waits for it any more; for ever where it cannot be loaded."""
+        await self._loaded.wait()
 
     async def stop(self) -> None:
         """End the loop; what still waits is answered with 503."""
@@ -128,8 +103,9 @@ class Batcher:
             await asyncio.gather(self._task, return_exceptions=True)
         for job in self.queue.clear():
             job.fail(NotReadyError("the service is shutting down; try again", retry_after=5))
-        for pool in (self._host, self._packer, self._device):
+        for pool in (self._host, self._packer):
             pool.shutdown(wait=False, cancel_futures=True)
+        self._compute.close()
 
     def drain(self) -> None:
         """Take nothing new; what was accepted is still answered."""
@@ -228,11 +204,7 @@ class Batcher:
     async def _load_and_run(self) -> None:
         start = time.monotonic()
         try:
-            async with asyncio.timeout(self.load_timeout):
-                self.scorer = await self._in(self._device, self._load)
-        except TimeoutError:
-            self._give_up(TimeoutError(f"the model was not loaded within LOAD_TIMEOUT={self.load_timeout:g} s"))
-            return
+            self.scorer = await self._compute.load()
         except Exception as error:  # whatever a checkpoint can break: said once, then the process ends
             self._give_up(error)
             return
@@ -288,7 +260,7 @@ class Batcher:
         try:
             if isinstance(packed, Exception):
                 raise packed
-            logits = await self._in(self._device, scorer.score, packed)
+            logits = await self._compute.score(scorer, packed)
         except DeviceLostError as error:
             self._lose(error, batch)
             return

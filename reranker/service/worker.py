@@ -7,22 +7,30 @@ import logging
 import os
 import resource
 import signal
+import socket
 import sys
 from functools import partial
 from types import FrameType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from gunicorn.arbiter import Arbiter
 from uvicorn.server import Server
 from uvicorn_worker import UvicornWorker
 
+from reranker.service.handover import Handover
 from reranker.service.protocol import Connections, HttpProtocol
+
+if TYPE_CHECKING:
+    from reranker.service.batcher import Batcher
 
 # Connections beyond WORKER_CONNECTIONS: gunicorn's backlog. As many can come at once, and whoever is cut off to make
 # room for them has had a turn to be read.
 _SPARE_CONNECTIONS = 2048
 # Files that the process holds beside its connections: the model, the metrics, the listener, the libraries.
 _OTHER_FILES = 256
+# Seconds that a worker which was told to stop still answers on the connections that are open.
+_LINGER = 5.0
+_QUICK_LINGER = 1.0  # Ctrl-C
 
 
 class RerankWorker(UvicornWorker):  # type: ignore[misc]  # neither package is typed
@@ -34,6 +42,8 @@ class RerankWorker(UvicornWorker):  # type: ignore[misc]  # neither package is t
         "access_log": False,
         "server_header": False,
     }
+    handover: Handover | None = None
+    """Set by gunicorn.conf.py in the workers of a new generation."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -41,8 +51,8 @@ class RerankWorker(UvicornWorker):  # type: ignore[misc]  # neither package is t
             logging.getLogger(name).handlers = []
             logging.getLogger(name).propagate = name == "uvicorn.error"
         # Below gunicorn's own deadline, so that uvicorn cancels (and we answer 503) before gunicorn kills.
-        self.config.timeout_graceful_shutdown = max(1, self.cfg.graceful_timeout - 5)
-        self.config.timeout_notify = 1
+        self.config.timeout_graceful_shutdown = max(1, int(self.cfg.graceful_timeout - _LINGER) - 3)
+        self.config.callback_notify = None  # _beat does it, also while the worker loads and while it drains
 
     async def _serve(self) -> None:
         self.config.app = self.wsgi
@@ -55,17 +65,20 @@ class RerankWorker(UvicornWorker):  # type: ignore[misc]  # neither package is t
         server = DrainingServer(self.config)
         server.loop = asyncio.get_running_loop()
         # uvicorn's worker ignores SIGQUIT, which gunicorn sends on Ctrl-C, and is killed after the grace period.
-        server.loop.add_signal_handler(signal.SIGQUIT, server.handle_exit, signal.SIGTERM, None)
-        beat = asyncio.create_task(self._beat_until_started(server))
+        server.loop.add_signal_handler(signal.SIGQUIT, server.handle_exit, signal.SIGQUIT, None)
+        beat = asyncio.create_task(self._beat(server))
         await server.serve(sockets=self.sockets)
         beat.cancel()
         if not server.started:
             sys.exit(Arbiter.WORKER_BOOT_ERROR)
 
-    async def _beat_until_started(self, server: Server) -> None:
-        """A worker that loads before it listens is alive all the same; uvicorn beats only from then on."""
-        while not server.started:
+    async def _beat(self, server: Server) -> None:
+        """Once a second; and tell the other generation, if there is one, when this worker serves."""
+        while True:
             await self.callback_notify()
+            if server.started and not server.should_exit and self.handover is not None:
+                self.handover.ready()
+                self.handover = None
             await asyncio.sleep(1)
 
     async def callback_notify(self) -> None:
@@ -76,21 +89,52 @@ class RerankWorker(UvicornWorker):  # type: ignore[misc]  # neither package is t
 
 
 class DrainingServer(Server):
-    """Tells the application that it is draining when a signal comes."""
+    """Stops without cutting anything off, and tells the application when it takes nothing more."""
 
     loop: asyncio.AbstractEventLoop
+    linger = _LINGER
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Called for SIGINT, SIGTERM and SIGQUIT, which all mean: finish what was accepted, then end."""
-        # On the loop and not in the signal handler: draining touches metrics, whose locks the loop may hold just now.
-        self.loop.call_soon_threadsafe(self._drain)
+        """Called for SIGTERM, SIGINT and SIGQUIT, which all mean: finish what was accepted, then end."""
+        if sig != signal.SIGTERM:
+            self.linger = _QUICK_LINGER
+        if not self.started:  # nobody is served yet, and what is being loaded is not waited for
+            # On the loop and not in the signal handler: draining touches metrics, whose locks the loop may hold.
+            self.loop.call_soon_threadsafe(self._drain)
         # Ctrl-C reaches a worker twice, from the terminal and from gunicorn: a second SIGINT would cut answers off.
         super().handle_exit(signal.SIGTERM, frame)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take no new connection, but answer a little longer on those that are open, each time with `close`.
+
+        A client learns only from an answer that its connection will not stay. One that is closed without a word may
+        carry the client's next request already, which would be lost.
+        """
+        for server in self.servers:
+            server.close()
+        for sock in sockets or []:
+            sock.close()
+        state = self.server_state
+        state.default_headers = [*state.default_headers, (b"connection", b"close")]
+        for connection in state.connections:  # requests that are being answered have taken their headers already
+            cycle = getattr(connection, "cycle", None)
+            if cycle is not None:
+                cycle.keep_alive = False
+        start = self.loop.time()
+        while state.connections and self.loop.time() < start + self.linger:  # uvicorn has no event for it
+            if self._batcher is None or self._batcher.status != "ok":  # what comes would be refused anyway
+                break
+            await asyncio.sleep(0.05)
+        self._drain()
+        await super().shutdown(sockets)
+
+    @property
+    def _batcher(self) -> Batcher | None:
+        return getattr(getattr(self.config.app, "state", None), "batcher", None)
+
     def _drain(self) -> None:
-        batcher = getattr(getattr(self.config.app, "state", None), "batcher", None)
-        if batcher is not None:
-            batcher.drain()
+        if self._batcher is not None:
+            self._batcher.drain()
 
 
 def room(connections: int) -> int:

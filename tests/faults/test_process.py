@@ -1,0 +1,198 @@
+"""What happens to masters and workers: every signal under load, deaths, and loads and loops that fail or hang."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import http.client
+import json
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.conftest import FAKE, GUNICORN, Server, Start
+from tests.faults.traffic import BODY, Traffic, all_ready, until
+from tests.test_metrics import folders
+
+REFUSED = {"ConnectError", "ConnectionRefusedError"}
+# The kernel resets what it has connected and nobody has accepted when the last listener goes.
+NOT_ACCEPTED = REFUSED | {"ConnectionResetError", "RemoteDisconnected"}
+
+
+def booted(server: Server) -> list[int]:
+    """The process ids of all workers so far, oldest first."""
+    return list(map(int, re.findall(r"Booting worker with pid: (\d+)", server.log)))
+
+
+def gone(pid: int) -> bool:
+    """Ended; perhaps nobody has waited for it yet."""
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+
+
+def post(server: Server, words: str = "red fish") -> httpx.Response:
+    """Ask over a connection of its own."""
+    body = {"query": "red fish", "documents": [words]}
+    return httpx.post(f"{server.client.base_url}/v1/rerank", json=body, timeout=60, trust_env=False)
+
+
+@pytest.mark.parametrize(
+    ("sig", "workers"), [(signal.SIGTERM, 1), (signal.SIGTERM, 2), (signal.SIGINT, 2), (signal.SIGQUIT, 1)]
+)
+def test_a_stop_under_load_answers_every_accepted_request(start: Start, sig: int, workers: int) -> None:
+    server = start(command=FAKE, WORKERS=str(workers), MODEL_DEVICE="cpu", FAKE_SECONDS="0.05")
+    all_ready(server, workers)
+    with Traffic(server) as traffic:
+        traffic.wait(50)
+        assert server.stop(sig) == 0
+        traffic.wait(10)
+    assert set(traffic.kept) <= {200, *REFUSED}, traffic.kept
+    assert set(traffic.fresh) <= {200, *NOT_ACCEPTED}, traffic.fresh
+    answered = server.log.count("POST /v1/rerank 200")
+    assert server.log.count("POST /v1/rerank") == answered == traffic.seen[200] + 1, "one before the traffic"
+
+
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
+def test_open_connections_are_closed_with_an_answer(start: Start, sig: int) -> None:
+    """A request may be on its way when its connection is closed; not so behind an answer that says `close`."""
+    server = start(command=FAKE)
+    used, unused = (http.client.HTTPConnection("127.0.0.1", server.port, timeout=30) for _ in range(2))
+    used.request("GET", "/livez")
+    assert used.getresponse().read() == b"ok"
+    unused.connect()
+    time.sleep(0.2)
+    server.process.send_signal(sig)
+    time.sleep(0.6)
+    with pytest.raises(httpx.ConnectError):
+        post(server)
+    for connection in (used, unused):
+        connection.request("POST", "/v1/rerank", json.dumps(BODY), {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        assert (answer.status, answer.getheader("connection")) == (200, "close")
+        assert answer.read()
+    server.client.close()
+    assert server.process.wait(30) == 0
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_sighup_fails_no_request_but_new_connections_wait_for_the_load(start: Start, workers: int) -> None:
+    server = start(command=FAKE, WORKERS=str(workers), MODEL_DEVICE="cpu", FAKE_LOAD_SECONDS="1")
+    all_ready(server, workers)
+    with Traffic(server) as traffic:
+        traffic.wait(30)
+        server.process.send_signal(signal.SIGHUP)
+        until(lambda: server.log.count("ready after") == 2 * workers, "the new workers are ready")
+        until(lambda: all(map(gone, booted(server)[:workers])), "the old workers have ended")
+        traffic.wait(30)
+    assert set(traffic.seen) == {200}, traffic.seen
+    assert server.process.poll() is None
+
+
+def test_one_worker_more_and_one_fewer_fail_no_request(start: Start) -> None:
+    server = start(command=FAKE, FAKE_LOAD_SECONDS="1")
+    with Traffic(server) as traffic:
+        server.process.send_signal(signal.SIGTTIN)
+        all_ready(server, 2)
+        traffic.wait(30)
+        server.process.send_signal(signal.SIGTTOU)
+        until(lambda: gone(booted(server)[0]), "the older one has ended")
+        traffic.wait(30)
+    assert set(traffic.seen) == {200}, traffic.seen
+
+
+def test_a_stop_while_it_loads_does_not_wait_for_the_load(start: Start) -> None:
+    server = start(command=FAKE, wait="loading", FAKE_LOAD_SECONDS="100")
+    assert server.stop(seconds=20) == 0
+
+
+def test_a_worker_that_drains_for_long_still_beats(start: Start) -> None:
+    """gunicorn kills a worker without a heartbeat; one that was told to stop may have answers to give for longer."""
+    server = start(command=FAKE, WORKERS="2", MODEL_DEVICE="cpu", TIMEOUT="2", FAKE_SECONDS="6")
+    all_ready(server, 2)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        answers = [pool.submit(post, server) for _ in range(8)]
+        time.sleep(1)
+        for pid in booted(server):
+            os.kill(pid, signal.SIGTERM)
+        assert [answer.result().status_code for answer in answers] == [200] * 8
+    assert "WORKER TIMEOUT" not in server.log
+
+
+def test_one_killed_worker_of_two_costs_only_what_it_had_in_progress(start: Start) -> None:
+    server = start(command=FAKE, WORKERS="2", MODEL_DEVICE="cpu", FAKE_LOAD_SECONDS="1", FAKE_SECONDS="0.02")
+    all_ready(server, 2)
+    with Traffic(server) as traffic:
+        traffic.wait(50)
+        os.kill(booted(server)[0], signal.SIGKILL)
+        until(lambda: server.log.count("ready after") == 3, "it was replaced")
+        traffic.wait(50)
+    failed = traffic.seen - type(traffic.seen)({200: traffic.seen[200]})
+    assert all(isinstance(told, str) and told != "wrong" for told in failed), failed
+    assert failed.total() <= 6, "at most one for each client"
+
+
+def test_a_killed_master_takes_its_workers_along_and_its_folder_goes_at_the_next_start(start: Start) -> None:
+    server = start(command=FAKE, WORKERS="2", MODEL_DEVICE="cpu", FAKE_SECONDS="2")
+    all_ready(server, 2)
+    [folder] = folders(server)
+    start(command=FAKE)
+    assert folder.exists(), "another service leaves alone what is in use"
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(post, server) for _ in range(4)]
+        time.sleep(0.7)
+        server.stop(signal.SIGKILL)
+        assert [answer.result().status_code for answer in answers] == [200] * 4, "accepted, so answered"
+    until(lambda: all(map(gone, booted(server))), "the workers have ended")
+    start(command=FAKE)
+    assert not folder.exists(), "nobody was there to remove it"
+
+
+def test_a_later_load_that_fails_waits_and_harms_no_sibling(start: Start, tmp_path: Path) -> None:
+    fails = tmp_path / "fails"
+    server = start(command=FAKE, WORKERS="2", MODEL_DEVICE="cpu", FAKE_LOAD_FAILS=str(fails))
+    all_ready(server, 2)
+    fails.touch()
+    os.kill(booted(server)[0], signal.SIGKILL)
+    until(lambda: "cannot serve: the test wants it so" in server.log, "its successor cannot load")
+    with Traffic(server) as traffic:
+        time.sleep(5)
+        assert len(booted(server)) == 3, "it waits before the next try"
+        fails.unlink()
+        until(lambda: server.log.count("ready after") == 3, "the next one could load")
+        traffic.wait(30)
+    assert set(traffic.seen) == {200}, traffic.seen
+    assert server.process.poll() is None
+
+
+def test_a_first_load_that_fails_in_every_worker_stops_the_service_once(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "fails").touch()
+    server = start(command=FAKE, wait=None, WORKERS="3", MODEL_DEVICE="cpu", FAKE_LOAD_FAILS=str(tmp_path / "fails"))
+    assert server.process.wait(60) == 3
+    assert "Traceback" not in server.log
+
+
+def test_an_event_loop_that_hangs_costs_its_worker_and_no_sibling(start: Start) -> None:
+    server = start(command=FAKE, WORKERS="2", MODEL_DEVICE="cpu", TIMEOUT="2")
+    all_ready(server, 2)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        blocked = pool.submit(httpx.get, f"{server.client.base_url}/block", timeout=60, trust_env=False)
+        until(lambda: "WORKER TIMEOUT" in server.log, "gunicorn notices")
+        assert isinstance(blocked.exception(60), httpx.TransportError)
+    until(lambda: server.log.count("ready after") == 3, "it was replaced")
+    assert [post(server).status_code for _ in range(10)] == [200] * 10
+    assert server.log.count("WORKER TIMEOUT") == 1
+
+
+@pytest.mark.parametrize("name", ["asgi", "sync", "uvicorn_worker.UvicornWorker"])
+def test_another_worker_class_on_the_command_line_is_refused(start: Start, name: str) -> None:
+    server = start(command=[*GUNICORN[:-1], "-k", name, "app:app"], wait=None)
+    assert server.process.wait(60) == 1
+    lines = [line for line in server.log.splitlines() if line.startswith("error")]
+    assert lines == [f"error: the worker class {name} cannot serve this; leave out -k"]

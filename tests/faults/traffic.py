@@ -1,0 +1,116 @@
+"""Clients that ask without a pause worth the name while a test does harm to the service, and what they were told."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+
+from tests.conftest import Server
+
+BODY = {"query": "red fish", "documents": ["a red fish", "a blue bird", "red and blue"]}
+
+
+def until(condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
+    """Wait for a condition; fail behind the deadline."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.05)
+
+
+def all_ready(server: Server, workers: int) -> None:
+    """Until so many workers have loaded since the start."""
+    until(lambda: server.log.count("ready after") >= workers, f"{workers} workers are ready")
+
+
+class Traffic:
+    """Ask from `keep_alive` clients that keep their connections and from `fresh` ones with one for each request.
+
+    Attributes:
+        kept, fresh: how often each thing happened to the clients of either kind: a status, "wrong" for a 200 with
+            other scores, or the error's name (ValueError: not JSON).
+        slowest: seconds of the slowest answer.
+    """
+
+    def __init__(self, server: Server, *, keep_alive: int = 3, fresh: int = 3, pause: float = 0.05) -> None:
+        self.server, self.pause = server, pause
+        self.kept: Counter[object] = Counter()
+        self.fresh: Counter[object] = Counter()
+        self.slowest = 0.0
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._threads = [threading.Thread(target=self._kept) for _ in range(keep_alive)]
+        self._threads += [threading.Thread(target=self._fresh) for _ in range(fresh)]
+
+    @property
+    def seen(self) -> Counter[object]:
+        """What happened to all."""
+        return self.kept + self.fresh
+
+    def __enter__(self) -> Traffic:
+        self.expected = self.server.client.post("/v1/rerank", json=BODY).json()
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def wait(self, count: int, seconds: float = 30) -> None:
+        """Until so many more requests were answered."""
+        wanted, deadline = self.seen.total() + count, time.monotonic() + seconds
+        while self.seen.total() < wanted:
+            assert time.monotonic() < deadline, f"{self.seen} after {seconds} s"
+            time.sleep(0.02)
+
+    def _kept(self) -> None:
+        with httpx.Client(base_url=self.server.client.base_url, timeout=60, trust_env=False) as client:
+            while not self._stop.wait(random.uniform(0, 2 * self.pause)):
+                self._note(self.kept, lambda: _told(client.post("/v1/rerank", json=BODY)))
+
+    def _fresh(self) -> None:
+        while not self._stop.wait(random.uniform(0, 2 * self.pause)):
+            self._note(self.fresh, self._once)
+
+    def _once(self) -> tuple[int, Any]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=60)
+        try:
+            connection.request("POST", "/v1/rerank", json.dumps(BODY), {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            return response.status, json.loads(response.read())
+        finally:
+            connection.close()
+
+    def _note(self, seen: Counter[object], ask: Callable[[], tuple[int, Any]]) -> None:
+        start = time.monotonic()
+        told: object
+        try:
+            told, rows = ask()
+            if told == 200 and not _equal(rows, self.expected):
+                told = "wrong"
+        except (OSError, http.client.HTTPException, httpx.TransportError, ValueError) as error:
+            told = type(error).__name__
+        with self._lock:
+            seen[told] += 1
+            self.slowest = max(self.slowest, time.monotonic() - start)
+
+
+def _told(response: httpx.Response) -> tuple[int, Any]:
+    return response.status_code, response.json()
+
+
+def _equal(rows: list[dict[str, float]], expected: list[dict[str, float]]) -> bool:
+    """The same documents in the same order with the same scores; a batch's other requests move the last digits."""
+    return [row["index"] for row in rows] == [row["index"] for row in expected] and all(
+        abs(row["score"] - other["score"]) < 1e-4 for row, other in zip(rows, expected, strict=True)
+    )
