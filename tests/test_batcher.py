@@ -153,6 +153,69 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_back() -> None:
     run(test, scorer, max_queue_tokens=100)
 
 
+def test_a_refused_request_is_never_tokenised_and_an_accepted_one_never_refused() -> None:
+    scorer = FakeScorer()
+    encode, encoded = scorer.encode, threading.Semaphore(0)
+
+    def slow(request: RerankRequest) -> EncodedRequest:
+        encoded.release()
+        scorer.hold.wait(30)
+        return encode(request)
+
+    scorer.encode = slow  # type: ignore[method-assign]
+
+    async def test(batcher: Batcher) -> None:
+        scorer.hold.clear()
+        tasks = [asyncio.create_task(batcher.rerank(ask(20), 30)) for _ in range(100)]
+        await asyncio.sleep(0.05)  # all came before any was tokenised
+        scorer.hold.set()
+        answers = await asyncio.gather(*tasks, return_exceptions=True)
+        scored = [a.logits for a in answers if isinstance(a, RerankResult)]
+        assert 2 <= len(scored) < 20
+        assert all(logits == [1.0] * 20 for logits in scored)
+        assert sum(isinstance(a, QueueFullError) for a in answers) == 100 - len(scored)
+        for _ in scored:
+            assert encoded.acquire(blocking=False)
+        assert not encoded.acquire(blocking=False)
+
+    run(test, scorer, max_queue_tokens=100)
+
+
+def test_nothing_is_accepted_that_cannot_be_answered_in_time() -> None:
+    scorer = FakeScorer(seconds=0.05, max_batch_tokens=10 * (PREFIX + 2))
+
+    async def test(batcher: Batcher) -> None:
+        await asyncio.gather(*[batcher.rerank(ask(2), 30) for _ in range(30)])  # it learns its speed: 10 in 0.05 s
+        answers = await asyncio.gather(*[batcher.rerank(ask(2), 2) for _ in range(1000)], return_exceptions=True)
+        assert {type(a) for a in answers} == {RerankResult, QueueFullError}
+        assert 50 < sum(isinstance(a, RerankResult) for a in answers) < 250  # of 400 that one could hope for
+
+    run(test, scorer, max_queue_tokens=1_000_000)
+
+
+def test_a_small_request_is_not_tokenised_behind_huge_ones() -> None:
+    scorer = FakeScorer(max_batch_tokens=10_000_000)
+    encode, blocked = scorer.encode, threading.Event()
+
+    def huge_ones_block(request: RerankRequest) -> EncodedRequest:
+        if "huge" in request.query:
+            blocked.wait(30)
+        return encode(request)
+
+    scorer.encode = huge_ones_block  # type: ignore[method-assign]
+
+    async def test(batcher: Batcher) -> None:
+        documents = ["red " * 60_000] * 2
+        huge = [asyncio.create_task(batcher.rerank(RerankRequest("huge", documents), 30)) for _ in range(8)]
+        await asyncio.sleep(0.05)
+        assert (await batcher.rerank(ask(), 10)).logits == [1.0]
+        assert not any(task.done() for task in huge)
+        blocked.set()
+        await asyncio.gather(*huge)
+
+    run(test, scorer, max_queue_tokens=100_000_000)
+
+
 def test_too_many_requests_in_progress_are_refused() -> None:
     scorer = FakeScorer()
 

@@ -27,37 +27,73 @@ def taken(queue: TokenQueue, tokens: int, documents: int = 99) -> list[tuple[Job
     return [(j, s.start, s.stop) for j, s in queue.take(tokens, documents)]
 
 
-def test_a_batch_is_whatever_waits_in_order() -> None:
+def test_a_batch_is_whatever_waits() -> None:
     queue, a, b = TokenQueue(), job([10, 10]), job([10])
     queue.put(a)
     queue.put(b)
     assert queue.tokens == 25 + 15
-    assert taken(queue, 1000) == [(a, 0, 2), (b, 0, 1)]
+    assert taken(queue, 1000) == [(b, 0, 1), (a, 0, 2)]
     assert (len(queue), queue.tokens) == (0, 0)
     assert taken(queue, 1000) == []
 
 
-def test_a_small_request_overtakes_a_huge_one() -> None:
-    queue, huge, small = TokenQueue(), job([10] * 20), job([10])
-    queue.put(huge)
-    assert taken(queue, 55) == [(huge, 0, 5)]
+def test_a_small_request_is_in_the_next_batch_however_many_huge_ones_wait() -> None:
+    queue, huge, small = TokenQueue(), [job([10] * 20) for _ in range(9)], job([10])
+    for j in huge:
+        queue.put(j)
+    # Half for the one with the least left, of equal ones the older; the rest for the oldest.
+    assert taken(queue, 60) == [(huge[1], 0, 2), (huge[0], 0, 3)]
     queue.put(small)
-    assert queue.tokens == 5 + 15 * 10 + 15
-    # The remainder was there first, but goes behind again after its turn.
-    assert taken(queue, 55) == [(huge, 5, 10)]
-    assert taken(queue, 55) == [(small, 0, 1), (huge, 10, 13)]
-    assert taken(queue, 1000) == [(huge, 13, 20)]
-    assert (len(queue), queue.tokens) == (0, 0)
+    assert taken(queue, 60) == [(small, 0, 1), (huge[1], 2, 3), (huge[0], 3, 5)]
+    assert queue.tokens == sum(j.tokens for j in huge)
+
+
+def test_the_oldest_is_done_in_time_however_many_small_ones_come() -> None:
+    queue, old = TokenQueue(), job([10] * 12)
+    queue.put(old)
+    batches = 0
+    while old.documents:
+        for _ in range(20):
+            queue.put(job([10]))
+        batch = queue.take(60, 99)
+        assert sum(s.tokens for _, s in batch) <= 60
+        batches += 1
+    assert batches == 6  # of 60 tokens 30 for small ones, 5 of a prefix and 2 documents for it
+
+
+def test_what_is_left_of_the_oldest_goes_to_the_others() -> None:
+    queue, old, other = TokenQueue(), job([10]), job([10] * 20)
+    queue.put(old)
+    queue.put(other)
+    assert taken(queue, 60) == [(other, 0, 4), (old, 0, 1)]
+    assert taken(queue, 60) == [(other, 4, 9)]
 
 
 def test_limits_hold_except_for_one_document_that_is_larger_alone() -> None:
     queue, a, big, b = TokenQueue(), job([10]), job([500, 10]), job([10])
     for j in (a, big, b):
         queue.put(j)
-    assert taken(queue, 60) == [(a, 0, 1)]
-    assert taken(queue, 60) == [(big, 0, 1)]
-    assert taken(queue, 60, documents=1) == [(b, 0, 1)]
+    assert taken(queue, 60) == [(b, 0, 1), (a, 0, 1)]
+    queue.put(small := job([10]))
+    assert taken(queue, 60) == [(small, 0, 1), (big, 0, 1)]
     assert taken(queue, 60) == [(big, 1, 2)]
+
+
+def test_batches_of_one_document_are_for_the_smallest_and_the_oldest_by_turns() -> None:
+    queue, old, small, other = TokenQueue(), job([10] * 5), job([10] * 2), job([10] * 3)
+    for j in (old, other, small):
+        queue.put(j)
+    order = [taken(queue, 60, 1)[0][0] for _ in range(10)]
+    assert order == [small, old, small, old, other, old, other, old, other, old]
+
+
+def test_documents_of_a_batch_are_shared_as_tokens_are() -> None:
+    queue, old, other = TokenQueue(), job([10] * 9), job([10] * 9)
+    queue.put(old)
+    queue.put(other)
+    assert taken(queue, 1000, 5) == [(other, 0, 3), (old, 0, 2)]
+    assert taken(queue, 1000, 5) == [(other, 3, 5), (old, 2, 5)]
+    assert taken(queue, 1000, 13) == [(other, 5, 9), (old, 5, 9)]
 
 
 def test_abandoned_jobs_cost_nothing() -> None:
@@ -65,7 +101,7 @@ def test_abandoned_jobs_cost_nothing() -> None:
     for j in (gone, stays, later):
         queue.put(j)
     gone.done.cancel()
-    assert taken(queue, 30) == [(stays, 0, 1), (later, 0, 1)]
+    assert taken(queue, 30) == [(later, 0, 1), (stays, 0, 1)]
     queue.put(gone)
     queue.drop_abandoned()
     assert (len(queue), queue.tokens) == (0, 0)

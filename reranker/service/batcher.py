@@ -20,7 +20,8 @@ from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
 from reranker.engine.scores import per_document
-from reranker.errors import DeadlineError, DeviceLostError, NotReadyError, QueueFullError, RerankError, ScoringError
+from reranker.errors import DeadlineError, DeviceLostError, NotReadyError, RerankError, ScoringError
+from reranker.service.admission import Admission
 from reranker.service.compute import ComputeThread, ScorerLike
 from reranker.service.observer import ForwardPass, Observer
 from reranker.service.queue import Job, TokenQueue
@@ -40,7 +41,7 @@ class Batcher:
 
     Args:
         load: makes the scorer; runs in the compute thread.
-        max_queue_tokens: tokens that may wait. One request larger than that is accepted while nothing else waits.
+        max_queue_tokens: tokens that may wait; see `Admission`.
         max_requests: requests in progress, those being tokenised included.
         load_timeout: seconds that `load` may take.
         pass_timeout: seconds that a forward pass may take.
@@ -63,16 +64,16 @@ class Batcher:
         self._loaded = asyncio.Event()
         self.status = "loading"
         self.scorer: ScorerLike | None = None
-        self.max_queue_tokens = max_queue_tokens
         self.max_requests = max_requests
         self.requests = 0
         self.queue = TokenQueue()
+        self.admission = Admission(max_queue_tokens, self.queue)
         self._on_failure = on_failure
         self._host = ThreadPoolExecutor(2, thread_name_prefix="host")
+        self._bulk = ThreadPoolExecutor(2, thread_name_prefix="bulk")  # big requests: nobody tokenises behind them
         self._packer = ThreadPoolExecutor(1, thread_name_prefix="packer")  # its own: never behind what is tokenised
         self._compute = ComputeThread(load, load_timeout=load_timeout, pass_timeout=pass_timeout)
         self._changed = asyncio.Event()
-        self._tokens_per_second = math.nan
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -103,7 +104,7 @@ class Batcher:
             await asyncio.gather(self._task, return_exceptions=True)
         for job in self.queue.clear():
             job.fail(NotReadyError("the service is shutting down; try again", retry_after=5))
-        for pool in (self._host, self._packer):
+        for pool in (self._host, self._bulk, self._packer):
             pool.shutdown(wait=False, cancel_futures=True)
         self._compute.close()
 
@@ -123,6 +124,18 @@ class Batcher:
             raise NotReadyError(f"the service is {self.status}; try again in {wait} s", retry_after=wait)
         return self.scorer
 
+    def check_room(self, seconds: float) -> None:
+        """Would a request that is given so many seconds be taken; asked before its body is read.
+
+        Raises:
+            NotReadyError: loading, draining or unhealthy.
+            QueueFullError: too much is in progress or waits already; says when to come back.
+        """
+        scorer = self.check_ready()
+        if self.requests >= self.max_requests:
+            raise self.admission.refusal(f"{self.requests} requests are in progress")
+        self.admission.check(scorer.max_batch_tokens, seconds)
+
     async def rerank(self, request: RerankRequest, seconds: float) -> RerankResult:
         """Score a request within `seconds`. Cancelling the call drops what still waits of it.
 
@@ -134,16 +147,15 @@ class Batcher:
             ScoringError: the model failed on this request.
         """
         scorer = self.check_ready()
-        if self.requests >= self.max_requests:
-            raise self._full(f"{self.requests} requests are in progress")
-        if self.queue.tokens >= self.max_queue_tokens:
-            raise self._full(f"{self.queue.tokens} tokens wait")
+        self.check_room(seconds)
         self.requests += 1
         start = time.monotonic()
         timings = Timings()
         try:
             async with asyncio.timeout(seconds):
-                encoded = await self._encode(scorer, request)
+                with self.admission.encoding(request, scorer.info, seconds):
+                    encoded = await self._encode(scorer, request)
+                self.admission.encoded(request, encoded)
                 timings.tokenization = time.monotonic() - start
                 job = self._enqueue(encoded)
                 try:
@@ -173,6 +185,7 @@ class Batcher:
 
     async def _encode(self, scorer: ScorerLike, request: RerankRequest) -> EncodedRequest:
         """Tokenise in a host thread; a big request in parts, so that others get their turn in between."""
+        pool = self._host if request.characters <= _ENCODE_CHARACTERS else self._bulk
         parts: list[EncodedRequest] = []
         part: list[str] = []
         size = 0
@@ -181,25 +194,18 @@ class Batcher:
             size += len(document)
             if size >= _ENCODE_CHARACTERS or i == len(request.documents) - 1:
                 piece = replace(request, documents=part, offset=i + 1 - len(part))
-                parts.append(await self._in(self._host, scorer.encode, piece))
+                parts.append(await self._in(pool, scorer.encode, piece))
                 part, size = [], 0
         return EncodedRequest.join(parts)
 
     def _enqueue(self, request: EncodedRequest) -> Job:
         if self.status == "unhealthy":  # draining is for what comes later: this one was accepted
             self.check_ready()
-        if self.queue.tokens and self.queue.tokens + request.tokens > self.max_queue_tokens:
-            raise self._full(f"{self.queue.tokens} tokens wait")
         job = Job(request, asyncio.get_running_loop().create_future(), queued_at=time.monotonic())
         self.queue.put(job)
         self._observer.queue_changed(self.queue.tokens)
         self._changed.set()
         return job
-
-    def _full(self, why: str) -> QueueFullError:
-        wait = self.queue.tokens / self._tokens_per_second
-        seconds = max(1, min(60, math.ceil(wait))) if math.isfinite(wait) else 1
-        return QueueFullError(f"too busy: {why}; try again in {seconds} s", retry_after=seconds)
 
     async def _load_and_run(self) -> None:
         start = time.monotonic()
@@ -284,9 +290,8 @@ class Batcher:
         tokens = sum(part.tokens for _, part in batch)
         prompt_tokens = sum(part.prompt_tokens for _, part in batch)
         self._observer.pass_ended(ForwardPass(offset, tokens, prompt_tokens, budget, seconds, scorer.memory))
-        rate = tokens / max(seconds, 1e-6)
-        known_rate = self._tokens_per_second
-        self._tokens_per_second = rate if math.isnan(known_rate) else 0.8 * known_rate + 0.2 * rate
+        if tokens >= budget // 2 or offset >= scorer.max_batch_documents // 2:
+            self.admission.scored(tokens, seconds)
 
     def _lose(self, error: DeviceLostError, batch: list[tuple[Job, Slice]]) -> None:
         for job in [*(job for job, _ in batch), *self.queue.clear()]:

@@ -1,4 +1,4 @@
-"""The queue between clients and the device: counted in tokens, first come first served, huge requests by turns.
+"""The queue between clients and the device: counted in tokens; each batch serves the smallest and the oldest.
 
 Pure bookkeeping for one event loop: no thread, no clock of its own, nothing asynchronous.
 """
@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from reranker.engine.budget import fit
 from reranker.types import EncodedRequest, Slice
+
+
+def small(budget: int) -> int:
+    """Most tokens of a small request: it fits into half of a forward pass."""
+    return budget // 2
 
 
 @dataclass(eq=False, slots=True)
@@ -35,6 +40,11 @@ class Job:
     def __post_init__(self) -> None:
         self.logits = [math.nan] * len(self.request.documents)
         self.tokens = self.request.tokens
+
+    @property
+    def documents(self) -> int:
+        """Documents that still wait."""
+        return len(self.request.documents) - self.taken
 
     def take(self, stop: int) -> Slice:
         """The documents from where the last slice stopped."""
@@ -60,7 +70,10 @@ class TokenQueue:
     """Jobs that wait, and how many tokens they hold."""
 
     def __init__(self) -> None:
-        self._jobs: deque[Job] = deque()
+        self._jobs: list[Job] = []
+        """Oldest first."""
+        self._odd = 0
+        """0 and 1 by turns: who gets the odd one of an odd number of documents."""
         self.tokens = 0
         """Tokens of all waiting jobs, abandoned ones included until the next `take` or `drop_abandoned`."""
 
@@ -74,36 +87,48 @@ class TokenQueue:
 
     def drop_abandoned(self) -> None:
         """Forget the jobs that nobody waits for any more."""
-        self._jobs = deque(job for job in self._jobs if not job.done.done())
-        self.tokens = sum(job.tokens for job in self._jobs)
+        self._keep(lambda job: not job.done.done())
 
     def take(self, max_tokens: int, max_documents: int) -> list[tuple[Job, Slice]]:
-        """The next batch: whatever waits, in order, up to both limits; empty only when no live job waits.
+        """The next batch: whatever waits, up to both limits; empty only when no live job waits.
 
-        A job above the limits is cut between documents and its remainder goes behind the others, so a small request
-        overtakes a huge one. A single document above `max_tokens` makes a batch of its own.
+        Half of it is for small jobs, and where there are none for those with the least left to do: so a small request
+        is in the next batch, however many huge ones wait. The rest is for the oldest, so that it is done in time,
+        however many small ones come. Jobs are cut between documents. A document of the oldest that is larger than
+        what is left goes along all the same.
         """
+        self.drop_abandoned()
+        if not self._jobs:
+            return []
+        oldest, *others = self._jobs
+        self._odd ^= 1
+        half = small(max_tokens)
+        tokens = max(half, max_tokens - oldest.tokens)
+        documents = max((max_documents + self._odd) // 2, max_documents - oldest.documents)
         batch: list[tuple[Job, Slice]] = []
-        while self._jobs and max_documents > 0:
-            job = self._jobs[0]
-            stop = fit(job.request, job.taken, max_tokens, max_documents)
-            abandoned = job.done.done()
-            if stop == job.taken and batch and not abandoned:
+        for job in sorted(others, key=lambda job: max(half, job.tokens)):  # of equal ones the older first
+            stop = fit(job.request, job.taken, tokens, documents)
+            if stop == job.taken:
                 break
-            self._jobs.popleft()
-            self.tokens -= job.tokens
-            if abandoned:
-                continue
-            part = job.take(max(stop, job.taken + 1))
+            part = job.take(stop)
             batch.append((job, part))
-            if part.stop < len(job.request.documents):
-                self.put(job)
-                break
-            max_tokens -= part.tokens
-            max_documents -= part.stop - part.start
+            tokens, documents = tokens - part.tokens, documents - (stop - part.start)
+            max_tokens, max_documents = max_tokens - part.tokens, max_documents - (stop - part.start)
+        if max_documents > 0:
+            stop = fit(oldest.request, oldest.taken, max_tokens, max_documents)
+            batch.append((oldest, oldest.take(max(stop, oldest.taken + 1))))
+        self._keep(lambda job: job.documents > 0)
         return batch
+
+    def tokens_up_to(self, most: int) -> int:
+        """Tokens of the jobs that have at most so many left."""
+        return sum(job.tokens for job in self._jobs if job.tokens <= most)
 
     def clear(self) -> list[Job]:
         """Take everything out."""
-        jobs, self._jobs, self.tokens = list(self._jobs), deque(), 0
+        jobs, self._jobs, self.tokens = self._jobs, [], 0
         return jobs
+
+    def _keep(self, wanted: Callable[[Job], bool]) -> None:
+        self._jobs = list(filter(wanted, self._jobs))
+        self.tokens = sum(job.tokens for job in self._jobs)

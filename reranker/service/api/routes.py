@@ -25,7 +25,7 @@ router = APIRouter(tags=["rerank"])
 
 async def _rerank(request: Request, plain: Callable[[Ranking], object], model: Callable[[Ranking], object]) -> Response:
     """Read, rank, render: `plain` renders the answer to a native body, `model` the one to a body with a model."""
-    request.app.state.batcher.check_ready()
+    request.app.state.batcher.check_room(request.app.state.request_timeout)
     body = await read_json(request)
     texts = "texts" in body
     name = "texts" if texts else "documents"
