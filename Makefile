@@ -1,5 +1,5 @@
 # What a person, a commit hook and CI call:
-#   make serve | restart | test | test-clients | check | format | bench | audit | sbom | clean
+#   make serve | restart | test | test-clients | check | format | bench | overload | soak | audit | sbom | clean
 #
 #   PYTHON=python3.12                                     another interpreter (3.11 or newer)
 #   TORCH_INDEX=https://download.pytorch.org/whl/cpu      PyTorch without CUDA (about 200 MB instead of several GB)
@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SITE_PACKAGES = $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
-.PHONY: serve restart test test-clients tokenizer check format bench audit sbom clean
+.PHONY: serve restart test test-clients tokenizer check format bench overload soak audit sbom clean
 
 serve: $(VENV)/.serve
 	$(BIN)/gunicorn -c gunicorn.conf.py --pid $(VENV)/gunicorn.pid app:app
@@ -43,6 +43,13 @@ format: $(VENV)/.dev
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.fidelity
 	$(BIN)/python -m benchmarks.engine
+
+# Each exits with 1 when a promise of the README is broken. ARGS="--minutes 60" for longer.
+overload: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.overload $(ARGS)
+
+soak: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.soak $(ARGS)
 
 # Known vulnerabilities of what runs; needs a network that has the advisories (pypi.org itself) and says so where it has not.
 audit: $(VENV)/.supply
