@@ -122,6 +122,7 @@ async def offer(wire: Wire, load: float, rate: float, seconds: float) -> Level:
     level.recovery = await recover(wire)
     await asyncio.gather(*running)
     probing.cancel()
+    await asyncio.gather(probing, return_exceptions=True)
     return level
 
 
@@ -145,9 +146,9 @@ async def recover(wire: Wire) -> float:
 
 async def measure(port: int, capacity: float, seconds: float, hold: float) -> list[Level]:
     """All loads, the smallest first."""
-    wire = Wire(port)
-    await offer(wire, 1.0, capacity, 2)  # the service learns how fast its device is
-    return [await offer(wire, x, x * capacity, hold if x == LOADS[-1] else seconds) for x in LOADS]
+    async with Wire(port) as wire:
+        await offer(wire, 1.0, capacity, 2)  # the service learns how fast its device is
+        return [await offer(wire, x, x * capacity, hold if x == LOADS[-1] else seconds) for x in LOADS]
 
 
 def row(level: Level) -> list[str]:

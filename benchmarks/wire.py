@@ -7,11 +7,10 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
-
-_IDLE_SECONDS = 3.0  # below the service's KEEP_ALIVE, so that no request meets a closing connection
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +28,9 @@ class Answer:
 
 
 class Wire:
-    """As many connections to one server as there are requests at once; kept alive between them.
+    """As many connections to one server as there are requests at once; kept alive between them, and closed in the end.
+
+    The server's KEEP_ALIVE must be longer than a connection is idle: nothing is sent twice.
 
     Args:
         port: on 127.0.0.1.
@@ -39,7 +40,17 @@ class Wire:
     def __init__(self, port: int, token: str = "") -> None:
         self.port = port
         self._token = f"Authorization: Bearer {token}\r\n" if token else ""
-        self._idle: list[tuple[float, Connection]] = []
+        self._idle: list[Connection] = []
+        self._writers: set[asyncio.StreamWriter] = set()
+
+    async def __aenter__(self) -> Wire:
+        """Nothing is opened before it is needed."""
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Close everything."""
+        self._idle.clear()
+        await asyncio.gather(*map(self._drop, list(self._writers)))
 
     async def ask(self, path: str, content: bytes | None = None, *, method: str = "", head: str = "") -> Answer:
         """One request: a POST of JSON, or a GET where there is no content.
@@ -57,27 +68,22 @@ class Wire:
             status, headers = await _read_head(reader)
             body = await reader.readexactly(int(headers.get("content-length", "0")))
         except BaseException:
-            writer.close()
+            writer.transport.abort()
             raise
         if headers.get("connection") == "close":
-            writer.close()
+            await self._drop(writer)
         else:
-            self._idle.append((time.perf_counter(), (reader, writer)))
+            self._idle.append((reader, writer))
         return Answer(status, headers, body, time.perf_counter() - start)
 
     async def leave(self, path: str, content: bytes, seconds: float, part: float = 1.0) -> None:
         """Send that part of a request, wait and hang up."""
-        _, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        _, writer = await self._open()
         data = self._head("POST", path, content, "")
         writer.write(data[: int(len(data) * part)])
         await asyncio.sleep(seconds)
         writer.transport.abort()
-
-    def close(self) -> None:
-        """Close what is idle."""
-        for _, (_, writer) in self._idle:
-            writer.close()
-        self._idle.clear()
+        await self._drop(writer)
 
     def _head(self, method: str, path: str, content: bytes | None, head: str) -> bytes:
         if content is not None:
@@ -86,11 +92,22 @@ class Wire:
 
     async def _connect(self) -> Connection:
         while self._idle:
-            since, (reader, writer) = self._idle.pop()
-            if time.perf_counter() - since < _IDLE_SECONDS and not reader.at_eof():
+            reader, writer = self._idle.pop()
+            if not reader.at_eof():
                 return reader, writer
-            writer.close()
-        return await asyncio.open_connection("127.0.0.1", self.port)
+            await self._drop(writer)
+        return await self._open()
+
+    async def _open(self) -> Connection:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        self._writers.add(writer)
+        return reader, writer
+
+    async def _drop(self, writer: asyncio.StreamWriter) -> None:
+        self._writers.discard(writer)
+        writer.close()
+        with suppress(OSError):  # it broke before
+            await writer.wait_closed()
 
 
 async def _read_head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:

@@ -19,7 +19,7 @@ from reranker.errors import (
     ScoringError,
 )
 from reranker.service.batcher import Batcher
-from reranker.types import Chunk, EncodedRequest, RerankRequest, RerankResult
+from reranker.types import Chunk, EncodedRequest, RerankRequest, RerankResult, Slice
 from tests.fake import PREFIX, FakeScorer
 
 
@@ -128,6 +128,38 @@ def test_a_full_batch_is_packed_while_the_device_runs() -> None:
         assert len(scorer.passes) == 1
         scorer.hold.set()
         await asyncio.gather(first, second, third)
+
+    run(test, scorer)
+
+
+def test_a_small_request_gets_into_the_next_pass_before_half_of_this_one_is_over() -> None:
+    scorer = FakeScorer(max_batch_tokens=4 * PREFIX)
+    score, gate = scorer.score, threading.Semaphore(0)
+    begun: list[list[Slice]] = []
+
+    def gated(batch: list[Slice]) -> list[float]:
+        begun.append(batch)
+        gate.acquire(timeout=30)
+        return score(batch)
+
+    scorer.score = gated  # type: ignore[method-assign]
+
+    async def test(batcher: Batcher) -> None:
+        batcher.admission.tokens_per_second = 0.1  # so every pass is expected to take long
+        batcher.admission.scored = lambda tokens, seconds: None  # type: ignore[method-assign]
+        huge = await queued(batcher, ask(200), ask(200), seconds=10_000)
+        for i in range(3):
+            while len(begun) == i:
+                await asyncio.sleep(0.001)
+            gate.release()
+        while len(begun) < 4:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.02)
+        [small] = await queued(batcher, ask(1, query="small red"))
+        gate.release(50)
+        assert (await small).logits == [1.0]
+        await asyncio.gather(*huge)
+        assert [scorer.words["small"] in [s.request.prefix[0] for s in p] for p in begun[:5]] == [False] * 4 + [True]
 
     run(test, scorer)
 

@@ -38,7 +38,8 @@ class Admission:
         self._encoding: list[int] = []
         """Estimated tokens of each request that is being tokenised."""
         self._tokens, self._characters = _TOKENS_PER_CHARACTER, 1.0
-        self._tokens_per_second = math.nan
+        self.tokens_per_second = math.nan
+        """Of the device with enough to do; NaN before it was measured."""
 
     def check(self, budget: int, seconds: float, tokens: int = 1) -> None:
         """Is there room for so many tokens, of a request that has so many seconds; `budget`: those of a forward pass.
@@ -47,8 +48,8 @@ class Admission:
             QueueFullError: says when to come back.
         """
         room = float(self.max_queue_tokens)
-        if math.isfinite(self._tokens_per_second):
-            room = min(room, self._tokens_per_second * seconds * _SHARE_OF_TIME)
+        if math.isfinite(self.tokens_per_second):
+            room = min(room, self.tokens_per_second * seconds * _SHARE_OF_TIME)
         waiting = self.queue.tokens + sum(self._encoding)
         if tokens <= small(budget) and waiting + tokens > room:
             waiting = self.queue.tokens_up_to(small(budget)) + sum(t for t in self._encoding if t <= small(budget))
@@ -79,12 +80,12 @@ class Admission:
     def scored(self, tokens: int, seconds: float) -> None:
         """Learn the speed, from a pass that had enough to do."""
         rate = tokens / max(seconds, 1e-6)
-        known = self._tokens_per_second
-        self._tokens_per_second = rate if math.isnan(known) else _MEMORY * known + (1 - _MEMORY) * rate
+        known = self.tokens_per_second
+        self.tokens_per_second = rate if math.isnan(known) else _MEMORY * known + (1 - _MEMORY) * rate
 
     def refusal(self, why: str) -> QueueFullError:
         """The error that names the time after which all that waits now is done, between 1 and 60 seconds."""
-        wait = (self.queue.tokens + sum(self._encoding)) / self._tokens_per_second
+        wait = (self.queue.tokens + sum(self._encoding)) / self.tokens_per_second
         seconds = max(1, min(60, math.ceil(wait))) if math.isfinite(wait) else 1
         return QueueFullError(f"too busy: {why}; try again in {seconds} s", retry_after=seconds)
 

@@ -3,8 +3,8 @@
     rerank()  encode in a host thread -> queue, counted in tokens -> wait for the logits
     _run()    take what waits, up to the token budget -> pack in the packer thread -> score in the compute thread
 
-There is no wait window: a batch is whatever waits when the device is free. While it runs, the next one gathers, and is
-packed as soon as it is full. The event loop never computes.
+There is no wait window: a batch is whatever waits when the device is free. While it runs, the next one gathers, and
+is packed when it is full and half of the time is over. The event loop never computes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
@@ -74,6 +75,8 @@ class Batcher:
         self._packer = ThreadPoolExecutor(1, thread_name_prefix="packer")  # its own: never behind what is tokenised
         self._compute = ComputeThread(load, load_timeout=load_timeout, pass_timeout=pass_timeout)
         self._changed = asyncio.Event()
+        self._pack_at = math.nan
+        """When half of the pass that runs will be over; NaN where its speed is not known."""
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -238,16 +241,25 @@ class Batcher:
                 await running
             if all(job.done.done() for job, _ in batch):  # everybody left while it was packed ahead
                 continue
+            tokens = sum(part.tokens for _, part in batch)
+            self._pack_at = time.monotonic() + tokens / self.admission.tokens_per_second / 2
             running = asyncio.create_task(self._score(scorer, batch, packed))
             running.add_done_callback(lambda _: self._changed.set())
 
     async def _gather(self, scorer: ScorerLike, running: asyncio.Task[None] | None) -> None:
-        """Until the device is free and something waits, or a full batch waits."""
+        """Until the device is free and something waits, or a full batch waits and the pass that runs is half over.
+
+        Half: a small request that comes before gets into the next pass, and there is time to pack.
+        """
         while not (len(self.queue) and (running is None or running.done())):
-            if self.queue.tokens >= scorer.max_batch_tokens:
+            full = self.queue.tokens >= scorer.max_batch_tokens
+            left = self._pack_at - time.monotonic()
+            if full and not left > 0:
                 return
             self._changed.clear()
-            await self._changed.wait()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(left if full else None):
+                    await self._changed.wait()
 
     async def _pack(self, scorer: ScorerLike, batch: list[tuple[Job, Slice]]) -> Any:
         try:

@@ -78,17 +78,17 @@ def stepped(start: Start, tmp_path: Path) -> Iterator[Callable[..., Stepped]]:
 
 def test_a_thousand_clients_at_once(start: Start, tmp_path: Path) -> None:
     journal = tmp_path / "journal"
-    server = start(command=STEPPED, JOURNAL=str(journal), FAKE_SECONDS="0.02", MAX_QUEUE_TOKENS="2000")
+    server = start(command=STEPPED, JOURNAL=str(journal), FAKE_SECONDS="0.02", MAX_QUEUE_TOKENS="2000", KEEP_ALIVE="60")
     probes: list[Answer] = []
 
     async def main() -> list[Answer]:
-        wire = Wire(server.port)
         bodies = [json.dumps(body(f"q{i}", 5)).encode() for i in range(CLIENTS)]
-        asked = [asyncio.create_task(wire.ask("/v1/rerank", each)) for each in bodies]
-        while not all(task.done() for task in asked):
-            for path in ("/health", "/livez", "/metrics"):
-                probes.append(await wire.ask(path))
-        return await asyncio.gather(*asked)
+        async with Wire(server.port) as wire:
+            asked = [asyncio.create_task(wire.ask("/v1/rerank", each)) for each in bodies]
+            while not all(task.done() for task in asked):
+                for path in ("/health", "/livez", "/metrics"):
+                    probes.append(await wire.ask(path))
+            return await asyncio.gather(*asked)
 
     answers = asyncio.run(main())
     statuses = collections.Counter(answer.status for answer in answers)
@@ -196,7 +196,7 @@ BAD: list[tuple[bytes, int]] = [
 
 
 def test_bad_requests_change_no_score_of_good_ones(start: Start) -> None:
-    server = start(MAX_BODY_BYTES="120000")  # the demo model
+    server = start(MAX_BODY_BYTES="120000", KEEP_ALIVE="60")  # the demo model
 
     async def scores(wire: Wire, content: dict[str, object]) -> dict[int, float]:
         answer = await wire.ask("/v1/rerank", json.dumps(content).encode())
@@ -208,21 +208,24 @@ def test_bad_requests_change_no_score_of_good_ones(start: Start) -> None:
         answer = await wire.ask("/v1/rerank", content)
         assert answer.status == status, (content[:80], answer.body)
 
+    async def together(wire: Wire, alone: list[dict[int, float]]) -> None:
+        good = [asyncio.create_task(scores(wire, content)) for content in GOOD * 2]
+        rest = [asyncio.create_task(bad(wire, *each)) for each in BAD]
+        left = [
+            asyncio.create_task(wire.leave("/v1/rerank", json.dumps(content).encode(), 0.05, part))
+            for content in GOOD
+            for part in (0.5, 1.0)
+        ]
+        got = await asyncio.gather(*good)
+        await asyncio.gather(*rest, *left)
+        for one, other in zip(alone * 2, got, strict=True):
+            assert other == pytest.approx(one, abs=1e-5)
+
     async def main() -> None:
-        wire = Wire(server.port)
-        alone = [await scores(wire, content) for content in GOOD]
-        for _ in range(4):
-            good = [asyncio.create_task(scores(wire, content)) for content in GOOD * 2]
-            rest = [asyncio.create_task(bad(wire, *each)) for each in BAD]
-            left = [
-                asyncio.create_task(wire.leave("/v1/rerank", json.dumps(content).encode(), 0.05, part))
-                for content in GOOD
-                for part in (0.5, 1.0)
-            ]
-            together = await asyncio.gather(*good)
-            await asyncio.gather(*rest, *left)
-            for one, other in zip(alone * 2, together, strict=True):
-                assert other == pytest.approx(one, abs=1e-5)
+        async with Wire(server.port) as wire:
+            alone = [await scores(wire, content) for content in GOOD]
+            for _ in range(4):
+                await together(wire, alone)
 
     asyncio.run(main())
     assert len(re.findall(r"Booting worker with pid", server.log)) == 1
@@ -232,10 +235,10 @@ def test_a_request_that_the_model_fails_on_fails_alone(start: Start, tmp_path: P
     server = start(command=STEPPED, JOURNAL=str(tmp_path / "journal"), FAKE_SECONDS="0.01")
 
     async def main() -> None:
-        wire = Wire(server.port)
         kinds = [f"good{i}" if i % 5 else ("poison", "nan")[i // 5 % 2] for i in range(100)]
         bodies = [json.dumps(body(kind, 3)).encode() for kind in kinds]
-        answers = await asyncio.gather(*[wire.ask("/v1/rerank", each) for each in bodies])
+        async with Wire(server.port) as wire:
+            answers = await asyncio.gather(*[wire.ask("/v1/rerank", each) for each in bodies])
         for kind, answer in zip(kinds, answers, strict=True):
             if kind.startswith("good"):
                 assert json.loads(answer.body) == [
