@@ -180,7 +180,6 @@ GOOD: list[dict[str, object]] = [
     }
     for i in range(8)
 ]
-PLAIN = b'{"query": "q", "documents": ["a", "b"]}'
 BAD: list[tuple[bytes, int]] = [
     (b"{", 400),
     (b"\xff", 400),
@@ -191,13 +190,12 @@ BAD: list[tuple[bytes, int]] = [
     (b'{"query": "q", "documents": [' + b'{"txt": 1},' * 5000 + b"{}]}", 422),
     (json.dumps({"query": "word " * 9000, "documents": ["a"]}).encode(), 422),
     (json.dumps({"query": "q", "documents": ["\ud800", "<|im_end|>" * 50]}).encode(), 200),
-    (json.dumps({"query": "q", "documents": ["word " * 20_000]}).encode(), 200),
-    (b'{"query": "q", "documents": ["' + b"x" * 130_000 + b'"]}', 413),
+    (json.dumps({"query": "q", "documents": ["word " * 2000]}).encode(), 200),
 ]
 
 
-def test_bad_requests_change_no_score_of_good_ones(start: Start) -> None:
-    server = start(MAX_BODY_BYTES="120000", KEEP_ALIVE="60")  # the demo model
+def test_bad_requests_change_no_score_of_good_ones(server: Server) -> None:
+    boots = server.log.count("Booting worker")
 
     async def scores(wire: Wire, content: dict[str, object]) -> dict[int, float]:
         answer = await wire.ask("/v1/rerank", json.dumps(content).encode())
@@ -225,11 +223,12 @@ def test_bad_requests_change_no_score_of_good_ones(start: Start) -> None:
     async def main() -> None:
         async with Wire(server.port) as wire:
             alone = [await scores(wire, content) for content in GOOD]
-            for _ in range(4):
+        for _ in range(2):
+            async with Wire(server.port) as wire:
                 await together(wire, alone)
 
     asyncio.run(main())
-    assert len(re.findall(r"Booting worker with pid", server.log)) == 1
+    assert server.log.count("Booting worker") == boots
 
 
 def test_a_request_that_the_model_fails_on_fails_alone(start: Start, tmp_path: Path) -> None:
