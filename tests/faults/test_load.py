@@ -117,7 +117,7 @@ def test_a_thousand_clients_at_once(start: Start, tmp_path: Path) -> None:
 def test_a_refused_request_is_not_tokenised_and_an_accepted_one_is_answered(
     stepped: Callable[..., Stepped],
 ) -> None:
-    service = stepped(MAX_QUEUE_TOKENS="60")
+    service = stepped(MAX_QUEUE_TOKENS="200")
     client = service.server.client
     with ThreadPoolExecutor(3) as pool:
         accepted = [pool.submit(client.post, "/v1/rerank", json=body("running", 1))]
