@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass, field
 
 from benchmarks.report import header, percentile, table
-from benchmarks.service import serve
+from benchmarks.launch import serve
 from benchmarks.sleeping_app import PREFIX
 from benchmarks.wire import Wire
 

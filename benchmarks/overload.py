@@ -24,7 +24,7 @@ from pathlib import Path
 import matplotlib
 
 from benchmarks.report import header, percentile, table
-from benchmarks.service import serve
+from benchmarks.launch import serve
 from benchmarks.sleeping_app import PREFIX
 from benchmarks.wire import Answer, Wire
 

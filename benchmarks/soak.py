@@ -26,7 +26,7 @@ import matplotlib
 import psutil
 
 from benchmarks.report import header, percentile, table
-from benchmarks.service import Service, serve
+from benchmarks.launch import Service, serve
 from benchmarks.wire import Answer, Wire
 
 matplotlib.use("Agg")
