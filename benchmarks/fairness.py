@@ -17,8 +17,8 @@ import sys
 import time
 from dataclasses import dataclass, field
 
-from benchmarks.report import header, percentile, table
 from benchmarks.launch import serve
+from benchmarks.report import header, percentile, table
 from benchmarks.sleeping_app import PREFIX
 from benchmarks.wire import Wire
 

@@ -23,8 +23,8 @@ from pathlib import Path
 
 import matplotlib
 
-from benchmarks.report import header, percentile, table
 from benchmarks.launch import serve
+from benchmarks.report import header, percentile, table
 from benchmarks.sleeping_app import PREFIX
 from benchmarks.wire import Answer, Wire
 

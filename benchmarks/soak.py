@@ -25,8 +25,8 @@ from typing import Any
 import matplotlib
 import psutil
 
-from benchmarks.report import header, percentile, table
 from benchmarks.launch import Service, serve
+from benchmarks.report import header, percentile, table
 from benchmarks.wire import Answer, Wire
 
 matplotlib.use("Agg")
