@@ -1,5 +1,5 @@
 # What a person, a commit hook and CI call:
-#   make serve | restart | test | test-clients | check | format | bench | overload | soak | audit | sbom | clean
+#   make serve | restart | test | test-clients | test-ray | check | format | bench | overload | soak | audit | sbom | clean
 #
 #   PYTHON=python3.12                                     another interpreter (3.11 or newer)
 #   TORCH_INDEX=https://download.pytorch.org/whl/cpu      PyTorch without CUDA (about 200 MB instead of several GB)
@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SITE_PACKAGES = $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
-.PHONY: serve restart test test-clients tokenizer check format bench overload soak audit sbom clean
+.PHONY: serve restart test test-clients test-ray tokenizer check format bench overload soak audit sbom clean
 
 serve: $(VENV)/.serve
 	$(BIN)/gunicorn -c gunicorn.conf.py --pid $(VENV)/gunicorn.pid app:app
@@ -26,6 +26,10 @@ test: $(VENV)/.dev
 test-clients: $(VENV)/clients/.ready $(VENV)/cohere/.ready
 	GUNICORN=$(abspath $(BIN)/gunicorn) $(VENV)/clients/bin/python -m pytest -c tests/clients/pytest.ini tests/clients
 	GUNICORN=$(abspath $(BIN)/gunicorn) $(VENV)/cohere/bin/python -m pytest -c tests/clients/pytest.ini tests/clients/test_cohere.py
+
+# Several machines, in an environment with Ray.
+test-ray: $(VENV)/ray/.ready
+	$(VENV)/ray/bin/python -m pytest -c tests/ray/pytest.ini tests/ray
 
 # The true vocabulary, for the tests that want it beside the demo's; they skip without it.
 tokenizer: $(VENV)/.dev
@@ -84,6 +88,13 @@ $(VENV)/clients/.ready: tests/clients/requirements.txt $(VENV)/.serve
 
 $(VENV)/cohere/.ready: tests/clients/requirements-cohere.txt $(VENV)/.serve
 	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet -r $<
+	@touch $@
+
+# A second PyTorch: what Ray brings must not change what the service is tested with.
+$(VENV)/ray/.ready: tests/ray/requirements.txt deploy/requirements-ray.txt requirements.txt $(VENV)/.python
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)"
 	$(@D)/bin/python -m pip install --quiet -r $<
 	@touch $@
 

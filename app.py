@@ -36,12 +36,17 @@ BOOT_FAILURE = 3
 _BACK_OFF_SECONDS = 10
 
 
-def create_app(settings: Settings, load: Callable[[], ScorerLike] | None = None) -> FastAPI:
+def create_app(
+    settings: Settings,
+    load: Callable[[], ScorerLike] | None = None,
+    on_failure: Callable[[Exception], None] | None = None,
+) -> FastAPI:
     """Wire the service together.
 
     Args:
         settings: all of them.
         load: makes the scorer, in place of the one that the settings describe.
+        on_failure: told why there is no scorer, or none any more, in place of `end_process`.
     """
     logging.config.dictConfig(log_config(settings))
     logging.captureWarnings(True)
@@ -59,7 +64,7 @@ def create_app(settings: Settings, load: Callable[[], ScorerLike] | None = None)
             max_requests=settings.worker_connections,
             load_timeout=settings.load_timeout,
             pass_timeout=2 * settings.request_timeout,
-            on_failure=end_process,
+            on_failure=on_failure or end_process,
             observer=counts,
         )
         app.state.batcher = batcher

@@ -5,17 +5,23 @@ from __future__ import annotations
 import os
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from app import create_app
 from config import load_settings
 from reranker.errors import DeviceLostError, ModelLoadError
-from reranker.types import Slice
+from reranker.types import ModelInfo, Slice
 from tests.fake import FakeScorer
 
 
 class Losing(FakeScorer):
-    """Its device is lost, or hangs for ever, when a document says so."""
+    """Its device is the GPU that its worker may see; it is lost, or hangs for ever, when a document says so."""
+
+    @property
+    def info(self) -> ModelInfo:
+        """Named after the GPU, if there is any."""
+        return replace(super().info, device=os.environ.get("CUDA_VISIBLE_DEVICES", "cpu"))
 
     def score(self, batch: list[Slice]) -> list[float]:
         """As ever, unless."""

@@ -1,17 +1,21 @@
-"""The hooks of gunicorn.conf.py, driven with fakes: a GPU for every slot, and no slot twice."""
+"""A GPU for every slot, and no slot twice: the hooks of gunicorn.conf.py, with fakes and in the real gunicorn."""
 
 from __future__ import annotations
 
 import os
+import re
 import runpy
+import signal
 import subprocess
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from tests.conftest import GUNICORN, ROOT
+from tests.conftest import FAKE, GUNICORN, ROOT, Server, Start
 
 
 @pytest.fixture(autouse=True)
@@ -124,3 +128,56 @@ def test_a_wrong_setting_is_one_line_and_no_traceback(tmp_path: Any) -> None:
     lines = (out.stdout + out.stderr).strip().splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("error: WORKER_CLASS='sync' cannot be used; use uvicorn.workers.UvicornWorker")
+
+
+# The real gunicorn. A module by the name of torch stands for a machine with GPUs: it is all that gunicorn.conf.py asks,
+# and the scorer of tests/fake_app.py asks nothing.
+TORCH = """
+import os
+class cuda:
+    def device_count():
+        return len(os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2").split(","))
+"""
+
+
+@pytest.fixture
+def gpus(tmp_path: Path) -> str:
+    (tmp_path / "torch.py").write_text(TORCH)
+    return f"{tmp_path}:{ROOT}"
+
+
+def workers_by_gpu(server: Server, count: int) -> dict[str, float]:
+    """How many workers hold the model on which GPU, as /metrics tells, once so many do."""
+    deadline = time.monotonic() + 60
+    while True:
+        pairs = re.findall(r'reranker_model_info{device="([^"]*)".*} (\S+)', server.client.get("/metrics").text)
+        seen = {gpu: float(held) for gpu, held in pairs if float(held)}
+        if sum(seen.values()) == count or time.monotonic() > deadline:
+            return seen
+        time.sleep(0.1)
+
+
+def worker_of(server: Server, gpu: str) -> int:
+    """The process id of the newest worker on a GPU."""
+    slots = dict(re.findall(r"\[(\d+)\].*worker slot \d+: GPU (\S+)", server.log))
+    return max(int(pid) for pid, held in slots.items() if held == gpu)
+
+
+def test_real_workers_take_a_gpu_each_and_a_killed_ones_gpu_goes_to_its_successor(start: Start, gpus: str) -> None:
+    log_format = "[%(process)d] %(message)s"
+    server = start(command=FAKE, WORKERS="auto", PYTHONPATH=gpus, LOG_FORMAT=log_format)
+    assert workers_by_gpu(server, 3) == {"0": 1, "1": 1, "2": 1}
+    for gpu in ("1", "0", "2"):
+        killed = worker_of(server, gpu)
+        os.kill(killed, signal.SIGKILL)
+        deadline = time.monotonic() + 30
+        while worker_of(server, gpu) == killed and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert worker_of(server, gpu) != killed
+        assert workers_by_gpu(server, 3) == {"0": 1, "1": 1, "2": 1}
+    assert server.stop() == 0
+
+
+def test_real_workers_share_out_the_gpus_that_the_operator_chose(start: Start, gpus: str) -> None:
+    server = start(command=FAKE, WORKERS="auto", PYTHONPATH=gpus, CUDA_VISIBLE_DEVICES="5,GPU-7c")
+    assert workers_by_gpu(server, 2) == {"5": 1, "GPU-7c": 1}

@@ -114,6 +114,23 @@ def test_promtool_accepts_configuration_and_alerts(tmp_path: Path) -> None:
     assert f"{len(rules())} rules found" in checked.stdout
 
 
+def test_promtool_accepts_the_configuration_for_ray(tmp_path: Path) -> None:
+    """And the names that Ray gives the metrics become those of board and alerts again."""
+    promtool = tool("promtool")
+    text = (DEPLOY / "prometheus" / "ray.yml").read_text().replace("/etc/prometheus/", f"{ALERTS.parent}/")
+    (tmp_path / "ray.yml").write_text(text)
+    checked = subprocess.run(
+        [promtool, "check", "config", str(tmp_path / "ray.yml")], capture_output=True, text=True, check=False
+    )
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    [rule] = yaml.safe_load(text)["scrape_configs"][0]["metric_relabel_configs"]
+    assert rule["source_labels"] == [rule["target_label"]] == ["__name__"]
+    match = re.fullmatch(rule["regex"], "ray_reranker_queue_tokens")
+    assert match is not None
+    assert rule["replacement"].replace("$1", match[1]) == "reranker_queue_tokens"
+    assert re.fullmatch(rule["regex"], "ray_serve_num_http_requests") is None
+
+
 SCENARIOS: dict[str, tuple[dict[str, str], str]] = {
     "RerankerDown": ({'up{job="reranker"}': "0x30"}, "5m"),
     "RerankerNotReady": ({"reranker_ready_workers": "0x60"}, "12m"),

@@ -50,8 +50,7 @@ class AccessLog:
             await self.app(scope, receive, send)
             return
         start = time.monotonic()
-        sent = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"").decode("latin-1")
-        request_id = sent if _REQUEST_ID.fullmatch(sent) else secrets.token_hex(8)
+        request_id = id_of(scope)
         facts: dict[str, Any] = {}
         scope.setdefault("state", {}).update(access=facts, request_id=request_id)
         status = 0
@@ -93,6 +92,12 @@ class AccessLog:
                 "".join(f" {name}={value}" for name, value in facts.items()),
                 extra={"facts": {**fields, "duration_ms": round(seconds * 1000, 1), **facts}},  # for logs.JsonFormatter
             )
+
+
+def id_of(scope: Scope) -> str:
+    """The `x-request-id` that a request brings, where it is harmless; else a new one."""
+    sent = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"").decode("latin-1")
+    return sent if _REQUEST_ID.fullmatch(sent) else secrets.token_hex(8)
 
 
 def printable(path: str) -> str:
