@@ -1,4 +1,4 @@
-"""The real application around a device that waits: a forward pass of T tokens takes T / RATE seconds and no processor.
+"""The real application around a device that waits: a pass of T tokens takes OVERHEAD + T / RATE seconds, no processor.
 
 So the two cores of a small machine are there for what is measured, the service around the model. One token a word.
 """
@@ -25,6 +25,7 @@ class SleepingScorer:
 
     def __init__(self) -> None:
         self.rate = float(os.environ["RATE"])
+        self.overhead = float(os.environ.get("OVERHEAD", "0"))
         self.max_batch_tokens = int(os.environ["BATCH_TOKENS"])
 
     @property
@@ -42,7 +43,7 @@ class SleepingScorer:
 
     def score(self, batch: list[Slice]) -> list[float]:
         """Wait as long as the tokens take."""
-        time.sleep(sum(part.tokens for part in batch) / self.rate)
+        time.sleep(self.overhead + sum(part.tokens for part in batch) / self.rate)
         return [0.0 for part in batch for _ in range(part.stop - part.start)]
 
 

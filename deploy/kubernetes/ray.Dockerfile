@@ -1,0 +1,15 @@
+# The service's image with Ray in it, for rayservice.yaml:
+#   docker build -t reranker . && docker build -t reranker-ray -f deploy/kubernetes/ray.Dockerfile deploy
+ARG BASE_IMAGE=reranker
+FROM ${BASE_IMAGE}
+USER root
+# KubeRay starts Ray through a login shell, which forgets PATH; before Ray 2.53 it looks after it with wget.
+RUN echo 'PATH=/opt/venv/bin:$PATH' > /etc/profile.d/venv.sh \
+    && apt-get update \
+    && apt-get install -y --no-install-recommends wget \
+    && rm -rf /var/lib/apt/lists/*
+COPY requirements-ray.txt deploy/
+RUN pip install --no-cache-dir -r deploy/requirements-ray.txt
+COPY *.py deploy/
+ENV PYTHONPATH=/app
+USER 10001:10001
