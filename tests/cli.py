@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -25,11 +25,16 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 def cli(
-    *args: object, cwd: Path, stdin: bytes = b"", code: int = 0, env: Mapping[str, str] | None = None
+    *args: object,
+    cwd: Path,
+    stdin: bytes = b"",
+    code: int = 0,
+    env: Mapping[str, str] | None = None,
+    command: Sequence[str] = COMMAND,
 ) -> subprocess.CompletedProcess[str]:
     """Run a command to its end and check its exit code; expected problems never show a traceback."""
     done = subprocess.run(
-        [*COMMAND, *map(str, args)],
+        [*command, *map(str, args)],
         cwd=cwd,
         env=environment(**(env or {})),
         input=stdin,

@@ -20,6 +20,7 @@ from reranker.cli.journal import Journal
 from reranker.cli.lines import decode, opened, parse
 from reranker.cli.options import source
 from reranker.cli.ranker import Ranker, Scored, open_ranker
+from reranker.cli.rows import request_of
 from reranker.cli.terminal import Meter, meter
 from reranker.errors import InvalidRequestError, RerankError
 from reranker.types import RerankRequest
@@ -150,31 +151,7 @@ class _Reader:
             if not content.strip():
                 return None
             body = parse(content, "this")
-            request, top_k = _request(body, self.args)
+            request, top_k = request_of(body, self.args.top_k, self.args.instruction)
             return Line(number, end, body.get("id"), request, top_k)
         except InputError as error:
             return Line(number, end, body.get("id") if isinstance(body, dict) else None, error=str(error))
-
-
-def _request(body: Any, args: argparse.Namespace) -> tuple[RerankRequest, int | None]:
-    """A line in the engine's words; the field names are those of the service."""
-    if not isinstance(body, dict):
-        raise InputError("not an object with query and documents")
-    query, documents = body.get("query"), body.get("documents")
-    if not isinstance(query, str) or not query.strip():
-        raise InputError("query must be a string that is not empty")
-    if not isinstance(documents, list) or not documents:
-        raise InputError("documents must be a list of at least one")
-    found: list[str] = []
-    for i, document in enumerate(documents):
-        text = document.get("text") if isinstance(document, dict) else document
-        if not isinstance(text, str):
-            raise InputError(f'documents[{i}] must be a string or an object with a string "text"')
-        found.append(text)
-    top_k = next((body[key] for key in ("top_k", "top_n") if body.get(key) is not None), args.top_k)
-    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
-        raise InputError("top_k must be a whole number of at least 1")
-    instruction = next((body[key] for key in ("instruction", "instruct") if body.get(key) is not None), None)
-    if instruction is not None and not isinstance(instruction, str):
-        raise InputError("instruction must be a string")
-    return RerankRequest(query, found, args.instruction if instruction is None else instruction), top_k

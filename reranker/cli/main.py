@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import NoReturn
 
 from reranker import __version__
@@ -18,13 +19,16 @@ from reranker.cli.options import add_model_options, load_env_file
 from reranker.errors import InvalidRequestError, ModelLoadError, RerankError
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in a line."""
+
     def error(self, message: str) -> NoReturn:
         """One line instead of the whole usage."""
         raise InputError(f"{message} (see {self.prog} --help)")
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """A whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
@@ -32,7 +36,7 @@ def _count(text: str) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """All commands."""
-    top = _Parser(prog="python -m reranker", description="Rank documents by relevance to a query, without a server.")
+    top = Parser(prog="python -m reranker", description="Rank documents by relevance to a query, without a server.")
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -44,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add.add_argument("--input-format", choices=("lines", "jsonl", "csv"), help="instead of by the file's name")
     add.add_argument("--field", default="text", help="the key or column that holds the text (default: text)")
-    add.add_argument("--top-k", type=_count, metavar="N", help="only the best N")
+    add.add_argument("--top-k", type=count, metavar="N", help="only the best N")
     add.add_argument("--output", choices=("auto", "table", "json"), default="auto")
     add_model_options(add)
 
@@ -55,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument(
         "output", metavar="OUT.jsonl", help="complete when it is there; until then it is OUT.jsonl.partial"
     )
-    add.add_argument("--top-k", type=_count, metavar="N", help="only the best N, where a line does not say")
+    add.add_argument("--top-k", type=count, metavar="N", help="only the best N, where a line does not say")
     add.add_argument("--skip-bad", action="store_true", help="report bad lines and go on")
     add.add_argument("--overwrite", action="store_true", help="replace OUT, and an unfinished one of other options")
     add_model_options(add)
@@ -68,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument("--queries", metavar="FILE", help="the same forms")
     data.add_argument("--qrels", metavar="FILE", help="TREC: query, 0, document, relevance")
     data.add_argument("--run", metavar="FILE", help="TREC run with the candidates; without it BM25 finds them")
-    add.add_argument("--candidates", type=_count, default=100, metavar="N", help="how many are reranked (default: 100)")
+    add.add_argument("--candidates", type=count, default=100, metavar="N", help="how many are reranked (default: 100)")
     add.add_argument("--measures", metavar="LIST", help='of ir-measures; default: "nDCG@10 RR@10 R@10 R@N"')
     add.add_argument("--per-query", metavar="FILE.csv", help="every query before and after")
     add.add_argument("--plot", metavar="FILE.png", help="the gain of every query as a picture")
@@ -106,11 +110,11 @@ def main(argv: list[str] | None = None) -> None:
     command(args)
 
 
-def run() -> NoReturn:
+def run(command: Callable[[], None] = main) -> NoReturn:
     """The program: exit code 0, 1 (failed) or 2 (bad input); an interruption ends it by its signal."""
     code = 0
     try:
-        main()
+        command()
         sys.stdout.flush()
     except (CommandError, ModelLoadError, RerankError) as error:
         print(f"error: {error}", file=sys.stderr)

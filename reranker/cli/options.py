@@ -115,15 +115,18 @@ def _setting(option: Option) -> Any:
     return option.value(text, option.setting) if text else option.default
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Which model or service scores."""
+def add_model_options(parser: argparse.ArgumentParser, *, service: bool = True) -> None:
+    """Which model or (unless there is no choice) which service scores."""
     group = parser.add_argument_group("model", "defaults come from the environment and .env, as for the service")
     for option in OPTIONS:
         group.add_argument(option.flag, metavar="VALUE", help=f"{option.allowed} ({option.setting})")
     group.add_argument("--instruction", metavar="TEXT", help="what relevant means here (DEFAULT_INSTRUCTION)")
-    group = parser.add_argument_group("service", "a running service instead of a model in this process")
-    group.add_argument("--url", help="its address, such as http://127.0.0.1:6006")
-    group.add_argument("--token", help="its token; safer in the environment: the first of ACCESS_TOKEN")
+    if service:
+        group = parser.add_argument_group("service", "a running service instead of a model in this process")
+        group.add_argument("--url", help="its address, such as http://127.0.0.1:6006")
+        group.add_argument("--token", help="its token; safer in the environment: the first of ACCESS_TOKEN")
+    else:
+        parser.set_defaults(url=None, token=None)
     parser.add_argument("--verbose", action="store_true", help="say what was chosen and why")
 
 

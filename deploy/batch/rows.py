@@ -1,0 +1,136 @@
+"""The rows of a part: each a request, or the reason why it is none; with the words of `python -m reranker batch`."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import IO, Any
+
+import pyarrow.parquet
+
+from deploy.batch import store
+from deploy.batch.parts import COLUMNS, Part
+from reranker.cli.errors import InputError
+from reranker.cli.lines import decode, parse
+from reranker.cli.rows import pair_of, request_of
+from reranker.types import RerankRequest
+
+_LONGEST = 64 << 20
+"""Bytes of a line; one that is longer is no row, and is never held in memory."""
+_ROWS = 128
+"""Rows of a Parquet file in memory at once."""
+_DOCUMENTS = 256
+"""Pairs that become one request at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row of the input."""
+
+    number: int
+    """Its line or row in the file, from 1."""
+    id: Any = None
+    request: RerankRequest | None = None
+    top_k: int | None = None
+    pair: bool = False
+    """It has one `document`, and its result is one score."""
+    error: str = ""
+    """Why there is no request."""
+
+
+def rows(part: Part, top_k: int | None, instruction: str | None) -> Iterator[Row]:
+    """The rows of a part, blank lines left out; a few are in memory at once.
+
+    Args:
+        part: where they are.
+        top_k: how many results, where a row does not say.
+        instruction: where a row does not say.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    with store.opened(part.address) as file:
+        for number, body in _parquet(file, part) if part.parquet else _lines(file, part):
+            yield body if isinstance(body, Row) else _row(number, body, top_k, instruction)
+
+
+def groups(found: Iterator[Row]) -> Iterator[list[Row]]:
+    """Neighbouring pairs of one query together, so that they share its prefix; every other row alone."""
+    kept: list[Row] = []
+    for row in found:
+        if kept and (len(kept) == _DOCUMENTS or _shared(row) != _shared(kept[0])):
+            yield kept
+            kept = []
+        kept.append(row)
+        if _shared(row) is None:
+            yield kept
+            kept = []
+    if kept:
+        yield kept
+
+
+def joined(group: list[Row]) -> RerankRequest | None:
+    """The request of a group; None for a row that has none."""
+    request = group[0].request
+    if request is None or len(group) == 1:
+        return request
+    return replace(request, documents=[text for row in group if row.request for text in row.request.documents])
+
+
+def _shared(row: Row) -> tuple[str, str | None] | None:
+    return (row.request.query, row.request.instruction) if row.pair and row.request else None
+
+
+def _row(number: int, body: Any, top_k: int | None, instruction: str | None) -> Row:
+    name = body.get("id") if isinstance(body, dict) else None
+    try:
+        if isinstance(body, dict) and body.get("documents") is None and "document" in body:
+            return Row(number, name, pair_of(body, instruction), pair=True)
+        return Row(number, name, *request_of(body, top_k, instruction))
+    except InputError as error:
+        return Row(number, name, error=str(error))
+
+
+def _lines(raw_file: IO[bytes], part: Part) -> Iterator[tuple[int, Any]]:
+    """Line numbers and JSON values; a Row in the place of a value says what is wrong with a line."""
+    file = io.BufferedReader(raw_file, 1 << 20)  # type: ignore[type-var]  # files of stores take no limit in readline
+    file.seek(part.start)
+    position = part.start
+    for number in itertools.count(part.first):
+        raw = b"" if position >= part.stop else file.readline(_LONGEST)
+        if not raw:
+            return
+        position += len(raw)
+        if len(raw) == _LONGEST and not raw.endswith(b"\n"):
+            while more := file.readline(_LONGEST):
+                position += len(more)
+                if more.endswith(b"\n"):
+                    break
+            yield number, Row(number, error=f"longer than {_LONGEST >> 20} MiB")
+            continue
+        try:
+            content = decode(raw, "this", first=number == 1)
+            if content.strip():
+                yield number, parse(content, "this")
+        except InputError as error:
+            yield number, Row(number, error=str(error))
+
+
+def _parquet(file: IO[bytes], part: Part) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Row numbers and rows, of the columns that mean something."""
+    source = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
+    ends = list(
+        itertools.accumulate(source.metadata.row_group(i).num_rows for i in range(source.metadata.num_row_groups))
+    )
+    wanted = [i for i, end in enumerate(ends) if end > part.start and (i == 0 or ends[i - 1] < part.stop)]
+    position = ends[wanted[0] - 1] if wanted[0] else 0
+    columns = [name for name in COLUMNS if name in source.schema_arrow.names]
+    for batch in source.iter_batches(_ROWS, row_groups=wanted, columns=columns, use_threads=False):
+        start, stop = max(position, part.start), min(position + batch.num_rows, part.stop)
+        if start < stop:
+            yield from enumerate(batch.slice(start - position, stop - start).to_pylist(), start + 1)
+        position += batch.num_rows
+        if position >= part.stop:
+            return
