@@ -1,5 +1,5 @@
 # What a person, a commit hook and CI call:
-#   make serve | restart | test | test-clients | test-ray | check | format | bench | overload | soak | audit | sbom | clean
+#   make serve | restart | test | test-clients | test-ray | check | format | bench | bench-gpu | overload | soak | audit | sbom | clean
 #
 #   PYTHON=python3.12                                     another interpreter (3.11 or newer)
 #   TORCH_INDEX=https://download.pytorch.org/whl/cpu      PyTorch without CUDA (about 200 MB instead of several GB)
@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SITE_PACKAGES = $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
-.PHONY: serve restart test test-clients test-ray tokenizer check format bench overload soak audit sbom clean
+.PHONY: serve restart test test-clients test-ray tokenizer check format bench bench-gpu overload soak audit sbom clean
 
 serve: $(VENV)/.serve
 	$(BIN)/gunicorn -c gunicorn.conf.py --pid $(VENV)/gunicorn.pid app:app
@@ -47,6 +47,10 @@ format: $(VENV)/.dev
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.fidelity
 	$(BIN)/python -m benchmarks.engine
+
+# Needs a GPU, torch and transformers, and no network: the environment where there is one, else $(PYTHON) as it is.
+bench-gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu
 
 # Each exits with 1 when a promise of the README is broken. ARGS="--minutes 60" for longer.
 overload: $(VENV)/.bench

@@ -69,7 +69,7 @@ def _auto(value: Any) -> Any:
     return None if isinstance(value, str) and value.lower() in ("auto", "") else value
 
 
-Precision = Literal["auto", "bfloat16", "float16", "float32", "bf16", "fp16", "fp32"]
+Precision = Literal["auto", "bfloat16", "float16", "float32", "int8", "float8", "bf16", "fp16", "fp32", "fp8"]
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
 AutoInt = Annotated[int | None, BeforeValidator(_auto)]
 
@@ -99,7 +99,7 @@ class Settings(BaseSettings):
         "auto", description="auto, cuda, cuda:N or cpu"
     )
     model_precision: Annotated[Precision, BeforeValidator(_lower)] = Field(
-        "auto", description="auto, bfloat16, float16, float32 (bf16, fp16, fp32)"
+        "auto", description="auto, bfloat16, float16, float32, int8, float8 (bf16, fp16, fp32, fp8)"
     )
     max_memory_percentage: float = Field(
         90, ge=1, le=100, description="Most of the device's memory that a worker takes"

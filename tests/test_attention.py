@@ -29,7 +29,7 @@ def plain(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch) -> Tensor:
     q, k, v = q.double().cpu(), k.double().cpu(), v.double().cpu()
     group = q.shape[1] // k.shape[1]
     out = torch.empty_like(q)
-    cu_q, cu_k = batch.cu_seqlens_q.tolist(), batch.cu_seqlens_k.tolist()
+    cu_q, cu_k = batch.cu_seqlens[0].tolist(), batch.cu_seqlens[1].tolist()
     for s in range(len(cu_q) - 1):
         keys = batch.kv_index[cu_k[s] : cu_k[s + 1]].cpu()
         for i in range(cu_q[s], cu_q[s + 1]):
@@ -80,35 +80,37 @@ def test_segment_wise_attention_on_cuda() -> None:
     check_against_definition(SdpaAttention, "cuda", torch.float32, 1e-4)
 
 
+def by_the_book(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float,
+    **_: object,
+) -> Tensor:
+    """What stands for the kernel on the CPU: it follows the kernel's documentation."""
+    assert (cu_q.dtype, cu_k.dtype) == (torch.int32, torch.int32)
+    assert max_q >= int(cu_q.diff().max())
+    assert max_k >= int(cu_k.diff().max())
+    assert int(cu_q[-1]) == len(q)
+    assert int(cu_k[-1]) <= len(k)  # a padded batch gathers more than anybody reads
+    out = torch.empty_like(q)
+    for s in range(len(cu_q) - 1):
+        qs, ks, vs = q[cu_q[s] : cu_q[s + 1]], k[cu_k[s] : cu_k[s + 1]], v[cu_k[s] : cu_k[s + 1]]
+        ks, vs = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (ks, vs))
+        weights = torch.einsum("qhd,khd->hqk", qs, ks) * scale
+        hidden = torch.ones(len(qs), len(ks), dtype=torch.bool).triu(len(ks) - len(qs) + 1)
+        weights = weights.masked_fill(hidden, float("-inf")).softmax(-1).nan_to_num()  # a query without keys gets zeros
+        out[cu_q[s] : cu_q[s + 1]] = torch.einsum("hqk,khd->qhd", weights, vs)
+    return out
+
+
 def test_varlen_is_called_with_what_the_kernel_expects(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU the kernel is replaced by one that follows its documentation: cu_seq, bottom-right causal."""
-
-    def by_the_book(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_q: Tensor,
-        cu_k: Tensor,
-        max_q: int,
-        max_k: int,
-        *,
-        scale: float,
-        **_: object,
-    ) -> Tensor:
-        assert (cu_q.dtype, cu_k.dtype) == (torch.int32, torch.int32)
-        assert max_q >= int(cu_q.diff().max())
-        assert max_k >= int(cu_k.diff().max())
-        assert (int(cu_q[-1]), int(cu_k[-1])) == (len(q), len(k))
-        out = torch.empty_like(q)
-        for s in range(len(cu_q) - 1):
-            qs, ks, vs = q[cu_q[s] : cu_q[s + 1]], k[cu_k[s] : cu_k[s + 1]], v[cu_k[s] : cu_k[s + 1]]
-            ks, vs = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (ks, vs))
-            weights = torch.einsum("qhd,khd->hqk", qs, ks) * scale
-            hidden = torch.ones(len(qs), len(ks), dtype=torch.bool).triu(len(ks) - len(qs) + 1)
-            weights = weights.masked_fill(hidden, float("-inf")).softmax(-1)
-            out[cu_q[s] : cu_q[s + 1]] = torch.einsum("hqk,khd->qhd", weights, vs)
-        return out
-
     monkeypatch.setattr(attention, "varlen_attn", by_the_book)
     check_against_definition(VarlenAttention, "cpu", torch.float32, 1e-5)
 

@@ -21,6 +21,7 @@ def test_every_segment_holds_its_tokens_positions_and_keys() -> None:
             start = rng.randrange(len(r.documents))
             slices.append(Slice(r, start, rng.randrange(start, len(r.documents)) + 1))
         batch = pack(slices)
+        cu_q, cu_k, cu_last = batch.cu_seqlens
 
         prefixes = [(s.request.prefix, 0) for s in slices]
         documents = [(d, len(s.request.prefix)) for s in slices for d in s.documents]
@@ -34,13 +35,14 @@ def test_every_segment_holds_its_tokens_positions_and_keys() -> None:
             owner = starts[owners[i - len(slices)]] if i >= len(slices) else 0
             expected = [*range(owner, owner + shared), *range(at, at + len(ids))]
             assert batch.kv_index[key : key + len(expected)].tolist() == expected
-            assert batch.cu_seqlens_q[i] == at
-            assert batch.cu_seqlens_k[i] == key
+            assert cu_q[i] == at
+            assert cu_k[i] == key
             assert (batch.lengths_q[i], batch.lengths_k[i]) == (len(ids), len(expected))
             if i >= len(slices):
                 assert batch.last[i - len(slices)] == at + len(ids) - 1
             at, key = at + len(ids), key + len(expected)
-        assert batch.tokens == at == batch.cu_seqlens_q[-1] == sum(s.tokens for s in slices)
-        assert batch.cu_seqlens_k[-1] == key
+        assert batch.tokens == at == cu_q[-1] == sum(s.tokens for s in slices)
+        assert cu_k[-1] == key
         assert batch.prefixes == len(slices)
-        assert batch.cu_seqlens_q.dtype == batch.cu_seqlens_k.dtype == torch.int32
+        assert cu_last.tolist() == [0] * len(slices) + list(range(len(documents) + 1))
+        assert cu_q.dtype == cu_k.dtype == cu_last.dtype == torch.int32

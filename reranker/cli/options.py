@@ -88,8 +88,8 @@ OPTIONS = (
     Option("MODEL_DEVICE", _one_of(r"auto|cpu|cuda(:\d{1,3})?"), "auto, cpu, cuda or cuda:N", "auto"),
     Option(
         "MODEL_PRECISION",
-        _one_of("auto|bfloat16|float16|float32|bf16|fp16|fp32"),
-        "auto, bfloat16, float16 or float32 (bf16, fp16, fp32)",
+        _one_of("auto|bfloat16|float16|float32|int8|float8|bf16|fp16|fp32|fp8"),
+        "auto, bfloat16, float16, float32, int8 or float8 (bf16, fp16, fp32, fp8)",
         "auto",
     ),
     Option("MAX_MEMORY_PERCENTAGE", _percentage, "most of the device's memory, 1 to 100", 90.0),

@@ -26,6 +26,8 @@ else:
 
 # A mask is only made while it is small: [1024, 1024] floats.
 _MASK_LIMIT = 1 << 20
+# Queries of a segment in the last layer: one a document, and a padded batch's own segment up to so many (graphs.py).
+_MOST_LAST = 64
 
 
 class Attention(Protocol):
@@ -133,13 +135,8 @@ class VarlenAttention:
 
     def __init__(self, batch: PackedBatch) -> None:
         self.kv_index = batch.kv_index
-        self.cu_q, self.cu_k = batch.cu_seqlens_q, batch.cu_seqlens_k
-        self.max_q, self.max_k = max(batch.lengths_q), max(batch.lengths_k)
-        # The last layer asks for the documents alone, whose keys lie behind those of the prefixes.
-        prefix_keys = sum(batch.lengths_k[: batch.prefixes])
-        self.document_kv = batch.kv_index[prefix_keys:]
-        self.document_cu_k = batch.cu_seqlens_k[batch.prefixes :] - prefix_keys
-        self.one_each = torch.arange(len(batch.last) + 1, dtype=torch.int32, device=batch.kv_index.device)
+        self.cu_q, self.cu_k, self.cu_last = batch.cu_seqlens
+        self.max_q, self.max_k = batch.shape.longest_q, batch.shape.longest_k
 
     def every(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """See `Attention.every`."""
@@ -148,8 +145,8 @@ class VarlenAttention:
 
     def last(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """See `Attention.last`."""
-        k, v = k[self.document_kv], v[self.document_kv]
-        return _varlen(q, k, v, self.one_each, self.document_cu_k, 1, self.max_k, scale)
+        k, v = k[self.kv_index], v[self.kv_index]
+        return _varlen(q, k, v, self.cu_last, self.cu_k, _MOST_LAST, self.max_k, scale)
 
 
 def _shifted_causal(queries: int, prefix: int, device: torch.device) -> Tensor:

@@ -16,10 +16,15 @@ PRECISIONS = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "float32": torch.float32,
+    "int8": torch.int8,
+    "float8": torch.float8_e4m3fn,
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
     "fp32": torch.float32,
+    "fp8": torch.float8_e4m3fn,
 }
+QUANTIZED = {torch.int8: torch.float32, torch.float8_e4m3fn: torch.bfloat16}
+"""Precisions of the layers' products alone, and the precision of everything between them."""
 _GIB = 1 << 30
 T = TypeVar("T")
 
@@ -76,6 +81,12 @@ def choose_precisions(wanted: str, device: torch.device) -> list[Choice[torch.dt
             ]
         return [Choice(torch.float16, "auto: the GPU has no bfloat16"), Choice(torch.float32, "float16 failed")]
     first = PRECISIONS[wanted]
+    if first in QUANTIZED:
+        instead = choose_precisions("auto", device)
+        if missing := _missing(first, device):
+            best = instead[0]
+            return [Choice(best.value, f"{wanted} was asked for, which {missing}; {best.reason}"), *instead[1:]]
+        return [Choice(first, "asked for"), *(Choice(c.value, f"{short(first)} failed") for c in instead)]
     choices = [Choice(first, "asked for")]
     if first is torch.bfloat16 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         choices = [Choice(torch.float16, "bfloat16 was asked for, the GPU has none")]
@@ -84,9 +95,19 @@ def choose_precisions(wanted: str, device: torch.device) -> list[Choice[torch.dt
     return choices
 
 
+def _missing(quantized: torch.dtype, device: torch.device) -> str:
+    """What a device lacks for a quantised precision, or nothing."""
+    if quantized is torch.int8:
+        return "" if device.type == "cpu" else "is for the CPU only"
+    if device.type != "cuda":
+        return "is for NVIDIA GPUs only"
+    # torch's _scaled_mm takes a scale for each row from here on; the proof at load (quantized.py) has the last word.
+    return "" if torch.cuda.get_device_capability(device) >= (8, 9) else "needs compute capability 8.9 (Ada, Hopper)"
+
+
 def short(dtype: torch.dtype) -> str:
-    """torch.bfloat16 -> 'bfloat16'"""
-    return str(dtype).removeprefix("torch.")
+    """torch.bfloat16 -> 'bfloat16'; torch.float8_e4m3fn -> 'float8'"""
+    return str(dtype).removeprefix("torch.").removesuffix("_e4m3fn")
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,14 +14,16 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Model, Qwen3RMSNorm
 from transformers.utils.logging import disable_progress_bar
 
 from reranker.engine import device as devices
 from reranker.engine.attention import Attention, choose
+from reranker.engine.graphs import Graphs
 from reranker.engine.packing import PackedBatch
-from reranker.engine.qwen3 import last_hidden
-from reranker.errors import ModelLoadError
+from reranker.engine.quantized import quantize
+from reranker.engine.qwen3 import PLAIN, Stages, fuse, last_hidden
+from reranker.errors import ModelLoadError, ScoringError
 
 logger = logging.getLogger(__name__)
 disable_progress_bar()  # it writes half lines into the service's log
@@ -64,7 +66,7 @@ def locate(name: str, revision: str | None = None) -> Path:
         ) from error
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Model:
     """A loaded checkpoint: decoder, attention kernel and head. `forward` is the only thing it does."""
 
@@ -73,7 +75,12 @@ class Model:
     """[hidden_size] float32: W[yes] - W[no]"""
     device: torch.device
     dtype: torch.dtype
+    """Precision of the layers' products."""
     kernel: type[Attention]
+    stages: Stages = PLAIN
+    """What runs around each layer's attention; speedup.py puts compiled ones here."""
+    graphs: Graphs | None = None
+    """Recorded passes for small batches; speedup.py puts them here."""
 
     @torch.inference_mode()
     def forward(self, batch: PackedBatch) -> Tensor:
@@ -82,9 +89,20 @@ class Model:
         The head is two rows of the output matrix, not 151,669, and runs in float32: the card's softmax over the two
         logits is the sigmoid of their difference, and a bfloat16 one would tie scores.
         """
-        hidden = last_hidden(self.decoder, batch.to(self.device), self.kernel).float()
+        recorded = None if self.graphs is None else self.graphs.replay(batch)
+        if recorded is not None:
+            return recorded @ self.head
+        if self.stages is PLAIN:
+            return self.hidden(batch.to(self.device)) @ self.head
+        with torch.compiler.set_stance("eager_on_recompile"):  # nobody waits for a compiler
+            return self.hidden(batch.to(self.device), self.stages) @ self.head
+
+    @torch.inference_mode()
+    def hidden(self, batch: PackedBatch, stages: Stages = PLAIN) -> Tensor:
+        """[N, hidden_size] float32: last hidden states, normalised; `batch` is on the device."""
+        hidden = last_hidden(self.decoder, batch, self.kernel, stages).float()
         norm = self.decoder.norm
-        return F.rms_norm(hidden, (hidden.shape[-1],), norm.weight.float(), norm.variance_epsilon) @ self.head
+        return F.rms_norm(hidden, (hidden.shape[-1],), norm.weight.float(), norm.variance_epsilon)
 
 
 def check(path: Path) -> None:
@@ -141,24 +159,29 @@ def load(
 ) -> Model:
     """Load a checked checkpoint straight onto the device in the chosen precision, shard by shard.
 
+    A quantised precision is made from the weights as they are stored, a layer at a time; each product is proved.
+
     Raises:
         ModelLoadError: the weights do not fit, or the files are broken.
+        ScoringError: this machine does not compute the quantised precision.
     """
-    needed = parameters(path) * dtype.itemsize
+    config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
+    between = devices.QUANTIZED.get(dtype, dtype)
+    stored = (config.dtype or between) if dtype in devices.QUANTIZED else dtype
+    needed = parameters(path) * stored.itemsize
     there = devices.memory(device, max_memory_percentage)
     if needed > there.left:
         gib = 1 << 30
         raise ModelLoadError(
-            f"the weights take {needed / gib:.1f} GiB in {devices.short(dtype)}, but only {there} on {device} "
+            f"the weights take {needed / gib:.1f} GiB in {devices.short(stored)}, but only {there} on {device} "
             f"(MAX_MEMORY_PERCENTAGE={max_memory_percentage:g} of {there.total / gib:.1f} GiB): raise it, free memory, "
             f"or use a smaller model"
         )
-    config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
     try:
         whole = AutoModelForCausalLM.from_pretrained(
             str(path),
             config=config,
-            dtype=dtype,
+            dtype=stored,
             device_map={"": device},
             use_safetensors=True,
             trust_remote_code=False,
@@ -171,10 +194,28 @@ def load(
     except (OSError, ValueError) as error:
         raise ModelLoadError(f"cannot load the weights in {path}: {str(error).splitlines()[0]}") from error
     rows = whole.lm_head.weight.detach()[[yes, no]].float()
-    kernel, reason = choose(device, dtype)
+    if dtype in devices.QUANTIZED:
+        _quantize(whole.model, dtype, between)
+    else:
+        fuse(whole.model)
+    kernel, reason = choose(device, between)
     logger.info("attention: %s", reason)
     # Of an untied output matrix (8B: 1.2 GB) the two rows are all that is kept.
     return Model(whole.model, rows[0] - rows[1], device, dtype, kernel)
+
+
+def _quantize(decoder: Qwen3Model, precision: torch.dtype, between: torch.dtype) -> None:
+    try:
+        fuse(decoder, lambda linear: quantize(linear, precision))
+    except (RuntimeError, NotImplementedError, AttributeError) as error:  # whichever part of the kernel is missing
+        if isinstance(error, torch.OutOfMemoryError):
+            raise ModelLoadError("the weights fit, but not one layer's quantised copy beside them") from error
+        raise ScoringError(str(error).splitlines()[0]) from error
+    for module in decoder.modules():
+        if isinstance(module, Qwen3RMSNorm):  # the embeddings stay as they are stored; a row is cast when it is read
+            module.to(between)
+    if precision is torch.int8 and not torch.cpu._is_vnni_supported():
+        logger.warning("int8: this processor has no VNNI (AVX-512): activations get 7 bits, and less time is gained")
 
 
 def parameters(path: Path) -> int:

@@ -24,6 +24,7 @@ from reranker.engine.model import Model, check, load, load_tokenizer, locate
 from reranker.engine.packing import PackedBatch, pack
 from reranker.engine.prompt import INSTRUCTION, Prompt
 from reranker.engine.scores import sigmoid
+from reranker.engine.speedup import speed_up
 from reranker.errors import DeviceLostError, InvalidRequestError, ModelLoadError, OutOfMemoryError, ScoringError
 from reranker.types import EncodedRequest, ModelInfo, RerankRequest, Slice
 
@@ -83,7 +84,8 @@ class Scorer:
         Args:
             name: a hub name such as `Qwen/Qwen3-Reranker-4B`, or a folder; the bundled demo when it is left out.
             device: `auto`, `cpu`, `cuda` or `cuda:N`.
-            precision: `auto`, `bfloat16`, `float16`, `float32` (or `bf16`, `fp16`, `fp32`).
+            precision: `auto`, `bfloat16`, `float16`, `float32` (or `bf16`, `fp16`, `fp32`); `int8` on a CPU, `float8`
+                (`fp8`) on a GPU.
             max_memory_percentage: most of the device's memory that this process takes.
             max_seq_length: tokens of prompt and document together; the rest of a document is cut.
             batch_size: most documents in one forward pass; None: as many as the token budget holds.
@@ -102,11 +104,12 @@ class Scorer:
         prompt = Prompt(load_tokenizer(path), max_seq_length=max_seq_length, instruction=instruction)
         choices = devices.choose_precisions(precision, where.value)
         for choice in choices:
-            model = load(path, where.value, choice.value, prompt.yes, prompt.no, max_memory_percentage)
-            scorer = cls(model, prompt, name=str(name), max_batch_tokens=_LEAST_BATCH_TOKENS)
-            scorer.max_batch_documents = batch_size or scorer.max_batch_documents
+            model = scorer = None
             problem = ""
             try:
+                model = load(path, where.value, choice.value, prompt.yes, prompt.no, max_memory_percentage)
+                scorer = cls(model, prompt, name=str(name), max_batch_tokens=_LEAST_BATCH_TOKENS)
+                scorer.max_batch_documents = batch_size or scorer.max_batch_documents
                 rate = scorer._warm_up()
             except OutOfMemoryError as error:
                 raise ModelLoadError(f"the weights fit, but no forward pass beside them: {error}") from error
@@ -116,7 +119,7 @@ class Scorer:
                 ) from error
             except ScoringError as error:
                 problem = str(error)
-            if not problem:
+            if scorer and not problem:
                 logger.info("precision: %s (%s)", devices.short(choice.value), choice.reason)
                 scorer._choose_budget(rate, devices.memory(where.value, max_memory_percentage), max_batch_tokens)
                 return scorer
@@ -154,7 +157,7 @@ class Scorer:
 
     def pack(self, slices: Sequence[Slice]) -> PackedBatch:
         """Lay slices of requests out for one forward pass. May run beside `score` in another thread."""
-        return pack(slices)
+        return pack(slices, pinned=self.model.device.type == "cuda")
 
     def score(self, batch: PackedBatch) -> list[float]:
         """Logits (yes minus no) of the batch's documents, in order; may hold NaN, which the caller must not pass on.
@@ -209,11 +212,13 @@ class Scorer:
         Raises:
             ScoringError: a score is not finite, or the precision is not implemented on this device.
         """
+        if self.model.device.type == "cuda":
+            self._measure(self._warm_up_batch(1))  # the plain way must hold before anything is held against it
+            speed_up(self.model)
         # A 4B model on a laptop needs seconds for 128 tokens; a GPU has not begun to work below some thousands.
         best = _Rate(0.0, 0.0)
         for count in (1, 8, 64):
-            texts = [_WARM_UP * 2] * count
-            batch = self.pack([Slice(self.encode(RerankRequest("warm-up", texts)), 0, count)])
+            batch = self._warm_up_batch(count)
             start, seconds = time.perf_counter(), 0.0
             for repeat in range(3):  # the first pass is cold, and another may meet a busy machine
                 rate, seconds = self._measure(batch)
@@ -223,6 +228,9 @@ class Scorer:
             if seconds > _BATCH_SECONDS / 2:
                 break
         return best
+
+    def _warm_up_batch(self, count: int) -> PackedBatch:
+        return self.pack([Slice(self.encode(RerankRequest("warm-up", [_WARM_UP * 2] * count)), 0, count)])
 
     def _measure(self, batch: PackedBatch) -> tuple[_Rate, float]:
         device = self.model.device
@@ -239,13 +247,13 @@ class Scorer:
         seconds = time.perf_counter() - start
         if not all(map(math.isfinite, logits)):
             raise ScoringError("a warm-up score is not a number")
-        if device.type == "cuda":
-            bytes_per_token = (torch.cuda.max_memory_allocated(device) - before) / batch.tokens
-        else:
-            config: Any = self.model.decoder.config
-            heads = config.num_attention_heads + 4 * config.num_key_value_heads
-            width = 4 * config.hidden_size + 2 * config.intermediate_size + 2 * heads * config.head_dim
-            bytes_per_token = width * self.model.dtype.itemsize
+        config: Any = self.model.decoder.config
+        heads = config.num_attention_heads + 4 * config.num_key_value_heads
+        width = 4 * config.hidden_size + 2 * config.intermediate_size + 2 * heads * config.head_dim
+        bytes_per_token: float = width * devices.QUANTIZED.get(self.model.dtype, self.model.dtype).itemsize
+        if device.type == "cuda":  # never less than what must be there: a recorded pass allocates nothing
+            measured = (torch.cuda.max_memory_allocated(device) - before) / batch.tokens
+            bytes_per_token = max(bytes_per_token, measured)
         return _Rate(batch.tokens / seconds, bytes_per_token), seconds
 
     def _choose_budget(self, rate: _Rate, memory: devices.Memory, wanted: int | None) -> None:

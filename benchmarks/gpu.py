@@ -1,0 +1,302 @@
+"""Everything that a GPU is for, measured by one command within eight minutes: `make bench-gpu`.
+
+    python -m benchmarks.gpu [--shape 4b] [--device cuda] [--seconds 450] [--skip-tests]
+
+Needs torch, transformers and what they bring, no network and no checkpoint: the model has random weights, made on the
+device. Prints a section for RESULTS.md; what failed or found no time is named as not measured. Runs the tests marked
+`cuda` first. With `--device cpu --shape tiny` it runs anywhere, which tests/test_bench_gpu.py does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import json
+import logging
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
+
+from benchmarks.models import CACHE, SHAPES
+from benchmarks.report import header, table
+from reranker import Scorer
+from reranker.engine import device as devices
+from reranker.engine.attention import choose
+from reranker.engine.model import Model, load_tokenizer
+from reranker.engine.prompt import Prompt
+from reranker.engine.quantized import FLOAT8, quantize
+from reranker.engine.qwen3 import PLAIN, fuse
+from reranker.engine.scorer import DEMO
+from reranker.service.batcher import Batcher
+from reranker.types import RerankRequest, Slice
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = (96, 160, 3, 6, 2, 32, True)
+TESTS = ["tests/test_attention.py", "tests/test_graphs.py", "tests/test_quantized.py", "tests/test_scorer.py"]
+WORK = json.loads((Path(__file__).parent / "short.json").read_text(encoding="utf-8"))
+
+
+class Bench:
+    """One run: what is measured once and used by later sections.
+
+    Args:
+        shape: a key of SHAPES, or `tiny`.
+        device: where to measure.
+        requests: requests of short.json to use.
+        rounds: how often the clients send them.
+    """
+
+    def __init__(self, shape: str, device: torch.device, requests: int, rounds: int) -> None:
+        self.device, self.work, self.rounds = device, WORK[:requests], rounds
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        true = CACHE / "tokenizer"
+        self.tokenizer_path = true if (true / "tokenizer_config.json").is_file() else DEMO
+        self.prompt = Prompt(load_tokenizer(self.tokenizer_path))
+        hidden, intermediate, layers, heads, groups, head, tied = TINY if shape == "tiny" else SHAPES[shape]
+        settings: dict[str, Any] = {
+            "vocab_size": 151_669 if shape != "tiny" else len(self.prompt.plain.get_vocab()) + 64,
+            "hidden_size": hidden,
+            "intermediate_size": intermediate,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": groups,
+            "head_dim": head,
+            "max_position_embeddings": 40_960,
+            "rope_theta": 1_000_000,
+            "tie_word_embeddings": tied,
+        }
+        self.config = Qwen3Config(**settings)
+        products = hidden * (2 * heads + 2 * groups) * head + 3 * hidden * intermediate
+        self.flop_per_token = 2 * layers * products
+        self.rate = float("nan")
+        self.scorer: Scorer | None = None
+        self.documents_per_second = float("nan")
+
+    def make(self, kind: Callable[[Qwen3Config], Any]) -> Any:
+        """A transformers model with the same random weights every time, made on the device in its precision."""
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(self.dtype)
+        try:
+            with torch.device(self.device):
+                made = kind(self.config).eval()
+        finally:
+            torch.set_default_dtype(before)
+        generator = torch.Generator(self.device).manual_seed(0)
+        with torch.no_grad():
+            for name, weight in made.named_parameters():
+                weight.fill_(1.0) if "norm" in name else weight.normal_(0, 0.05, generator=generator)
+        return made
+
+    def load(self, precision: torch.dtype) -> tuple[Scorer, float]:
+        """A scorer and the seconds of its warm-up, compiling and recording included."""
+        decoder = self.make(Qwen3Model)
+        if precision in devices.QUANTIZED:
+            fuse(decoder, lambda linear: quantize(linear, precision))
+        else:
+            fuse(decoder)
+        rows = decoder.embed_tokens.weight.detach()[[self.prompt.yes, self.prompt.no]].float()
+        kernel, _ = choose(self.device, self.dtype)
+        model = Model(decoder, rows[0] - rows[1], self.device, precision, kernel)
+        scorer = Scorer(model, self.prompt, name="random weights", max_batch_tokens=1024)
+        start = time.perf_counter()
+        rate = scorer._warm_up()
+        scorer._choose_budget(rate, devices.memory(self.device, 90), None)
+        return scorer, time.perf_counter() - start
+
+    def matmul(self) -> str:
+        """The rate that the floor is made of: one large product on random data."""
+        size = 8192 if self.device.type == "cuda" else 256
+        a, b = (torch.randn(size, size, device=self.device, dtype=self.dtype) for _ in range(2))
+        seconds = self._best(lambda: a @ b, 10)
+        self.rate = 2 * size**3 / seconds
+        return f"Matrix product {size}³ in {devices.short(self.dtype)}: {self.rate / 1e12:.3g} TFLOP/s."
+
+    def start(self) -> str:
+        """Warm-up, and which paths were taken."""
+        self.scorer, seconds = self.load(self.dtype)
+        return f"Warm-up: {seconds:.1f} s; {_paths(self.scorer)}. Token budget {self.scorer.max_batch_tokens}."
+
+    def clients(self) -> str:
+        """Eight clients through the batcher, each with a request of its own, again and again."""
+        assert self.scorer is not None
+        seconds, tokens, documents = asyncio.run(self._serve(self.scorer))
+        self.documents_per_second = documents / seconds
+        share = tokens * self.flop_per_token / self.rate / seconds
+        return (
+            f"short.json, {len(self.work)} clients: {documents / seconds:.0f} documents/s, "
+            f"{tokens / seconds:.0f} packed tokens/s, {share:.0%} of the floor "
+            f"({self.flop_per_token / 1e9:.3g} GFLOP a token at the rate above)."
+        )
+
+    def card(self) -> str:
+        """The same documents in padded batches; what sentence-transformers' CrossEncoder computes, without its host."""
+        made = self.make(Qwen3ForCausalLM)
+        requests = [self._encode(r) for r in self.work[:2]]
+        pairs = [r.prefix + document for r in requests for document in r.documents]
+        pairs = pairs if self.device.type == "cuda" else pairs[:20]
+        rates = {}
+        for batch in (8, 32, 128):
+            groups = [pairs[i : i + batch] for i in range(0, len(pairs), batch)]
+            seconds = self._best(lambda: [_padded(made, group, self.device) for group in groups], 2)  # noqa: B023
+            rates[batch] = len(pairs) / seconds
+        best = max(rates, key=lambda batch: rates[batch])
+        return (
+            f"The card's computation in padded batches, tokenised beforehand: {rates[best]:.0f} documents/s at its "
+            f"best batch of {best}; the service is {self.documents_per_second / rates[best]:.2f} times as fast. "
+            f"sentence-transformers' CrossEncoder itself: not measured (it computes the same and tokenises besides)."
+        )
+
+    def latency(self) -> str:
+        """Ten documents of 100 words from call to scores."""
+        assert self.scorer is not None
+        words = " ".join(" ".join(r["documents"]) for r in WORK).split()
+        documents = [" ".join(words[i * 100 : i * 100 + 100]) for i in range(10)]
+        times = []
+        for _ in range(40 if self.device.type == "cuda" else 3):
+            start = time.perf_counter()
+            self.scorer.rerank("how to compress files", documents)
+            times.append(time.perf_counter() - start)
+        tokens = self._encode({"query": "how to compress files", "documents": documents}).tokens
+        middle = 1000 * statistics.median(times)
+        return f"Ten documents of 100 words ({tokens} tokens), call to scores: p50 {middle:.1f} ms."
+
+    def float8(self) -> str:
+        """float8 against the precision above: speed of the passes, and the logits."""
+        assert self.scorer is not None
+        fast, seconds = self.load(FLOAT8)
+        encoded = [self._encode(r) for r in self.work]
+        batch = self.scorer.pack([Slice(e, 0, len(e.documents)) for e in encoded])
+        true, got = (torch.tensor(scorer.score(batch)) for scorer in (self.scorer, fast))
+        base, needed = (self._best(lambda: scorer.score(batch), 5) for scorer in (self.scorer, fast))  # noqa: B023
+        served, _, documents = asyncio.run(self._serve(fast))
+        apart, order = (true - got).abs(), torch.corrcoef(torch.stack([true, got]))[0, 1]
+        return (
+            f"float8 (warm-up {seconds:.1f} s; {_paths(fast)}): a pass of {batch.tokens} tokens {base / needed:.2f} "
+            f"times as fast as {devices.short(self.dtype)}; {documents / served:.0f} documents/s with {len(self.work)} "
+            f"clients ({documents / served / self.documents_per_second:.2f} times). Logits of standard deviation "
+            f"{true.std():.2f} differ by {apart.mean():.3f} on average, {apart.max():.3f} at most; correlation "
+            f"{order:.4f}."
+        )
+
+    def _encode(self, request: dict[str, Any]) -> Any:
+        return self.prompt.encode(RerankRequest(request["query"], request["documents"]))
+
+    async def _serve(self, scorer: Scorer) -> tuple[float, int, int]:
+        """Seconds, packed tokens and documents of all clients' requests."""
+        batcher = Batcher(lambda: scorer)
+        await batcher.start()
+        await batcher.wait_until_loaded()
+
+        async def client(request: dict[str, Any], rounds: int) -> None:
+            for _ in range(rounds):
+                await batcher.rerank(RerankRequest(request["query"], request["documents"]), 300)
+
+        try:
+            await asyncio.gather(*(client(r, 1) for r in self.work))  # not counted
+            start = time.perf_counter()
+            await asyncio.gather(*(client(r, self.rounds) for r in self.work))
+            seconds = time.perf_counter() - start
+        finally:
+            await batcher.stop()
+        tokens = sum(self._encode(r).tokens for r in self.work) * self.rounds
+        return seconds, tokens, sum(len(r["documents"]) for r in self.work) * self.rounds
+
+    def _best(self, run: Callable[[], object], times: int) -> float:
+        """Seconds of the shortest run, device included; the first is not counted."""
+        found = []
+        with torch.inference_mode():
+            for _ in range(times + 1):
+                self._wait()
+                start = time.perf_counter()
+                run()
+                self._wait()
+                found.append(time.perf_counter() - start)
+        return min(found[1:])
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def main() -> None:
+    """Run every section that there is time for."""
+    begun = time.perf_counter()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=[*SHAPES, "tiny"], default="4b")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--requests", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=450)
+    parser.add_argument("--skip-tests", action="store_true")
+    a = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")  # the paths' own lines, on stderr
+    bench = Bench(a.shape, devices.choose_device(a.device).value, a.requests, a.rounds)
+    true = "the true tokenizer" if bench.tokenizer_path != DEMO else "the demo's tokenizer (the true one is not here)"
+    print(f"## On a GPU\n\n{header()}\n\nModel {a.shape} (random weights), {true}.\n", flush=True)
+    sections: dict[str, Callable[[], str]] = {
+        "tests": lambda: _tests(max(30.0, a.seconds / 3)),
+        "matrix product": bench.matmul,
+        "start": bench.start,
+        "ten documents": bench.latency,
+        "eight clients": bench.clients,
+        "padded": bench.card,
+        "float8": bench.float8,
+    }
+    if a.skip_tests:
+        del sections["tests"]
+    rows = []
+    for name, run in sections.items():
+        start = time.perf_counter()
+        if start - begun > a.seconds:
+            print(f"- {name}: not measured (no time left)", flush=True)
+            continue
+        try:
+            print(f"- {run()}", flush=True)
+        except Exception as error:  # the next section may still tell something
+            logging.exception("%s failed", name)
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            print(f"- {name}: not measured ({lines[0]})", flush=True)
+        rows.append([name, f"{time.perf_counter() - start:.0f}"])
+        gc.collect()
+        if bench.device.type == "cuda":
+            torch.cuda.empty_cache()
+    print("\n" + table(["section", "took, s"], rows))
+
+
+def _tests(seconds: float) -> str:
+    """The tests marked `cuda`; a newer or older torch than the pinned one may warn."""
+    command = [sys.executable, "-m", "pytest", "-m", "cuda", "-o", "filterwarnings=default", *TESTS]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False)
+    logging.info("%s", ran.stdout)
+    last = (ran.stdout.strip().splitlines() or ["no output"])[-1]
+    return f"Tests marked cuda: {last} (exit status {ran.returncode})."
+
+
+def _paths(scorer: Scorer) -> str:
+    model = scorer.model
+    compiled = "compiled" if model.stages is not PLAIN else "plain"
+    recorded = f"{len(model.graphs)} recorded sizes" if model.graphs is not None else "none recorded"
+    return f"attention {model.kernel.__name__}, layers {compiled}, CUDA graphs: {recorded}"
+
+
+@torch.inference_mode()
+def _padded(made: Any, pairs: list[list[int]], device: torch.device) -> list[float]:
+    """Logits at the last position of a batch padded on the left."""
+    longest = max(map(len, pairs))
+    ids = torch.tensor([[0] * (longest - len(pair)) + pair for pair in pairs]).to(device)
+    mask = torch.tensor([[0] * (longest - len(pair)) + [1] * len(pair) for pair in pairs]).to(device)
+    logits: list[float] = made(input_ids=ids, attention_mask=mask, logits_to_keep=1).logits[:, -1, 0].float().tolist()
+    return logits
+
+
+if __name__ == "__main__":
+    main()

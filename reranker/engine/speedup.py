@@ -1,0 +1,171 @@
+"""The optional ways through the model on a GPU: compiled layers, then recorded passes. Neither is taken on trust.
+
+Each must reproduce the plain way's hidden states on this very device, in time, and be no slower; else one line in the
+log says why, and the plain way stays. A CPU gains nothing here: there the products take 80 % of the time.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from reranker.engine.attention import VarlenAttention
+from reranker.engine.device import QUANTIZED
+from reranker.engine.graphs import SIZES, Graphs
+from reranker.engine.model import Model
+from reranker.engine.packing import PackedBatch, pack
+from reranker.engine.qwen3 import Stages, after_attention, before_attention
+from reranker.types import EncodedRequest, Slice
+
+logger = logging.getLogger(__name__)
+
+# Largest distance of a document's hidden state from the plain way's, as a share of its length. Rounding at other places
+# moves it by 1 to 3 % in 16 bits, and by more where it tips the coarse steps of 8; a wrong computation by its whole
+# length.
+TOLERANCE, TOLERANCE_QUANTIZED = 0.1, 0.3
+_COMPILE_SECONDS = 45.0
+_RECORD_SECONDS = 15.0
+# No size of any model's: the compiler takes equal sizes for the same one, and 8B is 4096 wide.
+_COMPARED_TOKENS = 16 * 251
+# Timings of a few passes on a machine that may do other work: only a clear loss counts, and a millisecond never does.
+_SLOWER, _SLOWER_SECONDS = 1.2, 0.001
+
+
+def speed_up(model: Model) -> None:
+    """Set `model.stages` and `model.graphs` to what holds on the model's device. Raises nothing for what does not.
+
+    Torch's own switch, TORCH_COMPILE_DISABLE=1, turns both off.
+    """
+    if model.device.type != "cuda":
+        return
+    if torch._dynamo.config.disable:
+        logger.info("compiled layers and CUDA graphs: off (TORCH_COMPILE_DISABLE=1)")
+        return
+    for name, set_up in (("compiled layers", compile_layers), ("CUDA graphs", record_passes)):
+        start = time.perf_counter()
+        reason = _attempt(set_up, model)
+        seconds = time.perf_counter() - start
+        if reason:
+            logger.warning("%s: not used (%s), after %.0f s", name, reason, seconds)
+        else:
+            logger.info("%s: used (equal to the plain way and no slower, set up in %.0f s)", name, seconds)
+    torch.cuda.empty_cache()
+
+
+def compile_layers(model: Model) -> str:
+    """Take compiled stages if they hold; else the reason against them."""
+    compiled = compiled_stages()
+    batch = sample(_COMPARED_TOKENS, model.decoder.config.vocab_size).to(model.device)
+    reason = _in_time(_COMPILE_SECONDS, lambda: model.hidden(batch, compiled))
+    reason = reason or compare(lambda: model.hidden(batch, compiled), lambda: model.hidden(batch), tolerance(model))
+    if not reason:
+        model.stages = compiled
+    return reason
+
+
+def compiled_stages() -> Stages:
+    """The halves of a layer as fused kernels; one compilation serves all layers and any number of tokens."""
+    import torch._inductor.config as inductor
+
+    inductor.compile_threads = 1  # a dozen kernels: no pool of processes beside a service's workers for that
+    return Stages(
+        torch.compile(before_attention, dynamic=True, fullgraph=True),
+        torch.compile(after_attention, dynamic=True, fullgraph=True),
+    )
+
+
+def record_passes(model: Model) -> str:
+    """Take recorded passes if all hold; else the reason against them."""
+    if model.kernel is not VarlenAttention:
+        return "attention runs segment by segment here"
+    graphs = Graphs(lambda batch: model.hidden(batch, model.stages), model.device)
+    start = time.perf_counter()
+    for tokens in reversed(SIZES):
+        graphs.record(sample(tokens, model.decoder.config.vocab_size))
+        # Another batch than the recorded one, and padded: what was recorded must read what is put there.
+        batch = sample(tokens - 16, model.decoder.config.vocab_size)
+        moved = batch.to(model.device)
+        reason = compare(lambda: graphs.replay(batch), lambda: model.hidden(moved), tolerance(model))  # noqa: B023
+        if reason:
+            return f"{tokens} tokens: {reason}"
+        if time.perf_counter() - start > _RECORD_SECONDS:
+            return f"not recorded within {_RECORD_SECONDS:.0f} s"
+    model.graphs = graphs
+    return ""
+
+
+def sample(tokens: int, vocabulary: int) -> PackedBatch:
+    """About so many tokens (128 and more): two requests of three documents each, any ids."""
+    generator = torch.Generator().manual_seed(tokens)
+    unit = tokens // 16
+    slices = []
+    for _ in range(2):
+        prefix, *documents = (
+            torch.randint(vocabulary, (unit * share,), generator=generator).tolist() for share in (1, 2, 2, 3)
+        )
+        slices.append(Slice(EncodedRequest(prefix, documents), 0, 3))
+    return pack(slices)
+
+
+def tolerance(model: Model) -> float:
+    """What counts as equal in the model's precision."""
+    return TOLERANCE_QUANTIZED if model.dtype in QUANTIZED else TOLERANCE
+
+
+def compare(fast: Callable[[], Tensor | None], plain: Callable[[], Tensor], tolerance: float = TOLERANCE) -> str:
+    """Why `fast` cannot stand for `plain`: hidden states [N, hidden_size] that differ, or time. Nothing if it can."""
+    wanted, got = plain(), fast()
+    if got is None:
+        return "does not take the batch"
+    off = ((got - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max().item()
+    if not off <= tolerance:  # a NaN is no agreement
+        return f"hidden states differ by {off:.0%} from the plain way's"
+    seconds, needed = _seconds(plain), _seconds(fast)
+    if needed > _SLOWER * seconds + _SLOWER_SECONDS:
+        return f"slower than the plain way: {1000 * needed:.1f} against {1000 * seconds:.1f} ms"
+    return ""
+
+
+def _seconds(run: Callable[[], Tensor | None]) -> float:
+    """The shortest of three runs, device included."""
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        if (out := run()) is not None:
+            out.sum().item()  # waits for the device
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _attempt(set_up: Callable[[Model], str], model: Model) -> str:
+    try:
+        return set_up(model)
+    except Exception as error:  # whatever a compiler or a driver raises: the plain way needs none of it
+        return _line(error)
+
+
+def _in_time(seconds: float, work: Callable[[], object]) -> str:
+    """Run it in a thread; why it did not end well, or nothing. What takes longer is left behind, unused."""
+    failed: list[Exception] = []
+
+    def run() -> None:
+        try:
+            work()
+        except Exception as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, name="compile", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        return f"not ready within {seconds:.0f} s"
+    return _line(failed[0]) if failed else ""
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
