@@ -15,6 +15,9 @@ WORKDIR /app
 # whatever depends on it then finds it there.
 COPY requirements.txt ./
 ARG TORCH_INDEX=""
+# On a GPU the layers are compiled at the start, which takes a C compiler; without one they run as they are.
+RUN if [ -z "$TORCH_INDEX" ]; then apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*; fi
 RUN pip install --no-cache-dir ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} \
     "$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)"
 RUN pip install --no-cache-dir -r requirements.txt
