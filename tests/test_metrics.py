@@ -310,6 +310,19 @@ def test_a_folder_that_cannot_be_used_breaks_no_request(start: Start, folder: st
     assert server.log.count("no shared metrics, /metrics shows one worker's own") == 2  # app:app and tests.fake_app:app
 
 
+def test_a_folder_that_is_removed_while_the_service_runs_leaves_its_own_figures(start: Start) -> None:
+    server = start(command=FAKE)
+    assert server.client.post("/v1/rerank", json={"query": "a", "documents": ["a"]}).status_code == 200
+    [folder] = folders(server)
+    shutil.rmtree(folder)
+    assert server.client.post("/v1/rerank", json={"query": "a", "documents": ["a"]}).status_code == 200
+    answer = server.client.get("/metrics")
+    assert answer.status_code == 200
+    assert 'reranker_requests_total{route="/v1/rerank",status="200"} 2.0' in answer.text
+    assert "the folder of shared metrics cannot be read" in server.log
+    assert server.stop() == 0
+
+
 SMALL_DISK = "mount -t tmpfs -o size=1m none {folder}"
 
 

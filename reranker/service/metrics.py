@@ -201,16 +201,16 @@ class Metrics(Observer):
     def render(self, accept: str) -> tuple[bytes, str]:
         """All metrics and their content type, in the format that the Accept header asks for. Reads files: not for
         the event loop.
-
-        Raises:
-            OSError, ValueError: the folder is gone.
         """
-        registry = self.registry
-        if self.folder:
-            registry = CollectorRegistry()
-            MultiProcessCollector(registry, self.folder)
         encode, kind = choose_encoder(accept)
-        return encode(registry), kind
+        if self.folder:
+            shared = CollectorRegistry()
+            try:
+                MultiProcessCollector(shared, self.folder)
+                return encode(shared), kind
+            except (OSError, ValueError) as error:  # a clean-up of /dev/shm, say; what is mapped lives on
+                logger.warning("the folder of shared metrics cannot be read, so /metrics is one worker's: %s", error)
+        return encode(self.registry), kind
 
 
 def _reserve(folder: Path, worker: str) -> bool:
