@@ -6,6 +6,7 @@ gunicorn -c gunicorn.conf.py app:app                     for production (what `m
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import logging.config
 import os
@@ -71,6 +72,8 @@ def create_app(
         await batcher.start()
         if os.environ.get("RERANKER_SIBLINGS") == "1":  # set by gunicorn.conf.py: others serve, so listen when ready
             await batcher.wait_until_loaded()
+            if batcher.status == "unhealthy" and on_failure is None:
+                await asyncio.Event().wait()  # it must not listen beside those that serve; end_process ends it
         yield
         await batcher.stop()
 

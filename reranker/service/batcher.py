@@ -62,7 +62,7 @@ class Batcher:
         observer: Observer | None = None,
     ) -> None:
         self._observer = observer or Observer()
-        self._loaded = asyncio.Event()
+        self._left_loading = asyncio.Event()
         self.status = "loading"
         self.scorer: ScorerLike | None = None
         self.max_requests = max_requests
@@ -87,8 +87,8 @@ class Batcher:
     @status.setter
     def status(self, status: Status) -> None:
         self._status = status
-        if status in ("ok", "draining"):
-            self._loaded.set()
+        if status != "loading":
+            self._left_loading.set()
         self._observer.status_changed(status)
 
     async def start(self) -> None:
@@ -96,8 +96,8 @@ class Batcher:
         self._task = asyncio.create_task(self._load_and_run())
 
     async def wait_until_loaded(self) -> None:
-        """Until the scorer is there, or nobody waits for it any more; for ever where it cannot be loaded."""
-        await self._loaded.wait()
+        """Until the scorer is there, cannot be loaded, or nobody waits for it any more."""
+        await self._left_loading.wait()
 
     async def stop(self) -> None:
         """End the loop; what still waits is answered with 503."""
