@@ -77,7 +77,7 @@ class Actor:
             return {"part": part.number, "error": f"{part.file}, from {part.place}: {error}"}
 
     def _score(self, part: Part) -> Record:
-        started = time.time()
+        started, before = time.time(), time.process_time()
         found = score(self.ranker, rows(part, self.job.top_k, self.job.instruction))
         record = Record(
             part=part.number,
@@ -90,7 +90,7 @@ class Actor:
             process=os.getpid(),
             started=started,
             ended=time.time(),
-            processor=time.process_time(),
+            processor=time.process_time() - before,
         )
         place = {"file": part.file}
         key = "row" if part.parquet else "line"

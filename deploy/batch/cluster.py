@@ -13,6 +13,8 @@ from typing import Any
 
 # No report about this machine goes to Ray's makers.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Ray starts its workers with a nice value of 15. An actor is no background work: it feeds the device.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 import ray
 import ray.data

@@ -41,7 +41,7 @@ class Record:
     ended: float
     """Seconds since 1970, on the clock of the actor's node."""
     processor: float
-    """Seconds of processor time that the actor's process has used since it began."""
+    """Seconds of processor time that the actor's process used meanwhile."""
 
     def row(self) -> dict[str, Any]:
         """As a row of Ray Data."""
