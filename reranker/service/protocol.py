@@ -17,8 +17,12 @@ What two parsers in a row could read in two ways is refused, and so is everythin
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
 import secrets
+import sys
+import termios
+from contextlib import suppress
 from enum import Enum
 from typing import Any
 
@@ -159,6 +163,14 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_response_complete()
         self._unset_keepalive_if_required()  # our own clock tells a head that began from silence
         self._watch()
+        if self.transport.is_closing():  # the answer said so; an end of it too short for pause_writing may wait still
+            self._watch_reader()
+
+    def shutdown(self) -> None:
+        """The worker ends."""
+        super().shutdown()
+        if self.transport.is_closing():
+            self._watch_reader()
 
     def pause_writing(self) -> None:
         """More of an answer waits than the system takes."""
@@ -247,11 +259,19 @@ class HttpProtocol(HttpToolsProtocol):
         """As long as something is to be sent, some of it must leave."""
         if self.unread is not None:
             self.unread.cancel()
-        left = self.transport.get_write_buffer_size()
-        self.unread = self.loop.call_later(self.patience, self._stalled, left) if left else None
+        waits = self.transport.get_write_buffer_size() > 0
+        self.unread = self.loop.call_later(self.patience, self._stalled, self._left()) if waits else None
+
+    def _left(self) -> int:
+        """Bytes that did not arrive yet: ours and the kernel's, which takes the next ones in leaps of a megabyte."""
+        left: int = self.transport.get_write_buffer_size()
+        with suppress(OSError):  # a system that does not tell
+            file = self.transport.get_extra_info("socket").fileno()
+            left += int.from_bytes(fcntl.ioctl(file, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+        return left
 
     def _stalled(self, before: int) -> None:
-        if self.transport.get_write_buffer_size() < before:
+        if self._left() < before:
             self._watch_reader()
         else:
             self.cut()
