@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from reranker.engine.scorer import Scorer
 from reranker.errors import QueueFullError
 from reranker.service.admission import Admission
 from reranker.service.queue import Job, TokenQueue
@@ -70,11 +71,11 @@ def test_what_cannot_be_done_in_time_is_refused(queue: TokenQueue) -> None:
 
 def test_what_is_being_tokenised_holds_its_place(queue: TokenQueue) -> None:
     admission = Admission(1000, queue)
-    request = RerankRequest("q" * 100, ["d" * 1000, "d" * 1000])  # 630 tokens at 0.3 a character
+    request = RerankRequest("q" * 100, ["d" * 1000, "d" * 1000])  # 744 tokens at 0.3 a character, with the prompt
     with admission.encoding(request, INFO, 100):
-        with pytest.raises(QueueFullError, match="about 631 tokens wait"), admission.encoding(request, INFO, 100):
+        with pytest.raises(QueueFullError, match="about 745 tokens wait"), admission.encoding(request, INFO, 100):
             raise AssertionError("it was taken")
-        admission.check(1000, 100, 369)
+        admission.check(1000, 100, 255)
     with admission.encoding(request, INFO, 100):
         pass
 
@@ -82,7 +83,7 @@ def test_what_is_being_tokenised_holds_its_place(queue: TokenQueue) -> None:
 def test_how_much_a_character_is_worth_is_learned(queue: TokenQueue) -> None:
     admission = Admission(1000, queue)
     request = RerankRequest("q", ["d" * 1000])
-    wait(queue, 600)
+    wait(queue, 500)
 
     def fits() -> bool:
         try:
@@ -101,6 +102,22 @@ def test_how_much_a_character_is_worth_is_learned(queue: TokenQueue) -> None:
     for _ in range(20):
         admission.encoded(request, EncodedRequest([0] * 10, [[0] * 200]))
     assert fits()
+
+
+@pytest.mark.parametrize("documents", [["blue shoes"], [""] * 1000], ids=["one short document", "empty documents"])
+def test_short_texts_do_not_make_long_ones_look_longer(queue: TokenQueue, documents: list[str]) -> None:
+    scorer = Scorer.load(device="cpu")
+    admission = Admission(100_000, queue)
+    short, long = RerankRequest("red shoes", documents), RerankRequest("what is it?", ["a text of words " * 60] * 100)
+    for _ in range(30):
+        admission.encoded(short, scorer.encode(short))
+    tokens = scorer.encode(long).tokens
+    wait(queue, 100_000 - 2 * tokens)
+    with admission.encoding(long, scorer.info, 100):
+        pass
+    wait(queue, 2 * tokens)
+    with pytest.raises(QueueFullError), admission.encoding(long, scorer.info, 100):
+        raise AssertionError("it was taken")
 
 
 def test_a_document_is_no_longer_than_what_the_model_reads(queue: TokenQueue) -> None:

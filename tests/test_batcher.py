@@ -210,7 +210,7 @@ def test_a_refused_request_is_never_tokenised_and_an_accepted_one_never_refused(
             assert encoded.acquire(blocking=False)
         assert not encoded.acquire(blocking=False)
 
-    run(test, scorer, max_queue_tokens=100)
+    run(test, scorer, max_queue_tokens=1000)
 
 
 def test_nothing_is_accepted_that_cannot_be_answered_in_time() -> None:

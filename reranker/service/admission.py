@@ -20,6 +20,9 @@ from reranker.types import EncodedRequest, ModelInfo, RerankRequest
 _SHARE_OF_TIME = 0.4
 # Before anything was tokenised; what is typical for English. Chinese has twice as many.
 _TOKENS_PER_CHARACTER = 0.3
+# What the prompt adds to each request and to each document, as text of so many tokens: else short texts, which are
+# mostly prompt, would teach that long ones are ten times what they are.
+_PROMPT_CHARACTERS, _SUFFIX_CHARACTERS = 300, 40
 # Weight of what was learned before, each time that something is learned.
 _MEMORY = 0.8
 
@@ -75,7 +78,8 @@ class Admission:
         """Learn how many tokens a character is worth; large requests teach more than small ones."""
         if not result.truncated:
             self._tokens = self._tokens * _MEMORY + result.tokens
-            self._characters = self._characters * _MEMORY + request.characters
+            prompt = _PROMPT_CHARACTERS + _SUFFIX_CHARACTERS * len(request.documents)
+            self._characters = self._characters * _MEMORY + prompt + request.characters
 
     def scored(self, tokens: int, seconds: float) -> None:
         """Learn the speed, from a pass that had enough to do."""
@@ -92,4 +96,5 @@ class Admission:
     def _estimate(self, request: RerankRequest, info: ModelInfo) -> int:
         rate = self._tokens / self._characters
         most = info.max_seq_length * (request.max_chunks_per_doc or 1)
-        return int(rate * len(request.query) + sum(min(rate * len(d), most) for d in request.documents)) + 1
+        documents = sum(min(rate * (len(d) + _SUFFIX_CHARACTERS), most) for d in request.documents)
+        return int(rate * (_PROMPT_CHARACTERS + len(request.query)) + documents) + 1
