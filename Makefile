@@ -1,5 +1,6 @@
 # What a person, a commit hook and CI call:
-#   make serve | restart | test | test-clients | test-ray | check | format | bench | bench-gpu | overload | soak | audit | sbom | clean
+#   make serve | restart | test | test-clients | test-ray | tokenizer | check | format
+#   make bench | bench-gpu | overload | soak | audit | sbom | clean
 #
 #   PYTHON=python3.12                                     another interpreter (3.11 or newer)
 #   TORCH_INDEX=https://download.pytorch.org/whl/cpu      PyTorch without CUDA (about 200 MB instead of several GB)
