@@ -43,6 +43,7 @@ def speed_up(model: Model) -> None:
     """
     if model.device.type != "cuda":
         return
+    torch.cuda.empty_cache()  # what was joined or quantised at load left its parts there
     if torch._dynamo.config.disable:
         logger.info("compiled layers and CUDA graphs: off (TORCH_COMPILE_DISABLE=1)")
         return

@@ -78,6 +78,8 @@ def describe(app: FastAPI) -> None:
 
     def openapi() -> dict[str, Any]:
         document = plain()
+        body = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}}
+        refused = {"description": "No token, or a wrong one", "content": body}
         document["components"]["securitySchemes"] = {
             "header": {"type": "http", "scheme": "bearer"},
             "query": {"type": "apiKey", "in": "query", "name": PARAMETER},
@@ -85,6 +87,8 @@ def describe(app: FastAPI) -> None:
         for path, operations in document["paths"].items():
             for operation in operations.values():
                 operation["security"] = [] if path in OPEN else [{"header": []}, {"query": []}]
+                if path not in OPEN:
+                    operation["responses"].setdefault("401", refused)
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's own way to change the document
