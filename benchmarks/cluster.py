@@ -37,11 +37,11 @@ def scale(seconds: float, plot: str | None) -> str:
     rows = []
     with (
         tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder,
-        cluster(folder, port, 4, 2) as nodes,
+        cluster(folder, port, 4, 2),
     ):
         for count in REPLICAS:
             run(waiting(PASS_SECONDS), count)
-            settled(nodes, count)
+            settled(count)
             for clients in CLIENTS if count > 1 else CLIENTS[-1:]:
                 seen = asyncio.run(load(port, clients * count, seconds, warm_up=2))
                 if set(seen.kinds) != {"200"}:
@@ -87,7 +87,7 @@ def faults(seconds: float) -> str:
             ("a node is removed", remove),
         ]
         for name, event in events:
-            settled(nodes, 4)
+            settled(4)
             seen = under_load(port, 16, seconds, event)
             others = {kind: count for kind, count in seen.kinds.items() if kind != "200"}
             rows.append([name, str(seen.kinds["200"]), str(others or "none"), f"{seen.quantile(0.95):.2f}"])

@@ -93,9 +93,15 @@ def until(condition: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.2)
 
 
-def settled(made: Cluster, count: int) -> None:
-    """Wait until so many replicas run and Ray has no more to do."""
-    until(lambda: serve.status().applications["reranker"].status == "RUNNING" and len(replicas(made)) == count)
+def settled(count: int) -> None:
+    """Wait until so many replicas run and Ray has no more to do; an ended one's process may stay for a while."""
+
+    def is_so() -> bool:
+        application = serve.status().applications["reranker"]
+        states: dict[str, int] = application.deployments["reranker"].replica_states
+        return bool(application.status == "RUNNING") and states == {"RUNNING": count}
+
+    until(is_so)
 
 
 @dataclass

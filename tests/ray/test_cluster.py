@@ -59,7 +59,7 @@ def test_a_killed_replica_fails_what_it_had_and_nothing_else(port: int, nodes: C
 
 
 def test_a_rolling_update_fails_no_request(port: int, nodes: Cluster) -> None:
-    settled(nodes, NODES)
+    settled(NODES)
     before = {process.pid for process in replicas(nodes)}
     seen = under_load(port, CLIENTS, 5, lambda: run(waiting(0.2, load_seconds=1), NODES, {"PORT": "1"}))
     assert set(seen.kinds) == {"200"}
@@ -67,14 +67,14 @@ def test_a_rolling_update_fails_no_request(port: int, nodes: Cluster) -> None:
 
 
 def test_a_removed_node_fails_what_it_had_and_nothing_else(port: int, nodes: Cluster) -> None:
-    settled(nodes, NODES)
+    settled(NODES)
     lost = min(nodes.worker_nodes, key=lambda node: str(node.unique_id))
     seen = under_load(port, CLIENTS, 6, lambda: nodes.remove_node(lost, allow_graceful=False))
     assert set(seen.kinds) <= {"200", "503 not_ready"}
     assert seen.kinds["503 not_ready"] <= CLIENTS
     assert seen.kinds["200"] > 20
     nodes.add_node(object_store_memory=80 * 1024 * 1024, include_dashboard=False, num_cpus=1)
-    settled(nodes, NODES)
+    settled(NODES)
 
 
 def test_a_full_queue_is_our_429(port: int, nodes: Cluster) -> None:
