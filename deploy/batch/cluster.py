@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import sys
@@ -120,6 +121,9 @@ def score(
         if not waiting:
             return
         print(f"actors died with {len(waiting)} parts: once more", file=sys.stderr, flush=True)
+        # Ray Data leaves a round's actors to reference counting, but in cycles: until those are collected they hold the
+        # CPUs and GPUs that the next round's actors wait for, and a driver that only waits may never collect them.
+        gc.collect()
     part = min(waiting.values(), key=lambda part: part.number)
     raise FailedError(
         f"actors died with {len(waiting)} parts in each of {_ROUNDS} rounds, the first from {part.place} of "

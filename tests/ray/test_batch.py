@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,9 @@ class Running:
         return found
 
     def finish(self) -> str:
-        assert self.process.wait(120) == 0, self.log.read_text()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(300)
+        assert self.process.poll() == 0, self.log.read_text()
         return self.log.read_text()
 
 
