@@ -70,6 +70,6 @@ def alive(process: psutil.Process) -> bool:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
     sys.exit(main(sys.argv[1]) or None)
