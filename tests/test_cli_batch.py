@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import time
@@ -15,8 +16,10 @@ from reranker import Scorer
 from reranker.cli.errors import InputError
 from reranker.cli.journal import Journal
 from tests.cli import COMMAND, cli, environment, read_lines, stub, write_lines
-from tests.conftest import Server, Start
-from tests.test_cli_rank import FAKE, terminal, url
+from tests.conftest import GUNICORN, Server, Start
+from tests.test_cli_rank import terminal, url
+
+STEPPED = [*GUNICORN[:-1], "tests.faults.stepped_app:app"]
 
 WORDS = "gzip compresses files chess is a game 压缩 文件 cat small animal".split()
 
@@ -83,17 +86,27 @@ def test_killed_and_resumed_with_the_model(tmp_path: Path) -> None:
 
 
 def test_interrupted_by_ctrl_c_and_resumed(start: Start, tmp_path: Path) -> None:
-    slow = start(command=FAKE, FAKE_SECONDS="0.03")
+    os.mkfifo(tmp_path / "gate")
+    passes = os.open(tmp_path / "gate", os.O_RDWR)  # a forward pass waits for each byte
+    stepped = start(
+        command=STEPPED,
+        JOURNAL=str(tmp_path / "journal"),
+        GATE=str(tmp_path / "gate"),
+        FAKE_BATCH_TOKENS="30",
+    )
     values = inputs(100)
     write_lines(tmp_path / "in.jsonl", values)
-    process = started(["--url", url(slow)], tmp_path)
+    process = started(["--url", url(stepped)], tmp_path)
+    os.write(passes, b"." * 20)
     wait_for_bytes(tmp_path / "out.jsonl.partial", 500, process)
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == -signal.SIGINT
     before = (tmp_path / "out.jsonl.partial").read_bytes()
     assert 0 < before.count(b"\n") < 100
     assert before.endswith(b"\n")
-    cli("batch", "in.jsonl", "out.jsonl", "--url", url(slow), cwd=tmp_path)
+    os.write(passes, b"." * 1_000)
+    cli("batch", "in.jsonl", "out.jsonl", "--url", url(stepped), cwd=tmp_path)
+    os.close(passes)
     assert (tmp_path / "out.jsonl").read_bytes().startswith(before)
     assert [row["id"] for row in read_lines(tmp_path / "out.jsonl")] == [value["id"] for value in values]
 
