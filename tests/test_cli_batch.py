@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
+import termios
 import time
 from pathlib import Path
 from typing import Any
@@ -99,7 +101,9 @@ def test_interrupted_by_ctrl_c_and_resumed(start: Start, tmp_path: Path) -> None
     process = started(["--url", url(stepped)], tmp_path)
     os.write(passes, b"." * 20)
     wait_for_bytes(tmp_path / "out.jsonl.partial", 500, process)
-    process.send_signal(signal.SIGINT)
+    while fcntl.ioctl(passes, termios.FIONREAD, bytes(4)) != bytes(4):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)  # and nothing that is on its way will be answered
     assert process.wait(30) == -signal.SIGINT
     before = (tmp_path / "out.jsonl.partial").read_bytes()
     assert 0 < before.count(b"\n") < 100

@@ -63,7 +63,6 @@ class Client:
         if token:
             self._headers["Authorization"] = f"Bearer {token}"
         self._opener = urllib.request.build_opener(_NoRedirect)
-        self._closing = threading.Event()
         self._told = False
         self._open("/livez", None).close()
 
@@ -75,20 +74,20 @@ class Client:
     def rank_many(self, requests: Iterable[RerankRequest]) -> Iterator[Scored | RerankError]:
         """See `Ranker.rank_many`. A few requests are on their way at a time, and answered in order."""
         sent: deque[Future[Scored | RerankError]] = deque()
-        with ThreadPoolExecutor(_CONNECTIONS, thread_name_prefix="client") as pool:
-            try:
-                for request in requests:
-                    sent.append(pool.submit(self._rank, request))
-                    if len(sent) > _CONNECTIONS:
-                        yield sent.popleft().result()
-                while sent:
+        closing = threading.Event()
+        pool = ThreadPoolExecutor(_CONNECTIONS, thread_name_prefix="client")
+        try:
+            for request in requests:
+                sent.append(pool.submit(self._rank, request, closing))
+                if len(sent) > _CONNECTIONS:
                     yield sent.popleft().result()
-            finally:
-                if sent:  # left early: nobody reads the rest
-                    self._closing.set()
-                    pool.shutdown(wait=False, cancel_futures=True)
+            while sent:
+                yield sent.popleft().result()
+        finally:  # where it is left early, nobody reads the rest: it must not hold an interruption up
+            closing.set()
+            pool.shutdown(wait=False, cancel_futures=True)
 
-    def _rank(self, request: RerankRequest) -> Scored | RerankError:
+    def _rank(self, request: RerankRequest, closing: threading.Event) -> Scored | RerankError:
         scores: list[float] = []
         truncated = 0
         try:
@@ -96,14 +95,14 @@ class Client:
                 body: dict[str, Any] = {"query": request.query, "documents": documents}
                 if request.instruction is not None:
                     body["instruction"] = request.instruction
-                got, cut = self._post(body)
+                got, cut = self._post(body, closing)
                 scores += got
                 truncated += cut
         except RerankError as error:
             return error
         return Scored(scores, truncated)
 
-    def _post(self, body: dict[str, Any]) -> tuple[list[float], int]:
+    def _post(self, body: dict[str, Any], closing: threading.Event) -> tuple[list[float], int]:
         """Scores in the order of the documents, and how many were cut; waits politely while the service is busy.
 
         Raises:
@@ -132,7 +131,7 @@ class Client:
             if not self._told:
                 self._told = True
                 print(f"note: {self.url} is {why}; waiting up to {self.patience:g} s", file=sys.stderr)
-            if self._closing.wait(pause):
+            if closing.wait(pause):
                 raise FailedError("interrupted")
         raise AssertionError("unreachable")
 
