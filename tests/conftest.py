@@ -81,9 +81,13 @@ def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
 
 
 def free_port() -> int:
-    """Below those that the system hands out itself, so that nobody gets it before a server that starts slowly."""
+    """Below those that the system hands out itself, so that nobody gets it before a server that starts slowly.
+
+    Processes of one test run take turns at the numbers, for the same reason.
+    """
+    runner = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8
     while True:
-        port = random.randrange(20_000, 32_000)
+        port = random.randrange(20_000 + runner, 32_000, 8)
         with socket.socket() as s, contextlib.suppress(OSError):
             s.bind(("127.0.0.1", port))
             return port
