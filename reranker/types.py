@@ -5,8 +5,9 @@ Everything on the way of a request has a name and a unit here, so that a signatu
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +24,22 @@ class RerankRequest:
     """A longer document is split into up to so many chunks of that size and counts by its best; None: it is cut."""
     truncate: bool = True
     """False: a document of which a part would not be read is an error instead."""
-    offset: int = 0
-    """Position of the first document where this is a part of a larger request; errors name documents by it."""
+    positions: Sequence[int] | None = None
+    """Where each document stands in the client's request, if this is a part of it; errors name documents by that."""
 
     @property
     def characters(self) -> int:
         """Size of all texts in characters; known before anything is tokenised."""
         return len(self.query) + sum(map(len, self.documents))
+
+    def position(self, index: int) -> int:
+        """Where a document of this request stands in the client's."""
+        return index if self.positions is None else self.positions[index]
+
+    def only(self, indices: Sequence[int]) -> RerankRequest:
+        """The same request for some of its documents."""
+        documents, positions = [self.documents[i] for i in indices], [self.position(i) for i in indices]
+        return replace(self, documents=documents, positions=positions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +49,8 @@ class EncodedRequest:
     prefix: list[int]
     documents: list[list[int]]
     """What is scored, one logit each: a document, or where `chunks` says so each chunk of it, in order."""
-    truncated: int = 0
-    """How many documents did not fit and were cut."""
+    truncated: frozenset[int] = frozenset()
+    """The documents, by index, that did not fit and were cut."""
     chunks: list[list[int]] | None = None
     """None: nothing may be split. Else for each document the characters at which its chunks begin and the last one
     ends: n + 1 numbers for n chunks."""
@@ -50,12 +60,18 @@ class EncodedRequest:
         """The parts of one request, in order, as one."""
         if len(parts) == 1:
             return parts[0]
+        before = list(itertools.accumulate((part.count for part in parts), initial=0))
         return cls(
             parts[0].prefix,
             [document for part in parts for document in part.documents],
-            sum(part.truncated for part in parts),
+            frozenset(start + i for start, part in zip(before, parts, strict=False) for i in part.truncated),
             None if parts[0].chunks is None else [borders for part in parts for borders in part.chunks or []],
         )
+
+    @property
+    def count(self) -> int:
+        """Documents, however many chunks they have."""
+        return len(self.documents if self.chunks is None else self.chunks)
 
     @property
     def tokens(self) -> int:
@@ -112,6 +128,18 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
+class DocumentScore:
+    """What a document got."""
+
+    logit: float
+    prompt_tokens: int
+    """Of all its prompts, as the model reads them."""
+    truncated: bool = False
+    best_chunk: Chunk | None = None
+    """The one that the logit is from, where the document was split."""
+
+
+@dataclass(frozen=True, slots=True)
 class RerankResult:
     """The answer: one logit (yes minus no) per document, in the order of the documents."""
 
@@ -121,6 +149,17 @@ class RerankResult:
     timings: Timings = field(default_factory=Timings)
     best_chunks: Mapping[int, Chunk] = field(default_factory=dict)
     """By document index: the chunk that a document which was split got its logit from."""
+
+    @classmethod
+    def of(cls, scores: Sequence[DocumentScore], timings: Timings | None = None) -> RerankResult:
+        """The result of documents in their order."""
+        return cls(
+            [score.logit for score in scores],
+            sum(score.prompt_tokens for score in scores),
+            sum(score.truncated for score in scores),
+            timings or Timings(),
+            {i: score.best_chunk for i, score in enumerate(scores) if score.best_chunk is not None},
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,7 +97,7 @@ def test_how_much_a_character_is_worth_is_learned(queue: TokenQueue) -> None:
         admission.encoded(request, EncodedRequest([0] * 10, [[0] * 700]))
     assert not fits()
     for _ in range(20):  # what was cut says nothing about its length
-        admission.encoded(request, EncodedRequest([0] * 10, [[0]], truncated=1))
+        admission.encoded(request, EncodedRequest([0] * 10, [[0]], frozenset({0})))
     assert not fits()
     for _ in range(20):
         admission.encoded(request, EncodedRequest([0] * 10, [[0] * 200]))

@@ -525,7 +525,7 @@ def test_parts_of_a_big_request_keep_its_options_and_the_places_of_its_documents
         parts.append(request)
         # Every document in two chunks, of which the second has the query's word.
         entries = [ids for _ in request.documents for ids in ([0], [1])]
-        return EncodedRequest([1], entries, 1, [[0, 1, 2] for _ in request.documents])
+        return EncodedRequest([1], entries, frozenset({0}), [[0, 1, 2] for _ in request.documents])
 
     scorer.encode = encode  # type: ignore[method-assign]
 
@@ -535,9 +535,9 @@ def test_parts_of_a_big_request_keep_its_options_and_the_places_of_its_documents
         assert result.logits == [1.0] * 7
         assert result.best_chunks == {i: Chunk(1, 1, 2) for i in range(7)}
         assert result.truncated_documents == len(parts) == 3
-        assert [part.offset for part in parts] == [0, 3, 6]
+        assert [part.position(0) for part in parts] == [0, 3, 6]
         for part in parts:
-            assert replace(part, documents=request.documents, offset=0) == request
+            assert replace(part, documents=request.documents, positions=None) == request
 
     run(test, scorer)
 

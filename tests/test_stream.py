@@ -30,7 +30,7 @@ def test_the_same_as_one_by_one(budget: int, model_path: Path) -> None:
         encoded = scorer.encode(request)
         alone = scorer.rerank(request.query, request.documents, request.instruction)
         assert list(map(sigmoid, outcome.logits)) == pytest.approx(alone, abs=1e-5)
-        assert (outcome.prompt_tokens, outcome.truncated_documents) == (encoded.prompt_tokens, encoded.truncated)
+        assert (outcome.prompt_tokens, outcome.truncated_documents) == (encoded.prompt_tokens, len(encoded.truncated))
 
 
 def run(scorer: FakeScorer, stream: list[RerankRequest] | Iterator[RerankRequest]) -> list[RerankResult | RerankError]:

@@ -102,22 +102,23 @@ class Prompt:
         texts = [" " + printable(document) for document in request.documents]
         documents: list[list[int]] = []
         chunks: list[list[int]] = []
-        truncated = 0
+        truncated: set[int] = set()
         for i, encoding in enumerate(self._bounded(texts, most, offsets=split)):
             ids = encoding.ids
             cut = len(ids) > most
             if cut and not request.truncate:
                 raise InvalidRequestError(
-                    f"documents[{request.offset + i}]: longer than the {most} tokens that are read of it; "
+                    f"documents[{request.position(i)}]: longer than the {most} tokens that are read of it; "
                     f"shorten it, or leave truncate out to have it cut"
                 )
-            truncated += cut
+            if cut:
+                truncated.add(i)
             starts = range(0, min(len(ids), most), size)
             documents += [ids[start : start + size] + self.suffix for start in starts]
             if split:
                 borders = [_character(encoding, start) for start in starts]
                 chunks.append([*borders, _character(encoding, most) if cut else len(texts[i]) - 1])
-        return EncodedRequest(prefix, documents, truncated, chunks if split else None)
+        return EncodedRequest(prefix, documents, frozenset(truncated), chunks if split else None)
 
     def _bounded(self, texts: Sequence[str], wanted: int, *, offsets: bool = False) -> list[Encoding]:
         """Tokens of each text: all of them, or at least the first `wanted + 1` when there are more.

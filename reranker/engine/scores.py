@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 
-from reranker.types import Chunk, EncodedRequest
+from reranker.types import Chunk, DocumentScore, EncodedRequest
 
 
-def per_document(request: EncodedRequest, logits: Sequence[float]) -> tuple[list[float], dict[int, Chunk]]:
-    """Logits of what was scored -> one logit per document, and the best chunk of each document that was split.
+def per_document(request: EncodedRequest, logits: Sequence[float]) -> list[DocumentScore]:
+    """Logits of what was scored -> what each document got.
 
     The best chunk is the one with the highest logit, the first of equals. `logits` are finite.
     """
-    if request.chunks is None:
-        return list(logits), {}
-    best: list[float] = []
-    chunks: dict[int, Chunk] = {}
+    scores: list[DocumentScore] = []
     start = 0
-    for i, borders in enumerate(request.chunks):
-        own = logits[start : start + len(borders) - 1]
-        start += len(own)
-        best.append(max(own))
-        if len(own) > 1:
-            spans = list(itertools.pairwise(borders))
-            chunks[i] = Chunk(own.index(best[-1]), *spans[own.index(best[-1])])
-    return best, chunks
+    for i in range(request.count):
+        borders = [0, 0] if request.chunks is None else request.chunks[i]
+        stop = start + len(borders) - 1
+        tokens = len(request.prefix) * (stop - start) + sum(map(len, request.documents[start:stop]))
+        place = max(range(stop - start), key=logits[start:stop].__getitem__)
+        chunk = Chunk(place, *borders[place : place + 2]) if stop - start > 1 else None
+        scores.append(DocumentScore(logits[start + place], tokens, i in request.truncated, chunk))
+        start = stop
+    return scores
 
 
 def sigmoid(logit: float) -> float:

@@ -67,8 +67,7 @@ def rerank_many(scorer: Scorer, requests: Iterable[RerankRequest]) -> Iterator[R
 def _result(request: EncodedRequest, logits: list[float]) -> RerankResult | RerankError:
     if not all(map(math.isfinite, logits)):
         return ScoringError("the model gave a score that is not a number; set MODEL_PRECISION=float32")
-    logits, best_chunks = per_document(request, logits)
-    return RerankResult(logits, request.prompt_tokens, request.truncated, best_chunks=best_chunks)
+    return RerankResult.of(per_document(request, logits))
 
 
 def _ahead(items: Iterator[T]) -> Iterator[T]:

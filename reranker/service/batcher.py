@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
 from reranker.engine.scores import per_document
@@ -181,8 +180,7 @@ class Batcher:
         end = time.monotonic()
         timings.queue, timings.inference = job.started_at - job.queued_at, end - job.started_at
         timings.total = end - start
-        logits, best_chunks = per_document(encoded, job.logits)
-        result = RerankResult(logits, encoded.prompt_tokens, encoded.truncated, timings, best_chunks)
+        result = RerankResult.of(per_document(encoded, job.logits), timings)
         self._observer.request_scored(result)
         return result
 
@@ -190,15 +188,12 @@ class Batcher:
         """Tokenise in a host thread; a big request in parts, so that others get their turn in between."""
         pool = self._host if request.characters <= _ENCODE_CHARACTERS else self._bulk
         parts: list[EncodedRequest] = []
-        part: list[str] = []
-        size = 0
+        start = size = 0
         for i, document in enumerate(request.documents):
-            part.append(document)
             size += len(document)
             if size >= _ENCODE_CHARACTERS or i == len(request.documents) - 1:
-                piece = replace(request, documents=part, offset=i + 1 - len(part))
-                parts.append(await self._in(pool, scorer.encode, piece))
-                part, size = [], 0
+                parts.append(await self._in(pool, scorer.encode, request.only(range(start, i + 1))))
+                start, size = i + 1, 0
         return EncodedRequest.join(parts)
 
     def _enqueue(self, request: EncodedRequest) -> Job:
