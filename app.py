@@ -65,6 +65,7 @@ def create_app(
             max_requests=settings.worker_connections,
             load_timeout=settings.load_timeout,
             pass_timeout=2 * settings.request_timeout,
+            cache_entries=settings.score_cache_entries,
             on_failure=on_failure or end_process,
             observer=counts,
         )

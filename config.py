@@ -121,6 +121,12 @@ class Settings(BaseSettings):
     max_documents: int = Field(2048, ge=1, le=100_000, description="Documents in one request")
     max_body_bytes: int = Field(16_777_216, ge=1024, le=1_073_741_824, description="Bytes of a request's body")
     max_queue_tokens: int = Field(1_000_000, ge=1, le=1_000_000_000, description="Tokens that wait; more get 429")
+    score_cache_entries: int = Field(
+        0,
+        ge=0,
+        le=10_000_000,
+        description="Documents whose scores each worker remembers for itself, in up to 600 bytes each; 0: none",
+    )
     request_timeout: float = Field(100, gt=0, le=3600, description="Seconds until a request is answered with 504")
     body_timeout: float = Field(
         20, gt=0, le=3600, description="Seconds for a head, and again for its body, to arrive, else 408"

@@ -70,6 +70,7 @@ def test_the_file_of_existing_deployments_is_in_force(tmp_path: Path) -> None:
         ("MAX_MEMORY_PERCENTAGE=0.5", ["MAX_MEMORY_PERCENTAGE='0.5'", "1 to 100"]),
         ("BATCH_SIZE=-1", ["BATCH_SIZE='-1'", "1 to 65536 or auto"]),
         ("MAX_SEQ_LENGTH=16", ["MAX_SEQ_LENGTH='16'", "128 to"]),
+        ("SCORE_CACHE_ENTRIES=-1", ["SCORE_CACHE_ENTRIES='-1'", "0 to 10000000"]),
         ("REQUEST_TIMEOUT=0", ["REQUEST_TIMEOUT='0'", "above 0"]),
         ("LOG_LEVEL=LOUD", ["LOG_LEVEL='LOUD'", "DEBUG, INFO"]),
         ("LOG_FORMAT={message}", ["LOG_FORMAT='{message}'", "%-style"]),

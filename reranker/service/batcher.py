@@ -4,7 +4,8 @@
     _run()    take what waits, up to the token budget -> pack in the packer thread -> score in the compute thread
 
 There is no wait window: a batch is whatever waits when the device is free. While it runs, the next one gathers, and
-is packed when it is full and half of the time is over. The event loop never computes.
+is packed when it is full and half of the time is over. The event loop never computes. What the score cache knows is
+answered without any of it.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from typing import Any, Literal, TypeVar
 from reranker.engine.scores import per_document
 from reranker.errors import DeadlineError, DeviceLostError, NotReadyError, RerankError, ScoringError
 from reranker.service.admission import Admission
+from reranker.service.cache import ScoreCache
 from reranker.service.compute import ComputeThread, ScorerLike
 from reranker.service.observer import ForwardPass, Observer
 from reranker.service.queue import Job, TokenQueue
-from reranker.types import EncodedRequest, RerankRequest, RerankResult, Slice, Timings
+from reranker.types import DocumentScore, EncodedRequest, RerankRequest, RerankResult, Slice, Timings
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,7 @@ class Batcher:
         max_requests: requests in progress, those being tokenised included.
         load_timeout: seconds that `load` may take.
         pass_timeout: seconds that a forward pass may take.
+        cache_entries: documents whose scores are remembered; 0: none.
         on_failure: called once with the error when the scorer cannot be loaded or its device is lost.
         observer: told what happens.
     """
@@ -57,6 +60,7 @@ class Batcher:
         max_requests: int = 1000,
         load_timeout: float = 1800.0,
         pass_timeout: float = 200.0,
+        cache_entries: int = 0,
         on_failure: Callable[[Exception], None] = lambda error: None,
         observer: Observer | None = None,
     ) -> None:
@@ -68,6 +72,7 @@ class Batcher:
         self.requests = 0
         self.queue = TokenQueue()
         self.admission = Admission(max_queue_tokens, self.queue)
+        self._cache = ScoreCache(cache_entries, self._observer) if cache_entries else None
         self._on_failure = on_failure
         self._host = ThreadPoolExecutor(2, thread_name_prefix="host")
         self._bulk = ThreadPoolExecutor(2, thread_name_prefix="bulk")  # big requests: nobody tokenises behind them
@@ -129,6 +134,8 @@ class Batcher:
     def check_room(self, seconds: float) -> None:
         """Would a request that is given so many seconds be taken; asked before its body is read.
 
+        So a full queue refuses what the cache knows as well: to find that out, the body would have to be read.
+
         Raises:
             NotReadyError: loading, draining or unhealthy.
             QueueFullError: too much is in progress or waits already; says when to come back.
@@ -148,11 +155,22 @@ class Batcher:
             DeadlineError: not answered in time.
             ScoringError: the model failed on this request.
         """
-        scorer = self.check_ready()
+        start = time.monotonic()
+        timings = Timings()
+        score = functools.partial(self._through_queue, self.check_ready(), seconds, timings)
+        scores = await (score(request) if self._cache is None else self._cache.scores(request, score))
+        timings.total = time.monotonic() - start
+        result = RerankResult.of(scores, timings)
+        self._observer.request_scored(result)
+        return result
+
+    async def _through_queue(
+        self, scorer: ScorerLike, seconds: float, timings: Timings, request: RerankRequest
+    ) -> list[DocumentScore]:
+        """Tokenise, wait for the device and be scored; enters its times. Raises what `rerank` does."""
         self.check_room(seconds)
         self.requests += 1
         start = time.monotonic()
-        timings = Timings()
         try:
             async with asyncio.timeout(seconds):
                 with self.admission.encoding(request, scorer.info, seconds):
@@ -177,12 +195,8 @@ class Batcher:
             raise ScoringError(
                 "the model gave a score that is not a number; the operator can set MODEL_PRECISION=float32"
             )
-        end = time.monotonic()
-        timings.queue, timings.inference = job.started_at - job.queued_at, end - job.started_at
-        timings.total = end - start
-        result = RerankResult.of(per_document(encoded, job.logits), timings)
-        self._observer.request_scored(result)
-        return result
+        timings.queue, timings.inference = job.started_at - job.queued_at, time.monotonic() - job.started_at
+        return per_document(encoded, job.logits)
 
     async def _encode(self, scorer: ScorerLike, request: RerankRequest) -> EncodedRequest:
         """Tokenise in a host thread; a big request in parts, so that others get their turn in between."""

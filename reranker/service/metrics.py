@@ -111,6 +111,14 @@ class Metrics(Observer):
         self.truncated = Counter(
             "reranker_truncated_documents", "Documents that did not fit and were cut.", registry=registry
         )
+        self.cached = Counter(
+            "reranker_score_cache_documents",
+            "Documents of scored requests: hit, the score was known; miss, computed. None where the cache is off.",
+            ["result"],
+            registry=registry,
+        )
+        for result in ("hit", "miss"):
+            self.cached.labels(result)
         self.budget = Gauge(
             "reranker_batch_token_budget",
             "Most tokens in one forward pass; lower after the device ran out of memory.",
@@ -170,6 +178,11 @@ class Metrics(Observer):
         self.prompt_tokens.inc(done.prompt_tokens)
         self.budget.set(done.budget)
         self.memory.set(done.memory)
+
+    def cache_used(self, hits: int, misses: int) -> None:
+        """Count the documents of a request that were known, and the others."""
+        self.cached.labels("hit").inc(hits)
+        self.cached.labels("miss").inc(misses)
 
     def request_scored(self, result: RerankResult) -> None:
         """Count the times of a request."""

@@ -41,5 +41,8 @@ class Observer:
     def pass_ended(self, done: ForwardPass) -> None:
         """The device has scored a batch."""
 
+    def cache_used(self, hits: int, misses: int) -> None:
+        """A request has all its logits: of so many documents they were known, of so many they had to be computed."""
+
     def request_scored(self, result: RerankResult) -> None:
         """A request has all its logits."""
