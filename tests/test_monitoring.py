@@ -254,7 +254,7 @@ def test_a_real_prometheus_scrapes_and_every_panel_has_something_to_show(
     start: Start, tmp_path: Path, token: str
 ) -> None:
     program = tool("prometheus")
-    server = start(command=FAKE, token=token, ACCESS_TOKEN=token)
+    server = start(command=FAKE, token=token, ACCESS_TOKEN=token, SCORE_CACHE_ENTRIES="100")
     (tmp_path / "token").write_text(token)
     text = CONFIG.read_text().replace("reranker:6006", f"127.0.0.1:{server.port}").replace("15s", "1s")
     text = text.replace("/etc/prometheus/", f"{ALERTS.parent}/").replace("/tmp/token", f"{tmp_path}/token")
@@ -294,8 +294,9 @@ def test_a_real_prometheus_scrapes_and_every_panel_has_something_to_show(
 
             until('up{job="reranker"} == 1')
             for wanted in (1, 2):  # in two scrapes, so that there is a rate
-                for _ in range(10):
-                    server.client.post("/v1/rerank", json={"query": "red", "documents": ["red fish", "a dog"]})
+                for i in range(10):  # none of them known to the cache
+                    query = f"red {wanted} {i}"
+                    server.client.post("/v1/rerank", json={"query": query, "documents": ["red fish", "a dog"]})
                 server.client.post("/v1/rerank", json={"query": "too long", "documents": ["red"]})
                 until(f"reranker_queue_wait_seconds_count == {10 * wanted}")
                 until(f'reranker_errors_total{{error_type="invalid_request"}} == {wanted}')
