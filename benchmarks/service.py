@@ -67,7 +67,7 @@ def main() -> None:
     text = (Path(__file__).parent / f"{a.workload}.json").read_text(encoding="utf-8")
     work: Work = json.loads(text)[: a.requests]
     work = [{"query": r["query"], "documents": r["documents"][: a.documents]} for r in work]
-    running = [servers.ours(path, a.threads)]
+    running = [servers.ours(path, a.threads, REQUEST_TIMEOUT="600")]  # peers refuse nothing for its time either
     try:
         if a.vllm:
             running.append(servers.vllm(a.vllm, path, a.threads))
@@ -94,6 +94,7 @@ def _measure(a: argparse.Namespace, work: Work, running: list[Running]) -> None:
         )
 
     rows, best = [], 0.0
+    failures: list[str] = []
     for clients in a.clients:
         loads: dict[str, list[Load]] = {server.name: [] for server in running}
         for _ in range(a.rounds):
@@ -107,6 +108,7 @@ def _measure(a: argparse.Namespace, work: Work, running: list[Running]) -> None:
             row = [server.name, str(clients), f"{rate[server.name]:.2f}"]
             row += [f"{rate[running[0].name] / rate[server.name]:.2f}", f"{used:.1f}" if server.process else "-"]
             rows.append([*row, *_times(of), f"{apart[server.name]:.1e}"])
+            failures += [f"{server.name}, {clients} clients: {failure}" for load in of for failure in load.failures]
     head = ["server", "clients", "documents/s", "ours is faster", "CPU s / 100 documents", "p50 s", "p95 s", "p99 s"]
     print(table([*head, "failed", "apart"], rows))
     print("\nReady after: " + ", ".join(f"{s.name} {s.ready_after:.0f} s" for s in running if s.process), end=". ")
@@ -119,9 +121,11 @@ def _measure(a: argparse.Namespace, work: Work, running: list[Running]) -> None:
         for server in running:
             load = _open(server, work, arrivals)
             rows.append([server.name, f"{share:.0%}", f"{rate_per_second:.2f}", str(len(arrivals)), *_times([load])])
+            failures += [f"{server.name}, {share:.0%}: {failure}" for failure in load.failures]
     if rows:
         head = ["server", "of our capacity", "requests/s", "requests", "p50 s", "p95 s", "p99 s", "failed"]
         print(table(head, rows))
+    print(*sorted(set(failures)), sep="\n")
 
 
 def _times(loads: list[Load]) -> list[str]:
