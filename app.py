@@ -7,6 +7,7 @@ gunicorn -c gunicorn.conf.py app:app                     for production (what `m
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import logging.config
 import os
@@ -60,7 +61,7 @@ def create_app(
         if not tokens:
             logger.warning("ACCESS_TOKEN is not set: everybody who reaches port %d may use the service", settings.port)
         batcher = Batcher(
-            load or (lambda: load_scorer(settings)),
+            lambda: _for_good(load or (lambda: load_scorer(settings))),
             max_queue_tokens=settings.max_queue_tokens,
             max_requests=settings.worker_connections,
             load_timeout=settings.load_timeout,
@@ -135,6 +136,17 @@ def load_scorer(settings: Settings) -> ScorerLike:
         token,
         '{"query": "how to compress files", "documents": ["gzip compresses files", "a game of chess"]}',
     )
+    return scorer
+
+
+def _for_good(load: Callable[[], ScorerLike]) -> ScorerLike:
+    """Load what stays until the process ends, and let the garbage collector leave it alone.
+
+    Else it walks through all that torch and transformers hold again and again, and every answer waits 0.2 s for it.
+    """
+    scorer = load()
+    gc.collect()
+    gc.freeze()
     return scorer
 
 

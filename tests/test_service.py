@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
+import gc
 import json
 import os
 import re
@@ -15,7 +17,10 @@ from pathlib import Path
 import httpx
 import pytest
 
+from app import create_app
+from config import Settings
 from tests.conftest import DEMO, ROOT, Server, Start
+from tests.fake import FakeScorer
 
 QUERY = "how to compress files"
 DOCUMENTS = [
@@ -26,6 +31,22 @@ DOCUMENTS = [
 BODY = {"query": QUERY, "documents": DOCUMENTS}
 HEADERS = {"x-prompt-tokens", "x-truncated-documents", "x-queue-time", "x-tokenization-time", "x-inference-time"}
 FAKE = [str(Path(sys.executable).with_name("gunicorn")), "-c", str(ROOT / "gunicorn.conf.py"), "tests.fake_app:app"]
+
+
+def test_the_garbage_collector_leaves_alone_what_was_loaded() -> None:
+    scorer = FakeScorer()
+    app = create_app(Settings(), lambda: scorer)
+
+    async def main() -> bool:
+        async with app.router.lifespan_context(app):
+            await app.state.batcher.wait_until_loaded()
+            return any(known is scorer for known in gc.get_objects())
+
+    try:
+        assert not asyncio.run(main())
+    finally:
+        gc.unfreeze()
+    assert any(known is scorer for known in gc.get_objects())
 
 
 def test_the_native_array(server: Server) -> None:
