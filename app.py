@@ -86,6 +86,8 @@ def create_app(
         lifespan=lifespan,
         docs_url=None,  # page.py serves it without internet access
         redoc_url=None,
+        # FastAPI's own would hand whole addresses to whatever tracing the environment sets up, tokens in them.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.max_documents = settings.max_documents
     app.state.request_timeout = settings.request_timeout

@@ -7,6 +7,7 @@ import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from opentelemetry import trace
 from starlette.types import Receive, Scope, Send
 
 from app import create_app
@@ -143,6 +144,29 @@ def test_redaction_hides_the_token_and_keeps_the_rest(pairs: list[tuple[str, str
     for (name, value), part in zip(pairs, parts, strict=True):
         hidden = unquote(name) == "access_token"
         assert part == (b"access_token=***" if hidden else f"{name}={quote('S' + value)}".encode())
+
+
+def test_no_telemetry_of_the_framework_sees_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+
+    class Tracer(trace.NoOpTracer):
+        def start_span(self, *args: Any, **options: Any) -> trace.Span:
+            told.append((args, options))
+            return trace.INVALID_SPAN
+
+    class Provider(trace.TracerProvider):
+        def get_tracer(self, *args: Any, **options: Any) -> trace.Tracer:
+            return Tracer()
+
+    monkeypatch.setattr(trace, "get_tracer_provider", Provider)
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(create_app(Settings(access_token="secret"), FakeScorer))
+        async with httpx.AsyncClient(transport=transport, base_url="http://h") as client:
+            return await client.get("/?access_token=secret")
+
+    assert asyncio.run(ask()).status_code == 200
+    assert told == []
 
 
 def test_the_openapi_document_says_what_wants_a_token() -> None:
