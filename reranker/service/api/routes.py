@@ -7,10 +7,11 @@ client sends a model as well), else `model` asks for the results object on /v1/r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from fastapi import APIRouter, Request
+from fastapi.routing import APIRoute
 from pydantic import Field, RootModel
 from starlette.responses import Response
 
@@ -20,7 +21,16 @@ from reranker.service.api.endpoint import HEADERS, Ranking, answer, rank, refuse
 from reranker.service.api.errors import RESPONSES
 from reranker.service.api.tei import TeiBody
 
-router = APIRouter(tags=["rerank"])
+
+class Direct(APIRoute):
+    """A route whose endpoint takes the request and returns the response: there is nothing to be solved or checked."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The endpoint itself."""
+        return self.endpoint
+
+
+router = APIRouter(tags=["rerank"], route_class=Direct)
 
 
 async def _rerank(request: Request, plain: Callable[[Ranking], object], model: Callable[[Ranking], object]) -> Response:
