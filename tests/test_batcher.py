@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -112,19 +112,25 @@ def test_a_small_request_overtakes_a_huge_one() -> None:
 
 def test_a_full_batch_is_packed_while_the_device_runs() -> None:
     scorer = FakeScorer(max_batch_tokens=PREFIX + 4)
-    packed: list[int] = []
+    packed: list[str] = []
     pack = scorer.pack
-    scorer.pack = lambda slices: packed.append(len(slices)) or pack(slices)  # type: ignore[method-assign,func-returns-value]
+
+    def note(slices: Sequence[Slice]) -> list[Slice]:
+        packed.append(threading.current_thread().name)
+        return pack(slices)
+
+    scorer.pack = note  # type: ignore[method-assign]
 
     async def test(batcher: Batcher) -> None:
         first = await held(batcher, scorer, ask(4))
-        assert len(packed) == 1
+        assert packed == ["device_0"]  # which had nothing else to do
         [second] = await queued(batcher, ask(2))
         await asyncio.sleep(0.02)
         assert len(packed) == 1  # not full: what comes may still join it
         third = asyncio.create_task(batcher.rerank(ask(4), 30))
         while len(packed) < 2:
             await asyncio.sleep(0.001)
+        assert packed == ["device_0", "packer_0"]
         assert len(scorer.passes) == 1
         scorer.hold.set()
         await asyncio.gather(first, second, third)

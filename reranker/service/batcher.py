@@ -1,41 +1,38 @@
 """Many clients in, fair batches out: the asynchronous front of the synchronous Scorer.
 
     rerank()  encode in a host thread -> queue, counted in tokens -> wait for the logits
-    _run()    take what waits, up to the token budget -> pack in the packer thread -> score in the compute thread
+    _run()    take what waits, up to the token budget -> pack and score in the compute thread
 
 There is no wait window: a batch is whatever waits when the device is free. While it runs, the next one gathers, and
-is packed when it is full and half of the time is over. The event loop never computes. What the score cache knows is
-answered without any of it.
+is packed in a thread of its own when it is full and half of the time is over. The event loop never computes. What
+the score cache knows is answered without any of it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any, Literal, TypeVar
+from functools import partial
+from typing import Any, Literal
 
 from reranker.engine.scores import per_document
 from reranker.errors import DeadlineError, DeviceLostError, NotReadyError, RerankError, ScoringError
 from reranker.service.admission import Admission
 from reranker.service.cache import ScoreCache
 from reranker.service.compute import ComputeThread, ScorerLike
+from reranker.service.encoder import Encoder
 from reranker.service.observer import ForwardPass, Observer
 from reranker.service.queue import Job, TokenQueue
 from reranker.types import DocumentScore, EncodedRequest, RerankRequest, RerankResult, Slice, Timings
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
 Status = Literal["loading", "ok", "draining", "unhealthy"]
-
-# Texts are tokenised in parts of about so many characters, by turns: 0.1 s of work, so that nobody waits for long.
-_ENCODE_CHARACTERS = 200_000
 
 
 class Batcher:
@@ -74,8 +71,7 @@ class Batcher:
         self.admission = Admission(max_queue_tokens, self.queue)
         self._cache = ScoreCache(cache_entries, self._observer) if cache_entries else None
         self._on_failure = on_failure
-        self._host = ThreadPoolExecutor(2, thread_name_prefix="host")
-        self._bulk = ThreadPoolExecutor(2, thread_name_prefix="bulk")  # big requests: nobody tokenises behind them
+        self._encoder = Encoder()
         self._packer = ThreadPoolExecutor(1, thread_name_prefix="packer")  # its own: never behind what is tokenised
         self._compute = ComputeThread(load, load_timeout=load_timeout, pass_timeout=pass_timeout)
         self._changed = asyncio.Event()
@@ -111,8 +107,8 @@ class Batcher:
             await asyncio.gather(self._task, return_exceptions=True)
         for job in self.queue.clear():
             job.fail(NotReadyError("the service is shutting down; try again", retry_after=5))
-        for pool in (self._host, self._bulk, self._packer):
-            pool.shutdown(wait=False, cancel_futures=True)
+        self._encoder.close()
+        self._packer.shutdown(wait=False, cancel_futures=True)
         self._compute.close()
 
     def drain(self) -> None:
@@ -157,7 +153,7 @@ class Batcher:
         """
         start = time.monotonic()
         timings = Timings()
-        score = functools.partial(self._through_queue, self.check_ready(), seconds, timings)
+        score = partial(self._through_queue, self.check_ready(), seconds, timings)
         scores = await (score(request) if self._cache is None else self._cache.scores(request, score))
         timings.total = time.monotonic() - start
         result = RerankResult.of(scores, timings)
@@ -174,7 +170,7 @@ class Batcher:
         try:
             async with asyncio.timeout(seconds):
                 with self.admission.encoding(request, scorer.info, seconds):
-                    encoded = await self._encode(scorer, request)
+                    encoded = await self._encoder.encode(scorer, request)
                 self.admission.encoded(request, encoded)
                 timings.tokenization = time.monotonic() - start
                 job = self._enqueue(encoded)
@@ -197,18 +193,6 @@ class Batcher:
             )
         timings.queue, timings.inference = job.started_at - job.queued_at, time.monotonic() - job.started_at
         return per_document(encoded, job.logits)
-
-    async def _encode(self, scorer: ScorerLike, request: RerankRequest) -> EncodedRequest:
-        """Tokenise in a host thread; a big request in parts, so that others get their turn in between."""
-        pool = self._host if request.characters <= _ENCODE_CHARACTERS else self._bulk
-        parts: list[EncodedRequest] = []
-        start = size = 0
-        for i, document in enumerate(request.documents):
-            size += len(document)
-            if size >= _ENCODE_CHARACTERS or i == len(request.documents) - 1:
-                parts.append(await self._in(pool, scorer.encode, request.only(range(start, i + 1))))
-                start, size = i + 1, 0
-        return EncodedRequest.join(parts)
 
     def _enqueue(self, request: EncodedRequest) -> Job:
         if self.status == "unhealthy":  # draining is for what comes later: this one was accepted
@@ -245,7 +229,9 @@ class Batcher:
             self._observer.queue_changed(self.queue.tokens)
             if not batch:
                 continue
-            packed = await self._pack(scorer, batch)
+            # Beside a pass that runs; where none does, the compute thread packs: a trip less.
+            ahead = running is not None and not running.done()
+            packed = await self._pack(scorer, batch) if ahead else None
             if running is not None:
                 await running
             if all(job.done.done() for job, _ in batch):  # everybody left while it was packed ahead
@@ -272,7 +258,8 @@ class Batcher:
 
     async def _pack(self, scorer: ScorerLike, batch: list[tuple[Job, Slice]]) -> Any:
         try:
-            return await self._in(self._packer, scorer.pack, [part for _, part in batch])
+            slices = [part for _, part in batch]
+            return await asyncio.get_running_loop().run_in_executor(self._packer, scorer.pack, slices)
         except Exception as error:  # dealt with in _score, request by request
             return error
 
@@ -287,7 +274,7 @@ class Batcher:
         try:
             if isinstance(packed, Exception):
                 raise packed
-            logits = await self._compute.score(scorer, packed)
+            logits = await self._compute.score(scorer, [part for _, part in batch], packed)
         except DeviceLostError as error:
             self._lose(error, batch)
             return
@@ -300,7 +287,7 @@ class Batcher:
                 )
                 return
             for item in (item for item in batch if not item[0].done.done()):
-                await self._score(scorer, [item], await self._pack(scorer, [item]))
+                await self._score(scorer, [item], None)
             return
         offset = 0
         for job, part in batch:
@@ -323,6 +310,3 @@ class Batcher:
         if self.status != "unhealthy":
             self.status = "unhealthy"
             self._on_failure(error)
-
-    async def _in(self, pool: ThreadPoolExecutor, function: Callable[..., T], *args: object) -> T:
-        return await asyncio.get_running_loop().run_in_executor(pool, functools.partial(function, *args))

@@ -74,15 +74,15 @@ class ComputeThread:
                 raise  # its own: of a download, for one
             raise TimeoutError(f"the model was not loaded within LOAD_TIMEOUT={self.load_timeout:g} s") from None
 
-    async def score(self, scorer: ScorerLike, packed: Any) -> list[float]:
-        """Logits of a packed batch's documents.
+    async def score(self, scorer: ScorerLike, slices: Sequence[Slice], packed: Any) -> list[float]:
+        """Logits of the slices' documents; `packed`: what `pack` made of them, or None where it was not called yet.
 
         Raises:
             DeviceLostError: the device is lost, or the forward pass hangs.
             Exception: the scorer's.
         """
         if not self._hangs:  # else a batch that was packed meanwhile would wait as long again
-            work = asyncio.get_running_loop().run_in_executor(self._pool, scorer.score, packed)
+            work = asyncio.get_running_loop().run_in_executor(self._pool, _score, scorer, slices, packed)
             try:
                 return await asyncio.wait_for(work, self.pass_timeout)
             except TimeoutError:
@@ -97,3 +97,7 @@ class ComputeThread:
     def close(self) -> None:
         """Start nothing more; what runs is left behind."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _score(scorer: ScorerLike, slices: Sequence[Slice], packed: Any) -> list[float]:
+    return scorer.score(scorer.pack(slices) if packed is None else packed)
