@@ -12,7 +12,6 @@ import time
 from collections.abc import Set
 from typing import Any
 
-from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from reranker.errors import RerankError
@@ -59,7 +58,7 @@ class AccessLog:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
             await send(message)
 
         self.metrics.request_began()
@@ -85,7 +84,7 @@ class AccessLog:
                 logging.DEBUG if path in _QUIET and status < 400 else logging.INFO,
                 "%s %s %d %.1f ms id=%s%s",
                 method,
-                printable(path),
+                path if route == path else printable(path),
                 status,
                 seconds * 1000,
                 request_id,

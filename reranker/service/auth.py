@@ -38,8 +38,10 @@ class TokenAuth:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        parameters = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True, max_num_fields=None)
-        given = [value for name, value in parameters if name == PARAMETER]
+        given: list[str] = []
+        if scope["query_string"]:
+            parameters = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True, max_num_fields=None)
+            given = [value for name, value in parameters if name == PARAMETER]
         if given:
             # In place: the server's own log line reads the same scope.
             scope["query_string"] = redact(scope["query_string"])

@@ -201,10 +201,13 @@ def _loads(text: str) -> Any:
     """JSON to values, with the garbage collector off: it looks through millions of new lists again and again."""
     gc.disable()
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        return _JSON.decode(text)
     finally:
         gc.enable()
 
 
 def _refuse_constant(name: str) -> NoReturn:
     raise InvalidRequestError(f"{name} is not JSON: send null or a number")
+
+
+_JSON = json.JSONDecoder(parse_constant=_refuse_constant)

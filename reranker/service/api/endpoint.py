@@ -20,6 +20,8 @@ from reranker.service.api.body import RerankBody
 from reranker.service.batcher import Batcher
 from reranker.types import RerankRequest, RerankResult
 
+_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
@@ -97,7 +99,7 @@ def order(logits: list[float], top_k: int | None) -> list[int]:
 
 def answer(content: object, result: RerankResult) -> Response:
     """The 200 answer: JSON with the headers that every rerank carries; times in milliseconds."""
-    body = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    body = _JSON.encode(content).encode()
     return Response(body, headers=_headers(result), media_type="application/json")
 
 
