@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ def count_gpus() -> int:
 
 _pinned = _settings.model_device in ("auto", "cuda") and _settings.workers != 1
 _gpus = count_gpus() if _pinned else 0
+_visible = [device.strip() for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device.strip()]
+_devices = (_visible or [str(i) for i in range(_gpus)]) if _gpus else []  # each slot has the one of its turn
 
 bind = f"[{_settings.host}]:{_settings.port}" if ":" in _settings.host else f"{_settings.host}:{_settings.port}"
 workers = _settings.workers or max(1, _gpus)
@@ -103,18 +106,19 @@ def on_exit(server: Any) -> None:
 
 
 def pre_fork(server: Any, worker: Any) -> None:
-    """In the master: give the new worker the lowest slot that no living worker has."""
-    taken = {getattr(other, "slot", None) for other in server.WORKERS.values()}
-    worker.slot = next(slot for slot in range(len(taken) + 1) if slot not in taken)
+    """In the master: give the new worker a free slot on the GPU that has the fewest workers, the lowest of these."""
+    taken = {other.slot for other in server.WORKERS.values()}
+    gpus = len(_devices) or 1
+    crowd = Counter(slot % gpus for slot in taken)
+    free = set(range(len(taken) + gpus)) - taken  # among them is the lowest one of each such GPU
+    worker.slot = min(free, key=lambda slot: (crowd[slot % gpus], slot))
     worker.handover = getattr(server, "handover", None)
 
 
 def post_fork(server: Any, worker: Any) -> None:
     """In the worker: see one GPU only, the one of its slot; know where to count, and whether others serve."""
-    if _gpus:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        devices = [d.strip() for d in visible.split(",") if d.strip()] or [str(i) for i in range(_gpus)]
-        os.environ["CUDA_VISIBLE_DEVICES"] = devices[worker.slot % len(devices)]
+    if _devices:
+        os.environ["CUDA_VISIBLE_DEVICES"] = _devices[worker.slot % len(_devices)]
         logging.getLogger("gunicorn.error").info(
             "worker slot %d: GPU %s", worker.slot, os.environ["CUDA_VISIBLE_DEVICES"]
         )

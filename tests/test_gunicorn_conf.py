@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,9 @@ from typing import Any
 import pytest
 
 from tests.conftest import FAKE, GUNICORN, ROOT, Server, Start
+from tests.faults.test_process import gone
+from tests.faults.test_restart import PID, end, restart
+from tests.faults.traffic import until
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +73,18 @@ def test_a_respawned_worker_takes_the_gpu_that_became_free(monkeypatch: pytest.M
     master.die(1)
     master.die(4)
     assert {master.spawn()[1], master.spawn()[1]} == {"0", "1"}
+
+
+def test_a_worker_of_any_slot_is_replaced_on_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers of a reload (SIGHUP) have higher slots than there are GPUs; a free lower one may be another GPU's."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    master = Master(conf(monkeypatch, gpus=2, WORKERS="auto"))
+    assert [master.spawn()[1] for _ in range(4)] == ["0", "1", "0", "1"]
+    master.die(1)
+    master.die(2)
+    master.die(4)
+    assert master.spawn()[1] == "1"
+    assert [master.spawn()[1] for _ in range(2)] == ["0", "1"]
 
 
 def test_the_operators_choice_of_gpus_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,6 +192,36 @@ def test_real_workers_take_a_gpu_each_and_a_killed_ones_gpu_goes_to_its_successo
         assert worker_of(server, gpu) != killed
         assert workers_by_gpu(server, 3) == {"0": 1, "1": 1, "2": 1}
     assert server.stop() == 0
+
+
+def test_real_workers_of_a_reload_are_replaced_on_their_gpus(start: Start, gpus: str) -> None:
+    server = start(command=FAKE, WORKERS="auto", PYTHONPATH=gpus, LOG_FORMAT="[%(process)d] %(message)s")
+    assert workers_by_gpu(server, 3) == {"0": 1, "1": 1, "2": 1}
+    before = [worker_of(server, gpu) for gpu in "012"]
+    server.process.send_signal(signal.SIGHUP)
+    until(lambda: all(map(gone, before)), "the old workers have ended")
+    assert workers_by_gpu(server, 3) == {"0": 1, "1": 1, "2": 1}
+    for gpu in "120":
+        killed = worker_of(server, gpu)
+        os.kill(killed, signal.SIGKILL)
+        until(partial(lambda gpu, killed: worker_of(server, gpu) != killed, gpu, killed), "it was replaced on its GPU")
+        assert workers_by_gpu(server, 3) == {"0": 1, "1": 1, "2": 1}
+
+
+def test_both_generations_of_a_rolling_restart_have_a_worker_on_every_gpu(start: Start, gpus: str) -> None:
+    server = start(command=[*FAKE, *PID], WORKERS="auto", PYTHONPATH=gpus, LOG_FORMAT="[%(process)d] %(message)s")
+    assert workers_by_gpu(server, 3) == {"0": 1, "1": 1, "2": 1}
+    before = [worker_of(server, gpu) for gpu in "012"]
+    try:
+        restart(server)
+        until(lambda: all(map(gone, before)), "the old workers have ended")
+        killed = worker_of(server, "1")
+        assert killed not in before
+        os.kill(killed, signal.SIGKILL)
+        until(lambda: worker_of(server, "1") != killed, "it was replaced on its GPU")
+        assert workers_by_gpu(server, 3) == {"0": 1, "1": 1, "2": 1}
+    finally:
+        end(server)
 
 
 def test_real_workers_share_out_the_gpus_that_the_operator_chose(start: Start, gpus: str) -> None:

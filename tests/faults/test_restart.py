@@ -28,20 +28,25 @@ def masters(server: Server) -> list[int]:
     return list(map(int, re.findall(r"Listening at: .* \((\d+)\)", server.log)))
 
 
+def end(server: Server) -> None:
+    """End every master of a server: the last one may not be the process that the test started."""
+    server.client.close()
+    for pid in masters(server):
+        try:
+            master = psutil.Process(pid)
+            master.terminate()
+            master.wait(30)
+        except psutil.NoSuchProcess:
+            continue
+
+
 @pytest.fixture
 def ended() -> Iterator[list[Server]]:
-    """Servers whose last master is not the process that the test started: ended behind the test."""
+    """Servers that are ended behind the test."""
     servers: list[Server] = []
     yield servers
     for server in servers:
-        server.client.close()
-        for pid in masters(server):
-            try:
-                master = psutil.Process(pid)
-                master.terminate()
-                master.wait(30)
-            except psutil.NoSuchProcess:
-                continue
+        end(server)
 
 
 def restart(server: Server, code: int = 0) -> str:
