@@ -125,6 +125,7 @@ def post_fork(server: Any, worker: Any) -> None:
     if getattr(server, "metrics", None):
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = server.metrics
         os.environ["RERANKER_SLOT"] = f"{worker.slot}{server.suffix}"
+        worker.place = server.metrics, worker.slot, server.suffix
     # Where others serve meanwhile, a later worker loads before it listens; alone, it answers "loading" instead.
     later = worker.age > workers
     serving = bool(getattr(server, "master_pid", 0)) or (later and bool(server.WORKERS))

@@ -31,6 +31,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from reranker.errors import HeadersTooLargeError, HeadTimeoutError, MalformedRequestError, QueueFullError, RerankError
 from reranker.service.api.errors import error_response
+from reranker.service.balance import Siblings
 from reranker.service.limits import MAX_HEADER_BYTES
 from reranker.service.metrics import Metrics
 
@@ -77,13 +78,28 @@ class HttpProtocol(HttpToolsProtocol):
         among: all of them.
         metrics: where refusals are counted.
         patience: seconds for a head to arrive, and between two signs that an answer is being read.
+        siblings: the workers that a request may be passed on to; None: there are none.
+        first: bytes that another worker has read of a connection that it passed on.
     """
 
-    def __init__(self, *args: Any, among: Connections, metrics: Metrics, patience: float, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        among: Connections,
+        metrics: Metrics,
+        patience: float,
+        siblings: Siblings | None = None,
+        first: bytes = b"",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.among = among
         self.metrics = metrics
         self.patience = patience
+        self.siblings = siblings
+        self.first = first
+        self.counted = False
+        """Among the requests in progress that the siblings see."""
         self.owed: Owed | None = None
         self.deadline: asyncio.TimerHandle | None = None
         self.unread: asyncio.TimerHandle | None = None
@@ -101,6 +117,8 @@ class HttpProtocol(HttpToolsProtocol):
         if len(self.connections) > self.among.most:
             self.among.make_room(self.loop.time())
         self._watch()
+        if self.first:  # passed on once is enough
+            self._receive(self.first)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client left, or was cut off."""
@@ -108,18 +126,14 @@ class HttpProtocol(HttpToolsProtocol):
         for timer in (self.deadline, self.unread):
             if timer is not None:
                 timer.cancel()
+        self._count(False)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Bytes came. What the first of them complete is not told apart: at most one read (256 kB) is not counted."""
-        if self.refusal is not None:
-            return
-        self.bytes_in_vain += len(data)
-        self._unset_keepalive_if_required()
-        self._feed(data)
-        if self.refusal is None and self.bytes_in_vain > MAX_HEADER_BYTES:
-            self._refuse(_TOO_LARGE)
-        self._watch()
+        """Bytes came."""
+        begins = self.owed is Owed.REQUEST
+        if not (begins and self.siblings is not None and self.siblings.pass_on(self.transport, data)):
+            self._receive(data)
 
     def on_message_begin(self) -> None:
         """The first byte of a head."""
@@ -184,6 +198,17 @@ class HttpProtocol(HttpToolsProtocol):
 
     # Reading
 
+    def _receive(self, data: bytes) -> None:
+        """Read on. What the first bytes complete is not told apart: at most one read (256 kB) is not counted."""
+        if self.refusal is not None:
+            return
+        self.bytes_in_vain += len(data)
+        self._unset_keepalive_if_required()
+        self._feed(data)
+        if self.refusal is None and self.bytes_in_vain > MAX_HEADER_BYTES:
+            self._refuse(_TOO_LARGE)
+        self._watch()
+
     def _feed(self, data: bytes) -> None:
         try:
             self.parser.feed_data(data)
@@ -223,7 +248,9 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _watch(self) -> None:
         """Start the clock of what the client owes now, unless it runs already."""
-        owed = None if self.transport.is_closing() else self._owed()
+        closing = self.transport.is_closing()
+        owed = None if closing else self._owed()
+        self._count(not closing and owed in (None, Owed.BODY))
         if owed is self.owed:
             return
         self.owed = owed
@@ -235,6 +262,12 @@ class HttpProtocol(HttpToolsProtocol):
         if owed not in (None, Owed.BODY):  # that one is limits.py's
             seconds = self.timeout_keep_alive if owed is Owed.REQUEST else self.patience
             self.deadline = self.loop.call_later(seconds, self._too_late)
+
+    def _count(self, in_progress: bool) -> None:
+        """Let the siblings know of a request that began or ended here."""
+        if in_progress is not self.counted and self.siblings is not None:
+            self.counted = in_progress
+            self.siblings.count(1 if in_progress else -1)
 
     def _owed(self) -> Owed | None:
         """None: it is the service's turn."""

@@ -14,14 +14,18 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from gunicorn.arbiter import Arbiter
+from uvicorn.config import Config
 from uvicorn.server import Server
 from uvicorn_worker import UvicornWorker
 
+from reranker.service.balance import Siblings
 from reranker.service.handover import Handover
 from reranker.service.protocol import Connections, HttpProtocol
 
 if TYPE_CHECKING:
     from reranker.service.batcher import Batcher
+
+logger = logging.getLogger(__name__)
 
 # Connections beyond WORKER_CONNECTIONS: gunicorn's backlog. As many can come at once, and whoever is cut off to make
 # room for them has had a turn to be read.
@@ -31,6 +35,8 @@ _OTHER_FILES = 256
 # Seconds that a worker which was told to stop still answers on the connections that are open.
 _LINGER = 5.0
 _QUICK_LINGER = 1.0  # Ctrl-C
+# Seconds in which a connection that a sibling passed on arrives.
+_ON_ITS_WAY = 0.05
 
 
 class RerankWorker(UvicornWorker):  # type: ignore[misc]  # neither package is typed
@@ -44,6 +50,8 @@ class RerankWorker(UvicornWorker):  # type: ignore[misc]  # neither package is t
     }
     handover: Handover | None = None
     """Set by gunicorn.conf.py in the workers of a new generation."""
+    place: tuple[str, int, str] | None = None
+    """Folder, slot and generation; set by gunicorn.conf.py where there is a folder."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -56,13 +64,15 @@ class RerankWorker(UvicornWorker):  # type: ignore[misc]  # neither package is t
 
     async def _serve(self) -> None:
         self.config.app = self.wsgi
+        siblings = self._siblings()
         self.config.http = partial(
             HttpProtocol,
             among=Connections(room(self.cfg.worker_connections + _SPARE_CONNECTIONS)),
             metrics=self.wsgi.state.metrics,
             patience=self.wsgi.state.body_timeout,
+            siblings=siblings,
         )
-        server = DrainingServer(self.config)
+        server = DrainingServer(self.config, siblings)
         server.loop = asyncio.get_running_loop()
         # uvicorn's worker ignores SIGQUIT, which gunicorn sends on Ctrl-C, and is killed after the grace period.
         server.loop.add_signal_handler(signal.SIGQUIT, server.handle_exit, signal.SIGQUIT, None)
@@ -72,10 +82,21 @@ class RerankWorker(UvicornWorker):  # type: ignore[misc]  # neither package is t
         if not server.started:
             sys.exit(Arbiter.WORKER_BOOT_ERROR)
 
-    async def _beat(self, server: Server) -> None:
+    def _siblings(self) -> Siblings | None:
+        if self.place is None or self.cfg.is_ssl:  # the keys of a TLS connection stay in the process that has them
+            return None
+        try:
+            return Siblings(*self.place)
+        except OSError as error:
+            logger.warning("requests are not balanced between workers: %s", error)
+            return None
+
+    async def _beat(self, server: DrainingServer) -> None:
         """Once a second; and tell the other generation, if there is one, when this worker serves."""
         while True:
             await self.callback_notify()
+            if server.siblings is not None:
+                server.siblings.show()
             if server.started and not server.should_exit and self.handover is not None:
                 self.handover.ready()
                 self.handover = None
@@ -93,6 +114,21 @@ class DrainingServer(Server):
 
     loop: asyncio.AbstractEventLoop
     linger = _LINGER
+
+    def __init__(self, config: Config, siblings: Siblings | None) -> None:
+        super().__init__(config)
+        self.siblings = siblings
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, also for what siblings pass on."""
+        await super().startup(sockets)
+        if self.siblings is not None:
+            make: Any = self.config.http_protocol_class
+            connect = partial(make, self.config, self.server_state, self.lifespan.state)
+            self.siblings.join(self._is_open, lambda first: connect(first=first))
+
+    def _is_open(self) -> bool:
+        return not self.should_exit and self._batcher is not None and self._batcher.status == "ok"
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called for SIGTERM, SIGINT and SIGQUIT, which all mean: finish what was accepted, then end."""
@@ -114,6 +150,9 @@ class DrainingServer(Server):
             server.close()
         for sock in sockets or []:
             sock.close()
+        if self.siblings is not None:
+            self.siblings.leave()
+            await asyncio.sleep(_ON_ITS_WAY)
         state = self.server_state
         state.default_headers = [*state.default_headers, (b"connection", b"close")]
         for connection in state.connections:  # requests that are being answered have taken their headers already
