@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,8 @@ import httpx
 import pytest
 
 from tests.conftest import FAKE, ROOT, Server, Start, free_port
+from tests.faults.traffic import until
+from tests.test_metrics import samples, value
 
 NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
 TOKEN = "s3cr3t-of-the-proxy"
@@ -57,12 +60,12 @@ class Proxy:
         return "".join(path.read_text() for path in self.folder.glob("*.log"))
 
 
-def configure(folder: Path, port: int, service: int) -> list[str]:
+def configure(folder: Path, port: int, *services: int) -> list[str]:
     """The file with the operator's own lines filled in, and the command that runs it."""
     assert NGINX is not None
     text = (ROOT / "deploy" / "nginx" / "reranker.conf").read_text()
     for yours, here in [
-        ("127.0.0.1:6006", f"127.0.0.1:{service}"),
+        ("server 127.0.0.1:6006;", "".join(f"server 127.0.0.1:{service};" for service in services)),
         ("listen 443 ssl", f"listen 127.0.0.1:{port} ssl"),
         ("/etc/nginx/", f"{folder}/"),
         ("/var/log/nginx/", f"{folder}/"),
@@ -80,31 +83,40 @@ def configure(folder: Path, port: int, service: int) -> list[str]:
     return [NGINX, "-p", str(folder), "-c", str(folder / "nginx.conf"), "-e", str(folder / "main.log")]
 
 
-@pytest.fixture(scope="module")
-def proxy(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+@contextmanager
+def running(folder: Path, *services: Server) -> Iterator[Proxy]:
+    """nginx in front of these."""
     if NGINX is None or shutil.which("openssl") is None:
         pytest.skip("no nginx or no openssl here (Debian: packages nginx-light, openssl)")
-    service = start(command=FAKE, token=TOKEN, ACCESS_TOKEN=TOKEN)
-    folder, port = tmp_path_factory.mktemp("nginx"), free_port()
-    command = configure(folder, port, service.port)
+    port = free_port()
+    command = configure(folder, port, *(service.port for service in services))
     checked = subprocess.run([*command, "-t"], capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stderr + (folder / "main.log").read_text()
     assert "warn" not in checked.stderr
     process = subprocess.Popen(command)
     trust = ssl.create_default_context(cafile=str(folder / "reranker.pem"))
-    with httpx.Client(base_url=f"https://127.0.0.1:{port}", verify=trust, trust_env=False, timeout=30) as client:
-        deadline = time.monotonic() + 20
-        while True:
-            try:
-                client.get("/livez")
-                break
-            except httpx.TransportError:
-                assert process.poll() is None, (folder / "main.log").read_text()
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
-        yield Proxy(folder, port, client, service)
-    process.terminate()
-    process.wait(20)
+    try:
+        with httpx.Client(base_url=f"https://127.0.0.1:{port}", verify=trust, trust_env=False, timeout=30) as client:
+            deadline = time.monotonic() + 20
+            while True:
+                try:
+                    client.get("/livez")
+                    break
+                except httpx.TransportError:
+                    assert process.poll() is None, (folder / "main.log").read_text()
+                    assert time.monotonic() < deadline
+                    time.sleep(0.05)
+            yield Proxy(folder, port, client, services[0])
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def proxy(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+    service = start(command=FAKE, token=TOKEN, ACCESS_TOKEN=TOKEN)
+    with running(tmp_path_factory.mktemp("nginx"), service) as proxy:
+        yield proxy
 
 
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
@@ -120,6 +132,26 @@ def test_requests_pass_with_a_token_of_either_kind(proxy: Proxy) -> None:
     assert len(by_query.headers["x-request-id"]) == 32  # nginx's own
     assert "id=through-1" in proxy.service.log
     assert proxy.client.post("/v1/rerank", json=BODY).status_code == 401
+
+
+def test_of_two_hosts_the_one_with_fewer_requests_in_progress_is_asked(start: Start, tmp_path: Path) -> None:
+    slow, quick = start(command=FAKE, FAKE_SECONDS="5"), start(command=FAKE)
+
+    def rankings(server: Server) -> int:
+        return server.log.count("POST /v1/rerank 200")
+
+    with running(tmp_path, slow, quick) as proxy, ThreadPoolExecutor(1) as pool:
+        answers = []
+        while not value(samples(slow), "reranker_requests_in_progress") > 1:  # one beside the one that asks
+            answers.append(pool.submit(proxy.client.post, "/v1/rerank", json=BODY))
+            until(
+                lambda: answers[-1].done() or value(samples(slow), "reranker_requests_in_progress") > 1, "it is there"
+            )
+        before = rankings(quick)
+        assert [proxy.client.post("/v1/rerank", json=BODY).status_code for _ in range(6)] == [200] * 6
+        until(lambda: rankings(quick) == before + 6, "the quick one answered them")
+        assert [answer.result().status_code for answer in answers] == [200] * len(answers)
+        until(lambda: rankings(slow) == 1, "it had that one only")
 
 
 def connections(port: int) -> int:
