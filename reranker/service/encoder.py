@@ -15,8 +15,8 @@ from reranker.types import EncodedRequest, RerankRequest
 
 # Texts are tokenised in parts of about so many characters, by turns: 0.1 s of work, so that nobody waits for long.
 _PART_CHARACTERS = 200_000
-# What shares a trip: 2 ms of work, for which its first request waits for its last one.
-_TRIP_CHARACTERS = 5_000
+# What shares a trip: 1 ms of work, for which its first request waits for its last one.
+_TRIP_CHARACTERS = 2_000
 
 Passenger = tuple[RerankRequest, asyncio.Future[EncodedRequest]]
 Outcome = EncodedRequest | BaseException | None
