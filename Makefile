@@ -1,6 +1,6 @@
 # What a person, a commit hook and CI call:
 #   make serve | restart | test | test-clients | test-ray | tokenizer | check | format
-#   make bench | bench-gpu | overload | soak | audit | sbom | clean
+#   make bench | bench-gpu | overhead | overload | soak | audit | sbom | clean
 #
 #   PYTHON=python3.12                                     another interpreter (3.11 or newer)
 #   TORCH_INDEX=https://download.pytorch.org/whl/cpu      PyTorch without CUDA (about 200 MB instead of several GB)
@@ -11,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SITE_PACKAGES = $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
-.PHONY: serve restart test test-clients test-ray tokenizer check format bench bench-gpu overload soak audit sbom clean
+.PHONY: serve restart test test-clients test-ray tokenizer check format bench bench-gpu overhead overload soak audit sbom clean
 
 serve: $(VENV)/.serve
 	$(BIN)/gunicorn -c gunicorn.conf.py --pid $(VENV)/gunicorn.pid app:app
@@ -55,6 +55,9 @@ bench-gpu:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu
 
 # Each exits with 1 when a promise of the README is broken. ARGS="--minutes 60" for longer.
+overhead: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.overhead $(ARGS)
+
 overload: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.overload $(ARGS)
 

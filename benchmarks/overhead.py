@@ -248,14 +248,14 @@ async def around(port: int, bodies: Sequence[bytes], clients: int, serving: psut
 
 
 def beside(shape: str, requests: int, clients: Sequence[int]) -> dict[int, Spent]:
-    """By the number of clients: what is spent around the model."""
+    """By the number of clients: what is spent around the model. Every client has at least one request."""
     asked = json.loads(WORKLOAD.read_text(encoding="utf-8"))[:requests]
     bodies = [json.dumps({"query": r["query"], "documents": r["documents"]}).encode() for r in asked]
     settings = {"MODEL_NAME_OR_PATH": model(shape), "MODEL_DEVICE": "cpu", "MODEL_PRECISION": "float32"}
     with serve("benchmarks.timed_app:app", ACCESS_TOKEN=TOKEN, REQUEST_TIMEOUT=1000, **settings) as service:
         serving = worker(service)
         asyncio.run(around(service.port, bodies[:1], 1, serving))  # the first one is cold
-        return {n: asyncio.run(around(service.port, bodies, n, serving)) for n in clients}
+        return {n: asyncio.run(around(service.port, bodies * -(-n // len(bodies)), n, serving)) for n in clients}
 
 
 def promises(rounds: Sequence[Round], spent: dict[int, Spent]) -> list[tuple[str, bool]]:
