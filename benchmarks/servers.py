@@ -42,10 +42,16 @@ class Running:
         """Resident bytes of all its processes."""
         return sum(p.memory_info().rss for p in self._family())
 
+    def pause(self, paused: bool) -> None:
+        """Stop all its processes where they are, or let them go on: one that waits may take processor time too."""
+        for process in self._family():
+            process.send_signal(signal.SIGSTOP if paused else signal.SIGCONT)
+
     def stop(self) -> None:
         """Ask it to end, and wait."""
         if self.process is None:
             return
+        self.pause(False)
         family = self._family()
         self.process.send_signal(signal.SIGTERM)
         psutil.wait_procs(family, timeout=30)

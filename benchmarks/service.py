@@ -3,9 +3,9 @@
     python -m benchmarks.service [--shape mid] [--workload short] [--requests 4] [--documents N] [--rounds 2]
                                  [--clients 1 8 64] [--rates 0.5 0.8] [--vllm PATH/bin/vllm] [--peer NAME=URL ...]
 
-Closed loop: so many clients, each with one request at a time. Open loop: requests come when they come (Poisson), at
-the given shares of the most that this service reached in the closed one, the same arrivals for all. Contestants take
-turns: one is under load at a time, the others idle. Every request has a fresh word in its query, so no cache answers
+Closed loop: so many clients, each with one request at a time. Open loop: requests come when they come (Poisson), at the
+given shares of the most that this service reached in the closed one, the same arrivals for all. Contestants take turns:
+one is under load at a time, the others are stopped. Every request has a fresh word in its query, so no cache answers
 from before; the prefix that the documents of one request share stays shared. `benchmarks/vllm.sh` installs vLLM.
 """
 
@@ -19,6 +19,8 @@ import random
 import statistics
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,7 +88,7 @@ def _measure(a: argparse.Namespace, work: Work, running: list[Running]) -> None:
     reference: list[list[float]] = []
     apart: dict[str, float] = {}
     for server in running:
-        with httpx.Client(timeout=600, trust_env=False) as client:
+        with _alone(server, running), httpx.Client(timeout=600, trust_env=False) as client:
             scores = [_rerank(client, server, r["query"], r["documents"]) for r in work]
         reference = reference or scores
         apart[server.name] = max(
@@ -99,7 +101,8 @@ def _measure(a: argparse.Namespace, work: Work, running: list[Running]) -> None:
         loads: dict[str, list[Load]] = {server.name: [] for server in running}
         for _ in range(a.rounds):
             for server in running:
-                loads[server.name].append(_closed(server, work, clients))
+                with _alone(server, running):
+                    loads[server.name].append(_closed(server, work, clients))
         rate = {n: len(work) * per_request / statistics.median(x.seconds for x in of) for n, of in loads.items()}
         best = max(best, rate[running[0].name])
         for server in running:
@@ -119,13 +122,26 @@ def _measure(a: argparse.Namespace, work: Work, running: list[Running]) -> None:
         rate_per_second = share * best / per_request
         arrivals = _arrivals(rate_per_second, a.open_seconds)
         for server in running:
-            load = _open(server, work, arrivals)
+            with _alone(server, running):
+                load = _open(server, work, arrivals)
             rows.append([server.name, f"{share:.0%}", f"{rate_per_second:.2f}", str(len(arrivals)), *_times([load])])
             failures += [f"{server.name}, {share:.0%}: {failure}" for failure in load.failures]
     if rows:
         head = ["server", "of our capacity", "requests/s", "requests", "p50 s", "p95 s", "p99 s", "failed"]
         print(table(head, rows))
     print(*sorted(set(failures)), sep="\n")
+
+
+@contextmanager
+def _alone(server: Running, running: list[Running]) -> Iterator[None]:
+    others = [other for other in running if other is not server]
+    for other in others:
+        other.pause(True)
+    try:
+        yield
+    finally:
+        for other in others:
+            other.pause(False)
 
 
 def _times(loads: list[Load]) -> list[str]:
