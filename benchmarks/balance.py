@@ -33,14 +33,19 @@ from benchmarks.wire import Wire
 from reranker.service.balance import Siblings
 
 APP = "benchmarks.sleeping_app:app"
-RATE = 25
-"""Requests a second that one worker's device can score."""
+AT_ONCE = 5
+"""Requests in a full pass of a device, on average."""
 PASS_SECONDS = 0.2
+OVERHEAD = 0.05
+"""Seconds of a pass that do not depend on its tokens: what a request alone wastes."""
+RATE = AT_ONCE / PASS_SECONDS
+"""Requests a second that one worker's device can score."""
 LOADS = (0.5, 0.7, 0.9)
 MODES: dict[str, dict[str, str]] = {"kernel alone": {"PROMETHEUS_MULTIPROC_DIR": "/dev/null"}, "balanced": {}}
 SETTINGS = {
-    "RATE": RATE * TOKENS,
-    "BATCH_TOKENS": int(RATE * TOKENS * PASS_SECONDS),
+    "RATE": AT_ONCE * TOKENS / (PASS_SECONDS - OVERHEAD),
+    "OVERHEAD": OVERHEAD,
+    "BATCH_TOKENS": AT_ONCE * TOKENS,
     "MODEL_DEVICE": "cpu",
     "LOG_FORMAT": "%(process)d %(message)s",
 }
@@ -56,8 +61,10 @@ class Run:
     seconds: float
     times: list[float]
     """Of each request."""
-    busiest: float
-    """Share of the requests that the busiest worker answered."""
+    requests: float
+    """Share of them that the busiest worker answered."""
+    clients: float
+    """Share of them that were its clients in the end."""
 
     @property
     def rate(self) -> float:
@@ -76,7 +83,7 @@ def in_turn(clients: int, seconds: float, seed: int) -> Ask:
             chance = random.Random(seed * clients + client)
             async with Wire(port) as wire:
                 while time.perf_counter() < end:
-                    times.append(await _seconds(wire, content(chance)))
+                    times.append(await _seconds(wire, content(chance), client))
 
         await asyncio.gather(*[one(client) for client in range(clients)])
         return times
@@ -90,20 +97,20 @@ def at_random(rate: float, seconds: float, seed: int) -> Ask:
     async def ask(port: int) -> list[float]:
         chance = random.Random(seed)
         async with Wire(port) as wire, asyncio.TaskGroup() as group:
-            tasks = []
+            tasks: list[asyncio.Task[float]] = []
             start = time.perf_counter()
             due = chance.expovariate(rate)
             while due < seconds:
                 await asyncio.sleep(max(0.0, start + due - time.perf_counter()))
-                tasks.append(group.create_task(_seconds(wire, content(chance))))
+                tasks.append(group.create_task(_seconds(wire, content(chance), len(tasks))))
                 due += chance.expovariate(rate)
             return [await task for task in tasks]
 
     return ask
 
 
-async def _seconds(wire: Wire, body: bytes) -> float:
-    answer = await wire.ask("/v1/rerank", body)
+async def _seconds(wire: Wire, body: bytes, client: int) -> float:
+    answer = await wire.ask("/v1/rerank", body, head=f"X-Request-Id: {client}\r\n")
     if answer.status != 200:
         raise RuntimeError(f"{answer.status}: {answer.body!r}")
     return answer.seconds
@@ -117,8 +124,10 @@ def measure(service: Service, ask: Ask) -> Run:
     seconds = time.perf_counter() - start
     with service.log_path.open("rb") as log:
         log.seek(offset)
-        counts = Counter(re.findall(r"^(\d+) POST /v1/rerank 200", log.read().decode(), re.M))
-    return Run(seconds, times, max(counts.values()) / counts.total())
+        answered = re.findall(r"^(\d+) POST /v1/rerank 200 .* id=(\d+)", log.read().decode(), re.M)
+    requests = Counter(worker for worker, _ in answered)
+    clients = Counter({client: worker for worker, client in answered}.values())
+    return Run(seconds, times, *(max(counts.values()) / counts.total() for counts in (requests, clients)))
 
 
 async def looking(workers: int) -> float:
@@ -146,10 +155,9 @@ def by_turns(services: dict[str, Service], rounds: int, make: Callable[[int], As
     return runs
 
 
-def row(runs: list[Run], *facts: object) -> list[str]:
+def row(runs: list[Run], shares: list[float], *facts: object) -> list[str]:
     """A line of a table: shares and rates of each run, times of all of them in milliseconds."""
     times = [seconds for run in runs for seconds in run.times]
-    shares = [run.busiest for run in runs]
     return [
         *map(str, facts),
         f"{statistics.median(shares):.0%} / {max(shares):.0%}",
@@ -180,20 +188,24 @@ def main() -> None:
                 ideal = workers * statistics.median(one)
                 for mode, runs in by_turns(services, a.rounds, partial(in_turn, clients, a.seconds)).items():
                     of_ideal = statistics.median(run.rate for run in runs) / ideal
-                    turns.append([*row(runs, workers, clients, mode), f"{of_ideal:.0%}"])
+                    shares = [run.clients for run in runs]
+                    turns.append([*row(runs, shares, workers, clients, mode), f"{of_ideal:.0%}"])
             for load in LOADS:
                 rate = load * workers * RATE
                 for mode, runs in by_turns(services, a.rounds, partial(at_random, rate, 2 * a.seconds)).items():
-                    moments.append(row(runs, workers, f"{load:.0%}", mode))
+                    shares = [run.requests for run in runs]
+                    moments.append(row(runs, shares, workers, f"{load:.0%}", mode))
     print(header(), end="\n\n")
-    print(f"Each worker's device scores {RATE} requests a second in passes of {PASS_SECONDS:g} s; {a.rounds} rounds.\n")
-    figures = ["share of the busiest, median / worst", "requests/s, median / worst", "ms, p50 / p95 / p99"]
+    print(f"Each worker's device scores {RATE:g} requests a second, {AT_ONCE} in a pass of {PASS_SECONDS:g} s of which")
+    print(f"{OVERHEAD:g} s do not depend on them; {a.rounds} rounds.\n")
+    busiest = "of the busiest worker, median / worst"
+    figures = ["requests/s, median / worst", "ms, p50 / p95 / p99"]
     print(
         f"Clients that ask in turn, {a.seconds:g} s. Ideal: one worker with its part of the clients, so many times.\n"
     )
-    print(table(["workers", "clients", "", *figures, "of the ideal"], turns))
+    print(table(["workers", "clients", "", f"clients {busiest}", *figures, "of the ideal"], turns))
     print(f"\nRequests at random over one pool of connections, {2 * a.seconds:g} s:\n")
-    print(table(["workers", "load", "", *figures], moments), end="\n\n")
+    print(table(["workers", "load", "", f"requests {busiest}", *figures], moments), end="\n\n")
     costs = [f"{asyncio.run(looking(workers)) * 1e6:.1f} us with {workers}" for workers in (1, 2, 8)]
     print(f"What a request that stays where it arrived costs: {', '.join(costs)} worker(s).")
 

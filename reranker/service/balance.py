@@ -31,7 +31,7 @@ _CELLS = 512
 _FRESH = 3.0
 """Seconds; worker.py has every worker show itself once a second, unless its event loop hangs."""
 _MOST_BYTES = 1 << 18
-"""uvloop reads 256,000 at once."""
+"""Of a request, with its connection; uvloop reads 256,000 at once."""
 
 
 class Siblings:
@@ -104,7 +104,7 @@ class Siblings:
 
         Only a POST is worth it, and only behind answers that have left.
         """
-        if not data.startswith(b"POST ") or transport.get_write_buffer_size():
+        if not data.startswith(b"POST ") or len(data) > _MOST_BYTES or transport.get_write_buffer_size():
             return False
         found = self._least()
         if found is None:
