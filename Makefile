@@ -20,9 +20,9 @@ serve: $(VENV)/.serve
 restart:
 	$(BIN)/python deploy/restart.py $(VENV)/gunicorn.pid
 
-# Two modules at a time; in a terminal of your own, `python -m pytest tests/test_x.py` takes one after another.
+# Two tests at a time, of different modules for the most part; `python -m pytest tests/test_x.py` takes one after another.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 # The real SDKs of every client, each in an environment that its makers' pins allow.
 test-clients: $(VENV)/clients/.ready $(VENV)/cohere/.ready

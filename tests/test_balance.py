@@ -350,7 +350,7 @@ def test_a_rolling_restart_and_the_end_of_each_worker_in_turn_fail_no_request(st
 def test_a_worker_that_hangs_takes_at_most_one_request_of_its_sibling(start: Start) -> None:
     server = start(command=FAKE, WORKERS="2", TIMEOUT="4", FAKE_SECONDS="0.02", **BY_PROCESS)
     all_ready(server, 2)
-    hangs, other = booted(server)
+    hangs, _ = booted(server)
     os.kill(hangs, signal.SIGSTOP)
     until(lambda: psutil.Process(hangs).status() == psutil.STATUS_STOPPED, "it hangs")
 
