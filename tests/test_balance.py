@@ -105,12 +105,13 @@ class Host:
                 await asyncio.sleep(0.001)
 
     async def end(self) -> None:
-        """Close everything."""
+        """Close everything; uvloop would wait for ever for what is not, with warnings as errors."""
+        for worker in self.workers:
+            worker.die()
+            await asyncio.gather(*worker.siblings._tasks)
         protocols = [*self.accepted, *(taken for worker in self.workers for taken in worker.taken)]
         for protocol in protocols:
             protocol.transport.abort()
-        for worker in self.workers:
-            worker.die()
         for client in self.clients:
             client.close()
         await self.soon(lambda: all(protocol.lost for protocol in protocols))
