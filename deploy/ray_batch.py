@@ -128,12 +128,15 @@ def _run(args: argparse.Namespace, where: Source, scans: dict[str, Scan]) -> Non
     model = where.model | {"model": where.identity["model"]}  # the whole path of a folder
     job = Job(model, output, args.top_k, args.instruction, next((record.weights for record in begun.values()), None))
     start = time.monotonic()
-    done = list(cluster.score(left, job, args.actors, args.gpus, args.cpus)) if left else []
+    done: list[Record] = []
+    for record in cluster.score(left, job, args.actors, args.gpus, args.cpus) if left else ():
+        done.append(record)
+        if record.weights != done[0].weights:  # as long as it is not too late
+            raise FailedError(
+                f"the nodes hold different models as {where.model['model']}: make them the same, --overwrite"
+            )
     seconds = time.monotonic() - start
-    everything = [*begun.values(), *done]
-    if len({record.weights for record in everything}) > 1:
-        raise FailedError(f"the nodes hold different models as {where.model['model']}: make them the same, --overwrite")
-    total = _totals(everything)
+    total = _totals([*begun.values(), *done])
     output.close(total)
     _sum_up(done, seconds, total, args.output)
     if total["rows"] and total["bad"] == total["rows"]:

@@ -81,6 +81,7 @@ class Actor:
         found = score(self.ranker, rows(part, self.job.top_k, self.job.instruction))
         record = Record(
             part=part.number,
+            batch=self.job.output.batch,
             rows=len(found.results) + len(found.bad),
             bad=len(found.bad),
             documents=found.documents,

@@ -9,6 +9,7 @@ _summary.json        totals, written when every part is finished
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -28,6 +29,8 @@ class Record:
     """What is known of a finished part."""
 
     part: int
+    batch: str
+    """Which batch it belongs to: an actor that outlives its driver may finish a part of another one in the folder."""
     rows: int
     """Good and bad ones."""
     bad: int
@@ -53,6 +56,8 @@ class Output:
 
     def __init__(self, address: str) -> None:
         self.folder = Folder(address)
+        self.batch = ""
+        """Fingerprint of what the results depend on; known from `begin` on."""
 
     def begin(self, identity: dict[str, Any], parts: Sequence[Part], *, overwrite: bool) -> dict[int, Record]:
         """The finished parts, by number, of an earlier run with the same `identity` (JSON values).
@@ -66,6 +71,7 @@ class Output:
             InputError: the folder holds something else.
             FailedError: it cannot be written.
         """
+        self.batch = hashlib.sha256(dump(identity)).hexdigest()[:16]
         names = {name for name in self.folder.names() if not name.startswith((DRAFT, "."))}
         if overwrite:
             self._clear(names)
@@ -88,7 +94,7 @@ class Output:
     def record(self, part: Part) -> Record | None:
         """The record of a part that is finished."""
         content = self.folder.read_if_there(f"_done/{part.name}.json")
-        return _record(content) if content is not None else None
+        return self._record(content) if content is not None else None
 
     def finish(self, part: Part, record: Record, good: list[dict[str, Any]], bad: list[dict[str, Any]]) -> None:
         """Write a part's rows, and then that they are all there.
@@ -98,6 +104,8 @@ class Output:
         """
         if bad:
             self.folder.write(f"bad-{part.name}.jsonl", b"".join(map(dump, bad)))
+        else:  # what a try that died had found bad, for a reason that is gone
+            self.folder.remove([f"bad-{part.name}.jsonl"])
         self.folder.write(f"part-{part.name}.jsonl", b"".join(map(dump, good)))
         self.folder.write(f"_done/{part.name}.json", dump(record.row()))
 
@@ -109,7 +117,7 @@ class Output:
     def _finished(self, names: set[str], parts: Sequence[Part]) -> dict[int, Record]:
         done = self.folder.names("_done")
         named = [f"_done/{p.name}.json" for p in parts if f"{p.name}.json" in done and f"part-{p.name}.jsonl" in names]
-        found = [record for content in self.folder.read(named) if (record := _record(content))]
+        found = [record for content in self.folder.read(named) if (record := self._record(content))]
         weights = {record.weights for record in found}
         if len(weights) > 1:
             raise InputError(
@@ -124,12 +132,12 @@ class Output:
         ours = [name for name in names if name.startswith(("part-", "bad-")) or name in (_SUMMARY, _ABOUT)]
         self.folder.remove(sorted(ours, key=lambda name: name == _ABOUT))
 
-
-def _record(content: bytes) -> Record | None:
-    try:
-        return Record(**json.loads(content))
-    except (ValueError, TypeError):  # half of one, left by a store that shows files while they are written
-        return None
+    def _record(self, content: bytes) -> Record | None:
+        try:
+            record = Record(**json.loads(content))
+        except (ValueError, TypeError):  # half of one, left by a store that shows files while they are written
+            return None
+        return record if record.batch == self.batch else None
 
 
 def _difference(about: bytes, identity: dict[str, Any]) -> str | None:

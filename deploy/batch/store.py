@@ -6,7 +6,7 @@ import os
 import re
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO, Any
 
 from fsspec.core import url_to_fs
@@ -147,7 +147,8 @@ class Folder:
                 raise
 
     def remove(self, names: list[str]) -> None:
-        """Delete files that are there."""
+        """Delete files, where they are there."""
         with reaching(self.address, "write"):
             for name in names:
-                self.fs.rm_file(f"{self.path}/{name}")
+                with suppress(FileNotFoundError):
+                    self.fs.rm_file(f"{self.path}/{name}")

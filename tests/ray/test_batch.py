@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,12 @@ from tests.conftest import ROOT
 from tests.test_cli_batch import BAD, GOOD, inputs
 
 COMMAND = [sys.executable, "-m", "deploy.ray_batch"]
+UNCOLLECTED = [
+    sys.executable,
+    "-c",
+    "import gc; gc.disable(); from deploy.ray_batch import main, run; run(main)",
+]
+"""The same, and what is in reference cycles stays."""
 MODEL = ("--device", "cpu", "--max-batch-tokens", "1024")
 SMALL = ("--part-bytes", "1000", *MODEL)
 STORE = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
@@ -91,13 +97,13 @@ def check(output: Path, rows: dict[Any, dict[int, float]]) -> None:
 class Running:
     """A batch that is under way."""
 
-    def __init__(self, *args: object, cwd: Path) -> None:
+    def __init__(self, *args: object, cwd: Path, command: Sequence[str] = COMMAND) -> None:
         self.log = cwd / "log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [*COMMAND, *map(str, args)],
+                [*command, *map(str, args)],
                 cwd=cwd,
-                env=environment(),
+                env=environment(PYTHONFAULTHANDLER="1"),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -107,15 +113,18 @@ class Running:
         """Until so many parts are finished, by so many actors."""
         deadline = time.monotonic() + 120
         while len(found := records(output)) < parts or len({record["process"] for record in found}) < processes:
-            assert self.process.poll() is None, f"it ended too early:\n{self.log.read_text()}"
-            assert time.monotonic() < deadline, self.log.read_text()
+            assert self.process.poll() is None, f"it ended too early:\n{self.log.read_text()[-5_000:]}"
+            assert time.monotonic() < deadline, self.log.read_text()[-5_000:]
             time.sleep(0.01)
         return found
 
     def finish(self) -> str:
-        with suppress(subprocess.TimeoutExpired):
-            self.process.wait(300)
-        assert self.process.poll() == 0, self.log.read_text()
+        try:
+            code = self.process.wait(200)
+        except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGABRT)  # it tells where it waits
+            code = self.process.wait(10)
+        assert code == 0, self.log.read_text()[-5_000:]
         return self.log.read_text()
 
 
@@ -227,7 +236,8 @@ def test_a_node_and_an_actor_die_and_nothing_is_lost(
     output = tmp_path / "out"
     node = cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
     try:
-        running = Running(lines, output, *SMALL, "--actors", 2, "--cpus", 1, "--address", cluster.address, cwd=tmp_path)
+        args = (lines, output, *SMALL, "--actors", 2, "--cpus", 1, "--address", cluster.address)
+        running = Running(*args, cwd=tmp_path, command=UNCOLLECTED)
         first = {record["process"] for record in running.wait_for(output, 4, processes=2)}
     finally:
         cluster.remove_node(node, allow_graceful=False)
@@ -239,3 +249,32 @@ def test_a_node_and_an_actor_die_and_nothing_is_lost(
     assert len({record["process"] for record in found} - first) >= 1  # Ray started another
     assert [record["part"] for record in found] == list(range(len(found)))
     check(output, rows)
+
+
+def test_an_actor_that_dies_while_it_loads_is_replaced(
+    cluster: Cluster, expected: tuple[Path, dict[Any, dict[int, float]]], tmp_path: Path
+) -> None:
+    lines, rows = expected
+    output = tmp_path / "out"
+    others = actors()  # of the test before, on their way out
+    running = Running(lines, output, *SMALL, "--address", cluster.address, cwd=tmp_path)
+    deadline = time.monotonic() + 60
+    while not (loading := actors() - others):
+        assert time.monotonic() < deadline, running.log.read_text()
+        time.sleep(0.01)
+    assert not records(output)
+    for process in loading:
+        process.kill()
+    log = running.finish()
+    assert log.count(": once more") == 1
+    check(output, rows)
+
+
+def actors() -> set[psutil.Process]:
+    """Processes of Ray that score, or will."""
+    found = set()
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if "MapWorker" in " ".join(process.cmdline()):
+                found.add(process)
+    return found

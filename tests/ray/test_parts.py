@@ -5,18 +5,19 @@ from __future__ import annotations
 import itertools
 import json
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+from ray.exceptions import ActorDiedError
 
 from deploy import ray_batch
+from deploy.batch import cluster, store
 from deploy.batch import rows as reading
-from deploy.batch import store
-from deploy.batch.actor import fingerprint, score
+from deploy.batch.actor import Job, fingerprint, score
 from deploy.batch.output import Output, Record
 from deploy.batch.parts import Part, cut, scan
 from reranker.cli.errors import FailedError, InputError
@@ -149,15 +150,15 @@ def test_pairs_of_one_query_share_a_request(tmp_path: Path) -> None:
 PARTS = [Part(i, "file:///a.jsonl", "a.jsonl", i, i + 1, i + 1) for i in range(3)]
 
 
-def record(part: int, weights: str = "w") -> Record:
-    return Record(part, 1, 0, 1, 0, weights, "actor", 1, 0.0, 1.0, 0.5)
+def record(part: int, batch: str = "", weights: str = "w") -> Record:
+    return Record(part, batch, 1, 0, 1, 0, weights, "actor", 1, 0.0, 1.0, 0.5)
 
 
 def test_a_part_counts_when_its_record_and_its_rows_are_there(tmp_path: Path) -> None:
     output = Output(str(tmp_path / "out"))
     assert output.begin({"model": "m"}, PARTS, overwrite=False) == {}
     for part in PARTS:
-        output.finish(part, record(part.number), [{"line": 1}], [{"line": 2}])
+        output.finish(part, record(part.number, output.batch), [{"line": 1}], [{"line": 2}])
     assert set(output.begin({"model": "m"}, PARTS, overwrite=False)) == {0, 1, 2}
     half = tmp_path / "out" / "_done" / "000000.json"
     half.write_bytes(half.read_bytes()[:9])
@@ -170,11 +171,28 @@ def test_a_part_counts_when_its_record_and_its_rows_are_there(tmp_path: Path) ->
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["_batch.json", "_done"]
 
 
+def test_what_an_actor_of_another_batch_finishes_does_not_count(tmp_path: Path) -> None:
+    old, new = Output(str(tmp_path)), Output(str(tmp_path))
+    old.begin({"top_k": 1}, PARTS, overwrite=False)
+    new.begin({"top_k": 2}, PARTS, overwrite=True)
+    old.finish(PARTS[0], record(0, old.batch), [{"line": 1}], [])
+    assert new.record(PARTS[0]) is None
+    assert new.begin({"top_k": 2}, PARTS, overwrite=False) == {}
+
+
+def test_a_row_that_is_good_the_second_time_is_not_bad_as_well(tmp_path: Path) -> None:
+    output = Output(str(tmp_path))
+    output.begin({}, PARTS, overwrite=False)
+    output.folder.write("bad-000000.jsonl", b'{"line": 1}\n')  # and then the actor died
+    output.finish(PARTS[0], record(0, output.batch), [{"line": 1}], [])
+    assert sorted(path.name for path in tmp_path.glob("*0.jsonl")) == ["part-000000.jsonl"]
+
+
 def test_parts_of_two_models_are_refused(tmp_path: Path) -> None:
     output = Output(str(tmp_path))
     output.begin({}, PARTS, overwrite=False)
-    output.finish(PARTS[0], record(0, "one"), [], [])
-    output.finish(PARTS[1], record(1, "two"), [], [])
+    output.finish(PARTS[0], record(0, output.batch, "one"), [], [])
+    output.finish(PARTS[1], record(1, output.batch, "two"), [], [])
     with pytest.raises(InputError, match="scored with 2 different models"):
         output.begin({}, PARTS, overwrite=False)
 
@@ -250,3 +268,50 @@ def test_a_folder_and_a_pattern(tmp_path: Path) -> None:
         (tmp_path / name).write_text("")
     assert len(store.find(str(tmp_path), (".jsonl", ".ndjson"))) == 3
     assert len(store.find(f"{tmp_path}/[ab].jsonl", (".jsonl",))) == 2
+
+
+class Rounds:
+    """Rounds of actors that finish so many parts each and then die; a number below 0: they end without a word."""
+
+    def __init__(self, *finish: int) -> None:
+        self.finish = list(finish)
+        self.given: list[int] = []
+
+    def __call__(self, left: Sequence[Part], *_: object) -> Iterator[dict[str, Any]]:
+        self.given.append(len(left))
+        finish = self.finish.pop(0)
+        yield from (record(part.number).row() for part in left[: abs(finish)])
+        if 0 <= finish < len(left):
+            raise ActorDiedError()
+
+
+@pytest.fixture
+def scoring(monkeypatch: pytest.MonkeyPatch) -> Callable[[Rounds], Iterator[Record]]:
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 1})
+    job = Job({"device": "cpu"}, Output("/nowhere"), None, None, None)
+
+    def start(rounds: Rounds) -> Iterator[Record]:
+        monkeypatch.setattr(cluster, "_round", rounds)
+        return cluster.score(PARTS, job, (1, 1), 0, 1)
+
+    return start
+
+
+def test_what_a_death_left_goes_to_new_actors(scoring: Callable[[Rounds], Iterator[Record]]) -> None:
+    rounds = Rounds(0, 0, 0, 1, 0, 0, 0, 1, 1)
+    assert [found.part for found in scoring(rounds)] == [0, 1, 2]
+    assert rounds.given == [3, 3, 3, 3, 2, 2, 2, 2, 1]
+
+
+def test_deaths_without_a_part_between_them_end_a_batch(scoring: Callable[[Rounds], Iterator[Record]]) -> None:
+    found = scoring(Rounds(1, 0, 0, 0, 0))
+    assert next(found).part == 0
+    with pytest.raises(
+        FailedError, match=r"with 2 parts in each of 4 rounds, the first from line 2 of a\.jsonl \(Actor"
+    ):
+        next(found)
+
+
+def test_parts_that_ray_forgets_are_told(scoring: Callable[[Rounds], Iterator[Record]]) -> None:
+    with pytest.raises(FailedError, match="Ray lost 1 parts; run the same command again"):
+        list(scoring(Rounds(-2)))
