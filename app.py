@@ -22,7 +22,7 @@ from fastapi.routing import iter_route_contexts
 
 from config import Settings, SettingsError, load_settings, log_config, misspelt
 from reranker import __version__
-from reranker.errors import DeviceLostError, ModelLoadError
+from reranker.errors import ModelLoadError, NotReadyError
 from reranker.service.access import AccessLog
 from reranker.service.api import errors, health, metrics, openai, page, routes, tei
 from reranker.service.auth import TokenAuth, describe
@@ -153,18 +153,19 @@ def _for_good(load: Callable[[], ScorerLike]) -> ScorerLike:
 
 
 def end_process(error: Exception) -> None:
-    """The model cannot be loaded or its device is lost: say why and leave the rest to whoever started this process.
+    """The model cannot be loaded, or not be used any more: say why and leave the rest to whoever started this process.
 
-    Nothing is lost by it: while loading, nothing was accepted; on a lost device, every request was answered already.
+    What was accepted is lost by neither: while loading that is nothing, and who waited for a scorer was told already.
+    What is still tokenised or on its way then has half a second.
     On the first boot the exit code stops the whole service; of several workers one gives it, for gunicorn stumbles over
     a second. A worker that has served, or was started later (RERANKER_RESPAWNED, set by gunicorn.conf.py), must not
     stop its healthy siblings: it ends with another code and is started again; after a failed load it waits first.
     """
-    if isinstance(error, (ModelLoadError, TimeoutError, DeviceLostError)):
+    if isinstance(error, (ModelLoadError, TimeoutError, NotReadyError)):
         logger.critical("cannot serve: %s", error)
     else:
         logger.critical("cannot serve", exc_info=error)
-    lost = isinstance(error, DeviceLostError)
+    lost = isinstance(error, NotReadyError)  # there was a scorer
     later = os.environ.get("RERANKER_RESPAWNED") == "1"
     first = os.environ.get("RERANKER_BOOT")  # a pipe of gunicorn.conf.py that holds one byte
 

@@ -19,6 +19,7 @@ from reranker.errors import (
     ScoringError,
 )
 from reranker.service.batcher import Batcher
+from reranker.service.observer import ForwardPass
 from reranker.types import Chunk, EncodedRequest, RerankRequest, RerankResult, Slice
 from tests.fake import PREFIX, FakeScorer
 
@@ -489,9 +490,67 @@ def test_a_bug_in_the_loop_ends_the_worker_instead_of_hanging() -> None:
         while batcher.status == "ok":  # the loop ends behind the pass that it answered
             await asyncio.gather(batcher.rerank(ask(), 0.2), return_exceptions=True)
         assert batcher.status == "unhealthy"
-        assert isinstance(failures[0], OSError)
+        assert isinstance(failures[0], NotReadyError)
+        assert "the batch loop failed" in str(failures[0])
 
     run(test, Broken(), on_failure=failures.append)
+
+
+def test_a_bug_in_the_loop_answers_what_waits_and_what_is_half_done() -> None:
+    scorer = FakeScorer(max_batch_tokens=60)
+
+    def broken(forward_pass: ForwardPass) -> None:
+        raise OSError("a bug behind a forward pass")
+
+    async def test(batcher: Batcher) -> None:
+        batcher._observer.pass_ended = broken  # type: ignore[method-assign,assignment]
+        half = await held(batcher, scorer, ask(200))  # more than one batch's documents
+        waiting = await queued(batcher, ask(), ask())
+        scorer.hold.set()
+        for work in (half, *waiting):
+            with pytest.raises(NotReadyError, match="the batch loop failed"):
+                await work
+
+    run(test, scorer)
+
+
+class Panic(BaseException):
+    """As the tokenizer's are."""
+
+
+def test_a_panic_while_packing_fails_its_batch_alone() -> None:
+    scorer = FakeScorer()
+    pack = scorer.pack
+
+    def panic(slices: Sequence[Slice]) -> list[Slice]:
+        scorer.pack = pack  # type: ignore[method-assign]
+        raise Panic("in packing")
+
+    async def test(batcher: Batcher) -> None:
+        scorer.pack = panic  # type: ignore[method-assign]
+        with pytest.raises(ScoringError):
+            await batcher.rerank(ask(), 30)
+        await batcher.rerank(ask(), 30)
+
+    run(test, scorer)
+
+
+def test_a_panic_while_loading_ends_the_process() -> None:
+    failures: list[Exception] = []
+
+    def load() -> FakeScorer:
+        raise Panic("in the tokenizer's file")
+
+    async def test() -> None:
+        batcher = Batcher(load, max_queue_tokens=1000, on_failure=failures.append)
+        await batcher.start()
+        while not failures:
+            await asyncio.sleep(0.01)
+        assert str(failures[0]) == "Panic: in the tokenizer's file"
+        assert batcher.status == "unhealthy"
+        await batcher.stop()
+
+    asyncio.run(test())
 
 
 def test_stopping_answers_what_still_waits() -> None:

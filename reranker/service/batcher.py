@@ -24,7 +24,7 @@ from reranker.engine.scores import per_document
 from reranker.errors import DeadlineError, DeviceLostError, NotReadyError, RerankError, ScoringError
 from reranker.service.admission import Admission
 from reranker.service.cache import ScoreCache
-from reranker.service.compute import ComputeThread, ScorerLike
+from reranker.service.compute import ComputeThread, ScorerLike, guarded
 from reranker.service.encoder import Encoder
 from reranker.service.observer import ForwardPass, Observer
 from reranker.service.queue import Job, TokenQueue
@@ -68,6 +68,8 @@ class Batcher:
         self.max_requests = max_requests
         self.requests = 0
         self.queue = TokenQueue()
+        self._jobs: set[Job] = set()
+        """Those that are not answered yet: in the queue, in a batch, or in parts of both."""
         self.admission = Admission(max_queue_tokens, self.queue)
         self._cache = ScoreCache(cache_entries, self._observer) if cache_entries else None
         self._on_failure = on_failure
@@ -105,7 +107,8 @@ class Batcher:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        for job in self.queue.clear():
+        self.queue.clear()
+        for job in list(self._jobs):
             job.fail(NotReadyError("the service is shutting down; try again", retry_after=5))
         self._encoder.close()
         self._packer.shutdown(wait=False, cancel_futures=True)
@@ -198,6 +201,8 @@ class Batcher:
         if self.status == "unhealthy":  # draining is for what comes later: this one was accepted
             self.check_ready()
         job = Job(request, asyncio.get_running_loop().create_future(), queued_at=time.monotonic())
+        self._jobs.add(job)
+        job.done.add_done_callback(lambda _: self._jobs.discard(job))
         self.queue.put(job)
         self._observer.queue_changed(self.queue.tokens)
         self._changed.set()
@@ -216,9 +221,9 @@ class Batcher:
         logger.info("ready after %.1f s: %s", time.monotonic() - start, self.scorer.info)
         try:
             await self._run(self.scorer)
-        except Exception as error:  # a bug: without the loop nobody would be answered, so end rather than hang
+        except Exception:  # a bug: without the loop nobody would be answered, so end rather than hang
             logger.exception("the batch loop failed")
-            self._give_up(error)
+            self._give_up(NotReadyError("the batch loop failed and the worker restarts; try again", retry_after=10))
 
     async def _run(self, scorer: ScorerLike) -> None:
         """The whole algorithm: gather, take, pack, score; one batch ahead of the device."""
@@ -259,7 +264,7 @@ class Batcher:
     async def _pack(self, scorer: ScorerLike, batch: list[tuple[Job, Slice]]) -> Any:
         try:
             slices = [part for _, part in batch]
-            return await asyncio.get_running_loop().run_in_executor(self._packer, scorer.pack, slices)
+            return await asyncio.get_running_loop().run_in_executor(self._packer, guarded(scorer.pack), slices)
         except Exception as error:  # dealt with in _score, request by request
             return error
 
@@ -276,7 +281,7 @@ class Batcher:
                 raise packed
             logits = await self._compute.score(scorer, [part for _, part in batch], packed)
         except DeviceLostError as error:
-            self._lose(error, batch)
+            self._give_up(error)
             return
         except Exception as error:  # the scorer's, whatever it is: must not end the loop
             logger.exception("a batch of %d request(s) failed", len(batch))
@@ -301,12 +306,11 @@ class Batcher:
         if tokens >= budget // 2 or offset >= scorer.max_batch_documents // 2:
             self.admission.scored(tokens, seconds)
 
-    def _lose(self, error: DeviceLostError, batch: list[tuple[Job, Slice]]) -> None:
-        for job in [*(job for job, _ in batch), *self.queue.clear()]:
-            job.fail(error)
-        self._give_up(error)
-
     def _give_up(self, error: Exception) -> None:
+        """No scorer, or none any more: whoever waits is told at once, and the process ends."""
+        self.queue.clear()
+        for job in list(self._jobs):
+            job.fail(error)
         if self.status != "unhealthy":
             self.status = "unhealthy"
             self._on_failure(error)

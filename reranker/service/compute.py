@@ -7,12 +7,16 @@ which the worker ends.
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 from reranker.errors import DeviceLostError
 from reranker.types import EncodedRequest, ModelInfo, RerankRequest, Slice
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class ScorerLike(Protocol):
@@ -42,6 +46,23 @@ class ScorerLike(Protocol):
         """Logits of the batch's documents."""
 
 
+def guarded(function: Callable[P, T]) -> Callable[P, T]:
+    """The same for a thread: a panic of the tokenizer, which is no Exception, is one. Nobody could tell it from a
+    cancellation or an exit, and it would pass all who deal with errors.
+    """
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return function(*args, **kwargs)
+        except Exception:
+            raise
+        except BaseException as error:
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error
+
+    return call
+
+
 class ComputeThread:
     """Loads and scores.
 
@@ -66,7 +87,7 @@ class ComputeThread:
             TimeoutError: not loaded in time.
             Exception: whatever a checkpoint can break.
         """
-        work = asyncio.get_running_loop().run_in_executor(self._pool, self._load)
+        work = asyncio.get_running_loop().run_in_executor(self._pool, guarded(self._load))
         try:
             return await asyncio.wait_for(work, self.load_timeout)
         except TimeoutError:
@@ -99,5 +120,6 @@ class ComputeThread:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
+@guarded
 def _score(scorer: ScorerLike, slices: Sequence[Slice], packed: Any) -> list[float]:
     return scorer.score(scorer.pack(slices) if packed is None else packed)

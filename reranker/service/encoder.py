@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from reranker.service.compute import ScorerLike
+from reranker.service.compute import ScorerLike, guarded
 from reranker.types import EncodedRequest, RerankRequest
 
 # Texts are tokenised in parts of about so many characters, by turns: 0.1 s of work, so that nobody waits for long.
@@ -19,7 +19,7 @@ _PART_CHARACTERS = 200_000
 _TRIP_CHARACTERS = 2_000
 
 Passenger = tuple[RerankRequest, asyncio.Future[EncodedRequest]]
-Outcome = EncodedRequest | BaseException | None
+Outcome = EncodedRequest | Exception | None
 """None: nobody waited for it any more."""
 
 
@@ -51,7 +51,7 @@ class Encoder:
             size += len(document)
             if size >= _PART_CHARACTERS or i == len(request.documents) - 1:
                 part = request.only(range(start, i + 1))
-                parts.append(await loop.run_in_executor(self._bulk, scorer.encode, part))
+                parts.append(await loop.run_in_executor(self._bulk, guarded(scorer.encode), part))
                 start, size = i + 1, 0
         return EncodedRequest.join(parts)
 
@@ -86,10 +86,11 @@ def _trips(waiting: list[Passenger]) -> Iterator[list[Passenger]]:
 def _encode(scorer: ScorerLike, trip: list[Passenger]) -> list[Outcome]:
     """In a host thread."""
     outcomes: list[Outcome] = []
+    encode = guarded(scorer.encode)
     for request, encoded in trip:
         try:
-            outcomes.append(None if encoded.done() else scorer.encode(request))
-        except BaseException as error:  # a panic of the tokenizer is no Exception; each is its own request's alone
+            outcomes.append(None if encoded.done() else encode(request))
+        except Exception as error:  # its own request's alone
             outcomes.append(error)
     return outcomes
 
@@ -102,7 +103,7 @@ def _arrive(trip: list[Passenger], work: asyncio.Future[list[Outcome]]) -> None:
     for (_, encoded), outcome in zip(trip, work.result(), strict=True):
         if encoded.done():
             continue
-        if isinstance(outcome, BaseException):
+        if isinstance(outcome, Exception):
             encoded.set_exception(outcome)
         elif outcome is not None:
             encoded.set_result(outcome)

@@ -20,6 +20,7 @@ import pytest
 from benchmarks.wire import Answer, Wire
 from tests.conftest import GUNICORN, Server, Start
 from tests.fake import PREFIX
+from tests.faults.raw import Peak
 
 STEPPED = [*GUNICORN[:-1], "tests.faults.stepped_app:app"]
 CLIENTS = 1000
@@ -134,6 +135,23 @@ def test_a_refused_request_is_not_tokenised_and_an_accepted_one_is_answered(
         service.let_go(2)
         assert [len(answer.result().json()) for answer in accepted] == [1, 10]
     assert service.told("pass") == [["running"], ["waits"]]
+
+
+def test_what_was_not_asked_for_takes_no_memory_while_its_request_waits(stepped: Callable[..., Stepped]) -> None:
+    service = stepped()
+    client, requests = service.server.client, 12
+    junk = [f"{i:06d}" for i in range(900_000)]  # 8 MB, and 60 MB of memory as Python's objects
+    bodies = [json.dumps({**body(f"q{i}", 1), "junk": junk}).encode() for i in range(requests)]
+    with Peak(service.server) as peak, ThreadPoolExecutor(requests) as pool:
+        asked = []
+        for i in range(requests):
+            asked.append(
+                pool.submit(client.post, "/v1/rerank", content=bodies[i], headers={"content-type": "application/json"})
+            )
+            service.until(lambda: len(service.told("encode")) == len(asked))
+        service.let_go(requests)
+        assert [answer.result().status_code for answer in asked] == [200] * requests
+    assert peak.megabytes < 300  # 900, were all of it kept
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,9 @@ import psutil
 import pytest
 
 from tests.conftest import FAKE, GUNICORN, Server, Start
+from tests.faults.raw import connect, listen, send
 from tests.faults.traffic import BODY, Traffic, all_ready, until
-from tests.test_metrics import folders
+from tests.test_metrics import folders, once, value
 
 REFUSED = {"ConnectError", "ConnectionRefusedError"}
 # The kernel resets what it has connected and nobody has accepted when the last listener goes.
@@ -44,7 +45,8 @@ def post(server: Server, words: str = "red fish") -> httpx.Response:
 
 
 @pytest.mark.parametrize(
-    ("sig", "workers"), [(signal.SIGTERM, 1), (signal.SIGTERM, 2), (signal.SIGINT, 2), (signal.SIGQUIT, 1)]
+    ("sig", "workers"),
+    [(sig, workers) for sig in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT) for workers in (1, 2)],
 )
 def test_a_stop_under_load_answers_every_accepted_request(start: Start, sig: int, workers: int) -> None:
     server = start(command=FAKE, WORKERS=str(workers), MODEL_DEVICE="cpu", FAKE_SECONDS="0.05")
@@ -169,6 +171,68 @@ def test_a_later_load_that_fails_waits_and_harms_no_sibling(start: Start, tmp_pa
         traffic.wait(30)
     assert set(traffic.seen) == {200}, traffic.seen
     assert server.process.poll() is None
+
+
+def test_a_later_load_that_hangs_is_given_up_and_harms_no_sibling(start: Start, tmp_path: Path) -> None:
+    hangs = tmp_path / "hangs"
+    server = start(command=FAKE, WORKERS="2", MODEL_DEVICE="cpu", FAKE_LOAD_HANGS=str(hangs), LOAD_TIMEOUT="2")
+    all_ready(server, 2)
+    hangs.touch()
+    os.kill(booted(server)[0], signal.SIGKILL)
+    until(lambda: "cannot serve" in server.log, "its successor is given up")
+    hangs.unlink()
+    with Traffic(server) as traffic:
+        all_ready(server, 3)
+        traffic.wait(30)
+    assert set(traffic.seen) == {200}, traffic.seen
+    assert "LOAD_TIMEOUT" in server.log
+    assert server.process.poll() is None
+
+
+def test_a_load_that_takes_longer_than_the_heartbeat_is_let_finish(start: Start) -> None:
+    server = start(command=FAKE, TIMEOUT="2", FAKE_LOAD_SECONDS="6")
+    assert post(server).status_code == 200
+    assert len(booted(server)) == 1
+    assert "WORKER TIMEOUT" not in server.log
+
+
+def test_work_that_outlives_the_grace_period_is_answered_with_503(start: Start) -> None:
+    # Whose body is still on its way, and whose scores are: cancelled in time for the answer, before gunicorn kills.
+    server = start(command=FAKE, FAKE_SECONDS="20", REQUEST_TIMEOUT="1", BODY_TIMEOUT="60")
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, connect(server) as half:
+        send(half, b"POST /v1/rerank HTTP/1.1\r\nHost: h\r\nContent-Length: 100\r\n\r\n{")
+        once(server, lambda found: value(found, "reranker_requests_in_progress") == 2)  # and the one that asks
+        stopped = pool.submit(server.stop)
+        answers = listen(half, 30)
+        assert answers.statuses == [503]
+        assert "shutting down" in answers.error["detail"]
+        assert stopped.result() == 0
+
+
+def test_a_bug_in_the_batch_loop_is_told_to_who_waits_and_costs_no_sibling(start: Start) -> None:
+    server = start(command=FAKE, WORKERS="2", MODEL_DEVICE="cpu", FAKE_BATCH_TOKENS="20")
+    all_ready(server, 2)
+    body = {"query": "q", "documents": ["bug", *["a b c"] * 50]}
+    with Traffic(server) as traffic:
+        traffic.wait(50)
+        told = httpx.post(f"{server.client.base_url}/v1/rerank", json=body, timeout=30, trust_env=False)
+        assert (told.status_code, told.json()["error_type"]) == (503, "not_ready")
+        assert "the batch loop failed" in told.json()["detail"]
+        assert int(told.headers["retry-after"]) >= 1
+        all_ready(server, 3)
+        traffic.wait(30)
+    failed = traffic.seen.total() - traffic.seen[200]
+    assert failed <= 6, f"at most one for each client: {traffic.seen}"
+    assert server.process.poll() is None
+
+
+def test_a_panic_of_the_tokenizer_fails_its_request_alone(start: Start) -> None:
+    server = start(command=FAKE)
+    body = {"query": "panic", "documents": ["a"]}
+    told = server.client.post("/v1/rerank", json=body)
+    assert (told.status_code, told.json()["error_type"]) == (500, "internal_error")
+    assert post(server).status_code == 200
+    assert len(booted(server)) == 1
 
 
 def test_a_first_load_that_fails_in_every_worker_stops_the_service_once(start: Start, tmp_path: Path) -> None:

@@ -28,6 +28,11 @@ from reranker.types import RerankRequest
 
 M = TypeVar("M", bound=BaseModel)
 
+_MOST_VALUES = 1_000_000
+"""In a body: MAX_DOCUMENTS objects have room for an embedding of hundreds of numbers each, which is ignored."""
+_SEPARATORS = b",", b"[", b"{"
+"""Each value but the first stands behind one of these."""
+
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
@@ -158,15 +163,19 @@ async def read_json(request: Request) -> dict[str, Any]:
     Raises:
         UnsupportedMediaTypeError: another content type than JSON.
         MalformedBodyError: not JSON.
-        InvalidRequestError: JSON, but not an object, or with NaN or Infinity.
+        InvalidRequestError: JSON, but not an object, or with NaN or Infinity, or with too many values.
     """
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
         raise UnsupportedMediaTypeError("the body must be JSON: send the header 'Content-Type: application/json'")
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise UnsupportedMediaTypeError("Content-Encoding is not supported: send the JSON uncompressed")
+    # Not request.body(), which keeps the bytes as long as the request waits.
+    content = b"".join([part async for part in request.stream()])
+    if too_many_values(content):
+        raise InvalidRequestError(f"the body holds more than {_MOST_VALUES} values: leave out what is not asked for")
     try:
-        value = _loads((await request.body()).decode("utf-8-sig"))
+        value = _loads(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise MalformedBodyError(f"the body is not UTF-8 at byte {error.start}") from None
     except RecursionError:
@@ -180,6 +189,19 @@ async def read_json(request: Request) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InvalidRequestError("the body must be a JSON object with query and documents")
     return value
+
+
+def too_many_values(content: bytes) -> bool:
+    """Whether JSON has more values than any request needs: in memory each takes up to a hundred times its bytes, and
+    the event loop waits while they are made. Texts may hold whatever they like; what is no JSON is not judged here.
+    """
+    if sum(map(content.count, _SEPARATORS)) < _MOST_VALUES:
+        return False
+    unescaped = content.replace(b"\\\\", b"").replace(b'\\"', b"")
+    if unescaped.count(b'"') > 2 * _MOST_VALUES:
+        return True
+    outside = b"".join(unescaped.split(b'"')[::2])
+    return sum(map(outside.count, _SEPARATORS)) >= _MOST_VALUES
 
 
 def parse(model: type[M], body: dict[str, Any]) -> M:

@@ -68,8 +68,6 @@ async def _score(request: Request, query: RerankRequest) -> RerankResult:
     left = asyncio.create_task(_disconnected(request))
     try:
         await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
-    except asyncio.CancelledError:  # the server gives up on a graceful shutdown: still an answer, not a cut line
-        raise NotReadyError("the service is shutting down; try again", retry_after=5) from None
     finally:
         left.cancel()
         if not work.done():

@@ -7,6 +7,7 @@ client sends a model as well), else `model` asks for the results object on /v1/r
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -15,6 +16,7 @@ from fastapi.routing import APIRoute
 from pydantic import Field, RootModel
 from starlette.responses import Response
 
+from reranker.errors import NotReadyError
 from reranker.service.api import native, results
 from reranker.service.api.body import RerankBody, parse, read_json
 from reranker.service.api.endpoint import HEADERS, Ranking, answer, rank, refuse_too_many
@@ -36,14 +38,26 @@ router = APIRouter(tags=["rerank"], route_class=Direct)
 async def _rerank(request: Request, plain: Callable[[Ranking], object], model: Callable[[Ranking], object]) -> Response:
     """Read, rank, render: `plain` renders the answer to a native body, `model` the one to a body with a model."""
     request.app.state.batcher.check_room(request.app.state.request_timeout)
+    try:
+        asked, named = await _asked(request)
+        ranking = await rank(request, asked)
+    except asyncio.CancelledError:  # the server gives up on a graceful shutdown: still an answer, not a cut line
+        raise NotReadyError("the service is shutting down; try again", retry_after=5) from None
+    render = native.array if isinstance(asked, TeiBody) else model if named else plain
+    return answer(render(ranking), ranking.result)
+
+
+async def _asked(request: Request) -> tuple[RerankBody, bool]:
+    """The body, checked, and whether it has the key `model`.
+
+    What else was in it does not outlive this function: unknown keys may be larger than all that is asked for, and the
+    request may wait for long.
+    """
     body = await read_json(request)
     texts = "texts" in body
     name = "texts" if texts else "documents"
     refuse_too_many(request, name, body.get(name))
-    asked = parse(TeiBody if texts else RerankBody, body)
-    ranking = await rank(request, asked)
-    render = native.array if texts else model if "model" in body else plain
-    return answer(render(ranking), ranking.result)
+    return parse(TeiBody if texts else RerankBody, body), "model" in body
 
 
 def _texts_and_about(ranking: Ranking) -> dict[str, object]:
