@@ -86,6 +86,7 @@ def create_app(
         lifespan=lifespan,
         docs_url=None,  # page.py serves it without internet access
         redoc_url=None,
+        redirect_slashes=False,  # where the token is in the address, a redirect would lose it
         # FastAPI's own would hand whole addresses to whatever tracing the environment sets up, tokens in them.
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )

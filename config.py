@@ -53,6 +53,8 @@ def _token(value: str) -> str:
     tokens = [token.strip() for token in value.split(",")]
     if any(set(token) - set(string.printable) or re.search(r"\s", token) for token in tokens):
         raise ValueError("tokens are printable ASCII without spaces, several separated by commas")
+    if value.strip() and not any(tokens):  # it was meant to close the service, and would open it
+        raise ValueError("there is no token between the commas; leave it empty to let everybody in")
     return ",".join(filter(None, tokens))
 
 

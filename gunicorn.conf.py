@@ -68,8 +68,10 @@ def on_starting(server: Any) -> None:
     try:
         if not server.metrics:
             inherited = os.environ.get(_FOLDER, "")
-            server.metrics = inherited if os.path.isdir(inherited) else folder.make(worker_tmp_dir)
-            server.own_metrics = folder.hold(server.metrics)
+            if os.path.isdir(inherited):
+                server.metrics, server.own_metrics = inherited, folder.hold(inherited)
+            else:
+                server.metrics, server.own_metrics = folder.make(worker_tmp_dir)
         for file in Path(server.metrics).glob("gauge_live*.db"):  # of workers that no longer are
             if not server.master_pid or file.stem.endswith(_NEXT) == bool(server.suffix):
                 file.unlink()

@@ -192,7 +192,28 @@ async def test_what_is_better_answered_here_stays(host: Host) -> None:
 @on_host
 async def test_a_worker_that_takes_nothing_passes_everything_on(host: Host) -> None:
     here, there = host.worker(0), host.worker(1, requests=9)
-    here.siblings.leave()
+    await here.siblings.leave()
+    assert here.siblings.pass_on((await host.connect())[1], HEAD)
+    await host.soon(lambda: len(there.taken) == 1)
+
+
+@on_host
+async def test_a_worker_that_leaves_takes_what_is_on_its_way(host: Host) -> None:
+    here, leaving = host.worker(0, requests=1), host.worker(1)
+    asyncio.get_running_loop().remove_reader(leaving.siblings._socket)  # it is busy with something else
+    assert here.siblings.pass_on((await host.connect())[1], HEAD)
+    await leaving.siblings.leave()
+    assert [protocol.received for protocol in leaving.taken] == [HEAD]
+
+
+@on_host
+async def test_a_connection_that_there_is_no_room_for_does_not_shut_its_worker_out(host: Host) -> None:
+    here, there = host.worker(0, requests=1), host.worker(1)
+    # What is left of a message whose file could not be opened here.
+    here.siblings._sent[1] = there.siblings._taken
+    here.siblings._socket.sendto(HEAD, f"{host.folder}/worker_1")
+    await host.soon(lambda: here.siblings._sent[1] != there.siblings._taken)
+    assert there.taken == []
     assert here.siblings.pass_on((await host.connect())[1], HEAD)
     await host.soon(lambda: len(there.taken) == 1)
 

@@ -76,6 +76,7 @@ def test_the_file_of_existing_deployments_is_in_force(tmp_path: Path) -> None:
         ("LOG_FORMAT={message}", ["LOG_FORMAT='{message}'", "%-style"]),
         ("LOG_FORMAT=%(nonsense)s", ["nonsense"]),
         ("ACCESS_TOKEN='two words'", ["ACCESS_TOKEN=(hidden)", "without spaces"]),
+        ("ACCESS_TOKEN=' , '", ["ACCESS_TOKEN=(hidden)", "no token between the commas"]),
         ("ACCESS_TOKEN=schlüssel", ["ACCESS_TOKEN=(hidden)", "ASCII"]),
         ("TOKENIZERS_PARALLELISM=maybe", ["TOKENIZERS_PARALLELISM='maybe'"]),
     ],
@@ -103,6 +104,7 @@ def test_a_wrong_value_is_one_line_that_helps(tmp_path: Path, line: str, words: 
         ("WORKER_CLASS=uvicorn_worker.UvicornWorker", "worker_class", "uvicorn_worker.UvicornWorker"),
         ("ACCESS_TOKEN= old , new,", "access_token", "old,new"),
         ("ACCESS_TOKEN=", "access_token", ""),
+        ("ACCESS_TOKEN=' '", "access_token", ""),
         ("PORT=", "port", 6006),
     ],
 )

@@ -36,6 +36,7 @@ from reranker.service.metrics import _FILES, OTHER, Metrics
 from reranker.types import RerankRequest
 from tests.conftest import GUNICORN, ROOT, Server, Start
 from tests.fake import PREFIX, FakeScorer
+from tests.faults.traffic import until
 from tests.test_imports import imports, top
 
 FAKE = [*GUNICORN[:-1], "tests.fake_app:app"]
@@ -94,7 +95,6 @@ def fill(server: Server) -> tuple[Counter[tuple[str, str]], list[httpx.Response]
     ask("/api/v1/rerank", json=body())
     for _ in range(3):
         ask("/v1/rerank", json=body(), headers={"Authorization": "Bearer wrong"})
-    ask(OTHER, "/v1/rerank/")  # a redirect
     ask(OTHER, "/nothing/here")
     ask("/api/v1/rerank", content=b" " * 5000, headers={"Content-Type": "application/json"})
     ask("/v1/rerank", json={"query": "red"})
@@ -109,7 +109,7 @@ def fill(server: Server) -> tuple[Counter[tuple[str, str]], list[httpx.Response]
         thread.join()
     tally = Counter((route, str(answer.status_code)) for route, answer in answers)
     scored = [a for _, a in answers if a.status_code == 200]
-    assert {s for _, s in tally} == {"200", "307", "400", "401", "404", "405", "413", "422", "429", "500"}
+    assert {s for _, s in tally} == {"200", "400", "401", "404", "405", "413", "422", "429", "500"}
     return tally, scored
 
 
@@ -352,6 +352,23 @@ def test_a_full_disk_breaks_no_request(start: Start, tmp_path: Path, full: str) 
     assert ("no shared metrics" in server.log) == (full == "from the start")
 
 
+def test_a_disk_that_is_full_for_one_of_two_workers_leaves_the_figures_of_the_other(
+    start: Start, tmp_path: Path
+) -> None:
+    mount = SMALL_DISK.format(folder=tmp_path)  # has room for the files of one worker; both may fail on it
+    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True, check=False).returncode:
+        pytest.skip("no right to mount a small file system here (unshare -rm)")
+    script = f"{mount}; exec {' '.join(FAKE)}".replace("{", "{{").replace("}", "}}")
+    server = start(command=["unshare", "-rm", "sh", "-c", script], PROMETHEUS_MULTIPROC_DIR=str(tmp_path),
+                   WORKERS="2", MODEL_DEVICE="cpu")  # fmt: skip
+    until(lambda: server.log.count("ready after") == 2, "both are ready")
+    assert server.log.count("no shared metrics") >= 1
+    for _ in range(20):
+        assert call(server, "/v1/rerank", json=body()).status_code == 200
+        assert "reranker_ready_workers 1.0" in call(server, "/metrics").text
+    assert "cannot be read" not in server.log
+
+
 # Without a server
 
 
@@ -377,12 +394,24 @@ def test_all_that_can_be_counted_fits_into_the_space_that_was_taken(
     assert len(statuses) > 8
     # Twice the routes of today, each with every status there is.
     for route in [OTHER, *routes, *(f"{route}/long" for route in routes)]:
-        for status in statuses | {200, 307, 404, 405, 499}:
+        for status in statuses | {200, 404, 405, 499}:
             metrics.request_began()
             metrics.request_ended(route, status, 0.1, f"kind_{status}")
     metrics.loaded(FakeScorer().info, 1)
     assert {f.name: f.stat().st_size for f in tmp_path.iterdir()} == {f"{n}_7.db": size for n, size in _FILES.items()}
     assert b'reranker_requests_total{route="/v1/rerank/long",status="499"} 1.0' in metrics.render("")[0]
+
+
+@pytest.mark.usefixtures("_library")
+@pytest.mark.parametrize("content", [b"", b"abc", b"\xff" * 100], ids=["empty", "short", "nonsense"])
+def test_a_file_of_a_sibling_that_is_not_whole_leaves_its_own_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    metrics = Metrics(str(tmp_path), "7")
+    metrics.request_began()
+    (tmp_path / "counter_8.db").write_bytes(content)
+    assert b"reranker_requests_in_progress 1.0" in metrics.render("")[0]
 
 
 @pytest.mark.usefixtures("_library")

@@ -203,6 +203,9 @@ def test_too_many_and_down_say_when_to_come_back_and_no_log_holds_a_token(proxy:
     down = proxy.client.post("/v1/rerank", json=BODY, params=QUERY)
     assert (down.status_code, down.json()["error_type"]) == (503, "not_ready")
     assert down.headers["retry-after"] == "5"
+    for answer in (*refused, down):
+        assert answer.headers["strict-transport-security"] == "max-age=31536000"
+    proxy.client.get(f"/health&access_token={TOKEN}/more")
     proxy.client.get("/nothing", params=QUERY, headers={**BEARER, "Referer": f"https://h/docs?access_token={TOKEN}"})
     with proxy.connect() as bad:
         bad.sendall(f"GET /?access_token={TOKEN} HTTP/9.9\r\n\r\n".encode())
@@ -210,5 +213,6 @@ def test_too_many_and_down_say_when_to_come_back_and_no_log_holds_a_token(proxy:
     time.sleep(0.5)
     assert " GET /health 429 " in proxy.logs
     assert " POST /v1/rerank 503 " in proxy.logs
+    assert " GET /health&access_token=*** " in proxy.logs
     assert TOKEN not in proxy.logs
     assert TOKEN not in proxy.service.log

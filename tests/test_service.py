@@ -202,6 +202,8 @@ def test_unknown_paths_and_methods(server: Server) -> None:
     ]:
         response = server.client.request(method, path)
         assert (response.status_code, response.json()["error_type"]) == (status, kind)
+    answer = server.client.post("/v1/rerank/", json=BODY)
+    assert (answer.status_code, "leave out the slash at its end" in answer.json()["detail"]) == (404, True)
 
 
 def test_a_control_token_is_ordinary_text(server: Server) -> None:

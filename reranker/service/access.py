@@ -20,8 +20,9 @@ from reranker.service.metrics import OTHER, Metrics
 logger = logging.getLogger(__name__)
 
 _REQUEST_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
-# "&access_token=" in place of "?access_token=": no parameter to anybody but the one who sent it.
-_MISPLACED = re.compile(r"(access_token=)[^&;/?]*", re.IGNORECASE)
+# "&access_token=" in place of "?access_token=": no parameter to anybody but the one who sent it. A token may hold any
+# character that could end it.
+_MISPLACED = re.compile(r"(access_token=).*", re.IGNORECASE | re.DOTALL)
 _QUIET = frozenset({"/health", "/livez", "/readyz", "/metrics"})
 
 CLIENT_LEFT = 499
@@ -64,7 +65,7 @@ class AccessLog:
         self.metrics.request_began()
         try:
             await self.app(scope, receive, stamped)
-        except Exception:
+        except BaseException:  # a panic of a library in Rust is no Exception
             status = status or 500
             facts["error_type"] = RerankError.error_type
             raise

@@ -14,6 +14,7 @@ They lie in the folder of the metrics. What cannot be passed on is answered wher
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import mmap
 import os
@@ -22,7 +23,10 @@ import socket
 import struct
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 # Of each worker: when it was last able to take requests (CLOCK_MONOTONIC, which is one for all processes; -inf: it is
 # not able, 0: there was never such a worker), requests in progress, and a count of the connections that it took over.
@@ -30,6 +34,8 @@ _CELL = struct.Struct("=dII")
 _CELLS = 512
 _FRESH = 3.0
 """Seconds; worker.py has every worker show itself once a second, unless its event loop hangs."""
+_ON_ITS_WAY = 0.05
+"""Seconds in which a connection that a sibling passed on arrives."""
 _MOST_BYTES = 1 << 18
 """Of a request, with its connection; uvloop reads 256,000 at once."""
 
@@ -83,11 +89,15 @@ class Siblings:
         asyncio.get_running_loop().add_reader(self._socket, self._read)
         self.show()
 
-    def leave(self) -> None:
-        """Be passed nothing more. What is on its way is still taken."""
+    async def leave(self) -> None:
+        """Be passed nothing more, and take what is on its way."""
         self._open = lambda: False
         self.show()
-        Path(f"{self._address}{self.slot}").unlink(missing_ok=True)
+        with suppress(OSError):  # nobody finds it any more
+            os.unlink(f"{self._address}{self.slot}")
+        await asyncio.sleep(_ON_ITS_WAY)
+        self._read()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def count(self, requests: int) -> None:
         """So many more are in progress here."""
@@ -140,9 +150,12 @@ class Siblings:
         """Connections come."""
         while True:
             try:
-                data, files, _, _ = socket.recv_fds(self._socket, _MOST_BYTES, 1)
+                data, files, _, _ = socket.recv_fds(self._socket, _MOST_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
             except BlockingIOError:
                 return
+            if not files:  # this process has no more room for open files, and the kernel has closed it
+                logger.warning("a connection of another worker could not be taken over: too many open files")
+                self._took()
             for file in files:
                 task = asyncio.create_task(self._take_over(socket.socket(fileno=file), data))
                 self._tasks.add(task)
@@ -155,5 +168,8 @@ class Siblings:
         except OSError:  # the client left
             connection.close()
         finally:
-            self._taken = (self._taken + 1) & 0xFFFFFFFF
-            self.show()
+            self._took()
+
+    def _took(self) -> None:
+        self._taken = (self._taken + 1) & 0xFFFFFFFF
+        self.show()

@@ -10,20 +10,29 @@ import fcntl
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 _PREFIX = "reranker-metrics-"
 
 
-def make(parent: str | None) -> str:
-    """A new folder in `parent` (None: where temporary files go), without those that nobody uses any more.
+def make(parent: str | None) -> tuple[str, int]:
+    """A new folder in `parent` (None: where temporary files go), and the lock of `hold`; those that nobody uses any
+    more are removed.
 
     Raises:
         OSError: it cannot be made.
     """
     for left in Path(parent or tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         remove(str(left))
-    return tempfile.mkdtemp(prefix=_PREFIX, dir=parent)
+    for _ in range(10):
+        made = tempfile.mkdtemp(prefix=_PREFIX, dir=parent)
+        with suppress(FileNotFoundError):  # another service that starts has removed it before it was locked
+            lock = hold(made)
+            if os.path.exists(made):
+                return made, lock
+            os.close(lock)
+    raise OSError(f"folders in {parent or tempfile.gettempdir()} vanish as soon as they are made")
 
 
 def hold(folder: str) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+from contextlib import suppress
 
 import psutil
 
@@ -35,7 +36,8 @@ class Handover:
         """This worker serves."""
         if os.read(self._others, 1):
             return
-        if psutil.Process(os.getppid()).ppid() != self.old:  # it ended before; its number may be another's by now
-            return
-        logger.info("the new generation serves; the old one (%d) finishes what it accepted and ends", self.old)
-        os.kill(self.old, signal.SIGTERM)
+        with suppress(psutil.NoSuchProcess, ProcessLookupError):  # one of the two masters ended meanwhile
+            if psutil.Process(os.getppid()).ppid() != self.old:  # it ended before; its number may be another's by now
+                return
+            logger.info("the new generation serves; the old one (%d) finishes what it accepted and ends", self.old)
+            os.kill(self.old, signal.SIGTERM)

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import logging
 import os
+import struct
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -225,7 +227,7 @@ class Metrics(Observer):
             try:
                 MultiProcessCollector(shared, self.folder)
                 return encode(shared), kind
-            except (OSError, ValueError) as error:  # a clean-up of /dev/shm, say; what is mapped lives on
+            except (OSError, ValueError, struct.error) as error:  # a clean-up of /dev/shm, say; what is mapped lives on
                 logger.warning("the folder of shared metrics cannot be read, so /metrics is one worker's: %s", error)
         return encode(self.registry), kind
 
@@ -234,13 +236,20 @@ def _reserve(folder: Path, worker: str) -> bool:
     """Take the space of this worker's files; False where that is not possible.
 
     The library makes files with holes and writes through a memory map, so a disk that is full later would end the
-    process with SIGBUS. A file whose blocks are there already cannot do that.
+    process with SIGBUS. A file whose blocks are there already cannot do that. Siblings read every `*.db`, so none is
+    there before it is whole.
     """
+    made = folder / f"{worker}.new"
     try:
         for name, size in _FILES.items():
-            with (folder / f"{name}_{worker}.db").open("ab") as file:
-                os.posix_fallocate(file.fileno(), 0, size)
+            file = folder / f"{name}_{worker}.db"
+            place = file if file.exists() else made
+            with place.open("ab") as new:
+                os.posix_fallocate(new.fileno(), 0, size)
+            place.rename(file)
     except OSError as error:
+        with suppress(OSError):
+            made.unlink()
         logger.warning("no shared metrics, /metrics shows one worker's own: %s", error)
         return False
     return True

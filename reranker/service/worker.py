@@ -35,8 +35,6 @@ _OTHER_FILES = 256
 # Seconds that a worker which was told to stop still answers on the connections that are open.
 _LINGER = 5.0
 _QUICK_LINGER = 1.0  # Ctrl-C
-# Seconds in which a connection that a sibling passed on arrives.
-_ON_ITS_WAY = 0.05
 
 
 class RerankWorker(UvicornWorker):  # type: ignore[misc]  # neither package is typed
@@ -151,8 +149,7 @@ class DrainingServer(Server):
         for sock in sockets or []:
             sock.close()
         if self.siblings is not None:
-            self.siblings.leave()
-            await asyncio.sleep(_ON_ITS_WAY)
+            await self.siblings.leave()
         state = self.server_state
         state.default_headers = [*state.default_headers, (b"connection", b"close")]
         for connection in state.connections:  # requests that are being answered have taken their headers already

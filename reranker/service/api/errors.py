@@ -76,7 +76,11 @@ def install(app: FastAPI) -> None:
     async def framework(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         kind = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
-        return ErrorResponse(str(error.detail), kind, error.status_code, error.headers)
+        detail = str(error.detail)
+        if kind == "not_found":
+            slash = "leave out the slash at its end, or see" if request.scope["path"].endswith("/") else "see"
+            detail = f"there is nothing at this path; {slash} /docs for all there are"
+        return ErrorResponse(detail, kind, error.status_code, error.headers)
 
     async def gone(request: Request, error: Exception) -> Response:
         # The client left in the middle of its body: no error of ours, and nobody reads the answer.
