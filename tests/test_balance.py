@@ -309,23 +309,32 @@ def test_each_of_three_slow_requests_has_a_worker_of_its_own(start: Start) -> No
 
 @pytest.mark.parametrize("kind", ["httpx", "requests", "http.client"])
 def test_clients_that_keep_their_connections_are_shared_out(start: Start, kind: str) -> None:
+    """The first worker has all of their connections: the other one was asleep when they came."""
     server = start(command=FAKE, WORKERS="2", FAKE_SECONDS="0.05", **BY_PROCESS)
     until(lambda: shown(server) == 2, "both can take requests")
-    together = threading.Barrier(16)
+    asleep = psutil.Process(booted(server)[1])
+    asleep.suspend()
+    together = threading.Barrier(16, asleep.resume)
 
     def client(_: int) -> list[int]:
-        url = f"{server.client.base_url}/v1/rerank"
-        together.wait(30)
+        url = f"{server.client.base_url}/livez"
         if kind == "httpx":
             with httpx.Client(trust_env=False, timeout=60) as session:
-                return [session.post(url, json=BODY).status_code for _ in range(12)]
+                session.get(url)
+                together.wait(30)
+                return [session.post(f"{server.client.base_url}/v1/rerank", json=BODY).status_code for _ in range(12)]
         if kind == "requests":
             with requests.Session() as session:
                 session.trust_env = False
+                session.get(url, timeout=60)
+                together.wait(30)
+                url = f"{server.client.base_url}/v1/rerank"
                 return [session.post(url, json=BODY, timeout=60).status_code for _ in range(12)]
         with closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)) as connection:
-            connection.connect()
+            connection.request("GET", "/livez")
+            connection.getresponse().read()
             own, statuses = connection.sock, []
+            together.wait(30)
             for _ in range(12):
                 connection.request("POST", "/v1/rerank", json.dumps(BODY), {"Content-Type": "application/json"})
                 answer = connection.getresponse()
@@ -337,6 +346,7 @@ def test_clients_that_keep_their_connections_are_shared_out(start: Start, kind: 
     with ThreadPoolExecutor(16) as pool:
         statuses = Counter(status for seen in pool.map(client, range(16)) for status in seen)
     assert statuses == {200: 192}
+    until(lambda: answered(server).total() == 192, "all are in the log")
     assert max(answered(server).values()) <= 0.65 * 192, answered(server)
 
 
