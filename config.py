@@ -129,7 +129,9 @@ class Settings(BaseSettings):
         le=10_000_000,
         description="Documents whose scores each worker remembers for itself, in up to 600 bytes each; 0: none",
     )
-    request_timeout: float = Field(100, gt=0, le=3600, description="Seconds from the end of its body until a request is answered with 504")
+    request_timeout: float = Field(
+        100, gt=0, le=3600, description="Seconds from the end of its body until a request is answered with 504"
+    )
     body_timeout: float = Field(
         20, gt=0, le=3600, description="Seconds for a head, and again for its body, to arrive, else 408"
     )

@@ -3,8 +3,11 @@
     python -m benchmarks.gpu [--shape 4b] [--device cuda] [--seconds 450] [--skip-tests]
 
 Needs torch, transformers and what they bring, no network and no checkpoint: the model has random weights, made on the
-device. Prints a section for RESULTS.md; what failed or found no time is named as not measured. Runs the tests marked
-`cuda` first. With `--device cpu --shape tiny` it runs anywhere, which tests/test_bench_gpu.py does.
+device. Where the true tokenizer is not at hand (`make tokenizer`), the demo's tokens are cut or repeated to the lengths
+that the true one gives (tokens.json). Prints a section for RESULTS.md; what failed or found no time is named as not
+measured. Runs the tests marked `cuda` first where pytest and what the tests need is installed; scores are compared with
+the card's computation in any case. Exit status 1 where tests or scores are wrong or a section was not measured. With
+`--device cpu --shape tiny` it runs anywhere, which tests/test_bench_gpu.py does.
 """
 
 from __future__ import annotations
@@ -12,11 +15,17 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
+import importlib.util
+import itertools
 import json
 import logging
+import os
+import random
+import re
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +37,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
 from benchmarks.models import CACHE, SHAPES
 from benchmarks.report import header, table
+from benchmarks.traffic import TOKENS, ten_documents
 from reranker import Scorer
 from reranker.engine import device as devices
 from reranker.engine.attention import choose
@@ -37,12 +47,49 @@ from reranker.engine.quantized import FLOAT8, quantize
 from reranker.engine.qwen3 import PLAIN, fuse
 from reranker.engine.scorer import DEMO
 from reranker.service.batcher import Batcher
-from reranker.types import RerankRequest, Slice
+from reranker.types import EncodedRequest, RerankRequest, Slice
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = (96, 160, 3, 6, 2, 32, True)
 TESTS = ["tests/test_attention.py", "tests/test_graphs.py", "tests/test_quantized.py", "tests/test_scorer.py"]
+NEEDED_BY_TESTS = ("pytest", "httpx", "accelerate", "psutil")
 WORK = json.loads((Path(__file__).parent / "short.json").read_text(encoding="utf-8"))
+
+
+class WrongError(Exception):
+    """Something computes what it should not."""
+
+
+class TrueLengths(Prompt):
+    """The demo's tokenizer, whose tokens are cut or repeated to as many as the true one makes of the same texts."""
+
+    lengths: dict[str, tuple[int, list[int]]]
+    """Of the prefix and of each document, by the first document of the request."""
+
+    def encode(self, request: RerankRequest) -> EncodedRequest:
+        """Of a request of short.json, or the one of ten documents; another one as it is."""
+        encoded = super().encode(request)
+        if request.documents[0] not in self.lengths:
+            return encoded
+        prefix, documents = self.lengths[request.documents[0]]
+        return EncodedRequest(
+            _fit(encoded.prefix, prefix),
+            [_fit(tokens, count) for tokens, count in zip(encoded.documents, documents, strict=True)],
+        )
+
+
+def true_lengths() -> TrueLengths:
+    """Of the requests that are timed here."""
+    counted = json.loads(TOKENS.read_text())
+    made = TrueLengths(load_tokenizer(DEMO))
+    made.lengths = {ten_documents().documents[0]: (counted["ten"]["prefixes"][0], counted["ten"]["documents"][0])}
+    for request, *of in zip(WORK, counted["short"]["prefixes"], counted["short"]["documents"], strict=True):
+        made.lengths[request["documents"][0]] = of[0], of[1]
+    return made
+
+
+def _fit(tokens: list[int], count: int) -> list[int]:
+    return list(itertools.islice(itertools.cycle(tokens), count))
 
 
 class Bench:
@@ -59,8 +106,8 @@ class Bench:
         self.device, self.work, self.rounds = device, WORK[:requests], rounds
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         true = CACHE / "tokenizer"
-        self.tokenizer_path = true if (true / "tokenizer_config.json").is_file() else DEMO
-        self.prompt = Prompt(load_tokenizer(self.tokenizer_path))
+        self.true = (true / "tokenizer_config.json").is_file()
+        self.prompt = Prompt(load_tokenizer(true)) if self.true else true_lengths()
         hidden, intermediate, layers, heads, groups, head, tied = TINY if shape == "tiny" else SHAPES[shape]
         settings: dict[str, Any] = {
             "vocab_size": 151_669 if shape != "tiny" else len(self.prompt.plain.get_vocab()) + 64,
@@ -125,6 +172,33 @@ class Bench:
         self.scorer, seconds = self.load(self.dtype)
         return f"Warm-up: {seconds:.1f} s; {_paths(self.scorer)}. Token budget {self.scorer.max_batch_tokens}."
 
+    def fidelity(self) -> str:
+        """Scores against the card's computation, one pair at a time, on random shapes: alone, and many in a batch.
+
+        Raises:
+            WrongError: they are further apart than rounding can bring them.
+        """
+        assert self.scorer is not None
+        rng = random.Random(23)
+        requests = [self._random(rng) for _ in range(24)]
+        made = self.make(Qwen3ForCausalLM)
+        with torch.inference_mode():
+            true = torch.tensor([self._pair(made, r.prefix + d) for r in requests for d in r.documents])
+        del made
+        slices = [Slice(r, 0, len(r.documents)) for r in requests]
+        together = torch.tensor(self.scorer.score(self.scorer.pack(slices)))
+        alone = torch.tensor([logit for part in slices for logit in self.scorer.score(self.scorer.pack([part]))])
+        apart = torch.stack([together, alone]) - true
+        neighbours = (together - alone).abs()
+        if not apart.abs().max() <= 0.5 * true.std():
+            raise WrongError(f"logits are {apart.abs().max():.3f} from the card's, whose deviation is {true.std():.3f}")
+        return (
+            f"Fidelity: {len(true)} pairs of random shapes against transformers, a pair at a time in "
+            f"{devices.short(self.dtype)}: logits of standard deviation {true.std():.2f} differ by "
+            f"{apart.abs().mean():.2g} on average, {apart.abs().max():.2g} at most; sharing a batch moves one by "
+            f"{neighbours.max():.2g} at most."
+        )
+
     def clients(self) -> str:
         """Eight clients through the batcher, each with a request of its own, again and again."""
         assert self.scorer is not None
@@ -138,10 +212,12 @@ class Bench:
         )
 
     def card(self) -> str:
-        """The same documents in padded batches; what sentence-transformers' CrossEncoder computes, without its host."""
+        """The same documents in padded batches of equal lengths as near as there are; what sentence-transformers'
+        CrossEncoder computes, without its host.
+        """
         made = self.make(Qwen3ForCausalLM)
         requests = [self._encode(r) for r in self.work[:2]]
-        pairs = [r.prefix + document for r in requests for document in r.documents]
+        pairs = sorted((r.prefix + document for r in requests for document in r.documents), key=len)
         pairs = pairs if self.device.type == "cuda" else pairs[:20]
         rates = {}
         for batch in (8, 32, 128):
@@ -150,22 +226,22 @@ class Bench:
             rates[batch] = len(pairs) / seconds
         best = max(rates, key=lambda batch: rates[batch])
         return (
-            f"The card's computation in padded batches, tokenised beforehand: {rates[best]:.0f} documents/s at its "
-            f"best batch of {best}; the service is {self.documents_per_second / rates[best]:.2f} times as fast. "
-            f"sentence-transformers' CrossEncoder itself: not measured (it computes the same and tokenises besides)."
+            f"The card's computation in padded batches of documents sorted by length, as sentence-transformers' "
+            f"CrossEncoder makes them, tokenised beforehand: {rates[best]:.0f} documents/s at its best batch of "
+            f"{best}; the service is {self.documents_per_second / rates[best]:.2f} times as fast. The CrossEncoder "
+            f"itself: not measured (it computes the same and tokenises besides)."
         )
 
     def latency(self) -> str:
         """Ten documents of 100 words from call to scores."""
         assert self.scorer is not None
-        words = " ".join(" ".join(r["documents"]) for r in WORK).split()
-        documents = [" ".join(words[i * 100 : i * 100 + 100]) for i in range(10)]
+        ten = ten_documents()
         times = []
         for _ in range(40 if self.device.type == "cuda" else 3):
             start = time.perf_counter()
-            self.scorer.rerank("how to compress files", documents)
+            self.scorer.rerank(ten.query, ten.documents)
             times.append(time.perf_counter() - start)
-        tokens = self._encode({"query": "how to compress files", "documents": documents}).tokens
+        tokens = self.prompt.encode(ten).tokens
         middle = 1000 * statistics.median(times)
         return f"Ten documents of 100 words ({tokens} tokens), call to scores: p50 {middle:.1f} ms."
 
@@ -187,7 +263,23 @@ class Bench:
             f"{order:.4f}."
         )
 
-    def _encode(self, request: dict[str, Any]) -> Any:
+    def _random(self, rng: random.Random) -> EncodedRequest:
+        """Few documents or many, short or long."""
+        vocabulary = self.config.vocab_size
+
+        def tokens(most: int) -> list[int]:
+            return [rng.randrange(vocabulary) for _ in range(rng.randrange(1, most))]
+
+        most = rng.choice((10, 100, 600)) if self.device.type == "cuda" else 30
+        return EncodedRequest(tokens(most), [tokens(most) for _ in range(rng.choice((1, 2, 9)))])
+
+    def _pair(self, made: Any, tokens: list[int]) -> float:
+        """The card's logit: of "yes" minus of "no" at the last token, in float32 as the service has it."""
+        state = made.model(input_ids=torch.tensor([tokens], device=self.device)).last_hidden_state[0, -1]
+        rows = made.model.embed_tokens.weight.detach()[[self.prompt.yes, self.prompt.no]].float()
+        return float(state.float() @ (rows[0] - rows[1]))
+
+    def _encode(self, request: dict[str, Any]) -> EncodedRequest:
         return self.prompt.encode(RerankRequest(request["query"], request["documents"]))
 
     async def _serve(self, scorer: Scorer) -> tuple[float, int, int]:
@@ -240,45 +332,73 @@ def main() -> None:
     a = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")  # the paths' own lines, on stderr
     bench = Bench(a.shape, devices.choose_device(a.device).value, a.requests, a.rounds)
-    true = "the true tokenizer" if bench.tokenizer_path != DEMO else "the demo's tokenizer (the true one is not here)"
-    print(f"## On a GPU\n\n{header()}\n\nModel {a.shape} (random weights), {true}.\n", flush=True)
+    tokens = "the true tokenizer" if bench.true else "the demo's tokenizer, its tokens as many as the true one's"
+    print(f"## On a GPU\n\n{header()}\n\nModel {a.shape} (random weights), {tokens}.\n", flush=True)
     sections: dict[str, Callable[[], str]] = {
         "tests": lambda: _tests(max(30.0, a.seconds / 3)),
         "matrix product": bench.matmul,
         "start": bench.start,
+        "fidelity": bench.fidelity,
         "ten documents": bench.latency,
         "eight clients": bench.clients,
-        "padded": bench.card,
+        "padded batches": bench.card,
         "float8": bench.float8,
     }
     if a.skip_tests:
         del sections["tests"]
-    rows = []
+    rows: list[list[str]] = []
+    waiting = list(sections)
+    failed = False
+    done = threading.Event()
+
+    def give_up() -> None:
+        """A section that does not end, in a compiler or a kernel, takes nothing from those before it."""
+        if not done.wait(a.seconds + 20):
+            for name in waiting:
+                print(f"- {name}: not measured (no time left)", flush=True)
+            os._exit(1)
+
+    threading.Thread(target=give_up, daemon=True).start()
     for name, run in sections.items():
         start = time.perf_counter()
-        if start - begun > a.seconds:
-            print(f"- {name}: not measured (no time left)", flush=True)
-            continue
         try:
+            if start - begun > a.seconds:
+                raise TimeoutError("no time left")
             print(f"- {run()}", flush=True)
         except Exception as error:  # the next section may still tell something
+            failed = True
             logging.exception("%s failed", name)
             lines = str(error).strip().splitlines() or [type(error).__name__]
-            print(f"- {name}: not measured ({lines[0]})", flush=True)
+            print(f"- {name}: {'WRONG' if isinstance(error, WrongError) else 'not measured'} ({lines[0]})", flush=True)
+        waiting.remove(name)
         rows.append([name, f"{time.perf_counter() - start:.0f}"])
         gc.collect()
         if bench.device.type == "cuda":
             torch.cuda.empty_cache()
+    done.set()
     print("\n" + table(["section", "took, s"], rows))
+    sys.exit(failed)
 
 
 def _tests(seconds: float) -> str:
-    """The tests marked `cuda`; a newer or older torch than the pinned one may warn."""
-    command = [sys.executable, "-m", "pytest", "-m", "cuda", "-o", "filterwarnings=default", *TESTS]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False)
+    """The tests marked `cuda`; a newer or older torch than the pinned one may warn.
+
+    Raises:
+        WrongError: one failed, or none was there.
+        subprocess.TimeoutExpired: they did not end.
+    """
+    missing = [name for name in NEEDED_BY_TESTS if importlib.util.find_spec(name) is None]
+    if missing:
+        return f"Tests marked cuda: not run here (they need {', '.join(missing)}); see fidelity below."
+    command = [sys.executable, "-m", "pytest", "-v", "-m", "cuda", "-o", "filterwarnings=default", *TESTS]
+    ran = subprocess.run(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds, check=False
+    )
     logging.info("%s", ran.stdout)
-    last = (ran.stdout.strip().splitlines() or ["no output"])[-1]
-    return f"Tests marked cuda: {last} (exit status {ran.returncode})."
+    summaries = re.findall(r"^.*\d+ (?:passed|failed|skipped|error).*$", ran.stdout, re.M) or ["no summary"]
+    if ran.returncode:
+        raise WrongError(f"{summaries[-1]} (exit status {ran.returncode})")
+    return f"Tests marked cuda: {summaries[-1]}."
 
 
 def _paths(scorer: Scorer) -> str:

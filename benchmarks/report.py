@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import platform
 import subprocess
@@ -16,9 +17,11 @@ import transformers
 
 def header() -> str:
     """A few lines of Markdown that say where and with what the figures were measured."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    ).stdout.strip()
+    commit = ""
+    with contextlib.suppress(OSError):  # no git, on a machine that was given a checkout
+        asked = ["git", "rev-parse", "--short", "HEAD"]
+        run = subprocess.run(asked, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        commit = run.stdout.strip()
     device = f"{_processor()}, {torch.get_num_threads()} thread(s)"
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()

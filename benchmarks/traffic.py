@@ -2,7 +2,8 @@
 
     python -m benchmarks.traffic     counts tokens and bytes of short.json and long.json into tokens.json
 
-tokens.json is what the true tokenizer makes of the two workloads, kept so that nothing else here needs it.
+tokens.json is what the true tokenizer makes of the two workloads, and of the request of ten documents that gpu.py
+times, kept so that nothing else here needs it.
 """
 
 from __future__ import annotations
@@ -57,7 +58,15 @@ class Workload:
 @cache
 def workloads() -> dict[str, Workload]:
     """short and long."""
-    return {name: Workload(**values) for name, values in json.loads(TOKENS.read_text()).items()}
+    counted = json.loads(TOKENS.read_text())
+    return {name: Workload(**counted[name]) for name in ("short", "long")}
+
+
+def ten_documents() -> RerankRequest:
+    """Ten documents of 100 words, cut from the texts of short.json."""
+    work = json.loads((HERE / "short.json").read_text(encoding="utf-8"))
+    words = " ".join(" ".join(r["documents"]) for r in work).split()
+    return RerankRequest("how to compress files", [" ".join(words[i * 100 : i * 100 + 100]) for i in range(10)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +147,8 @@ def main() -> None:
             ],
             "answer_bytes": [len(json.dumps(answer).encode()) for answer in answers],
         }
+    ten = prompt.encode(ten_documents())
+    made["ten"] = {"prefixes": [len(ten.prefix)], "documents": [[len(d) for d in ten.documents]]}
     TOKENS.write_text(json.dumps(made) + "\n")
 
 

@@ -1,18 +1,23 @@
 from __future__ import annotations
 
+import contextlib
+import itertools
 import random
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from reranker import Scorer
-from reranker.engine import attention
-from reranker.engine.attention import VarlenAttention
+from reranker.engine import attention, speedup
+from reranker.engine.attention import SdpaAttention, VarlenAttention
 from reranker.engine.graphs import MOST_TOKENS, SIZES, Graphs, bucket, fits
+from reranker.engine.model import Model
 from reranker.engine.packing import PackedBatch, pack, pad
-from reranker.engine.speedup import TOLERANCE, compare, sample, tolerance
+from reranker.engine.speedup import TOLERANCE, differs, record_passes, sample, slower, tolerance
 from reranker.types import EncodedRequest, Slice
 from tests.test_attention import by_the_book
 
@@ -89,19 +94,140 @@ def test_what_is_recorded_and_compared_fits_its_bucket(tokens: int) -> None:
 
 def test_the_comparison_finds_a_wrong_and_a_slow_way() -> None:
     right = torch.randn(4, 32)
-    assert compare(lambda: right * 1.01, lambda: right) == ""
+    assert differs(lambda: right * 1.01, lambda: right) == ""
+    assert slower(lambda: right * 1.01, lambda: right) == ""
     wrong = right.clone()
     wrong[3] = wrong[3].roll(1)
-    assert "differ by" in compare(lambda: wrong, lambda: right)
-    assert "differ by" in compare(lambda: right * float("nan"), lambda: right)
-    assert "differ by" in compare(lambda: right * (1 + 2 * TOLERANCE), lambda: right)
-    assert "does not take" in compare(lambda: None, lambda: right)
+    assert "differ by" in differs(lambda: wrong, lambda: right)
+    assert "differ by" in differs(lambda: right * float("nan"), lambda: right)
+    assert "differ by" in differs(lambda: right * (1 + 2 * TOLERANCE), lambda: right)
+    assert "does not take" in differs(lambda: None, lambda: right)
 
     def slow() -> torch.Tensor:
         time.sleep(0.05)
         return right
 
-    assert "slower" in compare(slow, lambda: right)
+    assert "slower" in slower(slow, lambda: right)
+
+
+class Recorder:
+    """CUDA graphs on the CPU: a replay reads what the recorded call read and writes what it wrote, as a GPU's does."""
+
+    def __init__(self, scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.model = scorer.model
+        self.calls: list[tuple[PackedBatch, torch.Tensor]] = []
+        self.replays: list[int] = []
+        self.wrong: set[int] = set()
+        """Tokens whose replays compute something else."""
+        recorder, nothing, hidden = self, contextlib.nullcontext(), Model.hidden
+
+        class Graph:
+            call = -1
+
+            def replay(self) -> None:
+                batch, out = recorder.calls[self.call]
+                recorder.replays.append(batch.tokens)
+                out.copy_(hidden(recorder.model, batch).roll(int(batch.tokens in recorder.wrong), 1))
+
+        @contextlib.contextmanager
+        def record(graph: Graph, **_: object) -> Iterator[None]:
+            yield
+            graph.call = len(recorder.calls) - 1
+
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        for name, fake in {
+            "graph_pool_handle": lambda: (0, 0),
+            "Stream": lambda device: stream,
+            "stream": lambda _: nothing,
+            "current_stream": lambda: stream,
+            "device": lambda _: nothing,
+            "CUDAGraph": Graph,
+            "graph": record,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.setattr(Model, "hidden", lambda model, batch, *stages: self.note(batch, hidden(model, batch)))
+
+    def note(self, batch: PackedBatch, hidden: torch.Tensor) -> torch.Tensor:
+        self.calls.append((batch, hidden))
+        return hidden
+
+
+@pytest.fixture
+def recorder(scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    return Recorder(scorer, monkeypatch)
+
+
+def test_a_replay_is_the_pass_of_the_batch_that_is_put_in(recorder: Recorder) -> None:
+    graphs = Graphs(recorder.model.hidden, torch.device("cpu"))
+    for size in (512, 256, 128):
+        graphs.record(sample(size, 2000))
+    rng = random.Random(22)
+    for _ in range(40):
+        batch = batch_of(rng)
+        got, shape = graphs.replay(batch), bucket(batch.tokens)
+        assert (got is None) == (shape.tokens not in (128, 256, 512) or not fits(batch, shape))
+        if got is not None:
+            assert recorder.replays[-1] == shape.tokens
+            torch.testing.assert_close(got, recorder.model.hidden(batch), atol=1e-5, rtol=1e-5)
+    assert set(recorder.replays) == {128, 256, 512}
+    graphs.forget(256)
+    assert len(graphs) == 2
+    assert graphs.replay(sample(250, 2000)) is None
+
+
+def test_scores_come_from_replays_where_there_are_some(scorer: Scorer, recorder: Recorder) -> None:
+    rng = random.Random(24)
+    batches = [batch_of(rng) for _ in range(20)]
+    wanted = [scorer.score(batch) for batch in batches]
+    scorer.model.graphs = Graphs(recorder.model.hidden, torch.device("cpu"))
+    scorer.model.graphs.record(sample(256, 2000))
+    for batch, logits in zip(batches, wanted, strict=True):
+        assert scorer.score(batch) == pytest.approx(logits, abs=1e-4)
+    assert 1 <= len(recorder.replays) < 20
+
+
+@pytest.fixture
+def quick(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    """For `record_passes`, to which no replay is slower: one costs nothing here but the plain pass itself."""
+    monkeypatch.setattr(speedup, "slower", lambda fast, plain: "")
+    return recorder
+
+
+def test_every_size_that_holds_is_recorded(quick: Recorder) -> None:
+    assert record_passes(quick.model) == ""
+    assert quick.model.graphs is not None
+    assert len(quick.model.graphs) == len(SIZES)
+
+
+def test_one_that_computes_something_else_speaks_against_all(quick: Recorder) -> None:
+    quick.wrong.add(256)
+    assert record_passes(quick.model).startswith("256 tokens: hidden states differ by")
+    assert quick.model.graphs is None
+
+
+def test_one_that_is_slower_is_left_out(quick: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = iter(["slower than the plain way", *[""] * 15])  # the largest, which is recorded first
+    monkeypatch.setattr(speedup, "slower", lambda fast, plain: next(told))
+    assert record_passes(quick.model) == ""
+    assert quick.model.graphs is not None
+    assert len(quick.model.graphs) == len(SIZES) - 1
+    assert quick.model.graphs.replay(sample(2040, 2000)) is None
+    assert quick.model.graphs.replay(sample(127, 2000)) is not None
+
+
+def test_a_slow_recording_keeps_the_small_sizes(quick: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: 4.0 * next(now))
+    assert record_passes(quick.model) == ""
+    assert quick.model.graphs is not None
+    assert 2 <= len(quick.model.graphs) < 6
+    assert quick.model.graphs.replay(sample(127, 2000)) is not None
+
+
+def test_where_attention_runs_segment_by_segment_nothing_is_recorded(quick: Recorder) -> None:
+    quick.model.kernel = SdpaAttention
+    assert "segment by segment" in record_passes(quick.model)
+    assert quick.calls == []
 
 
 @pytest.mark.cuda

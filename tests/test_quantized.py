@@ -5,6 +5,7 @@ import json
 import logging
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -85,6 +86,35 @@ def test_float8_arithmetic_stays_near_the_card(model_path: Path, card: Card, mon
     group = requests(random.Random(16), 3)
     assert worst(packed(scorer, group), [expected(card, r) for r in group]) < 2.0
     assert worst([packed(scorer, group)[1]], packed(scorer, [group[1]])) < 1e-3
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+def test_float8_is_proved_as_it_is_used_however_the_weights_are_stored(
+    monkeypatch: pytest.MonkeyPatch, stored: torch.dtype
+) -> None:
+    """A GPU's product with a scale for each row gives bfloat16 and nothing else."""
+    scaled: Any = torch._scaled_mm
+
+    def only_bfloat16(*args: Any, out_dtype: torch.dtype, **options: Any) -> Any:
+        if out_dtype is not torch.bfloat16:
+            raise ValueError("Only bf16 high precision output types are supported for row-wise scaling.")
+        return scaled(*args, out_dtype=out_dtype, **options)
+
+    monkeypatch.setattr(torch, "_scaled_mm", only_bfloat16)
+    made = quantize(linear(128, 64, bias=True).to(stored), quantized.FLOAT8)
+    assert made(torch.randn(3, 128).bfloat16()).dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError, NotImplementedError, AttributeError])
+def test_whatever_a_kernel_says_float8_falls_back(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    def none(*args: object, **options: object) -> None:
+        raise kind("not on this device")
+
+    monkeypatch.setattr(devices, "_missing", lambda precision, device: "")
+    monkeypatch.setattr(torch, "_scaled_mm", none)
+    assert Scorer.load(model_path, device="cpu", precision="float8").info.precision == "float32"
 
 
 def test_float8_layers_can_be_compiled() -> None:

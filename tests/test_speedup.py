@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import shutil
-import time
+import threading
 from pathlib import Path
 
 import pytest
@@ -66,7 +66,6 @@ def model(model_path: Path) -> Model:
     [
         (lambda model: "hidden states differ by 40% from the plain way's", "differ by 40%"),
         (lambda model: 1 / 0, "ZeroDivisionError: division by zero"),
-        (lambda model: speedup._in_time(0.05, lambda: time.sleep(1)), "not ready within"),
     ],
 )
 def test_a_path_that_does_not_hold_is_named_and_not_taken(
@@ -80,6 +79,22 @@ def test_a_path_that_does_not_hold_is_named_and_not_taken(
     assert model.graphs is None
     for path in ("compiled layers", "CUDA graphs"):
         assert [m for m in caplog.messages if m.startswith(f"{path}: not used (") and reason in m]
+
+
+def test_while_a_compiler_that_was_left_behind_still_runs_nothing_is_recorded(
+    model: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    over, recorded = threading.Event(), []
+    monkeypatch.setattr(speedup, "compile_layers", lambda model: speedup._in_time(0.01, lambda: over.wait(30)))
+    monkeypatch.setattr(speedup, "record_passes", lambda model: recorded.append(1) or "")  # type: ignore[func-returns-value]
+    try:
+        with caplog.at_level(logging.INFO):
+            speed_up(cuda(model, monkeypatch))
+        assert "compiled layers: not used (not ready within 0 s)" in caplog.text
+        assert "CUDA graphs: not used (the compiler is not done yet)" in caplog.text
+        assert recorded == []
+    finally:
+        over.set()
 
 
 def test_compiled_layers_that_compute_something_else_are_refused(
@@ -102,8 +117,7 @@ def _same(function: object) -> object:
 def test_torchs_own_switch_turns_them_off(
     model: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)
-    with caplog.at_level(logging.INFO):
+    with torch._dynamo.config.patch(disable=True), caplog.at_level(logging.INFO):
         speed_up(cuda(model, monkeypatch))
     assert caplog.messages == ["compiled layers and CUDA graphs: off (TORCH_COMPILE_DISABLE=1)"]
 

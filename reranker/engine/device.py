@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-import psutil
 import torch
 
 from reranker.errors import ModelLoadError
@@ -134,6 +133,8 @@ def memory(device: torch.device, percentage: float) -> Memory:
         used = torch.cuda.memory_reserved(device)
         allowed = min(int(total * percentage / 100), free + used)
     else:
+        import psutil  # a GPU needs none of it
+
         total = min(psutil.virtual_memory().total, _cgroup_limit())
         used = psutil.Process().memory_info().rss
         allowed = min(int(total * percentage / 100), psutil.virtual_memory().available + used)
@@ -142,8 +143,11 @@ def memory(device: torch.device, percentage: float) -> Memory:
 
 def memory_held(device: torch.device) -> int:
     """Bytes that this process holds on the device; cheap enough to ask after every forward pass."""
-    held: int = torch.cuda.memory_reserved(device) if device.type == "cuda" else psutil.Process().memory_info().rss
-    return held
+    if device.type == "cuda":
+        return int(torch.cuda.memory_reserved(device))
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
 
 
 def _cgroup_limit() -> int:

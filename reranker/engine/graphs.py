@@ -68,25 +68,33 @@ class Graphs:
         self._device = device
         self._recordings: dict[Shape, _Recording] = {}
         self._memory = torch.cuda.graph_pool_handle()  # shared: no two recordings run at the same time
+        self._aside = torch.cuda.Stream(device)  # one for all: the allocator keeps memory for each stream by itself
 
     def __len__(self) -> int:
         return len(self._recordings)
 
     @torch.inference_mode()
     def record(self, batch: PackedBatch) -> None:
-        """Record the pass of the batch's bucket; the largest goes first, so that all find room in its memory."""
+        """Record the pass of the batch's bucket; the largest goes first, so that all find room in its memory.
+
+        Raises:
+            RuntimeError: the device or a kernel cannot be recorded, or lacks memory.
+        """
         shape = bucket(batch.tokens)
         static = pad(batch, shape).to(self._device)
         with torch.cuda.device(self._device):
-            aside = torch.cuda.Stream()
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):  # what libraries set up on their first call may not be recorded
+            self._aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._aside):  # what libraries set up on their first call may not be recorded
                 self._forward(static)
-            torch.cuda.current_stream().wait_stream(aside)
+            torch.cuda.current_stream().wait_stream(self._aside)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
                 hidden = self._forward(static)
         self._recordings[shape] = _Recording(graph, static, hidden)
+
+    def forget(self, tokens: int) -> None:
+        """Let batches of so many tokens go the ordinary way."""
+        self._recordings.pop(bucket(tokens), None)
 
     @torch.inference_mode()
     def replay(self, batch: PackedBatch) -> Tensor | None:
@@ -95,7 +103,7 @@ class Graphs:
         recording = self._recordings.get(shape)
         if recording is None or not fits(batch, shape):
             return None
-        padded = pad(batch, shape, pinned=True)
+        padded = pad(batch, shape, pinned=self._device.type == "cuda")
         recording.batch.index.copy_(padded.index, non_blocking=True)
         recording.graph.replay()
         return recording.hidden[: batch.shape.documents]

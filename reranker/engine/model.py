@@ -207,7 +207,12 @@ def load(
 def _quantize(decoder: Qwen3Model, precision: torch.dtype, between: torch.dtype) -> None:
     try:
         fuse(decoder, lambda linear: quantize(linear, precision))
-    except (RuntimeError, NotImplementedError, AttributeError) as error:  # whichever part of the kernel is missing
+    except (
+        RuntimeError,
+        ValueError,
+        NotImplementedError,
+        AttributeError,
+    ) as error:  # whichever part of the kernel is missing
         if isinstance(error, torch.OutOfMemoryError):
             raise ModelLoadError("the weights fit, but not one layer's quantised copy beside them") from error
         raise ScoringError(str(error).splitlines()[0]) from error

@@ -51,7 +51,7 @@ class Int8Linear(nn.Module):
 
 
 class Float8Linear(nn.Module):
-    """float8 (e4m3) weights and activations, result in the activations' precision; torch's `_scaled_mm`."""
+    """float8 (e4m3) weights and activations, [T, in] bfloat16 -> [T, out] bfloat16; torch's `_scaled_mm`."""
 
     weight: Tensor
     scale: Tensor
@@ -61,7 +61,7 @@ class Float8Linear(nn.Module):
         weight, scale = _float8(linear.weight.detach())
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale.t().contiguous())
-        self.bias = linear.bias
+        self.bias = None if linear.bias is None else linear.bias.detach().bfloat16()
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, in] -> [T, out]"""
@@ -94,9 +94,9 @@ def difference(made: nn.Module, linear: nn.Linear) -> float:
     """Error of the quantised product as a share of the true one's norm, on normally distributed inputs."""
     weight = linear.weight.detach()
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(32, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
+    x = torch.randn(32, weight.shape[1], generator=generator).bfloat16().to(weight.device)
     true = F.linear(x.float(), weight.float(), None if linear.bias is None else linear.bias.float())
-    got = made(x if isinstance(made, Float8Linear) else x.float()).float()
+    got = made(x if isinstance(made, Float8Linear) else x.float()).float()  # as the layers give it, however stored
     error = ((got - true).norm() / true.norm().clamp_min(_TINY)).item()
     return error if error == error else float("inf")
 

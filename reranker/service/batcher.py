@@ -18,17 +18,19 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from reranker.engine.scores import per_document
 from reranker.errors import DeadlineError, DeviceLostError, NotReadyError, RerankError, ScoringError
 from reranker.service.admission import Admission
-from reranker.service.cache import ScoreCache
 from reranker.service.compute import ComputeThread, ScorerLike, guarded
 from reranker.service.encoder import Encoder
 from reranker.service.observer import ForwardPass, Observer
 from reranker.service.queue import Job, TokenQueue
 from reranker.types import DocumentScore, EncodedRequest, RerankRequest, RerankResult, Slice, Timings
+
+if TYPE_CHECKING:
+    from reranker.service.cache import ScoreCache
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +73,11 @@ class Batcher:
         self._jobs: set[Job] = set()
         """Those that are not answered yet: in the queue, in a batch, or in parts of both."""
         self.admission = Admission(max_queue_tokens, self.queue)
-        self._cache = ScoreCache(cache_entries, self._observer) if cache_entries else None
+        self._cache: ScoreCache | None = None
+        if cache_entries:
+            from reranker.service.cache import ScoreCache  # and its library, for those who use it
+
+            self._cache = ScoreCache(cache_entries, self._observer)
         self._on_failure = on_failure
         self._encoder = Encoder()
         self._packer = ThreadPoolExecutor(1, thread_name_prefix="packer")  # its own: never behind what is tokenised
