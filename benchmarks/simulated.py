@@ -41,6 +41,8 @@ class Gpu:
         self.busy = 0.0
         """Seconds of forward passes begun so far."""
         self.passes = 0
+        self.pack_at = 0.0
+        """When half of the pass that runs is over."""
         self.most = 0
         """Tokens of the largest pass of more than one document."""
         self.known: set[int] | None = set() if remember else None
@@ -51,15 +53,18 @@ class Gpu:
         self.queue.put(job)
         self._next()
 
-    def _next(self) -> None:
-        """Batcher._run: take when the device is free, or one full batch ahead of it."""
+    def _next(self, event: simpy.Event | None = None) -> None:
+        """Batcher._run: take when the device is free, or one full batch when half of a pass is over."""
         if not self.running and (self.ahead or len(self.queue)):
             self.running, self.ahead = self.ahead or self._take(), []
             seconds = self._seconds(self.running)
             self.busy += seconds
             self.passes += 1
+            self.pack_at = self.env.now + seconds / 2
             cast("Any", self.env.timeout(seconds).callbacks).append(self._end)
-        if self.running and not self.ahead and self.queue.tokens >= self.speed.budget:
+            cast("Any", self.env.timeout(seconds / 2).callbacks).append(self._next)
+        full = self.queue.tokens >= self.speed.budget
+        if self.running and not self.ahead and full and self.env.now >= self.pack_at:
             self.ahead = self._take()
 
     def _take(self) -> Batch:

@@ -122,6 +122,10 @@ def test_objects_find_each_other() -> None:
     selectors += [one("NetworkPolicy")["spec"]["podSelector"]["matchLabels"]]
     selectors += [spread["labelSelector"]["matchLabels"] for spread in pod()["topologySpreadConstraints"]]
     assert all(selector.items() <= labels.items() for selector in selectors)
+    [budget] = [one("PodDisruptionBudget", "reranker-ray")["spec"]["selector"]["matchLabels"]]
+    _, workers = ray_pods()
+    assert budget.items() <= workers["metadata"]["labels"].items()
+    assert not any(selector.items() <= workers["metadata"]["labels"].items() for selector in selectors)
     assert (
         one("ServiceMonitor")["spec"]["selector"]["matchLabels"].items() <= one("Service")["metadata"]["labels"].items()
     )
@@ -195,7 +199,7 @@ def test_times_match(monkeypatch: pytest.MonkeyPatch) -> None:
     assert int(pause) + drain < grace <= int(pause) + drain + 30
     startup = main["startupProbe"]["periodSeconds"] * main["startupProbe"]["failureThreshold"]
     assert it.load_timeout < startup < one("Deployment")["spec"]["progressDeadlineSeconds"]
-    assert all(template["spec"]["terminationGracePeriodSeconds"] > drain for template in ray_pods())
+    assert one("RayService")["spec"]["rayClusterDeletionDelaySeconds"] > drain
 
 
 def test_containers_have_the_rights_of_the_image_and_no_more() -> None:
@@ -270,8 +274,8 @@ def test_prometheus_computes_the_passes_that_wait(tmp_path: Path) -> None:
         'reranker_batch_token_budget{job="reranker",pod="a"}': "10000x60",
         'reranker_queue_tokens{job="reranker",pod="b"}': "500x60",  # half of one
         'reranker_batch_token_budget{job="reranker",pod="b"}': "1000x60",
-        'reranker_queue_tokens{job="reranker",pod="loading"}': "0x60",
-        'reranker_batch_token_budget{job="reranker",pod="loading"}': "0x60",
+        'reranker_queue_tokens{job="reranker",pod="loading"}': "0x150",
+        'reranker_batch_token_budget{job="reranker",pod="loading"}': "0x150",
         'reranker_queue_tokens{job="other",pod="c"}': "1000x60",
         'reranker_batch_token_budget{job="other",pod="c"}': "1000x60",
     }
@@ -280,8 +284,9 @@ def test_prometheus_computes_the_passes_that_wait(tmp_path: Path) -> None:
         "input_series": [{"series": name, "values": values} for name, values in series.items()],
         "promql_expr_test": [
             {"expr": "passes", "eval_time": time, "exp_samples": [{"labels": "passes", "value": value}]}
-            for time, value in (("4m", 0.5), ("14m", 3.5))
-        ],
+            for time, value in (("4m", 0.5), ("14m", 3.5), ("30m", 0))  # at last only the one that loads is left
+        ]
+        + [{"expr": "passes", "eval_time": "60m", "exp_samples": []}],  # no figures: no zero
     }
     (tmp_path / "test.yml").write_text(json.dumps({"rule_files": ["rules.yml"], "tests": [test]}))
     done = subprocess.run([promtool, "test", "rules", "test.yml"], cwd=tmp_path, capture_output=True, text=True)
@@ -322,10 +327,21 @@ def test_ray_runs_the_same_configuration_as_anywhere_else() -> None:
 def test_the_ray_image_holds_what_is_imported() -> None:
     lines = (FOLDER / "ray.Dockerfile").read_text().splitlines()
     patterns = [name for line in lines if line.startswith("COPY") for name in line.split()[1:-1]]
-    copied = {path.name for pattern in patterns for path in DEPLOY.glob(pattern)}
+    copied = {str(path.relative_to(DEPLOY)) for pattern in patterns for path in DEPLOY.glob(pattern)}
     assert "requirements-ray.txt" in copied
-    texts = [raw(), *((DEPLOY / name).read_text() for name in copied if name.endswith(".py"))]
-    modules = {name for text in texts for name in re.findall(r"\bdeploy\.(ray_\w+)(?:[: ]|$)", text, re.M)}
+    modules = set(re.findall(r"\bdeploy\.(\w+):\w+", raw()))
     assert {"ray_serve", "ray_proxy"} <= modules
-    assert {f"{name}.py" for name in modules} <= copied
+    waiting = [*(f"{name}.py" for name in modules), "ray_batch.py"]  # which `python -m` names
+    seen: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        assert name in copied
+        if name in seen:
+            continue
+        seen.add(name)
+        for node in ast.walk(ast.parse((DEPLOY / name).read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("deploy"):
+                of = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+                files = {f"{str(it).removeprefix('deploy.').replace('.', '/')}" for it in of}
+                waiting += [f for it in files for f in (f"{it}.py", f"{it}/__init__.py") if (DEPLOY / f).is_file()]
     assert [line for line in lines if line.startswith("USER")][-1] == f"USER {every('USER')[0]}"
