@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import os
 import signal
+import sys
 import tempfile
 from collections.abc import Callable
 
@@ -30,8 +31,8 @@ TOLERANCE = 1.05
 """By so much the p95 of several may be above that of one and count as equal."""
 
 
-def scale(seconds: float, plot: str | None) -> str:
-    """Throughput and p95 by the number of replicas."""
+def scale(seconds: float, plot: str | None) -> tuple[str, list[str]]:
+    """Throughput and p95 by the number of replicas, and the promises broken."""
     port = free_port()
     best: dict[int, Seen] = {}
     rows = []
@@ -55,16 +56,23 @@ def scale(seconds: float, plot: str | None) -> str:
                 rows.append(
                     [str(count), str(clients * count), *(f"{x:.2f}" for x in numbers), "yes" if equal else "no"]
                 )
-    if plot:
+    if plot and len(best) == len(REPLICAS):
         _plot(best, plot)
     head = ["replicas", "clients", "answers/s", "p50 s", "p95 s", "times one", "of N", "p95 as of one"]
-    return table(head, rows)
+    broken = [
+        f"{count} replicas reach {best[count].rate / best[1].rate:.2f} times one at equal p95, not 0.9 x {count}"
+        if count in best
+        else f"{count} replicas do not reach the p95 of one"
+        for count in REPLICAS
+        if count not in best or best[count].rate < 0.9 * count * best[1].rate
+    ]
+    return table(head, rows), broken
 
 
-def faults(seconds: float) -> str:
-    """What clients see while a replica is killed, all are updated, a node is removed."""
+def faults(seconds: float) -> tuple[str, list[str]]:
+    """What clients see while a replica is killed, all are updated, a node is removed; and the promises broken."""
     port = free_port()
-    rows = []
+    rows, broken = [], []
     with (
         tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder,
         cluster(folder, port, 4, 1) as nodes,
@@ -80,19 +88,21 @@ def faults(seconds: float) -> str:
             nodes.remove_node(next(iter(nodes.worker_nodes)), allow_graceful=False)
 
         run(waiting(PASS_SECONDS), 4)
-        events: list[tuple[str, Callable[[], object]]] = [
-            ("nothing", lambda: None),
-            ("a replica is killed", kill),
-            ("rolling update of all", update),
-            ("a node is removed", remove),
+        events: list[tuple[str, Callable[[], object], set[str]]] = [
+            ("nothing", lambda: None, set()),
+            ("a replica is killed", kill, {"503 not_ready"}),
+            ("rolling update of all", update, set()),
+            ("a node is removed", remove, {"503 not_ready"}),
         ]
-        for name, event in events:
+        for name, event, allowed in events:
             settled(4)
             seen = under_load(port, 16, seconds, event)
             others = {kind: count for kind, count in seen.kinds.items() if kind != "200"}
+            if not set(others) <= allowed or others.get("503 not_ready", 0) > 16:
+                broken.append(f"while {name}: {others}, allowed at most one of {allowed or 'nothing'} for each client")
             rows.append([name, str(seen.kinds["200"]), str(others or "none"), f"{seen.quantile(0.95):.2f}"])
             rows[-1].append(f"{max(seen.latencies):.2f}")
-    return table(["while", "answered", "refused", "p95 s", "slowest s"], rows)
+    return table(["while", "answered", "refused", "p95 s", "slowest s"], rows), broken
 
 
 def _plot(best: dict[int, Seen], path: str) -> None:
@@ -116,8 +126,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=12, help="of load for every row")
     parser.add_argument("--plot", help="scale only: write a picture here")
     arguments = parser.parse_args()
-    body = scale(arguments.seconds, arguments.plot) if arguments.part == "scale" else faults(arguments.seconds)
+    part = scale(arguments.seconds, arguments.plot) if arguments.part == "scale" else faults(arguments.seconds)
+    body, broken = part
     print(f"{header()}\n\n{body}")
+    for promise in broken:
+        print(f"\nbroken: {promise}")
+    sys.exit(bool(broken))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python -m benchmarks.simulate [--gpus 1000] [--requests 80] [--plot docs/routing.png]
 
 Each GPU is the service's own queue (reranker/service/queue.py, the code that serves) and the batcher's rule: a pass is
-whatever waits, up to the token budget; while it runs, one full batch is taken ahead. Only the forward pass is a model:
-`overhead + tokens / rate` seconds. benchmarks/replay.py holds the simulation against a real gunicorn.
+whatever waits, up to the token budget; when half of it is over, one full batch is taken ahead. Only the forward pass is
+a model: `overhead + tokens / rate` seconds. benchmarks/replay.py holds the simulation against a real gunicorn.
 """
 
 from __future__ import annotations

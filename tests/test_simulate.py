@@ -59,12 +59,14 @@ def test_every_request_ends_and_no_pass_is_above_the_budget() -> None:
     assert tokens <= device < 1.05 * tokens
 
 
-def test_a_small_request_overtakes_a_huge_one() -> None:
+@pytest.mark.parametrize(("comes", "passes"), [(0.01, 1), (0.06, 2)], ids=["early in a pass", "late in a pass"])
+def test_a_small_request_overtakes_a_huge_one(comes: float, passes: int) -> None:
     speed = Speed(rate=1000, overhead=0.0, budget=100)
-    huge, small = arrival(0.0, 0, 10, [9] * 1000), arrival(0.01, 1, 10, [40])
+    huge, small = arrival(0.0, 0, 10, [9] * 1000), arrival(comes, 1, 10, [40])
     outcome = simulate([huge, small], round_robin(), 1, speed)
-    # Behind the pass that runs and the one taken ahead; half of the next is for small ones: it shares 96 tokens.
-    assert outcome.seconds[1] == pytest.approx(2 * 0.1 + 0.096 - 0.01)
+    # Behind the pass that runs, and the next one if that was taken already, when half of the running one was over. Half
+    # of a pass is for small ones: it shares 96 tokens.
+    assert outcome.seconds[1] == pytest.approx(passes * 0.1 + 0.096 - comes)
     assert outcome.seconds[0] > 9
 
 

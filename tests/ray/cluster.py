@@ -48,7 +48,8 @@ def cluster(folder: str, port: int, nodes: int, replicas_per_node: int) -> Itera
 
     CPUs are counted, not used: Ray places a replica on each. Args: `folder`: short, for Ray's sockets and logs.
     """
-    os.environ |= RAY_ENVIRONMENT | {"RAY_TMPDIR": folder}  # its address is noted there, for no other Ray to find
+    # Its address is noted in the folder, for no other Ray to find. Nice workers would wait for whatever else runs here.
+    os.environ |= RAY_ENVIRONMENT | {"RAY_TMPDIR": folder, "RAY_worker_niceness": "0"}
     (Path(folder) / "ray").mkdir(exist_ok=True)
     node = {"object_store_memory": 80 * 1024 * 1024, "include_dashboard": False}
     made = Cluster(initialize_head=True, head_node_args={**node, "num_cpus": 0})

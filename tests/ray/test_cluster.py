@@ -98,14 +98,14 @@ def test_a_full_queue_is_our_429(port: int, nodes: Cluster) -> None:
 
 
 def test_clients_that_leave_take_their_work_along(port: int, nodes: Cluster) -> None:
-    run(waiting(0.5), 1)
+    run(waiting(1), 1)
     url = f"http://127.0.0.1:{port}/v1/rerank"
-    for _ in range(20):  # half a second of the device each
+    for _ in range(20):  # a second of the device each
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(url, json=BODY, trust_env=False, timeout=httpx.Timeout(5, read=0.1))
     start = time.monotonic()
     assert httpx.post(url, json=BODY, trust_env=False, timeout=30).status_code == 200
-    assert time.monotonic() - start < 4  # and not ten seconds less what has passed
+    assert time.monotonic() - start < 10  # three passes, and not twenty seconds less what has passed
 
 
 def test_a_lost_device_is_told_and_its_replica_replaced(port: int, nodes: Cluster) -> None:
@@ -176,7 +176,7 @@ def test_ray_shows_the_metrics_of_every_replica(port: int, nodes: Cluster) -> No
             labels = [(dict(re.findall(r'(\w+)="([^"]*)"', names)), float(count)) for names, count in found]
             return {names["replica"]: count for names, count in labels if names["route"] == "/v1/rerank"}
 
-        for _ in range(4):
+        for _ in range(6):
             time.sleep(12)  # Ray reports every 10 seconds, and shows what was reported once
             seen = counts()
             if sum(seen.values()) == 20:
