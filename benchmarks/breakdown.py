@@ -1,0 +1,111 @@
+"""Where the time of a forward pass goes on this CPU, and what a second thread brings, by size of the pass.
+
+    python -m benchmarks.breakdown [--shape mid] [--requests 2] [--rounds 3]
+
+torch's profiler around the engine's own pass over requests of short.json, one thread; tokenising and packing beside it.
+Then passes of one request of growing size with one thread and with two, by turns: wall time and processor seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.models import SHAPES, model
+from benchmarks.report import header, table
+from benchmarks.traffic import HERE
+from reranker import Scorer
+from reranker.types import EncodedRequest, RerankRequest, Slice
+
+GROUPS = {
+    "matrix products": ("mm", "addmm"),
+    "attention": ("_scaled_dot_product_flash_attention_for_cpu",),
+    "keys and values gathered, results put back": ("index", "copy_", "cat", "index_select"),
+    "norms": ("_fused_rms_norm", "rms_norm", "pow", "mean", "rsqrt", "sum", "div_"),
+    "rotary, SwiGLU, residuals": ("silu", "silu_", "mul", "mul_", "add", "add_", "addcmul_", "addcmul", "neg"),
+}
+"""Names of torch's operations by what the decoder does with them; a few are used for more than that."""
+REST = "views, allocation, Python"
+SIZES = (64, 256, 1024, 4096)
+"""Tokens of a pass."""
+
+
+def breakdown(scorer: Scorer, slices: list[Slice]) -> tuple[dict[str, float], float]:
+    """Seconds by group of one pass in the profiler, and the seconds of the whole."""
+    batch = scorer.pack(slices)
+    scorer.score(batch)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        begun = time.perf_counter()
+        scorer.score(batch)
+        whole = time.perf_counter() - begun
+    groups = {f"aten::{name}": group for group, names in GROUPS.items() for name in names}
+    seconds: dict[str, float] = defaultdict(float)
+    for event in profile.key_averages():
+        if event.key in groups:
+            seconds[groups[event.key]] += event.self_cpu_time_total / 1e6
+    seconds[REST] = whole - sum(seconds.values())
+    return seconds, whole
+
+
+def timed(run: Callable[[], object]) -> tuple[float, float]:
+    """Wall and processor seconds."""
+    start, used = time.perf_counter(), time.process_time()
+    run()
+    return time.perf_counter() - start, time.process_time() - used
+
+
+def main() -> None:
+    """Print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="mid")
+    parser.add_argument("--requests", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    a = parser.parse_args()
+    torch.set_num_threads(1)
+    scorer = Scorer.load(model(a.shape), device="cpu", precision="float32")
+    work = json.loads((HERE / "short.json").read_text(encoding="utf-8"))[: a.requests]
+    requests = [RerankRequest(r["query"], r["documents"]) for r in work]
+    encoded = [scorer.encode(request) for request in requests]
+    slices = [Slice(e, 0, len(e.documents)) for e in encoded]
+    found = [breakdown(scorer, slices) for _ in range(a.rounds)]
+    whole = statistics.median(seconds for _, seconds in found)
+    beside = {
+        "tokenising, in another thread": lambda: [scorer.encode(request) for request in requests],
+        "packing, in another thread": lambda: scorer.pack(slices),
+    }
+    size = sum(part.tokens for part in slices)
+    print(f"{header()}\n\nModel {a.shape} (random weights, float32), one thread, a pass of {size} tokens,")
+    print(f"{a.rounds} rounds, median: {whole:.2f} s.\n")
+    parts = {name: statistics.median(seconds[name] for seconds, _ in found) for name in [*GROUPS, REST]}
+    parts |= {name: statistics.median(timed(run)[0] for _ in range(a.rounds)) for name, run in beside.items()}
+    rows = [[name, f"{seconds:.3f}", f"{seconds / whole:.1%}"] for name, seconds in parts.items()]
+    print(table(["part", "seconds", "of the pass"], rows), end="\n\n")
+    head = ["tokens", "one thread, ms", "CPU ms", "two threads, ms", "CPU ms", "faster", "CPU time"]
+    print(table(head, [threads(scorer, size, a.rounds) for size in SIZES]))
+
+
+def threads(scorer: Scorer, size: int, rounds: int) -> list[str]:
+    """A row of the second table."""
+    tokens = list(range(1000, 1000 + size // 8))
+    batch = scorer.pack([Slice(EncodedRequest(tokens, [tokens] * 7), 0, 7)])
+    repeat = max(1, SIZES[-1] // 2 // size)
+    times: dict[int, list[tuple[float, float]]] = {1: [], 2: []}
+    for _ in range(rounds + 1):  # the first is not counted
+        for count, taken in times.items():
+            torch.set_num_threads(count)
+            taken.append(timed(lambda: [scorer.score(batch) for _ in range(repeat)]))
+    (wall, used), (wall2, used2) = (
+        (statistics.median(1000 * t[i] / repeat for t in times[count][1:]) for i in (0, 1)) for count in times
+    )
+    shown = [f"{ms:.0f}" for ms in (wall, used, wall2, used2)]
+    return [str(batch.tokens), *shown, f"{wall / wall2:.2f}", f"{used2 / used:.2f}"]
+
+
+if __name__ == "__main__":
+    main()
