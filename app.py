@@ -36,6 +36,7 @@ logger = logging.getLogger("reranker")
 BOOT_FAILURE = 3
 """gunicorn's own code: a worker that ends with it ends the whole service."""
 _BACK_OFF_SECONDS = 10
+_LAST_SECONDS = 2.0
 
 
 def create_app(
@@ -91,6 +92,7 @@ def create_app(
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.max_documents = settings.max_documents
+    app.state.max_values = max(1_000_000, settings.max_body_bytes // 16)
     app.state.request_timeout = settings.request_timeout
     app.state.body_timeout = settings.body_timeout  # for worker.py
     app.state.metrics = counts
@@ -157,7 +159,7 @@ def end_process(error: Exception) -> None:
     """The model cannot be loaded, or not be used any more: say why and leave the rest to whoever started this process.
 
     What was accepted is lost by neither: while loading that is nothing, and who waited for a scorer was told already.
-    What is still tokenised or on its way then has half a second.
+    What is still tokenised or on its way then has a moment.
     On the first boot the exit code stops the whole service; of several workers one gives it, for gunicorn stumbles over
     a second. A worker that has served, or was started later (RERANKER_RESPAWNED, set by gunicorn.conf.py), must not
     stop its healthy siblings: it ends with another code and is started again; after a failed load it waits first.
@@ -171,7 +173,7 @@ def end_process(error: Exception) -> None:
     first = os.environ.get("RERANKER_BOOT")  # a pipe of gunicorn.conf.py that holds one byte
 
     def leave() -> None:
-        time.sleep(_BACK_OFF_SECONDS if later and not lost else 0.5)  # the answers on their way get out
+        time.sleep(_BACK_OFF_SECONDS if later and not lost else _LAST_SECONDS)  # the answers on their way get out
         logging.shutdown()
         stops = not later and not lost and bool(os.read(int(first), 1) if first else True)
         os._exit(BOOT_FAILURE if stops else 1)

@@ -56,7 +56,7 @@ def scale(seconds: float, plot: str | None) -> tuple[str, list[str]]:
                 rows.append(
                     [str(count), str(clients * count), *(f"{x:.2f}" for x in numbers), "yes" if equal else "no"]
                 )
-    if plot and len(best) == len(REPLICAS):
+    if plot and len(best) == len(REPLICAS):  # else a promise is broken, which is said
         _plot(best, plot)
     head = ["replicas", "clients", "answers/s", "p50 s", "p95 s", "times one", "of N", "p95 as of one"]
     broken = [
@@ -99,7 +99,7 @@ def faults(seconds: float) -> tuple[str, list[str]]:
             seen = under_load(port, 16, seconds, event)
             others = {kind: count for kind, count in seen.kinds.items() if kind != "200"}
             if not set(others) <= allowed or others.get("503 not_ready", 0) > 16:
-                broken.append(f"while {name}: {others}, allowed at most one of {allowed or 'nothing'} for each client")
+                broken.append(f"while {name}: {others}; allowed, once for each client: {allowed or 'none'}")
             rows.append([name, str(seen.kinds["200"]), str(others or "none"), f"{seen.quantile(0.95):.2f}"])
             rows[-1].append(f"{max(seen.latencies):.2f}")
     return table(["while", "answered", "refused", "p95 s", "slowest s"], rows), broken

@@ -63,8 +63,10 @@ class WrongError(Exception):
 class TrueLengths(Prompt):
     """The demo's tokenizer, whose tokens are cut or repeated to as many as the true one makes of the same texts."""
 
-    lengths: dict[str, tuple[int, list[int]]]
-    """Of the prefix and of each document, by the first document of the request."""
+    def __init__(self, tokenizer: Any, lengths: dict[str, tuple[int, list[int]]]) -> None:
+        super().__init__(tokenizer)
+        self.lengths = lengths
+        """Of the prefix and of each document, by the first document of the request."""
 
     def encode(self, request: RerankRequest) -> EncodedRequest:
         """Of a request of short.json, or the one of ten documents; another one as it is."""
@@ -81,11 +83,11 @@ class TrueLengths(Prompt):
 def true_lengths() -> TrueLengths:
     """Of the requests that are timed here."""
     counted = json.loads(TOKENS.read_text())
-    made = TrueLengths(load_tokenizer(DEMO))
-    made.lengths = {ten_documents().documents[0]: (counted["ten"]["prefixes"][0], counted["ten"]["documents"][0])}
-    for request, *of in zip(WORK, counted["short"]["prefixes"], counted["short"]["documents"], strict=True):
-        made.lengths[request["documents"][0]] = of[0], of[1]
-    return made
+    ten, short = counted["ten"], counted["short"]
+    lengths = {ten_documents().documents[0]: (ten["prefixes"][0], ten["documents"][0])}
+    for request, prefix, documents in zip(WORK, short["prefixes"], short["documents"], strict=True):
+        lengths[request["documents"][0]] = prefix, documents
+    return TrueLengths(load_tokenizer(DEMO), lengths)
 
 
 def _fit(tokens: list[int], count: int) -> list[int]:
@@ -396,7 +398,7 @@ def _tests(seconds: float) -> str:
     )
     logging.info("%s", ran.stdout)
     summaries = re.findall(r"^.*\d+ (?:passed|failed|skipped|error).*$", ran.stdout, re.M) or ["no summary"]
-    if ran.returncode:
+    if ran.returncode or "passed" not in summaries[-1]:
         raise WrongError(f"{summaries[-1]} (exit status {ran.returncode})")
     return f"Tests marked cuda: {summaries[-1]}."
 

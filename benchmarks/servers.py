@@ -73,6 +73,7 @@ def ours(model: Path, threads: int, **settings: str) -> Running:
     command = [str(Path(sys.executable).with_name("gunicorn")), "-c", "gunicorn.conf.py", "app:app"]
     env = {"PORT": str(port), "HOST": "127.0.0.1", "MODEL_NAME_OR_PATH": str(model), "OMP_NUM_THREADS": str(threads)}
     env |= {"LOG_LEVEL": "WARNING", "MODEL_DEVICE": "cpu", "MODEL_PRECISION": "float32", **settings}
+    env |= {"TIMEOUT": "3600"}  # it is stopped while others have their turn, and would be replaced behind it
     return _start("this service", f"http://127.0.0.1:{port}/v1/rerank", command, env)
 
 

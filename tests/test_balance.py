@@ -343,8 +343,11 @@ def test_clients_that_keep_their_connections_are_shared_out(start: Start, kind: 
             assert connection.sock is own, "its one connection was enough"
             return statuses
 
-    with ThreadPoolExecutor(16) as pool:
-        statuses = Counter(status for seen in pool.map(client, range(16)) for status in seen)
+    try:
+        with ThreadPoolExecutor(16) as pool:
+            statuses = Counter(status for seen in pool.map(client, range(16)) for status in seen)
+    finally:
+        asleep.resume()
     assert statuses == {200: 192}
     until(lambda: answered(server).total() == 192, "all are in the log")
     assert max(answered(server).values()) <= 0.65 * 192, answered(server)

@@ -514,6 +514,21 @@ def test_a_bug_in_the_loop_answers_what_waits_and_what_is_half_done() -> None:
     run(test, scorer)
 
 
+def test_a_bug_is_noticed_though_nothing_else_waits() -> None:
+    failures: list[Exception] = []
+
+    def broken(wait: float) -> None:
+        raise OSError("a bug in front of a forward pass")
+
+    async def test(batcher: Batcher) -> None:
+        batcher._observer.request_started = broken  # type: ignore[method-assign]
+        with pytest.raises(NotReadyError, match="the batch loop failed"):
+            await batcher.rerank(ask(), 30)
+        assert failures
+
+    run(test, FakeScorer(), on_failure=failures.append)
+
+
 class Panic(BaseException):
     """As the tokenizer's are."""
 

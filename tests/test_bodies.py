@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reranker.engine.scores import sigmoid
+from reranker.service.api.body import more_values
 from tests.conftest import Server
 from tests.fake import PREFIX
 from tests.test_api_routes import ALL, ranked
@@ -114,3 +115,30 @@ def test_the_mark_is_in_answers_that_rank(fake_server: Server, path: str) -> Non
     """So its absence elsewhere says something."""
     _, _, raw = send(fake_server, path, {"query": MARK, "documents": [MARK], "return_documents": True})
     assert MARK in raw.decode()
+
+
+def values(of: Any) -> int:
+    """In a piece of JSON, itself included; the names in an object are none."""
+    if isinstance(of, dict):
+        return 1 + sum(map(values, of.values()))
+    return 1 + sum(map(values, of)) if isinstance(of, list) else 1
+
+
+NESTED = st.recursive(
+    st.none() | st.integers() | st.text(alphabet='a",[]{}\\:/\n压', max_size=5),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(alphabet='b,"\\', max_size=3), inner),
+)
+
+
+@given(NESTED, st.sampled_from([None, 1]))
+def test_values_are_counted_as_they_are(of: object, indent: int | None) -> None:
+    separators = None if indent else (",", ":")
+    content = json.dumps(of, indent=indent, separators=separators, ensure_ascii=False).encode()
+    assert not more_values(content, values(of))
+    assert more_values(content, values(of) - 1) or values(of) == 1
+
+
+def test_values_are_counted_across_pieces() -> None:
+    for count in (10_000, 60_001):
+        texts = json.dumps([f'"{i},[' * 3 for i in range(count)]).encode()
+        assert [more_values(texts, count + 1), more_values(texts, count)] == [False, True]

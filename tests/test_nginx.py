@@ -205,7 +205,8 @@ def test_too_many_and_down_say_when_to_come_back_and_no_log_holds_a_token(proxy:
     assert down.headers["retry-after"] == "5"
     for answer in (*refused, down):
         assert answer.headers["strict-transport-security"] == "max-age=31536000"
-    proxy.client.get(f"/health&access_token={TOKEN}/more")
+    for path in ("/health", "/health%0A", "/a%22b"):
+        proxy.client.get(f"{path}&access_token={TOKEN}/more")
     proxy.client.get("/nothing", params=QUERY, headers={**BEARER, "Referer": f"https://h/docs?access_token={TOKEN}"})
     with proxy.connect() as bad:
         bad.sendall(f"GET /?access_token={TOKEN} HTTP/9.9\r\n\r\n".encode())

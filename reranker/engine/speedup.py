@@ -84,16 +84,16 @@ def compiled_stages() -> Stages:
 
 
 def record_passes(model: Model) -> str:
-    """Take the recorded passes that hold, if there are any; else the reason against them. One that computes something
-    else is a reason against all.
+    """Take the recorded passes that are no slower, if there are any; else the reason against them. One that computes
+    something else, or cannot be recorded, speaks against all.
     """
     if model.kernel is not VarlenAttention:
         return "attention runs segment by segment here"
     graphs = Graphs(lambda batch: model.hidden(batch, model.stages), model.device)
-    start, left_out = time.perf_counter(), ""
+    start, left_out = time.perf_counter(), []
     for tokens in (SIZES[-1], *SIZES[:-1]):  # the largest makes room for all; then those that gain the most
         if time.perf_counter() - start > _RECORD_SECONDS:
-            left_out = f"from {tokens} tokens on: not recorded within {_RECORD_SECONDS:.0f} s"
+            left_out.append(f"from {tokens} tokens on: not recorded within {_RECORD_SECONDS:.0f} s")
             break
         graphs.record(sample(tokens, model.decoder.config.vocab_size))
         # Another batch than the recorded one, and padded: what was recorded must read what is put there.
@@ -103,12 +103,12 @@ def record_passes(model: Model) -> str:
         if reason := differs(fast, plain, tolerance(model)):
             return f"{tokens} tokens: {reason}"
         if reason := slower(fast, plain):
-            left_out = f"{tokens} tokens: {reason}"
+            left_out.append(f"{tokens} tokens: {reason}")
             graphs.forget(tokens)
     if not len(graphs):
-        return left_out
+        return left_out[0]
     if left_out:
-        logger.info("CUDA graphs: %d of %d sizes (%s)", len(graphs), len(SIZES), left_out)
+        logger.info("CUDA graphs: %d of %d sizes (%s)", len(graphs), len(SIZES), "; ".join(left_out))
     model.graphs = graphs
     return ""
 

@@ -8,7 +8,8 @@ a request arrives looks at what its siblings have in progress, and where one has
     workers       a file that all of them map: a cell for each slot
     worker_3      the Unix socket of slot 3
 
-They lie in the folder of the metrics. What cannot be passed on is answered where it is: no fault here fails a request.
+They lie in the folder of the metrics. What cannot be passed on is answered where it is. Only a worker that dies, hangs
+or has no more room for open files fails a request that was passed to it.
 """
 
 from __future__ import annotations
@@ -150,13 +151,15 @@ class Siblings:
         """Connections come."""
         while True:
             try:
-                data, files, _, _ = socket.recv_fds(self._socket, _MOST_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+                # socket.recv_fds of Python 3.11 forgets the flags.
+                data, with_it, _, _ = self._socket.recvmsg(_MOST_BYTES, socket.CMSG_LEN(4), socket.MSG_CMSG_CLOEXEC)
             except BlockingIOError:
                 return
-            if not files:  # this process has no more room for open files, and the kernel has closed it
+            if not with_it:  # this process has no more room for open files, and the kernel has closed it
                 logger.warning("a connection of another worker could not be taken over: too many open files")
-                self._took()
-            for file in files:
+                asyncio.get_running_loop().call_later(_FRESH, self._took)  # until then nobody sends another
+            for _, _, rights in with_it:
+                [file] = struct.unpack("=i", rights)
                 task = asyncio.create_task(self._take_over(socket.socket(fileno=file), data))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)

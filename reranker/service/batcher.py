@@ -114,6 +114,7 @@ class Batcher:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         self.queue.clear()
+        self._observer.queue_changed(0)
         for job in list(self._jobs):
             job.fail(NotReadyError("the service is shutting down; try again", retry_after=5))
         self._encoder.close()
@@ -258,6 +259,8 @@ class Batcher:
         Half: a small request that comes before gets into the next pass, and there is time to pack.
         """
         while not (len(self.queue) and (running is None or running.done())):
+            if running is not None and running.done():
+                running.result()  # raises what it raised, though nobody waits for the device
             full = self.queue.tokens >= scorer.max_batch_tokens
             left = self._pack_at - time.monotonic()
             if full and not left > 0:
@@ -315,6 +318,7 @@ class Batcher:
     def _give_up(self, error: Exception) -> None:
         """No scorer, or none any more: whoever waits is told at once, and the process ends."""
         self.queue.clear()
+        self._observer.queue_changed(0)
         for job in list(self._jobs):
             job.fail(error)
         if self.status != "unhealthy":

@@ -227,7 +227,7 @@ class Metrics(Observer):
             try:
                 MultiProcessCollector(shared, self.folder)
                 return encode(shared), kind
-            except (OSError, ValueError, struct.error) as error:  # a clean-up of /dev/shm, say; what is mapped lives on
+            except (OSError, ValueError, RuntimeError, struct.error) as error:  # a clean-up of /dev/shm, say
                 logger.warning("the folder of shared metrics cannot be read, so /metrics is one worker's: %s", error)
         return encode(self.registry), kind
 

@@ -124,10 +124,9 @@ class TokenQueue:
         """Tokens of the jobs that have at most so many left."""
         return sum(job.tokens for job in self._jobs if job.tokens <= most)
 
-    def clear(self) -> list[Job]:
+    def clear(self) -> None:
         """Take everything out."""
-        jobs, self._jobs, self.tokens = self._jobs, [], 0
-        return jobs
+        self._jobs, self.tokens = [], 0
 
     def _keep(self, wanted: Callable[[Job], bool]) -> None:
         self._jobs = list(filter(wanted, self._jobs))

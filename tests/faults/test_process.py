@@ -197,8 +197,8 @@ def test_a_load_that_takes_longer_than_the_heartbeat_is_let_finish(start: Start)
 
 
 def test_work_that_outlives_the_grace_period_is_answered_with_503(start: Start) -> None:
-    # Whose body is still on its way, and whose scores are: cancelled in time for the answer, before gunicorn kills.
-    server = start(command=FAKE, FAKE_SECONDS="20", REQUEST_TIMEOUT="1", BODY_TIMEOUT="60")
+    """Its body is still on its way: cancelled in time for an answer, before gunicorn kills."""
+    server = start(command=FAKE, REQUEST_TIMEOUT="1", BODY_TIMEOUT="60")
     with concurrent.futures.ThreadPoolExecutor(1) as pool, connect(server) as half:
         send(half, b"POST /v1/rerank HTTP/1.1\r\nHost: h\r\nContent-Length: 100\r\n\r\n{")
         once(server, lambda found: value(found, "reranker_requests_in_progress") == 2)  # and the one that asks

@@ -28,10 +28,9 @@ from reranker.types import RerankRequest
 
 M = TypeVar("M", bound=BaseModel)
 
-_MOST_VALUES = 1_000_000
-"""In a body: MAX_DOCUMENTS objects have room for an embedding of hundreds of numbers each, which is ignored."""
 _SEPARATORS = b",", b"[", b"{"
 """Each value but the first stands behind one of these."""
+_PIECE = 1 << 16
 
 
 def _text(value: Any) -> str:
@@ -172,8 +171,9 @@ async def read_json(request: Request) -> dict[str, Any]:
         raise UnsupportedMediaTypeError("Content-Encoding is not supported: send the JSON uncompressed")
     # Not request.body(), which keeps the bytes as long as the request waits.
     content = b"".join([part async for part in request.stream()])
-    if too_many_values(content):
-        raise InvalidRequestError(f"the body holds more than {_MOST_VALUES} values: leave out what is not asked for")
+    most: int = request.app.state.max_values
+    if more_values(content, most):
+        raise InvalidRequestError(f"the body holds more than {most} values: leave out what is not asked for")
     try:
         value = _loads(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -191,17 +191,22 @@ async def read_json(request: Request) -> dict[str, Any]:
     return value
 
 
-def too_many_values(content: bytes) -> bool:
-    """Whether JSON has more values than any request needs: in memory each takes up to a hundred times its bytes, and
-    the event loop waits while they are made. Texts may hold whatever they like; what is no JSON is not judged here.
+def more_values(content: bytes, most: int) -> bool:
+    """Whether JSON has more than so many values: in memory each takes up to thirty times its bytes, and the event loop
+    waits while they are made. Texts may hold whatever they like. What is no JSON may have more, or not.
     """
-    if sum(map(content.count, _SEPARATORS)) < _MOST_VALUES:
+    if sum(map(content.count, _SEPARATORS)) < most:
         return False
     unescaped = content.replace(b"\\\\", b"").replace(b'\\"', b"")
-    if unescaped.count(b'"') > 2 * _MOST_VALUES:
-        return True
-    outside = b"".join(unescaped.split(b'"')[::2])
-    return sum(map(outside.count, _SEPARATORS)) >= _MOST_VALUES
+    values, in_text = 0, False
+    for start in range(0, len(unescaped), _PIECE):
+        parts = unescaped[start : start + _PIECE].split(b'"')
+        outside = b'"'.join(parts[in_text::2])
+        values += sum(map(outside.count, _SEPARATORS)) - outside.count(b"[]") - outside.count(b"{}")
+        if values >= most:
+            return True
+        in_text ^= len(parts) % 2 == 0
+    return False
 
 
 def parse(model: type[M], body: dict[str, Any]) -> M:
