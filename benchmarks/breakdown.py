@@ -100,9 +100,8 @@ def threads(scorer: Scorer, size: int, rounds: int) -> list[str]:
         for count, taken in times.items():
             torch.set_num_threads(count)
             taken.append(timed(lambda: [scorer.score(batch) for _ in range(repeat)]))
-    (wall, used), (wall2, used2) = (
-        (statistics.median(1000 * t[i] / repeat for t in times[count][1:]) for i in (0, 1)) for count in times
-    )
+    medians = [[statistics.median(1000 * t[i] / repeat for t in taken[1:]) for i in (0, 1)] for taken in times.values()]
+    (wall, used), (wall2, used2) = medians
     shown = [f"{ms:.0f}" for ms in (wall, used, wall2, used2)]
     return [str(batch.tokens), *shown, f"{wall / wall2:.2f}", f"{used2 / used:.2f}"]
 
