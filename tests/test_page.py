@@ -170,6 +170,7 @@ def test_instruction_and_top_k_are_sent_only_when_given(fake: Server, visit: Ope
     with page.expect_request("**/v1/rerank") as plain:
         page.keyboard.press("Control+Enter")
     assert plain.value.post_data_json == {"query": "a b", "documents": ["a", "a b", "c"]}
+    assert len(ranking(page)) == 3  # until then another request would not be sent
     fill(page, "a b", ["a", "a b", "c"], instruction="find letters", top="2")
     with page.expect_request("**/v1/rerank") as full:
         page.press("#top", "Enter")
