@@ -29,12 +29,20 @@ def test_the_last_worker_that_is_ready_ends_the_old_generation(monkeypatch: pyte
     assert old.wait(30) == -signal.SIGTERM
 
 
-def test_an_old_master_that_is_gone_already_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_master_that_is_gone_already_is_no_fault(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     old = ended()
     monkeypatch.setattr(psutil, "Process", lambda _: SimpleNamespace(ppid=lambda: old))
-    Handover(old, 1).ready()
+    with caplog.at_level("INFO"):
+        Handover(old, 1).ready()
+    assert f"the old one ({old}) finishes" in caplog.text, "so it was tried"
 
 
-def test_a_new_master_that_is_gone_already_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_master_that_is_gone_already_is_no_fault(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(os, "getppid", ended)
-    Handover(os.getpid(), 1).ready()
+    with caplog.at_level("INFO"):
+        Handover(os.getpid(), 1).ready()
+    assert not caplog.messages, "nobody is told to end"
