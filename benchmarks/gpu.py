@@ -27,7 +27,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,20 +63,22 @@ class WrongError(Exception):
 class TrueLengths(Prompt):
     """The demo's tokenizer, whose tokens are cut or repeated to as many as the true one makes of the same texts."""
 
-    def __init__(self, tokenizer: Any, lengths: dict[str, tuple[int, list[int]]]) -> None:
+    def __init__(self, tokenizer: Any, preamble: int, lengths: dict[str, tuple[int, list[int]]]) -> None:
         super().__init__(tokenizer)
+        self.preamble = _fit(self.preamble, preamble)
         self.lengths = lengths
         """Of the prefix and of each document, by the first document of the request."""
 
-    def encode(self, request: RerankRequest) -> EncodedRequest:
+    def encode(self, request: RerankRequest, kept: Sequence[int] = ()) -> EncodedRequest:
         """Of a request of short.json, or the one of ten documents; another one as it is."""
-        encoded = super().encode(request)
+        encoded = super().encode(request, kept)
         if request.documents[0] not in self.lengths:
             return encoded
         prefix, documents = self.lengths[request.documents[0]]
         return EncodedRequest(
-            _fit(encoded.prefix, prefix),
+            [*self.preamble, *_fit(encoded.prefix, prefix - len(self.preamble))],
             [_fit(tokens, count) for tokens, count in zip(encoded.documents, documents, strict=True)],
+            kept=len(kept),
         )
 
 
@@ -87,7 +89,7 @@ def true_lengths() -> TrueLengths:
     lengths = {ten_documents().documents[0]: (ten["prefixes"][0], ten["documents"][0])}
     for request, prefix, documents in zip(WORK, short["prefixes"], short["documents"], strict=True):
         lengths[request["documents"][0]] = prefix, documents
-    return TrueLengths(load_tokenizer(DEMO), lengths)
+    return TrueLengths(load_tokenizer(DEMO), counted["preamble"], lengths)
 
 
 def _fit(tokens: list[int], count: int) -> list[int]:
@@ -243,7 +245,7 @@ class Bench:
             start = time.perf_counter()
             self.scorer.rerank(ten.query, ten.documents)
             times.append(time.perf_counter() - start)
-        tokens = self.prompt.encode(ten).tokens
+        tokens = self.scorer.encode(ten).tokens
         middle = 1000 * statistics.median(times)
         return f"Ten documents of 100 words ({tokens} tokens), call to scores: p50 {middle:.1f} ms."
 
@@ -272,8 +274,11 @@ class Bench:
         def tokens(most: int) -> list[int]:
             return [rng.randrange(vocabulary) for _ in range(rng.randrange(1, most))]
 
+        assert self.scorer is not None
         most = rng.choice((10, 100, 600)) if self.device.type == "cuda" else 30
-        return EncodedRequest(tokens(most), [tokens(most) for _ in range(rng.choice((1, 2, 9)))])
+        kept = self.scorer.model.preamble[: rng.choice((0, 20, None))]
+        documents = [tokens(most) for _ in range(rng.choice((1, 2, 9)))]
+        return EncodedRequest([*kept, *tokens(most)], documents, kept=len(kept))
 
     def _pair(self, made: Any, tokens: list[int]) -> float:
         """The card's logit: of "yes" minus of "no" at the last token, in float32 as the service has it."""
@@ -282,7 +287,8 @@ class Bench:
         return float(state.float() @ (rows[0] - rows[1]))
 
     def _encode(self, request: dict[str, Any]) -> EncodedRequest:
-        return self.prompt.encode(RerankRequest(request["query"], request["documents"]))
+        assert self.scorer is not None
+        return self.scorer.encode(RerankRequest(request["query"], request["documents"]))
 
     async def _serve(self, scorer: Scorer) -> tuple[float, int, int]:
         """Seconds, packed tokens and documents of all clients' requests."""

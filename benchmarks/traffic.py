@@ -148,6 +148,7 @@ def main() -> None:
             "answer_bytes": [len(json.dumps(answer).encode()) for answer in answers],
         }
     ten = prompt.encode(ten_documents())
+    made["preamble"] = len(prompt.preamble)
     made["ten"] = {"prefixes": [len(ten.prefix)], "documents": [[len(d) for d in ten.documents]]}
     TOKENS.write_text(json.dumps(made) + "\n")
 

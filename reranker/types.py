@@ -54,6 +54,8 @@ class EncodedRequest:
     chunks: list[list[int]] | None = None
     """None: nothing may be split. Else for each document the characters at which its chunks begin and the last one
     ends: n + 1 numbers for n chunks."""
+    kept: int = 0
+    """Tokens at the prefix's start that no pass computes again: the model keeps their keys and values."""
 
     @classmethod
     def join(cls, parts: Sequence[EncodedRequest]) -> EncodedRequest:
@@ -66,6 +68,7 @@ class EncodedRequest:
             [document for part in parts for document in part.documents],
             frozenset(start + i for start, part in zip(before, parts, strict=False) for i in part.truncated),
             None if parts[0].chunks is None else [borders for part in parts for borders in part.chunks or []],
+            parts[0].kept,
         )
 
     @property
@@ -75,8 +78,8 @@ class EncodedRequest:
 
     @property
     def tokens(self) -> int:
-        """The cost of the request: the prefix once, every document once. The unit of every queue and budget."""
-        return len(self.prefix) + sum(map(len, self.documents))
+        """The cost of the request: the prefix's own part once, every document once. The unit of queue and budget."""
+        return len(self.prefix) - self.kept + sum(map(len, self.documents))
 
     @property
     def prompt_tokens(self) -> int:
@@ -99,13 +102,13 @@ class Slice:
 
     @property
     def tokens(self) -> int:
-        """Cost in a forward pass: the prefix once, these documents once."""
-        return len(self.request.prefix) + sum(map(len, self.documents))
+        """Cost in a forward pass: the prefix's own part once, these documents once."""
+        return len(self.request.prefix) - self.request.kept + sum(map(len, self.documents))
 
     @property
     def prompt_tokens(self) -> int:
         """Tokens of these documents' prompts as the model reads them: the prefix in front of every document."""
-        return self.tokens + len(self.request.prefix) * (self.stop - self.start - 1)
+        return len(self.request.prefix) * (self.stop - self.start) + sum(map(len, self.documents))
 
 
 @dataclass(slots=True)

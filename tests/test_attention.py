@@ -13,15 +13,18 @@ from reranker.types import EncodedRequest, Slice
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 SCALE = 0.3
+PREAMBLE = 25
 
 
 def batch_of(rng: random.Random) -> PackedBatch:
-    """Prefixes longer and shorter than their documents: both ways through the segment-wise kernel."""
+    """Prefixes longer and shorter than their documents: both ways through the segment-wise kernel. Some are kept."""
     slices = []
     for _ in range(rng.randrange(1, 4)):
         documents = [[1] * rng.randrange(1, 60) for _ in range(rng.randrange(1, 5))]
-        slices.append(Slice(EncodedRequest([1] * rng.randrange(1, 40), documents), 0, len(documents)))
-    return pack(slices)
+        prefix = rng.randrange(1, 40)
+        request = EncodedRequest([1] * prefix, documents, kept=rng.choice((0, min(prefix - 1, PREAMBLE))))
+        slices.append(Slice(request, 0, len(documents)))
+    return pack(slices, preamble=PREAMBLE)
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch) -> Tensor:
@@ -45,7 +48,8 @@ def check_against_definition(kernel: type[Attention], device: str, dtype: torch.
     torch.manual_seed(3)
     for _ in range(12):
         batch = batch_of(rng)
-        q, k, v = (torch.randn(batch.tokens, heads, 64).to(device, dtype) for heads in (4, 2, 2))
+        rows = (batch.tokens, 4), (PREAMBLE + batch.tokens, 2), (PREAMBLE + batch.tokens, 2)
+        q, k, v = (torch.randn(*shape, 64).to(device, dtype) for shape in rows)
         expected = plain(q, k, v, batch)
         moved = batch.to(torch.device(device))
         got = kernel(moved)

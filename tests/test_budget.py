@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 from reranker.engine.budget import fit, halves, split
 from reranker.types import EncodedRequest, Slice
 
 
-def request(lengths: list[int], prefix: int = 5) -> EncodedRequest:
-    return EncodedRequest([0] * prefix, [[1] * n for n in lengths])
+def request(lengths: list[int], prefix: int = 5, kept: int = 0) -> EncodedRequest:
+    return EncodedRequest([0] * prefix, [[1] * n for n in lengths], kept=kept)
 
 
 def test_fit_stays_within_both_limits() -> None:
@@ -18,18 +19,21 @@ def test_fit_stays_within_both_limits() -> None:
     assert fit(r, 3, 15, 9) == 4
     assert fit(r, 3, 14, 9) == 3
     assert fit(r, 0, 4, 9) == 0
+    assert fit(request([10, 10, 10, 10], prefix=65, kept=60), 0, 45, 9) == 4
+    assert fit(request([10, 10, 10, 10], prefix=65, kept=60), 0, 44, 9) == 3
 
 
 def test_a_long_query_before_tiny_documents_gathers_a_bounded_number_of_keys() -> None:
     r = request([1] * 2000, prefix=8000)
-    for part in split(r, 10_000, 9999):
-        assert (part.stop - part.start) * 8001 <= 8 * 10_000
+    for kept in (0, 7999):
+        for part in split(replace(r, kept=kept), 10_000, 9999):
+            assert (part.stop - part.start) * 8001 <= 8 * 10_000
 
 
 def test_split_covers_every_document_once_and_in_order() -> None:
     rng = random.Random(2)
     for _ in range(100):
-        r = request([rng.randrange(1, 30) for _ in range(rng.randrange(1, 20))])
+        r = request([rng.randrange(1, 30) for _ in range(rng.randrange(1, 20))], kept=rng.randrange(5))
         most, documents = rng.randrange(10, 80), rng.randrange(1, 6)
         slices = split(r, most, documents)
         assert [d for s in slices for d in s.documents] == r.documents

@@ -33,20 +33,22 @@ def scorer(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scorer:
     return scorer
 
 
-def batch_of(rng: random.Random) -> PackedBatch:
+def batch_of(rng: random.Random, scorer: Scorer) -> PackedBatch:
     slices = []
     for _ in range(rng.randrange(1, 4)):
         documents = [[rng.randrange(2000) for _ in range(rng.randrange(1, 60))] for _ in range(rng.randrange(1, 5))]
         prefix = [rng.randrange(2000) for _ in range(rng.randrange(1, 40))]
-        slices.append(Slice(EncodedRequest(prefix, documents), 0, len(documents)))
-    return pack(slices)
+        kept = rng.choice((0, 3, len(scorer.model.preamble)))
+        request = EncodedRequest([*scorer.model.preamble[:kept], *prefix], documents, kept=kept)
+        slices.append(Slice(request, 0, len(documents)))
+    return scorer.pack(slices)
 
 
 def test_padding_to_a_bucket_changes_no_score(scorer: Scorer) -> None:
     rng = random.Random(21)
     padded = 0
     for _ in range(15):
-        batch = batch_of(rng)
+        batch = batch_of(rng, scorer)
         shape = bucket(batch.tokens)
         if not fits(batch, shape):
             continue
@@ -61,7 +63,7 @@ def test_padding_to_a_bucket_changes_no_score(scorer: Scorer) -> None:
 
 
 def test_a_batch_that_fills_its_bucket_is_padded_with_nothing(scorer: Scorer) -> None:
-    batch = pack([Slice(EncodedRequest([5] * 28, [list(range(60)), list(range(40))]), 0, 2)])
+    batch = scorer.pack([Slice(EncodedRequest([5] * 28, [list(range(60)), list(range(40))]), 0, 2)])
     assert batch.tokens == 128
     got = scorer.model.forward(pad(batch, bucket(128)))[:2]
     torch.testing.assert_close(got, scorer.model.forward(batch), atol=1e-5, rtol=0)
@@ -85,11 +87,11 @@ def test_buckets_cover_the_small_batches_and_nothing_else() -> None:
         assert not fits(odd, bucket(odd.tokens))
 
 
-@pytest.mark.parametrize("tokens", [*SIZES, *(size - 16 for size in SIZES)])
-def test_what_is_recorded_and_compared_fits_its_bucket(tokens: int) -> None:
-    batch = sample(tokens, 2000)
-    assert tokens - 16 < batch.tokens <= tokens
-    assert fits(batch, bucket(tokens))
+def test_what_is_recorded_and_compared_fits_its_bucket(scorer: Scorer) -> None:
+    for tokens in (*SIZES, *(size - 16 for size in SIZES)):
+        batch = sample(tokens, scorer.model)
+        assert tokens - 16 < batch.tokens <= tokens
+        assert fits(batch, bucket(tokens))
 
 
 def test_the_comparison_finds_a_wrong_and_a_slow_way() -> None:
@@ -157,13 +159,13 @@ def recorder(scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> Recorder:
     return Recorder(scorer, monkeypatch)
 
 
-def test_a_replay_is_the_pass_of_the_batch_that_is_put_in(recorder: Recorder) -> None:
+def test_a_replay_is_the_pass_of_the_batch_that_is_put_in(scorer: Scorer, recorder: Recorder) -> None:
     graphs = Graphs(recorder.model.hidden, torch.device("cpu"))
     for size in (512, 256, 128):
-        graphs.record(sample(size, 2000))
+        graphs.record(sample(size, recorder.model))
     rng = random.Random(22)
     for _ in range(40):
-        batch = batch_of(rng)
+        batch = batch_of(rng, scorer)
         got, shape = graphs.replay(batch), bucket(batch.tokens)
         assert (got is None) == (shape.tokens not in (128, 256, 512) or not fits(batch, shape))
         if got is not None:
@@ -172,15 +174,15 @@ def test_a_replay_is_the_pass_of_the_batch_that_is_put_in(recorder: Recorder) ->
     assert set(recorder.replays) == {128, 256, 512}
     graphs.forget(256)
     assert len(graphs) == 2
-    assert graphs.replay(sample(250, 2000)) is None
+    assert graphs.replay(sample(250, recorder.model)) is None
 
 
 def test_scores_come_from_replays_where_there_are_some(scorer: Scorer, recorder: Recorder) -> None:
     rng = random.Random(24)
-    batches = [batch_of(rng) for _ in range(20)]
+    batches = [batch_of(rng, scorer) for _ in range(20)]
     wanted = [scorer.score(batch) for batch in batches]
     scorer.model.graphs = Graphs(recorder.model.hidden, torch.device("cpu"))
-    scorer.model.graphs.record(sample(256, 2000))
+    scorer.model.graphs.record(sample(256, scorer.model))
     for batch, logits in zip(batches, wanted, strict=True):
         assert scorer.score(batch) == pytest.approx(logits, abs=1e-4)
     assert 1 <= len(recorder.replays) < 20
@@ -211,8 +213,8 @@ def test_one_that_is_slower_is_left_out(quick: Recorder, monkeypatch: pytest.Mon
     assert record_passes(quick.model) == ""
     assert quick.model.graphs is not None
     assert len(quick.model.graphs) == len(SIZES) - 1
-    assert quick.model.graphs.replay(sample(2040, 2000)) is None
-    assert quick.model.graphs.replay(sample(127, 2000)) is not None
+    assert quick.model.graphs.replay(sample(2040, quick.model)) is None
+    assert quick.model.graphs.replay(sample(127, quick.model)) is not None
 
 
 def test_a_slow_recording_keeps_the_small_sizes(quick: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +223,7 @@ def test_a_slow_recording_keeps_the_small_sizes(quick: Recorder, monkeypatch: py
     assert record_passes(quick.model) == ""
     assert quick.model.graphs is not None
     assert 2 <= len(quick.model.graphs) < 6
-    assert quick.model.graphs.replay(sample(127, 2000)) is not None
+    assert quick.model.graphs.replay(sample(127, quick.model)) is not None
 
 
 def test_where_attention_runs_segment_by_segment_nothing_is_recorded(quick: Recorder) -> None:
@@ -238,11 +240,11 @@ def test_replays_equal_the_plain_way(model_path: Path, precision: str) -> None:
     model = scorer.model
     graphs = Graphs(lambda batch: model.hidden(batch, model.stages), model.device)
     for size in (512, 256, 128):
-        graphs.record(sample(size, 2000))
+        graphs.record(sample(size, model))
     rng = random.Random(22)
     replayed = 0
     for _ in range(40):
-        batch = batch_of(rng)
+        batch = batch_of(rng, scorer)
         got = graphs.replay(batch)
         if got is None:
             continue
@@ -257,8 +259,8 @@ def test_replays_equal_the_plain_way(model_path: Path, precision: str) -> None:
 def test_a_pass_synchronises_once(model_path: Path) -> None:
     """From the packed batch to the logits on the device there is none; `tolist` is the one."""
     scorer = Scorer.load(model_path, device="cuda", precision="bfloat16")
-    small = scorer.pack(sample(512, 2000).slices)
-    large = scorer.pack(sample(4096, 2000).slices)
+    small = scorer.pack(sample(512, scorer.model).slices)
+    large = scorer.pack(sample(4096, scorer.model).slices)
     for batch in (small, large):
         scorer.score(batch)
         torch.cuda.set_sync_debug_mode("error")

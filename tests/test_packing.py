@@ -7,9 +7,13 @@ import torch
 from reranker.engine.packing import pack
 from reranker.types import EncodedRequest, Slice
 
+PREAMBLE = 6
+
 
 def request(rng: random.Random, prefix: int, lengths: list[int]) -> EncodedRequest:
-    return EncodedRequest([rng.randrange(99) for _ in range(prefix)], [[rng.randrange(99)] * n for n in lengths])
+    kept = rng.randrange(min(prefix, PREAMBLE + 1))
+    ids = [rng.randrange(99) for _ in range(prefix)]
+    return EncodedRequest(ids, [[rng.randrange(99)] * n for n in lengths], kept=kept)
 
 
 def test_every_segment_holds_its_tokens_positions_and_keys() -> None:
@@ -20,20 +24,23 @@ def test_every_segment_holds_its_tokens_positions_and_keys() -> None:
             r = request(rng, rng.randrange(1, 9), [rng.randrange(1, 12) for _ in range(rng.randrange(1, 6))])
             start = rng.randrange(len(r.documents))
             slices.append(Slice(r, start, rng.randrange(start, len(r.documents)) + 1))
-        batch = pack(slices)
+        batch = pack(slices, preamble=PREAMBLE)
         cu_q, cu_k, cu_last = batch.cu_seqlens
 
-        prefixes = [(s.request.prefix, 0) for s in slices]
-        documents = [(d, len(s.request.prefix)) for s in slices for d in s.documents]
-        owners = [i for i, s in enumerate(slices) for _ in s.documents]
+        prefixes = [(s.request.prefix[s.request.kept :], i) for i, s in enumerate(slices)]
+        documents = [(d, i) for i, s in enumerate(slices) for d in s.documents]
         at = key = 0
         starts = []
-        for i, (ids, shared) in enumerate(prefixes + documents):
+        for i, (ids, owner) in enumerate(prefixes + documents):
             starts.append(at)
+            kept = slices[owner].request.kept
+            before = [*range(kept)]  # keys; the tokens' begin behind those of the preamble
+            if i >= len(slices):
+                first = PREAMBLE + starts[owner]
+                before += range(first, first + len(slices[owner].request.prefix) - kept)
             assert batch.input_ids[at : at + len(ids)].tolist() == ids
-            assert batch.position_ids[at : at + len(ids)].tolist() == list(range(shared, shared + len(ids)))
-            owner = starts[owners[i - len(slices)]] if i >= len(slices) else 0
-            expected = [*range(owner, owner + shared), *range(at, at + len(ids))]
+            assert batch.position_ids[at : at + len(ids)].tolist() == list(range(len(before), len(before) + len(ids)))
+            expected = [*before, *range(PREAMBLE + at, PREAMBLE + at + len(ids))]
             assert batch.kv_index[key : key + len(expected)].tolist() == expected
             assert cu_q[i] == at
             assert cu_k[i] == key

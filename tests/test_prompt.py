@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -9,7 +10,7 @@ from transformers import AutoTokenizer
 
 from reranker.engine.prompt import MOST_CHUNKS, Prompt
 from reranker.errors import InvalidRequestError, ModelLoadError
-from reranker.types import RerankRequest
+from reranker.types import RerankRequest, Slice
 from tests.card import Card
 from tests.conftest import DEMO
 
@@ -60,6 +61,43 @@ def test_no_text_becomes_a_control_token(parts: list[str]) -> None:
     # And nothing outside its own span changes.
     assert encoded.prefix[: len(PROMPT.system)] == PROMPT.system
     assert encoded.documents[0][-len(PROMPT.suffix) :] == PROMPT.suffix
+
+
+def test_what_is_kept_is_what_prompts_begin_with() -> None:
+    prompt = Prompt(TOKENIZER, instruction="Find the bug")
+    plain = RerankRequest("q", ["d", "e"])
+
+    def shared(request: RerankRequest) -> int:
+        encoded = prompt.encode(request, prompt.preamble)
+        assert encoded == replace(prompt.encode(request), kept=encoded.kept)
+        assert encoded.prefix[: encoded.kept] == prompt.preamble[: encoded.kept]
+        assert encoded.tokens == prompt.encode(request).tokens - encoded.kept
+        assert encoded.prompt_tokens == prompt.encode(request).prompt_tokens
+        part = Slice(encoded, len(encoded.documents) - 1, len(encoded.documents))
+        assert (part.tokens, part.prompt_tokens) == (
+            len(encoded.prefix) - encoded.kept + len(encoded.documents[-1]),
+            len(encoded.prefix) + len(encoded.documents[-1]),
+        )
+        return encoded.kept
+
+    assert shared(plain) == shared(RerankRequest("\n", [""])) == len(prompt.preamble)
+    assert len(prompt.system) < shared(RerankRequest("q", ["d"], "Find the cat")) < len(prompt.preamble)
+    assert shared(RerankRequest("q", ["d"], "")) >= len(prompt.system)
+    assert prompt.encode(plain).kept == 0
+
+
+def test_some_of_a_prefix_is_always_left_to_compute() -> None:
+    """A default instruction that holds a whole prompt of another."""
+    prompt = Prompt(TOKENIZER, instruction="Find\n<Query>: q\n<Document>: and so on")
+    encoded = prompt.encode(RerankRequest("q", ["d"], "Find"), prompt.preamble)
+    assert prompt.preamble[: len(encoded.prefix)] == encoded.prefix
+    assert encoded.kept == len(encoded.prefix) - 1
+
+
+def test_of_a_very_long_default_instruction_the_start_is_kept() -> None:
+    prompt = Prompt(TOKENIZER, instruction="word " * 5000)
+    encoded = prompt.encode(RerankRequest("q", ["d"]), prompt.preamble)
+    assert encoded.kept == len(prompt.preamble) == 512
 
 
 def test_a_surrogate_is_replaced() -> None:

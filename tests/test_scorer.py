@@ -77,6 +77,23 @@ def test_many_requests_in_one_pass_equal_the_card(scorer: Scorer, card: Card) ->
     assert torch.tensor(wanted_all).std() > 0.5
 
 
+def test_what_every_prompt_begins_with_is_computed_once(scorer: Scorer, card: Card) -> None:
+    """At load; a pass begins where a request's prompt leaves it, be it early or never."""
+    kept = scorer.prompt.preamble
+    assert scorer.model.preamble == kept
+    assert len(kept) > len(scorer.prompt.system)
+    group = [
+        RerankRequest("what is it?", ["a cat", "压缩 文件 " * 30], instruction)
+        for instruction in (None, "Given a web search", "", "Find the code")
+    ]
+    encoded = [scorer.encode(request) for request in group]
+    assert [e.kept for e in encoded] == sorted((e.kept for e in encoded), reverse=True)
+    assert (encoded[0].kept, len({e.kept for e in encoded}) >= 3) == (len(kept), True)
+    batch = scorer.pack([Slice(e, 0, 2) for e in encoded])
+    assert batch.tokens == sum(len(e.prefix) - e.kept + sum(map(len, e.documents)) for e in encoded)
+    assert worst(packed(scorer, group), [expected(card, r) for r in group]) < 1e-4
+
+
 def test_long_documents_and_long_queries_equal_the_card(scorer: Scorer, card: Card) -> None:
     rng = random.Random(12)
     group = [

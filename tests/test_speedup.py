@@ -32,7 +32,7 @@ def test_compiled_layers_equal_the_card_and_compile_once(
     compiled, ran = compiled_stages(), []
     counters.clear()
     with torch.inference_mode():  # in another thread, as at a start, and for a size of its own
-        assert speedup._in_time(100, lambda: model.hidden(sample(1000, 2000), compiled)) == ""
+        assert speedup._in_time(100, lambda: model.hidden(sample(1000, model), compiled)) == ""
     assert counters["stats"]["unique_graphs"] == 2
     model.stages = Stages(
         lambda *args: ran.append(1) or compiled.before(*args),  # type: ignore[func-returns-value]
@@ -47,7 +47,7 @@ def test_compiled_layers_equal_the_card_and_compile_once(
     assert not counters["graph_break"]
     # What was compiled is what ran: not the plain functions behind the compiler's back.
     with torch.inference_mode(), torch.compiler.set_stance("fail_on_recompile"):
-        model.hidden(sample(200, 2000), compiled)
+        model.hidden(sample(200, model), compiled)
 
 
 def cuda(model: Model, monkeypatch: pytest.MonkeyPatch) -> Model:

@@ -1,7 +1,7 @@
 """Attention over a packed batch: one interface, two kernels, held equal by tests/test_attention.py.
 
 An attention object is made once per batch and called once per layer. Shapes: H query heads, G key/value heads, D head
-dimension; T tokens, N documents, K gathered keys (see packing.py).
+dimension; T tokens, N documents, P keys kept of the preamble, K gathered keys (see packing.py).
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class Attention(Protocol):
     def __init__(self, batch: PackedBatch) -> None: ...
 
     def every(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """q [T, H, D], k and v [T, G, D] -> [T, H, D]"""
+        """q [T, H, D], k and v [P + T, G, D] -> [T, H, D]"""
 
     def last(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """q [N, H, D] of the documents' last tokens, k and v [T, G, D] -> [N, H, D]"""
+        """q [N, H, D] of the documents' last tokens, k and v [P + T, G, D] -> [N, H, D]"""
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> tuple[type[Attention], str]:
@@ -61,43 +61,37 @@ def choose(device: torch.device, dtype: torch.dtype) -> tuple[type[Attention], s
 class SdpaAttention:
     """`scaled_dot_product_attention` segment by segment: the CPU's way, and a GPU's without the varlen kernel.
 
-    A document's queries see their prefix as well, so the causal diagonal is shifted. Where the document is longer than
-    its prefix, the prefix's queries are computed along and dropped: the kernel's own causal mode skips more than that
-    costs, and no mask of the document's length squared is made. Shorter ones take a small mask.
+    A segment's queries see what is shared before it as well, so the causal diagonal is shifted. Where the segment is
+    longer than that, as many queries of zeros are computed along and dropped: the kernel's own causal mode skips more
+    than that costs, and no mask of the document's length squared is made. Shorter ones take a small mask.
     """
 
     def __init__(self, batch: PackedBatch) -> None:
         self.kv_index = batch.kv_index
         self.first_document = batch.prefixes
-        owners = [i for i, s in enumerate(batch.slices) for _ in range(s.start, s.stop)]
-        starts = [0]
-        for length in batch.lengths_q:
-            starts.append(starts[-1] + length)
-        self.segments: list[tuple[int, int, int, int, int, Tensor | None]] = []
-        """(query start, query stop, prefix start, key start, key stop, mask)"""
+        self.segments: list[tuple[int, int, int, int, Tensor | None]] = []
+        """(query start, query stop, key start, key stop, mask)"""
         masks: dict[int, Tensor] = {}
-        key = 0
-        for i, (queries, keys) in enumerate(zip(batch.lengths_q, batch.lengths_k, strict=True)):
-            prefix = keys - queries
-            owner = starts[owners[i - batch.prefixes]] if i >= batch.prefixes else starts[i]
+        start = key = 0
+        for queries, keys in zip(batch.lengths_q, batch.lengths_k, strict=True):
+            shared = keys - queries
             mask = None
-            if queries < prefix and queries * keys <= _MASK_LIMIT:
-                if prefix not in masks:
-                    longest = min(prefix, _MASK_LIMIT // prefix)
-                    masks[prefix] = _shifted_causal(longest, prefix, batch.input_ids.device)
-                mask = masks[prefix][:queries, :keys]
-            self.segments.append((starts[i], starts[i + 1], owner, key, key + keys, mask))
-            key += keys
+            if queries < shared and queries * keys <= _MASK_LIMIT:
+                if shared not in masks:
+                    longest = min(shared, _MASK_LIMIT // shared)
+                    masks[shared] = _shifted_causal(longest, shared, batch.input_ids.device)
+                mask = masks[shared][:queries, :keys]
+            self.segments.append((start, start + queries, key, key + keys, mask))
+            start, key = start + queries, key + keys
 
     def every(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """See `Attention.every`."""
         heads, keys, values = q.transpose(0, 1)[None], *self._gather(q, k, v)
         out = torch.empty_like(q)
-        for start, stop, owner, k0, k1, mask in self.segments:
+        for start, stop, k0, k1, mask in self.segments:
             queries = heads[:, :, start:stop]
-            shared = k1 - k0 - (stop - start)
-            if shared and mask is None:
-                queries = torch.cat([heads[:, :, owner : owner + shared], queries], dim=2)
+            if mask is None:
+                queries = F.pad(queries, (0, 0, k1 - k0 - (stop - start), 0))
             got = F.scaled_dot_product_attention(
                 queries,
                 keys[:, :, k0:k1],
@@ -114,7 +108,7 @@ class SdpaAttention:
         """See `Attention.last`."""
         keys, values = self._gather(q, k, v)
         out = torch.empty_like(q)
-        for i, (_, _, _, k0, k1, _) in enumerate(self.segments[self.first_document :]):
+        for i, (_, _, k0, k1, _) in enumerate(self.segments[self.first_document :]):
             got = F.scaled_dot_product_attention(
                 q[i][None, :, None], keys[:, :, k0:k1], values[:, :, k0:k1], scale=scale, enable_gqa=True
             )
@@ -122,7 +116,7 @@ class SdpaAttention:
         return out
 
     def _gather(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """[T, G, D] -> [1, G, K, D], the keys of each segment contiguous; on a GPU [1, H, K, D]"""
+        """[P + T, G, D] -> [1, G, K, D], the keys of each segment contiguous; on a GPU [1, H, K, D]"""
         k, v = k[self.kv_index], v[self.kv_index]
         if k.is_cuda:  # with unequal head counts only the math kernel would be left, whose memory is quadratic
             groups = q.shape[1] // k.shape[1]
@@ -149,9 +143,9 @@ class VarlenAttention:
         return _varlen(q, k, v, self.cu_last, self.cu_k, _MOST_LAST, self.max_k, scale)
 
 
-def _shifted_causal(queries: int, prefix: int, device: torch.device) -> Tensor:
-    """[queries, prefix + queries] additive mask: query i sees keys 0 to prefix + i"""
-    hidden = torch.ones(queries, prefix + queries, dtype=torch.bool, device=device).triu(prefix + 1)
+def _shifted_causal(queries: int, shared: int, device: torch.device) -> Tensor:
+    """[queries, shared + queries] additive mask: query i sees keys 0 to shared + i"""
+    hidden = torch.ones(queries, shared + queries, dtype=torch.bool, device=device).triu(shared + 1)
     return torch.zeros(hidden.shape, device=device).masked_fill_(hidden, float("-inf"))
 
 

@@ -15,7 +15,7 @@ _KEYS_PER_TOKEN = 8
 
 def fit(request: EncodedRequest, start: int, max_tokens: int, max_documents: int) -> int:
     """Where a slice of `request` from document `start` must stop to stay within both limits (`start`: none fits)."""
-    left, keys = max_tokens - len(request.prefix), max_tokens * _KEYS_PER_TOKEN
+    left, keys = max_tokens - len(request.prefix) + request.kept, max_tokens * _KEYS_PER_TOKEN
     stop = start
     for document in request.documents[start : start + max_documents]:
         left -= len(document)

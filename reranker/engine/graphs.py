@@ -26,11 +26,12 @@ def bucket(tokens: int) -> Shape:
 
     Attention starts a block of threads for each segment and 128 tokens of `longest_q` and ends the idle ones at once:
     generous bounds would cost more than they cover. So documents of 32 tokens and more on average, none above 512, and
-    prefixes that are not repeated for more keys than four a token; anything else goes the ordinary way.
+    prefixes that are not repeated for many more keys than four a token; anything else goes the ordinary way.
     """
     tokens = -(-tokens // _STEP) * _STEP
     most = min(tokens // 32 + 8, 64)
-    return Shape(tokens, most, 4 * tokens, most, min(tokens, 512), 4 * tokens)
+    keys = 4 * tokens + 1024  # ten tiny documents behind a prompt of 100 tokens have nothing but keys
+    return Shape(tokens, most, keys, most, min(tokens, 512), keys)
 
 
 def fits(batch: PackedBatch, shape: Shape) -> bool:

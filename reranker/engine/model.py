@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from reranker.engine.attention import Attention, choose
 from reranker.engine.graphs import Graphs
 from reranker.engine.packing import PackedBatch
 from reranker.engine.quantized import quantize
-from reranker.engine.qwen3 import PLAIN, Stages, fuse, last_hidden
+from reranker.engine.qwen3 import PLAIN, Stages, fuse, keep, last_hidden
 from reranker.errors import ModelLoadError, ScoringError
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ def locate(name: str, revision: str | None = None) -> Path:
 
 @dataclass(slots=True)
 class Model:
-    """A loaded checkpoint: decoder, attention kernel and head. `forward` is the only thing it does."""
+    """A loaded checkpoint: decoder, attention kernel and head. `forward` is what it is for."""
 
     decoder: Qwen3Model
     head: Tensor
@@ -81,6 +82,13 @@ class Model:
     """What runs around each layer's attention; speedup.py puts compiled ones here."""
     graphs: Graphs | None = None
     """Recorded passes for small batches; speedup.py puts them here."""
+    preamble: Sequence[int] = ()
+    """[P] tokens whose keys and values every layer keeps: requests are encoded, and batches packed, for them."""
+
+    def keep(self, tokens: list[int]) -> None:
+        """Compute what every prompt begins with once and for all, before anything is compiled or recorded."""
+        keep(self.decoder, tokens, self.kernel)
+        self.preamble = tokens
 
     @torch.inference_mode()
     def forward(self, batch: PackedBatch) -> Tensor:

@@ -1,10 +1,12 @@
 """Many requests in one padding-free sequence, with each request's prefix there once. Pure: no model, no device.
 
 Layout of a batch of R requests and N documents: first all prefixes, then all documents in order. A segment is one
-prefix or one document; there are S = R + N of them. T tokens in all.
+prefix or one document; there are S = R + N of them. T tokens in all. Of the preamble, with which every prompt begins,
+the model keeps the keys and values (P rows): a prefix is there from where it leaves the preamble.
 
     tokens     [prefix 0][prefix 1] ... [document 0,0][document 0,1] ... [document 1,0] ...
-    attention  a prefix sees itself; a document sees its request's prefix, then itself; both causally
+    keys       [preamble][as the tokens]
+    attention  a prefix sees its part of the preamble, then itself; a document sees both, then itself; all causally
 """
 
 from __future__ import annotations
@@ -69,7 +71,7 @@ class PackedBatch:
 
     @property
     def position_ids(self) -> Tensor:
-        """[T] int64; a document's positions start at the length of its prefix"""
+        """[T] int64; a document's positions start at the length of its prefix, a prefix's at what is kept of it"""
         return self.index[self.tokens : 2 * self.tokens]
 
     @property
@@ -79,7 +81,7 @@ class PackedBatch:
 
     @property
     def kv_index(self) -> Tensor:
-        """[K] int64: keys of every segment, contiguous: a prefix itself; a document its prefix and itself"""
+        """[K] int64, below P + T: keys of every segment, contiguous: what it sees before itself, and itself"""
         return self.index[2 * self.tokens + self.shape.documents :][: self.shape.keys]
 
     @property
@@ -95,26 +97,32 @@ class PackedBatch:
         return replace(self, index=self.index.to(device, non_blocking=True))
 
 
-def pack(slices: Sequence[Slice], *, pinned: bool = False) -> PackedBatch:
-    """Lay slices out as one sequence; every slice has at least one document. `pinned`: for a copy to a GPU.
+def pack(slices: Sequence[Slice], *, preamble: int = 0, pinned: bool = False) -> PackedBatch:
+    """Lay slices out as one sequence; every slice has at least one document, and not all of its prefix is kept.
 
     In plain integers: for a short request, thirty small tensor operations cost three times as much.
+
+    Args:
+        slices: what one forward pass takes.
+        preamble: P, the rows that the model keeps; no request has more kept.
+        pinned: for a copy to a GPU.
     """
-    prefixes = [s.request.prefix for s in slices]
+    kept = [range(s.request.kept) for s in slices]
     groups = [s.documents for s in slices]
-    segments = [*prefixes, *chain(*groups)]
+    segments = [*(s.request.prefix[s.request.kept :] for s in slices), *chain(*groups)]
     lengths_q = [len(segment) for segment in segments]
     cu_q = [*accumulate(lengths_q, initial=0)]
-    own = [range(start, stop) for start, stop in pairwise(cu_q)]
-    # What a segment sees before itself: a prefix nothing, a document its request's prefix.
-    shared = [range(0)] * len(slices) + [prefix for prefix, group in zip(own, groups, strict=False) for _ in group]
-    lengths_k = [len(before) + length for before, length in zip(shared, lengths_q, strict=True)]
+    own = [range(preamble + start, preamble + stop) for start, stop in pairwise(cu_q)]
+    prefixes = [*zip(kept, own, strict=False)]
+    documents = chain(*([prefix] * len(group) for prefix, group in zip(prefixes, groups, strict=True)))
+    keys = [*prefixes, *((*prefix, itself) for prefix, itself in zip(documents, own[len(slices) :], strict=True))]
+    lengths_k = [sum(map(len, seen)) for seen in keys]
     cu_k = [*accumulate(lengths_k, initial=0)]
 
     index = array("q", chain(*segments))
     index.extend(chain(*(range(k - q, k) for q, k in zip(lengths_q, lengths_k, strict=True))))  # positions
     index.extend(stop - 1 for stop in cu_q[len(slices) + 1 :])  # last
-    index.extend(chain(*chain(*zip(shared, own, strict=True))))  # keys
+    index.extend(chain(*chain(*keys)))
     index.extend(cu_q)
     index.extend(cu_k)
     index.extend([0] * len(slices))  # one query a document, none a prefix

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import takewhile
 
 from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
@@ -30,6 +31,8 @@ _CHARACTERS_PER_TOKEN = 4
 _UNSURE_TOKENS = 32
 # A document is split into at most so many chunks: with 8192 tokens each, a second of tokenising.
 MOST_CHUNKS = 64
+# Of a default instruction of many pages the start is kept: 4B needs 0.3 MB a token in float32.
+_MOST_PREAMBLE = 512
 
 
 class Prompt:
@@ -58,6 +61,9 @@ class Prompt:
         self.yes, self.no = (self._single(tokenizer, word) for word in ("yes", "no"))
         self.longest_entry = max(map(len, self.plain.get_vocab()))
         """Characters that one token can stand for at the most (byte-level entries: at most one character a byte)."""
+        opening = self._bounded([_opening(instruction)], _MOST_PREAMBLE)[0].ids
+        self.preamble = (self.system + opening)[:_MOST_PREAMBLE]
+        """With which every prompt of the default instruction begins; one of another instruction shares its start."""
 
     @staticmethod
     def _control(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -75,19 +81,20 @@ class Prompt:
             )
         return int(ids[0])
 
-    def encode(self, request: RerankRequest) -> EncodedRequest:
+    def encode(self, request: RerankRequest, kept: Sequence[int] = ()) -> EncodedRequest:
         """Tokenise a request; documents that do not fit are cut from the right, the suffix always stays.
 
         A document has room for what prefix and suffix leave of `max_seq_length`, or for `max_tokens_per_doc` tokens
         where that is less. With `max_chunks_per_doc` a longer one becomes consecutive windows of that many tokens, the
-        last one shorter, each behind the same prefix; what is behind the last allowed window is cut.
+        last one shorter, each behind the same prefix; what is behind the last allowed window is cut. `kept`: the tokens
+        whose keys and values the model keeps; as many as the prefix begins with need not be computed.
 
         Raises:
             InvalidRequestError: query and instruction leave no room for a document; a document would have to be cut
                 and `truncate` is false.
         """
         instruction = self.instruction if request.instruction is None else request.instruction
-        pair = f"<Instruct>: {printable(instruction)}\n<Query>: {printable(request.query)}\n<Document>:"
+        pair = f"{_opening(instruction)} {printable(request.query)}\n<Document>:"
         room = self.max_seq_length - len(self.system) - len(self.suffix)
         prefix = self.system + self._bounded([pair], room)[0].ids
         room = self.max_seq_length - len(prefix) - len(self.suffix)
@@ -118,7 +125,8 @@ class Prompt:
             if split:
                 borders = [_character(encoding, start) for start in starts]
                 chunks.append([*borders, _character(encoding, most) if cut else len(texts[i]) - 1])
-        return EncodedRequest(prefix, documents, frozenset(truncated), chunks if split else None)
+        known = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(kept, prefix[:-1], strict=False)))
+        return EncodedRequest(prefix, documents, frozenset(truncated), chunks if split else None, known)
 
     def _bounded(self, texts: Sequence[str], wanted: int, *, offsets: bool = False) -> list[Encoding]:
         """Tokens of each text: all of them, or at least the first `wanted + 1` when there are more.
@@ -141,6 +149,10 @@ class Prompt:
                     short.append(i)
             todo, limit = short, limit * 2
         return [done[i] for i in range(len(texts))]
+
+
+def _opening(instruction: str) -> str:
+    return f"<Instruct>: {printable(instruction)}\n<Query>:"
 
 
 def _character(encoding: Encoding, token: int) -> int:

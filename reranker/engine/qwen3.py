@@ -18,16 +18,20 @@ from torch import Tensor, nn
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model, Qwen3RMSNorm
 
 from reranker.engine.attention import Attention
-from reranker.engine.packing import PackedBatch
+from reranker.engine.packing import PackedBatch, pack
+from reranker.types import EncodedRequest, Slice
 
 
 def before_attention(layer: Any, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x [T, hidden] -> q [T, H, D], k and v [T, G, D]; `layer` is a fused Qwen3DecoderLayer."""
+    """x [T, hidden] -> q [T, H, D], k and v [P + T, G, D]; `layer` is a fused Qwen3DecoderLayer."""
     attn = layer.self_attn
     heads = attn.qkv_proj(_norm(layer.input_layernorm, x)).unflatten(-1, (-1, attn.head_dim))
     groups = attn.config.num_key_value_heads
     q, k, v = heads.split([attn.config.num_attention_heads, groups, groups], dim=1)
-    return _rotate(_norm(attn.q_norm, q), cos, sin), _rotate(_norm(attn.k_norm, k), cos, sin), v
+    q, k = _rotate(_norm(attn.q_norm, q), cos, sin), _rotate(_norm(attn.k_norm, k), cos, sin)
+    if attn.kept_k is None:
+        return q, k, v
+    return q, torch.cat([attn.kept_k, k]), torch.cat([attn.kept_v, v])
 
 
 def after_attention(layer: Any, x: Tensor, attended: Tensor) -> Tensor:
@@ -73,6 +77,25 @@ def last_hidden(model: Qwen3Model, batch: PackedBatch, kernel: type[Attention], 
     return after_attention(layers[-1], x[batch.last], attended)
 
 
+def keep(model: Qwen3Model, tokens: list[int], kernel: type[Attention]) -> None:
+    """Compute the keys and values of what every prompt begins with, and keep them in each layer: [P, G, D].
+
+    From then on batches are packed with `preamble=len(tokens)`.
+    """
+    batch = pack([Slice(EncodedRequest(tokens, [tokens[-1:]]), 0, 1)]).to(model.norm.weight.device)
+    found: list[tuple[Any, Tensor, Tensor]] = []
+
+    def before(layer: Any, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = before_attention(layer, x, cos, sin)
+        found.append((layer.self_attn, k[: len(tokens)], v[: len(tokens)]))
+        return q, k, v
+
+    with torch.inference_mode():
+        last_hidden(model, batch, kernel, Stages(before))
+    for attn, k, v in found:
+        attn.kept_k, attn.kept_v = k.clone(), v.clone()
+
+
 def fuse(model: Qwen3Model, wrap: Callable[[nn.Linear], nn.Module] = lambda linear: linear) -> None:
     """Join q, k, v and gate, up into one projection each, in place, a layer at a time; fewer and larger products.
 
@@ -80,6 +103,8 @@ def fuse(model: Qwen3Model, wrap: Callable[[nn.Linear], nn.Module] = lambda line
     """
     for layer in cast("Iterable[Any]", model.layers):
         attn, mlp = layer.self_attn, layer.mlp
+        attn.register_buffer("kept_k", None)
+        attn.register_buffer("kept_v", None)
         attn.qkv_proj = wrap(_join(attn, "q_proj", "k_proj", "v_proj"))
         attn.o_proj = wrap(attn.o_proj)
         mlp.gate_up_proj = wrap(_join(mlp, "gate_proj", "up_proj"))

@@ -153,11 +153,11 @@ class Scorer:
         Raises:
             InvalidRequestError: query and instruction leave no room for a document.
         """
-        return self.prompt.encode(request)
+        return self.prompt.encode(request, self.model.preamble)
 
     def pack(self, slices: Sequence[Slice]) -> PackedBatch:
         """Lay slices of requests out for one forward pass. May run beside `score` in another thread."""
-        return pack(slices, pinned=self.model.device.type == "cuda")
+        return pack(slices, preamble=len(self.model.preamble), pinned=self.model.device.type == "cuda")
 
     def score(self, batch: PackedBatch) -> list[float]:
         """Logits (yes minus no) of the batch's documents, in order; may hold NaN, which the caller must not pass on.
@@ -212,9 +212,9 @@ class Scorer:
         Raises:
             ScoringError: a score is not finite, or the precision is not implemented on this device.
         """
-        if self.model.device.type == "cuda":
-            self._measure(self._warm_up_batch(1))  # the plain way must hold before anything is held against it
-            speed_up(self.model)
+        self._measure(self._warm_up_batch(1))  # the plain way must hold before anything is held against it or kept
+        self.model.keep(self.prompt.preamble)
+        speed_up(self.model)
         # A 4B model on a laptop needs seconds for 128 tokens; a GPU has not begun to work below some thousands.
         best = _Rate(0.0, 0.0)
         for count in (1, 8, 64):

@@ -64,7 +64,7 @@ def speed_up(model: Model) -> None:
 def compile_layers(model: Model) -> str:
     """Take compiled stages if they hold; else the reason against them."""
     compiled = compiled_stages()
-    batch = sample(_COMPARED_TOKENS, model.decoder.config.vocab_size).to(model.device)
+    batch = sample(_COMPARED_TOKENS, model).to(model.device)
     fast, plain = partial(model.hidden, batch, compiled), partial(model.hidden, batch)
     reason = _in_time(_COMPILE_SECONDS, fast) or differs(fast, plain, tolerance(model)) or slower(fast, plain)
     if not reason:
@@ -95,9 +95,9 @@ def record_passes(model: Model) -> str:
         if time.perf_counter() - start > _RECORD_SECONDS:
             left_out.append(f"from {tokens} tokens on: not recorded within {_RECORD_SECONDS:.0f} s")
             break
-        graphs.record(sample(tokens, model.decoder.config.vocab_size))
+        graphs.record(sample(tokens, model))
         # Another batch than the recorded one, and padded: what was recorded must read what is put there.
-        batch = sample(tokens - 16, model.decoder.config.vocab_size)
+        batch = sample(tokens - 16, model)
         moved = batch.to(model.device)
         fast, plain = partial(graphs.replay, batch), partial(model.hidden, moved)
         if reason := differs(fast, plain, tolerance(model)):
@@ -113,17 +113,19 @@ def record_passes(model: Model) -> str:
     return ""
 
 
-def sample(tokens: int, vocabulary: int) -> PackedBatch:
-    """About so many tokens (128 and more): two requests of three documents each, any ids."""
+def sample(tokens: int, model: Model) -> PackedBatch:
+    """About so many tokens (128 and more) for a model: two requests of three documents each, any ids; one of them
+    begins with the preamble.
+    """
     generator = torch.Generator().manual_seed(tokens)
-    unit = tokens // 16
+    unit, vocabulary = tokens // 16, model.decoder.config.vocab_size
     slices = []
-    for _ in range(2):
+    for kept in (len(model.preamble), 0):
         prefix, *documents = (
             torch.randint(vocabulary, (unit * share,), generator=generator).tolist() for share in (1, 2, 2, 3)
         )
-        slices.append(Slice(EncodedRequest(prefix, documents), 0, 3))
-    return pack(slices)
+        slices.append(Slice(EncodedRequest([0] * kept + prefix, documents, kept=kept), 0, 3))
+    return pack(slices, preamble=len(model.preamble))
 
 
 def tolerance(model: Model) -> float:
