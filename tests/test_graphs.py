@@ -17,6 +17,7 @@ from reranker.engine.attention import SdpaAttention, VarlenAttention
 from reranker.engine.graphs import MOST_TOKENS, SIZES, Graphs, bucket, fits
 from reranker.engine.model import Model
 from reranker.engine.packing import PackedBatch, pack, pad
+from reranker.engine.qwen3 import PLAIN
 from reranker.engine.speedup import TOLERANCE, differs, record_passes, sample, slower, tolerance
 from reranker.types import EncodedRequest, Slice
 from tests.test_attention import by_the_book
@@ -141,7 +142,7 @@ class Recorder:
             "graph_pool_handle": lambda: (0, 0),
             "Stream": lambda device: stream,
             "stream": lambda _: nothing,
-            "current_stream": lambda: stream,
+            "current_stream": lambda *_: stream,
             "device": lambda _: nothing,
             "CUDAGraph": Graph,
             "graph": record,
@@ -279,3 +280,4 @@ def test_the_paths_are_taken_on_this_gpu(model_path: Path, caplog: pytest.LogCap
         model = Scorer.load(model_path, device="cuda", precision="bfloat16").model
     assert model.graphs is not None, caplog.text
     assert len(model.graphs) == len(SIZES)
+    assert model.stages is not PLAIN, caplog.text

@@ -340,12 +340,16 @@ def test_cuda_equals_the_card(model_path: Path, card: Card, precision: str, tole
 @pytest.mark.cuda
 @CUDA
 def test_cuda_runs_out_of_memory_and_recovers(model_path: Path) -> None:
-    scorer = Scorer.load(model_path, device="cuda", max_batch_tokens=4_000_000)
+    """In float32: nothing is recorded, so every pass allocates; 64 MiB beside what is held are a part of this one."""
+    scorer = Scorer.load(model_path, device="cuda", precision="float32", max_batch_tokens=4_000_000)
     request = RerankRequest("what?", ["some words of a document " * 20] * 2000)
     expected_logits = scorer.rerank("what?", request.documents[:1])
-    torch.cuda.set_per_process_memory_fraction(0.002)
+    torch.cuda.empty_cache()
+    held = torch.cuda.memory_reserved() + (64 << 20)
+    torch.cuda.set_per_process_memory_fraction(held / torch.cuda.get_device_properties(0).total_memory)
     try:
         got = scorer.rerank("what?", request.documents)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert got == pytest.approx(expected_logits * 2000, abs=2e-2)
+    assert got == pytest.approx(expected_logits * 2000, abs=1e-3)
+    assert scorer.max_batch_tokens < 4_000_000

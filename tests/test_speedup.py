@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch._inductor import config as inductor
 
 from reranker import Scorer
 from reranker.engine import speedup
@@ -33,6 +34,8 @@ def test_compiled_layers_equal_the_card_and_compile_once(
     counters.clear()
     with torch.inference_mode():  # in another thread, as at a start, and for a size of its own
         assert speedup._in_time(100, lambda: model.hidden(sample(1000, model), compiled)) == ""
+        assert speedup._in_time(9, lambda: ran.append(inductor.compile_threads)) == ""
+    assert ran.pop() == 1  # what is set here is set there
     assert counters["stats"]["unique_graphs"] == 2
     model.stages = Stages(
         lambda *args: ran.append(1) or compiled.before(*args),  # type: ignore[func-returns-value]

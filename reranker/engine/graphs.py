@@ -24,13 +24,13 @@ SIZES = range(_STEP, MOST_TOKENS + 1, _STEP)
 def bucket(tokens: int) -> Shape:
     """The shape recorded for batches of up to so many tokens.
 
-    Attention starts a block of threads for each segment and 128 tokens of `longest_q` and ends the idle ones at once:
-    generous bounds would cost more than they cover. So documents of 32 tokens and more on average, none above 512, and
-    prefixes that are not repeated for many more keys than four a token; anything else goes the ordinary way.
+    Attention starts a block of threads for each segment and 128 tokens of `longest_q` and ends the idle ones at once,
+    and all keys are gathered: generous bounds would cost more than they cover. So ten documents of any size, and more of
+    64 tokens and more on average, none above 512, and two keys a token beside the prompts of those ten; anything else
+    goes the ordinary way.
     """
     tokens = -(-tokens // _STEP) * _STEP
-    most = min(tokens // 32 + 8, 64)
-    keys = 4 * tokens + 1024  # ten tiny documents behind a prompt of 100 tokens have nothing but keys
+    most, keys = tokens // 64 + 12, 2 * tokens + 1024
     return Shape(tokens, most, keys, most, min(tokens, 512), keys)
 
 
@@ -83,7 +83,8 @@ class Graphs:
         """
         shape = bucket(batch.tokens)
         static = pad(batch, shape).to(self._device)
-        with torch.cuda.device(self._device):
+        # The outer `stream` puts this thread back on its own, which a recording that fails does not.
+        with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.current_stream(self._device)):
             self._aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._aside):  # what libraries set up on their first call may not be recorded
                 self._forward(static)
