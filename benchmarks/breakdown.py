@@ -1,19 +1,25 @@
-"""Where the time of a forward pass goes on this CPU, and what a second thread brings, by size of the pass.
+"""Where the time of a forward pass goes on this CPU, what a second thread brings, and how threads should wait.
 
     python -m benchmarks.breakdown [--shape mid] [--requests 2] [--rounds 3]
 
 torch's profiler around the engine's own pass over requests of short.json, one thread; tokenising and packing beside it.
 Then passes of one request of growing size with one thread and with two, by turns: wall time and processor seconds.
+Then one request with two threads in two processes by turns, which differ in what an OpenMP thread does that waits for
+another (reranker/engine/__init__.py): alone, and beside a process that keeps one core busy.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from multiprocessing.connection import Connection
 
 import torch
 
@@ -87,7 +93,62 @@ def main() -> None:
     rows = [[name, f"{seconds:.3f}", f"{seconds / whole:.1%}"] for name, seconds in parts.items()]
     print(table(["part", "seconds", "of the pass"], rows), end="\n\n")
     head = ["tokens", "one thread, ms", "CPU ms", "two threads, ms", "CPU ms", "faster", "CPU time"]
-    print(table(head, [threads(scorer, size, a.rounds) for size in SIZES]))
+    print(table(head, [threads(scorer, size, a.rounds) for size in SIZES]), end="\n\n")
+    print(table(["threads that wait", "beside", "s", "CPU s"], waiting(a.shape, requests[0], a.rounds)))
+
+
+WAITING = {"sleep: the engine's choice": {}, "spin a while: OpenMP's own": {"GOMP_SPINCOUNT": "300000"}}
+"""What libgomp reads when torch is loaded; 300,000 is what it takes where no policy is set."""
+
+
+def waiting(shape: str, request: RerankRequest, rounds: int) -> list[list[str]]:
+    """Rows of the third table."""
+    with ExitStack() as stack:
+        asked = {name: stack.enter_context(_process(_serve, shape, request, **env)) for name, env in WAITING.items()}
+        rows = []
+        for beside in ("nothing", "one busy process"):
+            if beside != "nothing":
+                stack.enter_context(_process(_spin))
+            times: dict[str, list[tuple[float, float]]] = {name: [] for name in asked}
+            for _ in range(rounds + 1):  # the first is not counted
+                for name, pipe in asked.items():
+                    pipe.send(None)
+                    times[name].append(pipe.recv())
+            for name, taken in times.items():
+                wall, used = (statistics.median(t[i] for t in taken[1:]) for i in (0, 1))
+                rows.append([name, beside, f"{wall:.2f}", f"{used:.2f}"])
+    return rows
+
+
+@contextmanager
+def _process(target: Callable[..., None], *args: object, **env: str) -> Iterator[Connection]:
+    """A process that is new from its interpreter on, so that it reads `env`; it ends with the context."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    os.environ.update(env)
+    process = context.Process(target=target, args=(theirs, *args), daemon=True)
+    process.start()
+    for name in env:
+        del os.environ[name]
+    try:
+        yield ours
+    finally:
+        process.kill()
+        process.join()
+
+
+def _serve(pipe: Connection, shape: str, request: RerankRequest) -> None:
+    """A time for each message."""
+    torch.set_num_threads(2)
+    scorer = Scorer.load(model(shape), device="cpu", precision="float32")
+    while True:
+        pipe.recv()
+        pipe.send(timed(lambda: scorer.rerank(request.query, request.documents)))
+
+
+def _spin(pipe: Connection) -> None:
+    while True:
+        pass
 
 
 def threads(scorer: Scorer, size: int, rounds: int) -> list[str]:

@@ -227,8 +227,9 @@ class Bench:
         return (
             f"short.json, {len(self.work)} clients: {documents / seconds:.0f} documents/s, "
             f"{tokens / seconds:.0f} packed tokens/s, {flop / self.rate:.0%} of the floor "
-            f"({self.flop_per_token / 1e9:.3g} GFLOP a token at the best rate above; {flop / self.sustained:.0%} at the "
-            f"other). Of each prompt the {len(self.scorer.model.preamble)} tokens that the model keeps are not counted."
+            f"({self.flop_per_token / 1e9:.3g} GFLOP a token at the best rate above; "
+            f"{flop / self.sustained:.0%} at the other). "
+            f"Of each prompt the {len(self.scorer.model.preamble)} tokens that the model keeps are not counted."
         )
 
     def card(self) -> str:
@@ -276,10 +277,12 @@ class Bench:
         served, _, documents = asyncio.run(self._serve(fast))
         apart, order = (true - got).abs(), torch.corrcoef(torch.stack([true, got]))[0, 1]
         return (
-            f"float8 (warm-up {seconds:.1f} s; {self._paths(fast)}): a pass of {batch.tokens} tokens {base / needed:.2f} "
-            f"times as fast as {devices.short(self.dtype)}; {documents / served:.0f} documents/s with {len(self.work)} "
-            f"clients ({documents / served / self.documents_per_second:.2f} times). Logits of standard deviation "
-            f"{true.std():.2f} differ by {apart.mean():.3f} on average, {apart.max():.3f} at most; correlation "
+            f"float8 (warm-up {seconds:.1f} s; {self._paths(fast)}): a pass of {batch.tokens} tokens "
+            f"{base / needed:.2f} times as fast as {devices.short(self.dtype)}; "
+            f"{documents / served:.0f} documents/s with {len(self.work)} clients "
+            f"({documents / served / self.documents_per_second:.2f} times). "
+            f"Logits of standard deviation {true.std():.2f} differ by {apart.mean():.3f} on average, "
+            f"{apart.max():.3f} at most; correlation "
             f"{order:.4f}."
         )
 

@@ -75,6 +75,22 @@ def test_a_respawned_worker_takes_the_gpu_that_became_free(monkeypatch: pytest.M
     assert {master.spawn()[1], master.spawn()[1]} == {"0", "1"}
 
 
+@pytest.mark.parametrize(
+    ("allowed", "workers", "threads"), [(16, "1", None), (4, "1", "4"), (16, "3", "5"), (4, "3", "1"), (1, "2", "1")]
+)
+def test_the_workers_share_the_cores_that_they_may_use(
+    monkeypatch: pytest.MonkeyPatch, allowed: int, workers: str, threads: str | None
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr("reranker.service.cores.cores", lambda: allowed)
+    conf(monkeypatch, WORKERS=workers)
+    assert os.environ.get("OMP_NUM_THREADS") == threads
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    conf(monkeypatch, WORKERS=workers)
+    assert os.environ["OMP_NUM_THREADS"] == "7"
+
+
 def test_a_worker_of_any_slot_is_replaced_on_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers of a reload (SIGHUP) have higher slots than there are GPUs; a free lower one may be another GPU's."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

@@ -25,8 +25,8 @@ def bucket(tokens: int) -> Shape:
     """The shape recorded for batches of up to so many tokens.
 
     Attention starts a block of threads for each segment and 128 tokens of `longest_q` and ends the idle ones at once,
-    and all keys are gathered: generous bounds would cost more than they cover. So ten documents of any size, and more of
-    64 tokens and more on average, none above 512, and two keys a token beside the prompts of those ten; anything else
+    and all keys are gathered: generous bounds would cost more than they cover. So ten documents of any size, or more if
+    they have 64 tokens on average, none above 512, and two keys a token beside the prompts of those ten; anything else
     goes the ordinary way.
     """
     tokens = -(-tokens // _STEP) * _STEP

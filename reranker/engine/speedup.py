@@ -27,9 +27,9 @@ from reranker.types import EncodedRequest, Slice
 logger = logging.getLogger(__name__)
 
 # Distance of a document's hidden state from the plain way's, as a share of its length: on average, and of any document.
-# In bfloat16, rounding at other places moves it by 3 % in 8 layers and 6 % in 36 (random weights on a CPU; float32 is as
-# far away), a rare one by 10 %, and by more where it tips the coarse steps of 8 bits; a wrong computation moves it by its
-# whole length.
+# In bfloat16, rounding at other places moves it by 3 % in 8 layers and 6 % in 36 (random weights on a CPU; float32 is
+# as far away), a rare one by 10 %, and by more where it tips the coarse steps of 8 bits; a wrong computation moves it
+# by its whole length.
 TOLERANCE, TOLERANCE_QUANTIZED, _FARTHEST = 0.15, 0.3, 0.6
 _COMPILE_SECONDS = 40.0
 _RECORD_SECONDS = 15.0
