@@ -12,7 +12,7 @@ from typing import Any
 
 from config import OWN_WORKER_CLASS, SettingsError, load_settings, log_config
 from reranker.service import folder
-from reranker.service.cores import cores
+from reranker.service.cores import allowed, cores
 from reranker.service.handover import Handover
 
 try:
@@ -50,7 +50,7 @@ logconfig_dict = log_config(_settings)
 _SUFFIX, _FOLDER = "RERANKER_SUFFIX", "RERANKER_METRICS"  # what a master tells the next one, through the environment
 _NEXT = "b"  # every second generation's files
 
-if workers > 1 or cores() < (os.cpu_count() or 1):  # else every worker starts as many threads as the machine has cores
+if workers > 1 or cores() < allowed():  # else the one worker starts as many threads as torch finds right
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // workers)))
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import statistics
 import time
 from collections import defaultdict
@@ -24,6 +23,7 @@ from multiprocessing.connection import Connection
 import torch
 
 from benchmarks.models import SHAPES, model
+from benchmarks.openmp import OWN, environment
 from benchmarks.report import header, table
 from benchmarks.traffic import HERE
 from reranker import Scorer
@@ -67,7 +67,7 @@ def timed(run: Callable[[], object]) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Print both tables."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="mid")
     parser.add_argument("--requests", type=int, default=2)
@@ -97,8 +97,7 @@ def main() -> None:
     print(table(["threads that wait", "beside", "s", "CPU s"], waiting(a.shape, requests[0], a.rounds)))
 
 
-WAITING = {"sleep: the engine's choice": {}, "spin a while: OpenMP's own": {"GOMP_SPINCOUNT": "300000"}}
-"""What libgomp reads when torch is loaded; 300,000 is what it takes where no policy is set."""
+WAITING: dict[str, dict[str, str]] = {"sleep: the engine's choice": {}, "spin a while: OpenMP's own": OWN}
 
 
 def waiting(shape: str, request: RerankRequest, rounds: int) -> list[list[str]]:
@@ -125,11 +124,10 @@ def _process(target: Callable[..., None], *args: object, **env: str) -> Iterator
     """A process that is new from its interpreter on, so that it reads `env`; it ends with the context."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    os.environ.update(env)
     process = context.Process(target=target, args=(theirs, *args), daemon=True)
-    process.start()
-    for name in env:
-        del os.environ[name]
+    with environment(**env):
+        process.start()
+    theirs.close()  # so that one that fails ends the wait for its answer
     try:
         yield ours
     finally:

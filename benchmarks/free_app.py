@@ -49,11 +49,11 @@ class TokenisingScorer(FreeScorer):
 
     def encode(self, request: RerankRequest) -> EncodedRequest:
         """As the engine does."""
-        return self.prompt.encode(request)
+        return self.prompt.encode(request, self.prompt.preamble)
 
     def pack(self, slices: Sequence[Slice]) -> Any:
         """As the engine does."""
-        return pack(slices)
+        return pack(slices, preamble=len(self.prompt.preamble))
 
 
 def load() -> ScorerLike:

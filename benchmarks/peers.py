@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import torch
 
+from benchmarks.openmp import OWN, environment
 from tests.card import INSTRUCTION, PREFIX, SUFFIX
 
 Work = list[dict[str, Any]]
@@ -122,7 +123,8 @@ def start(name: str, path: Path, device: str, dtype: torch.dtype, threads: int) 
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=_serve, args=(there, name, path, device, dtype, threads), daemon=True)
-    process.start()
+    with environment(**({} if name == "this engine" else OWN)):
+        process.start()
     there.close()
     here.recv()
     return Contestant(name, here, process)

@@ -18,7 +18,7 @@ from reranker.engine.graphs import MOST_TOKENS, SIZES, Graphs, bucket, fits
 from reranker.engine.model import Model
 from reranker.engine.packing import PackedBatch, pack, pad
 from reranker.engine.qwen3 import PLAIN
-from reranker.engine.speedup import TOLERANCE, differs, record_passes, sample, slower, tolerance
+from reranker.engine.speedup import TOLERANCE, TOLERANCE_QUANTIZED, differs, record_passes, sample, slower, tolerance
 from reranker.types import EncodedRequest, Slice
 from tests.test_attention import by_the_book
 
@@ -88,7 +88,11 @@ def test_buckets_cover_the_small_batches_and_nothing_else() -> None:
         assert not fits(odd, bucket(odd.tokens))
 
 
-def test_what_is_recorded_and_compared_fits_its_bucket(scorer: Scorer) -> None:
+@pytest.mark.parametrize("preamble", [1, 60, 512])
+def test_what_is_recorded_and_compared_fits_its_bucket(
+    scorer: Scorer, preamble: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scorer.model, "preamble", [7] * preamble)
     for tokens in (*SIZES, *(size - 16 for size in SIZES)):
         batch = sample(tokens, scorer.model)
         assert tokens - 16 < batch.tokens <= tokens
@@ -103,6 +107,11 @@ def test_the_comparison_finds_a_wrong_and_a_slow_way() -> None:
     wrong[3] = wrong[3].roll(1)
     assert "differ by" in differs(lambda: wrong, lambda: right)
     assert "differ by" in differs(lambda: right * float("nan"), lambda: right)
+    # One document of eight that is wrong hides behind the mean of coarse ones.
+    many = torch.randn(8, 32)
+    one = torch.cat([many[:1].roll(1), many[1:]])
+    assert ((one - many).norm(dim=-1) / many.norm(dim=-1)).mean() < TOLERANCE_QUANTIZED
+    assert "differ by" in differs(lambda: one, lambda: many, TOLERANCE_QUANTIZED)
     assert "differ by" in differs(lambda: right * (1 + 2 * TOLERANCE), lambda: right)
     assert "does not take" in differs(lambda: None, lambda: right)
 

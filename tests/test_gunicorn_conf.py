@@ -76,14 +76,14 @@ def test_a_respawned_worker_takes_the_gpu_that_became_free(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    ("allowed", "workers", "threads"), [(16, "1", None), (4, "1", "4"), (16, "3", "5"), (4, "3", "1"), (1, "2", "1")]
+    ("cores", "workers", "threads"), [(16, "1", None), (4, "1", "4"), (16, "3", "5"), (4, "3", "1"), (1, "2", "1")]
 )
 def test_the_workers_share_the_cores_that_they_may_use(
-    monkeypatch: pytest.MonkeyPatch, allowed: int, workers: str, threads: str | None
+    monkeypatch: pytest.MonkeyPatch, cores: int, workers: str, threads: str | None
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 16)
-    monkeypatch.setattr("reranker.service.cores.cores", lambda: allowed)
+    monkeypatch.setattr("reranker.service.cores.allowed", lambda: 16)
+    monkeypatch.setattr("reranker.service.cores.cores", lambda: cores)
     conf(monkeypatch, WORKERS=workers)
     assert os.environ.get("OMP_NUM_THREADS") == threads
     monkeypatch.setenv("OMP_NUM_THREADS", "7")

@@ -80,8 +80,11 @@ class Graphs:
 
         Raises:
             RuntimeError: the device or a kernel cannot be recorded, or lacks memory.
+            ValueError: the batch does not fit its bucket.
         """
         shape = bucket(batch.tokens)
+        if not fits(batch, shape):
+            raise ValueError(f"{batch.shape} does not fit {shape}")
         static = pad(batch, shape).to(self._device)
         # The outer `stream` puts this thread back on its own, which a recording that fails does not.
         with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.current_stream(self._device)):

@@ -140,7 +140,7 @@ def pack(slices: Sequence[Slice], *, preamble: int = 0, pinned: bool = False) ->
 def pad(batch: PackedBatch, shape: Shape, *, pinned: bool = False) -> PackedBatch:
     """The same batch in a larger shape, for kernels that were recorded for that shape.
 
-    All that is added is one segment of its own behind the documents, whose tokens see each other only, and segments
+    All that is added is one segment of its own behind the documents, all of whose keys are the first one, and segments
     of no length behind it; nothing of the batch sees them. Logits beyond the batch's N mean nothing. The batch is on
     the host and leaves room: `shape.keys - K >= shape.tokens - T`, `shape.segments > S`. The lengths stay the batch's.
     """

@@ -118,12 +118,12 @@ def record_passes(model: Model) -> str:
 
 def sample(tokens: int, model: Model) -> PackedBatch:
     """About so many tokens (128 and more) for a model: two requests of three documents each, any ids; one of them
-    begins with the preamble.
+    begins with the preamble, or with so much of a long one that all fits its bucket.
     """
     generator = torch.Generator().manual_seed(tokens)
     unit, vocabulary = tokens // 16, model.decoder.config.vocab_size
     slices = []
-    for kept in (len(model.preamble), 0):
+    for kept in (min(len(model.preamble), 64), 0):
         prefix, *documents = (
             torch.randint(vocabulary, (unit * share,), generator=generator).tolist() for share in (1, 2, 2, 3)
         )

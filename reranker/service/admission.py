@@ -77,7 +77,7 @@ class Admission:
     def encoded(self, request: RerankRequest, result: EncodedRequest) -> None:
         """Learn how many tokens a character is worth; large requests teach more than small ones."""
         if not result.truncated:
-            self._tokens = self._tokens * _MEMORY + result.tokens
+            self._tokens = self._tokens * _MEMORY + result.tokens + result.kept  # what is kept has its characters too
             prompt = _PROMPT_CHARACTERS + _SUFFIX_CHARACTERS * len(request.documents)
             self._characters = self._characters * _MEMORY + prompt + request.characters
 

@@ -13,9 +13,13 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def cores(cgroup: Path = _CGROUP) -> int:
-    """Whole processors, one at least."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(allowed, int(_quota(cgroup) or allowed)))
+    """Whole processors by both, one at least."""
+    return max(1, min(allowed(), int(_quota(cgroup) or allowed())))
+
+
+def allowed() -> int:
+    """Processors by affinity; all where the system knows none."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _quota(cgroup: Path) -> float | None:

@@ -130,7 +130,7 @@ class Metrics(Observer):
         )
         self.batch_tokens = Histogram(
             "reranker_batch_tokens",
-            "Tokens in a forward pass, each prefix once.",
+            "Tokens in a forward pass, each prefix's own part once.",
             buckets=_TOKENS,
             registry=registry,
         )

@@ -13,7 +13,7 @@ class ForwardPass:
 
     documents: int
     tokens: int
-    """In the packed sequence: every prefix once."""
+    """In the packed sequence: of every prefix what the model does not keep, once."""
     prompt_tokens: int
     """The same prompts as the model reads them: the prefix in front of every document."""
     budget: int

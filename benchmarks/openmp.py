@@ -1,0 +1,24 @@
+"""How OpenMP's threads wait: asleep in whatever imports the engine; as OpenMP itself has it in the peers' processes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import reranker.engine  # before torch, here as in the service  # noqa: F401
+
+OWN = {"GOMP_SPINCOUNT": "300000"}
+"""libgomp's own choice where nothing is set; it comes before any policy. Read when a process loads torch."""
+
+
+@contextmanager
+def environment(**changes: str) -> Iterator[None]:
+    """These variables for the processes that are started meanwhile."""
+    before = dict(os.environ)
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
