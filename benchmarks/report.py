@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ def header() -> str:
         device = torch.cuda.get_device_name()
     now = datetime.now(UTC).strftime("%Y-%m-%d")
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
-    command = f"python -m benchmarks.{Path(sys.argv[0]).stem} {' '.join(sys.argv[1:])}".strip()
+    command = f"python -m benchmarks.{Path(sys.argv[0]).stem} {shlex.join(sys.argv[1:])}".strip()
     return f"`{command}` · {now} · commit {commit or 'unknown'}\n\n{device}; {versions}"
 
 
