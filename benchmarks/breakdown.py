@@ -12,18 +12,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from multiprocessing.connection import Connection
 
 import torch
 
 from benchmarks.models import SHAPES, model
-from benchmarks.openmp import OWN, environment
+from benchmarks.openmp import OWN
 from benchmarks.report import header, table
 from benchmarks.traffic import HERE
 from reranker import Scorer
@@ -72,11 +73,15 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="mid")
     parser.add_argument("--requests", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)  # as a process of `waiting`
     a = parser.parse_args()
     torch.set_num_threads(1)
     scorer = Scorer.load(model(a.shape), device="cpu", precision="float32")
     work = json.loads((HERE / "short.json").read_text(encoding="utf-8"))[: a.requests]
     requests = [RerankRequest(r["query"], r["documents"]) for r in work]
+    if a.serve:
+        serve(scorer, requests[0])
+        return
     encoded = [scorer.encode(request) for request in requests]
     slices = [Slice(e, 0, len(e.documents)) for e in encoded]
     found = [breakdown(scorer, slices) for _ in range(a.rounds)]
@@ -94,25 +99,25 @@ def main() -> None:
     print(table(["part", "seconds", "of the pass"], rows), end="\n\n")
     head = ["tokens", "one thread, ms", "CPU ms", "two threads, ms", "CPU ms", "faster", "CPU time"]
     print(table(head, [threads(scorer, size, a.rounds) for size in SIZES]), end="\n\n")
-    print(table(["threads that wait", "beside", "s", "CPU s"], waiting(a.shape, requests[0], a.rounds)))
+    print(table(["threads that wait", "beside", "s", "CPU s"], waiting(a.shape, a.rounds)))
 
 
 WAITING: dict[str, dict[str, str]] = {"sleep: the engine's choice": {}, "spin a while: OpenMP's own": OWN}
 
 
-def waiting(shape: str, request: RerankRequest, rounds: int) -> list[list[str]]:
+def waiting(shape: str, rounds: int) -> list[list[str]]:
     """Rows of the third table."""
+    serve = [sys.executable, "-m", "benchmarks.breakdown", "--shape", shape, "--serve"]
     with ExitStack() as stack:
-        asked = {name: stack.enter_context(_process(_serve, shape, request, **env)) for name, env in WAITING.items()}
+        asked = {name: stack.enter_context(_process(serve, **env)) for name, env in WAITING.items()}
         rows = []
         for beside in ("nothing", "one busy process"):
             if beside != "nothing":
-                stack.enter_context(_process(_spin))
+                stack.enter_context(_process([sys.executable, "-c", "while True: pass"]))
             times: dict[str, list[tuple[float, float]]] = {name: [] for name in asked}
             for _ in range(rounds + 1):  # the first is not counted
-                for name, pipe in asked.items():
-                    pipe.send(None)
-                    times[name].append(pipe.recv())
+                for name, process in asked.items():
+                    times[name].append(_ask(process))
             for name, taken in times.items():
                 wall, used = (statistics.median(t[i] for t in taken[1:]) for i in (0, 1))
                 rows.append([name, beside, f"{wall:.2f}", f"{used:.2f}"])
@@ -120,33 +125,30 @@ def waiting(shape: str, request: RerankRequest, rounds: int) -> list[list[str]]:
 
 
 @contextmanager
-def _process(target: Callable[..., None], *args: object, **env: str) -> Iterator[Connection]:
+def _process(command: list[str], **env: str) -> Iterator[subprocess.Popen[str]]:
     """A process that is new from its interpreter on, so that it reads `env`; it ends with the context."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=target, args=(theirs, *args), daemon=True)
-    with environment(**env):
-        process.start()
-    theirs.close()  # so that one that fails ends the wait for its answer
-    try:
-        yield ours
-    finally:
-        process.kill()
-        process.join()
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=os.environ | env) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
-def _serve(pipe: Connection, shape: str, request: RerankRequest) -> None:
-    """A time for each message."""
+def _ask(process: subprocess.Popen[str]) -> tuple[float, float]:
+    """Wall and processor seconds of one request there; a process that failed ends the wait with an empty line."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    print(file=process.stdin, flush=True)
+    wall, used = process.stdout.readline().split()
+    return float(wall), float(used)
+
+
+def serve(scorer: Scorer, request: RerankRequest) -> None:
+    """The times of one request, for each line of the standard input."""
     torch.set_num_threads(2)
-    scorer = Scorer.load(model(shape), device="cpu", precision="float32")
-    while True:
-        pipe.recv()
-        pipe.send(timed(lambda: scorer.rerank(request.query, request.documents)))
-
-
-def _spin(pipe: Connection) -> None:
-    while True:
-        pass
+    for _ in sys.stdin:
+        print(*timed(lambda: scorer.rerank(request.query, request.documents)), flush=True)
 
 
 def threads(scorer: Scorer, size: int, rounds: int) -> list[str]:
