@@ -67,7 +67,7 @@ class Wire:
             writer.write(self._head(method or ("GET" if content is None else "POST"), path, content, head))
             status, headers = await _read_head(reader)
             body = await reader.readexactly(int(headers.get("content-length", "0")))
-        except BaseException:
+        except BaseException:  # a cancellation too: what was half read serves nobody
             writer.transport.abort()
             raise
         if headers.get("connection") == "close":

@@ -141,7 +141,7 @@ class Folder:
                     file.flush()
                     os.fsync(file.fileno())
                 os.replace(draft, path)
-            except BaseException:
+            except BaseException:  # an interrupt too leaves no draft behind
                 if os.path.exists(draft):
                     os.unlink(draft)
                 raise

@@ -52,7 +52,7 @@ class Journal:
             self._file = open(self.partial, "ab", buffering=0)  # noqa: SIM115  # closed by close()
         try:
             self._begin(identity, overwrite)
-        except BaseException:
+        except BaseException:  # an interrupt too leaves no file open
             self.close()
             raise
 

@@ -55,7 +55,7 @@ def guarded(function: Callable[P, T]) -> Callable[P, T]:
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return function(*args, **kwargs)
-        except Exception:
+        except Exception:  # goes on as it is
             raise
         except BaseException as error:
             raise RuntimeError(f"{type(error).__name__}: {error}") from error
