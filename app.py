@@ -37,6 +37,8 @@ BOOT_FAILURE = 3
 """gunicorn's own code: a worker that ends with it ends the whole service."""
 _BACK_OFF_SECONDS = 10
 _LAST_SECONDS = 2.0
+_YOUNG_OBJECTS = 10_000
+"""How many the garbage collector lets come between two looks: no request leaves it anything (tests/test_service.py)."""
 
 
 def create_app(
@@ -96,7 +98,8 @@ def create_app(
     app.state.request_timeout = settings.request_timeout
     app.state.body_timeout = settings.body_timeout  # for worker.py
     app.state.metrics = counts
-    for part in (routes, openai, tei, health, metrics, page):
+    app.router.routes += routes.router.routes  # an included router looks for its route twice in every request
+    for part in (openai, tei, health, metrics, page):
         app.include_router(part.router)
     errors.install(app)
     if tokens:
@@ -152,6 +155,7 @@ def _for_good(load: Callable[[], ScorerLike]) -> ScorerLike:
     scorer = load()
     gc.collect()
     gc.freeze()
+    gc.set_threshold(_YOUNG_OBJECTS)
     return scorer
 
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-GUNICORN = Path(sys.executable).with_name("gunicorn")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +43,7 @@ def serve(app: str, **settings: object) -> Iterator[Service]:
         log_path = Path(folder) / "log"
         with log_path.open("wb") as log:
             process = subprocess.Popen(
-                [GUNICORN, "-c", ROOT / "gunicorn.conf.py", app],
+                [sys.executable, "-m", "gunicorn", "-c", ROOT / "gunicorn.conf.py", app],
                 cwd=folder,
                 env=os.environ | {name: str(value) for name, value in (given | settings).items()},
                 stdout=log,

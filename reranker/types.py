@@ -1,4 +1,4 @@
-"""The values that travel between the layers: plain dataclasses, no behaviour beyond counting.
+"""The values that travel between the layers: plain records, no behaviour beyond counting.
 
 Everything on the way of a request has a name and a unit here, so that a signature says what it carries.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +131,7 @@ class Chunk:
     stop: int
 
 
-@dataclass(frozen=True, slots=True)
-class DocumentScore:
+class DocumentScore(NamedTuple):
     """What a document got."""
 
     logit: float

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
@@ -73,3 +74,10 @@ app = create_app(load_settings(), load)
 async def block() -> None:
     """Hold the event loop up, as a bug would."""
     time.sleep(60)  # noqa: ASYNC251
+
+
+@app.get("/garbage", include_in_schema=False)
+async def garbage() -> int:
+    """Objects that only the garbage collector could free, since the process began."""
+    gc.collect()
+    return sum(generation["collected"] for generation in gc.get_stats())

@@ -44,11 +44,46 @@ def test_the_garbage_collector_leaves_alone_what_was_loaded() -> None:
             await app.state.batcher.wait_until_loaded()
             return any(known is scorer for known in gc.get_objects())
 
+    threshold = gc.get_threshold()
     try:
         assert not asyncio.run(main())
     finally:
         gc.unfreeze()
+        gc.set_threshold(*threshold)
     assert any(known is scorer for known in gc.get_objects())
+
+
+def test_no_request_leaves_anything_to_the_garbage_collector(fake_server: Server) -> None:
+    client = fake_server.client
+    big = "x" * 100_000
+    bodies = [
+        (200, BODY | {"unknown": [[big]]}),
+        (200, BODY | {"model": "any", "return_documents": True}),
+        (200, {"query": QUERY, "texts": DOCUMENTS}),
+        (422, {"query": "too long", "documents": [big]}),
+        (422, {"query": big}),
+        (422, {"query": QUERY, "documents": [big, 3]}),
+        (422, [big]),
+    ]
+    rough = [(400, b"{" + big.encode()), (400, json.dumps(BODY).encode() + b"\xff"), (422, b'{"query": NaN}')]
+    contents = [(status, json.dumps(body).encode()) for status, body in bodies] + rough
+
+    def ask_everything() -> int:
+        for status, content in contents:
+            answer = client.post("/v1/rerank", content=content, headers={"Content-Type": "application/json"})
+            assert answer.status_code == status
+        assert client.get("/v1/rerank").status_code == 405
+        assert client.post("/nowhere", content=big.encode()).status_code == 404
+        with socket.create_connection(("127.0.0.1", client.base_url.port)) as leaves:
+            leaves.sendall(b"POST /v1/rerank HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
+        return int(client.get("/garbage").text)
+
+    before = ask_everything()  # the first of each may leave what is made once
+    rounds = 10
+    for _ in range(rounds):
+        after = ask_everything()
+    assert after - before < rounds
+
 
 
 def test_the_native_array(server: Server) -> None:

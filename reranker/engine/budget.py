@@ -15,11 +15,12 @@ _KEYS_PER_TOKEN = 8
 
 def fit(request: EncodedRequest, start: int, max_tokens: int, max_documents: int) -> int:
     """Where a slice of `request` from document `start` must stop to stay within both limits (`start`: none fits)."""
-    left, keys = max_tokens - len(request.prefix) + request.kept, max_tokens * _KEYS_PER_TOKEN
+    prefix = len(request.prefix)
+    left, keys = max_tokens - prefix + request.kept, max_tokens * _KEYS_PER_TOKEN
     stop = start
-    for document in request.documents[start : start + max_documents]:
-        left -= len(document)
-        keys -= len(request.prefix) + len(document)
+    for tokens in map(len, request.documents[start : start + max_documents]):
+        left -= tokens
+        keys -= prefix + tokens
         if left < 0 or keys < 0:
             break
         stop += 1

@@ -13,12 +13,17 @@ def per_document(request: EncodedRequest, logits: Sequence[float]) -> list[Docum
 
     The best chunk is the one with the highest logit, the first of equals. `logits` are finite.
     """
+    prefix = len(request.prefix)
+    if request.chunks is None:
+        return [
+            DocumentScore(logit, prefix + len(document), i in request.truncated)
+            for i, (logit, document) in enumerate(zip(logits, request.documents, strict=True))
+        ]
     scores: list[DocumentScore] = []
     start = 0
-    for i in range(request.count):
-        borders = [0, 0] if request.chunks is None else request.chunks[i]
+    for i, borders in enumerate(request.chunks):
         stop = start + len(borders) - 1
-        tokens = len(request.prefix) * (stop - start) + sum(map(len, request.documents[start:stop]))
+        tokens = prefix * (stop - start) + sum(map(len, request.documents[start:stop]))
         place = max(range(stop - start), key=logits[start:stop].__getitem__)
         chunk = Chunk(place, *borders[place : place + 2]) if stop - start > 1 else None
         scores.append(DocumentScore(logits[start + place], tokens, i in request.truncated, chunk))

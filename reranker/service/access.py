@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import logging
 import re
-import secrets
 import time
 from collections.abc import Set
+from random import getrandbits
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -97,7 +97,7 @@ class AccessLog:
 def id_of(scope: Scope) -> str:
     """The `x-request-id` that a request brings, where it is harmless; else a new one."""
     sent = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"").decode("latin-1")
-    return sent if _REQUEST_ID.fullmatch(sent) else secrets.token_hex(8)
+    return sent if _REQUEST_ID.fullmatch(sent) else f"{getrandbits(64):016x}"
 
 
 def printable(path: str) -> str:

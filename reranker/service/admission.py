@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import repeat
 
 from reranker.errors import QueueFullError
 from reranker.service.queue import TokenQueue, small
@@ -95,6 +96,6 @@ class Admission:
 
     def _estimate(self, request: RerankRequest, info: ModelInfo) -> int:
         rate = self._tokens / self._characters
-        most = info.max_seq_length * (request.max_chunks_per_doc or 1)
-        documents = sum(min(rate * (len(d) + _SUFFIX_CHARACTERS), most) for d in request.documents)
-        return int(rate * (_PROMPT_CHARACTERS + len(request.query)) + documents) + 1
+        most = int(info.max_seq_length * (request.max_chunks_per_doc or 1) / rate)
+        read = sum(map(min, map(len, request.documents), repeat(most))) + _SUFFIX_CHARACTERS * len(request.documents)
+        return int(rate * (_PROMPT_CHARACTERS + len(request.query) + read)) + 1

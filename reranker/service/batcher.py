@@ -191,6 +191,8 @@ class Batcher:
                     self.queue.drop_abandoned()
                     self._observer.queue_changed(self.queue.tokens)
                     raise
+                finally:
+                    self._jobs.discard(job)
         except TimeoutError:
             raise DeadlineError(
                 f"not answered within {seconds:g} s; send fewer documents at a time, or raise REQUEST_TIMEOUT"
@@ -209,7 +211,6 @@ class Batcher:
             self.check_ready()
         job = Job(request, asyncio.get_running_loop().create_future(), queued_at=time.monotonic())
         self._jobs.add(job)
-        job.done.add_done_callback(lambda _: self._jobs.discard(job))
         self.queue.put(job)
         self._observer.queue_changed(self.queue.tokens)
         self._changed.set()

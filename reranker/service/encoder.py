@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import NamedTuple
 
 from reranker.service.compute import ScorerLike, guarded
 from reranker.types import EncodedRequest, RerankRequest
@@ -18,9 +19,16 @@ _PART_CHARACTERS = 200_000
 # What shares a trip: 1 ms of work, for which its first request waits for its last one.
 _TRIP_CHARACTERS = 2_000
 
-Passenger = tuple[RerankRequest, asyncio.Future[EncodedRequest]]
 Outcome = EncodedRequest | Exception | None
 """None: nobody waited for it any more."""
+
+
+class Passenger(NamedTuple):
+    """A request that waits for its trip."""
+
+    request: RerankRequest
+    characters: int
+    encoded: asyncio.Future[EncodedRequest]
 
 
 class Encoder:
@@ -39,11 +47,12 @@ class Encoder:
             Exception: the scorer's.
         """
         loop = asyncio.get_running_loop()
-        if request.characters <= _PART_CHARACTERS:
+        characters = request.characters
+        if characters <= _PART_CHARACTERS:
             encoded: asyncio.Future[EncodedRequest] = loop.create_future()
             if not self._waiting:
                 loop.call_soon(self._depart, scorer)
-            self._waiting.append((request, encoded))
+            self._waiting.append(Passenger(request, characters, encoded))
             return await encoded
         parts: list[EncodedRequest] = []
         start = size = 0
@@ -59,8 +68,8 @@ class Encoder:
         """Start nothing more."""
         for pool in (self._host, self._bulk):
             pool.shutdown(wait=False, cancel_futures=True)
-        for _, encoded in self._waiting:
-            encoded.cancel()
+        for passenger in self._waiting:
+            passenger.encoded.cancel()
         self._waiting = []
 
     def _depart(self, scorer: ScorerLike) -> None:
@@ -73,12 +82,12 @@ class Encoder:
 def _trips(waiting: list[Passenger]) -> Iterator[list[Passenger]]:
     trip: list[Passenger] = []
     size = 0
-    for request, encoded in waiting:
-        if trip and size + request.characters > _TRIP_CHARACTERS:
+    for passenger in waiting:
+        if trip and size + passenger.characters > _TRIP_CHARACTERS:
             yield trip
             trip, size = [], 0
-        trip.append((request, encoded))
-        size += request.characters
+        trip.append(passenger)
+        size += passenger.characters
     if trip:
         yield trip
 
@@ -87,9 +96,9 @@ def _encode(scorer: ScorerLike, trip: list[Passenger]) -> list[Outcome]:
     """In a host thread."""
     outcomes: list[Outcome] = []
     encode = guarded(scorer.encode)
-    for request, encoded in trip:
+    for passenger in trip:
         try:
-            outcomes.append(None if encoded.done() else encode(request))
+            outcomes.append(None if passenger.encoded.done() else encode(passenger.request))
         except Exception as error:  # its own request's alone
             outcomes.append(error)
     return outcomes
@@ -97,13 +106,13 @@ def _encode(scorer: ScorerLike, trip: list[Passenger]) -> list[Outcome]:
 
 def _arrive(trip: list[Passenger], work: asyncio.Future[list[Outcome]]) -> None:
     if work.cancelled():  # the service stops
-        for _, encoded in trip:
-            encoded.cancel()
+        for passenger in trip:
+            passenger.encoded.cancel()
         return
-    for (_, encoded), outcome in zip(trip, work.result(), strict=True):
-        if encoded.done():
+    for passenger, outcome in zip(trip, work.result(), strict=True):
+        if passenger.encoded.done():
             continue
         if isinstance(outcome, Exception):
-            encoded.set_exception(outcome)
+            passenger.encoded.set_exception(outcome)
         elif outcome is not None:
-            encoded.set_result(outcome)
+            passenger.encoded.set_result(outcome)

@@ -194,7 +194,8 @@ class Metrics(Observer):
         """Count the times of a request."""
         for stage in ("tokenization", "inference", "total"):
             self._stage(stage).observe(getattr(result.timings, stage))
-        self.truncated.inc(result.truncated_documents)
+        if result.truncated_documents:
+            self.truncated.inc(result.truncated_documents)
 
     # What the access log and the protocol report
 

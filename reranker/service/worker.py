@@ -44,6 +44,7 @@ class RerankWorker(UvicornWorker):  # type: ignore[misc]  # neither package is t
         "loop": "uvloop",
         "ws": "none",
         "access_log": False,
+        "proxy_headers": False,  # nothing here asks whose request it is
         "server_header": False,
     }
     handover: Handover | None = None
@@ -123,10 +124,12 @@ class DrainingServer(Server):
         if self.siblings is not None:
             make: Any = self.config.http_protocol_class
             connect = partial(make, self.config, self.server_state, self.lifespan.state)
-            self.siblings.join(self._is_open, lambda first: connect(first=first))
+            batcher = self._batcher  # looked up once: every request asks twice
 
-    def _is_open(self) -> bool:
-        return not self.should_exit and self._batcher is not None and self._batcher.status == "ok"
+            def is_open() -> bool:
+                return not self.should_exit and batcher is not None and batcher.status == "ok"
+
+            self.siblings.join(is_open, lambda first: connect(first=first))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called for SIGTERM, SIGINT and SIGQUIT, which all mean: finish what was accepted, then end."""

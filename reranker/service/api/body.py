@@ -195,7 +195,7 @@ def more_values(content: bytes, most: int) -> bool:
     """Whether JSON has more than so many values: in memory each takes up to thirty times its bytes, and the event loop
     waits while they are made. Texts may hold whatever they like. What is no JSON may have more, or not.
     """
-    if sum(map(content.count, _SEPARATORS)) < most:
+    if len(content) < most or sum(map(content.count, _SEPARATORS)) < most:
         return False
     unescaped = content.replace(b"\\\\", b"").replace(b'\\"', b"")
     values, in_text = 0, False

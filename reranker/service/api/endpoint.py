@@ -6,12 +6,12 @@ A dialect is one module beside this one: its wire models, and a function that re
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Request
+from pydantic_core import to_json
 from starlette.responses import Response
 
 from reranker.engine.scores import sigmoid
@@ -19,8 +19,6 @@ from reranker.errors import InvalidRequestError, NotReadyError
 from reranker.service.api.body import RerankBody
 from reranker.service.batcher import Batcher
 from reranker.types import RerankRequest, RerankResult
-
-_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,17 +63,15 @@ async def _score(request: Request, query: RerankRequest) -> RerankResult:
     facts: dict[str, Any] = request.scope["state"]["access"]
     facts["documents"] = len(query.documents)
     work = asyncio.create_task(batcher.rerank(query, request.app.state.request_timeout))
-    left = asyncio.create_task(_disconnected(request))
+    watch = asyncio.create_task(_watch(request, work))
     try:
-        await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
+        result = await work
+    except asyncio.CancelledError:
+        if "client" not in facts:
+            raise
+        raise NotReadyError("the client left") from None  # nobody reads it
     finally:
-        left.cancel()
-        if not work.done():
-            work.cancel()
-    if not work.done():
-        facts["client"] = "left"
-        raise NotReadyError("the client left")  # nobody reads it
-    result = work.result()
+        watch.cancel()
     facts |= {
         "tokens": result.prompt_tokens,
         "truncated": result.truncated_documents,
@@ -85,20 +81,22 @@ async def _score(request: Request, query: RerankRequest) -> RerankResult:
     return result
 
 
-async def _disconnected(request: Request) -> None:
+async def _watch(request: Request, work: asyncio.Task[RerankResult]) -> None:
+    """Cancel the work when the client leaves."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
+    request.scope["state"]["access"]["client"] = "left"
+    work.cancel()
 
 
 def order(logits: list[float], top_k: int | None) -> list[int]:
     """Document indices, best first, ties by index; the first `top_k` of them, all when it is None or too large."""
-    return sorted(range(len(logits)), key=lambda i: (-logits[i], i))[:top_k]
+    return sorted(range(len(logits)), key=logits.__getitem__, reverse=True)[:top_k]  # which keeps equals in order
 
 
 def answer(content: object, result: RerankResult) -> Response:
     """The 200 answer: JSON with the headers that every rerank carries; times in milliseconds."""
-    body = _JSON.encode(content).encode()
-    return Response(body, headers=_headers(result), media_type="application/json")
+    return Response(to_json(content), headers=_headers(result), media_type="application/json")
 
 
 def _headers(result: RerankResult) -> Mapping[str, str]:

@@ -8,13 +8,14 @@ client sends a model as well), else `model` asks for the results object on /v1/r
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.routing import APIRoute
 from pydantic import Field, RootModel
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from reranker.errors import NotReadyError
 from reranker.service.api import native, results
@@ -27,9 +28,13 @@ from reranker.service.api.tei import TeiBody
 class Direct(APIRoute):
     """A route whose endpoint takes the request and returns the response: there is nothing to be solved or checked."""
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """The endpoint itself."""
-        return self.endpoint
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Call it and send what it returns."""
+        if scope["method"] != "POST":
+            await super().handle(scope, receive, send)  # 405
+            return
+        response: Response = await self.endpoint(Request(scope, receive, send))
+        await response(scope, receive, send)
 
 
 router = APIRouter(tags=["rerank"], route_class=Direct)
