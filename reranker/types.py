@@ -10,6 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+MOST_CHUNKS = 64
+"""A document is split into at most so many chunks: with 8192 tokens each, a second of tokenising."""
+
 
 @dataclass(frozen=True, slots=True)
 class RerankRequest:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -102,6 +103,18 @@ def test_how_much_a_character_is_worth_is_learned(queue: TokenQueue) -> None:
     for _ in range(20):
         admission.encoded(request, EncodedRequest([0] * 10, [[0] * 200]))
     assert fits()
+
+
+@pytest.mark.parametrize(
+    ("chunks", "tokens"), [(None, 8192), (1, 8192), (2, 16_384), (64, 524_288), (10**20, 524_288), (10**400, 524_288)]
+)
+def test_no_document_counts_for_more_than_is_read_of_it(queue: TokenQueue, chunks: int | None, tokens: int) -> None:
+    admission = Admission(600_000, queue)
+    request = RerankRequest("", ["d" * 2_000_000], max_chunks_per_doc=chunks)
+    with admission.encoding(request, INFO, 100), pytest.raises(QueueFullError) as caught:
+        admission.check(1000, 100, 600_000)
+    [waiting] = map(int, re.findall(r"about (\d+) tokens", str(caught.value)))
+    assert tokens <= waiting <= tokens + 92  # 300 characters of prompt
 
 
 @pytest.mark.parametrize("documents", [["blue shoes"], [""] * 1000], ids=["one short document", "empty documents"])

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from reranker.engine.prompt import MOST_CHUNKS, Prompt
+from reranker.engine.prompt import Prompt
 from reranker.errors import InvalidRequestError, ModelLoadError
-from reranker.types import RerankRequest, Slice
+from reranker.types import MOST_CHUNKS, RerankRequest, Slice
 from tests.card import Card
 from tests.conftest import DEMO
 

@@ -53,8 +53,9 @@ def test_the_garbage_collector_leaves_alone_what_was_loaded() -> None:
     assert any(known is scorer for known in gc.get_objects())
 
 
-def test_no_request_leaves_anything_to_the_garbage_collector(fake_server: Server) -> None:
-    client = fake_server.client
+def test_no_request_leaves_anything_to_the_garbage_collector(start: Start) -> None:
+    server = start(command=FAKE, FAKE_SECONDS="0.03", REQUEST_TIMEOUT="0.4", BODY_TIMEOUT="0.2")
+    client = server.client
     big = "x" * 100_000
     bodies = [
         (200, BODY | {"unknown": [[big]]}),
@@ -64,9 +65,11 @@ def test_no_request_leaves_anything_to_the_garbage_collector(fake_server: Server
         (422, {"query": big}),
         (422, {"query": QUERY, "documents": [big, 3]}),
         (422, [big]),
+        (504, {"query": QUERY, "documents": ["word " * 900] * 30}),  # a pass each
     ]
     rough = [(400, b"{" + big.encode()), (400, json.dumps(BODY).encode() + b"\xff"), (422, b'{"query": NaN}')]
     contents = [(status, json.dumps(body).encode()) for status, body in bodies] + rough
+    half = b"POST /v1/rerank HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{"
 
     def ask_everything() -> int:
         for status, content in contents:
@@ -74,16 +77,18 @@ def test_no_request_leaves_anything_to_the_garbage_collector(fake_server: Server
             assert answer.status_code == status
         assert client.get("/v1/rerank").status_code == 405
         assert client.post("/nowhere", content=big.encode()).status_code == 404
-        with socket.create_connection(("127.0.0.1", client.base_url.port)) as leaves:
-            leaves.sendall(b"POST /v1/rerank HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
+        with socket.create_connection(("127.0.0.1", server.port)) as stalls:
+            stalls.sendall(half)
+            assert b" 408 " in stalls.recv(1000)
+        with socket.create_connection(("127.0.0.1", server.port)) as leaves:
+            leaves.sendall(half)
         return int(client.get("/garbage").text)
 
     before = ask_everything()  # the first of each may leave what is made once
-    rounds = 10
+    rounds = 3
     for _ in range(rounds):
         after = ask_everything()
     assert after - before < rounds
-
 
 
 def test_the_native_array(server: Server) -> None:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from reranker.engine.text import printable
 from reranker.errors import InvalidRequestError, ModelLoadError
-from reranker.types import EncodedRequest, RerankRequest
+from reranker.types import MOST_CHUNKS, EncodedRequest, RerankRequest
 
 SYSTEM = (
     "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
@@ -29,8 +29,6 @@ INSTRUCTION = "Given a web search query, retrieve relevant passages that answer 
 _CHARACTERS_PER_TOKEN = 4
 # Tokens near the end of a cut text may differ from those of the whole text: so many are not trusted.
 _UNSURE_TOKENS = 32
-# A document is split into at most so many chunks: with 8192 tokens each, a second of tokenising.
-MOST_CHUNKS = 64
 # Of a default instruction of many pages the start is kept: 4B needs 0.3 MB a token in float32.
 _MOST_PREAMBLE = 512
 

@@ -15,7 +15,7 @@ from itertools import repeat
 
 from reranker.errors import QueueFullError
 from reranker.service.queue import TokenQueue, small
-from reranker.types import EncodedRequest, ModelInfo, RerankRequest
+from reranker.types import MOST_CHUNKS, EncodedRequest, ModelInfo, RerankRequest
 
 # Half of the speed, and a little less for the passes that are on their way already.
 _SHARE_OF_TIME = 0.4
@@ -96,6 +96,7 @@ class Admission:
 
     def _estimate(self, request: RerankRequest, info: ModelInfo) -> int:
         rate = self._tokens / self._characters
-        most = int(info.max_seq_length * (request.max_chunks_per_doc or 1) / rate)
+        chunks = min(request.max_chunks_per_doc or 1, MOST_CHUNKS)
+        most = max(0, int(info.max_seq_length * chunks / rate) - _SUFFIX_CHARACTERS)
         read = sum(map(min, map(len, request.documents), repeat(most))) + _SUFFIX_CHARACTERS * len(request.documents)
         return int(rate * (_PROMPT_CHARACTERS + len(request.query) + read)) + 1

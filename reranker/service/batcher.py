@@ -177,6 +177,7 @@ class Batcher:
         self.check_room(seconds)
         self.requests += 1
         start = time.monotonic()
+        late = False
         try:
             async with asyncio.timeout(seconds):
                 with self.admission.encoding(request, scorer.info, seconds):
@@ -194,11 +195,13 @@ class Batcher:
                 finally:
                     self._jobs.discard(job)
         except TimeoutError:
-            raise DeadlineError(
-                f"not answered within {seconds:g} s; send fewer documents at a time, or raise REQUEST_TIMEOUT"
-            ) from None
+            late = True  # raised below: with this error as its context it would keep the request until the next walk
         finally:
             self.requests -= 1
+        if late:
+            raise DeadlineError(
+                f"not answered within {seconds:g} s; send fewer documents at a time, or raise REQUEST_TIMEOUT"
+            )
         if not all(map(math.isfinite, job.logits)):
             raise ScoringError(
                 "the model gave a score that is not a number; the operator can set MODEL_PRECISION=float32"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,8 +84,9 @@ async def _score(request: Request, query: RerankRequest) -> RerankResult:
 
 async def _watch(request: Request, work: asyncio.Task[RerankResult]) -> None:
     """Cancel the work when the client leaves."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+    with suppress(Exception):  # of another server's channel: nobody is there either
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
     request.scope["state"]["access"]["client"] = "left"
     work.cancel()
 
