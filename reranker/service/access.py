@@ -97,7 +97,12 @@ class AccessLog:
 def id_of(scope: Scope) -> str:
     """The `x-request-id` that a request brings, where it is harmless; else a new one."""
     sent = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"").decode("latin-1")
-    return sent if _REQUEST_ID.fullmatch(sent) else f"{getrandbits(64):016x}"
+    return sent if _REQUEST_ID.fullmatch(sent) else new_id()
+
+
+def new_id() -> str:
+    """A request id: 16 hexadecimal digits."""
+    return f"{getrandbits(64):016x}"
 
 
 def printable(path: str) -> str:

@@ -19,7 +19,6 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import logging
-import secrets
 import sys
 import termios
 from contextlib import suppress
@@ -30,6 +29,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from reranker.errors import HeadersTooLargeError, HeadTimeoutError, MalformedRequestError, QueueFullError, RerankError
+from reranker.service.access import new_id
 from reranker.service.api.errors import error_response
 from reranker.service.balance import Siblings
 from reranker.service.limits import MAX_HEADER_BYTES
@@ -230,7 +230,7 @@ class HttpProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         answer = error_response(error)
-        request_id = secrets.token_hex(8)
+        request_id = new_id()
         self.metrics.refused(answer.status_code, error.error_type)
         facts = {"status": answer.status_code, "id": request_id, "error_type": error.error_type}
         logger.info("refused %d id=%s error_type=%s", *facts.values(), extra={"facts": facts})
