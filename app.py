@@ -120,7 +120,6 @@ def load_scorer(settings: Settings) -> ScorerLike:
         logger.warning(
             "MODEL_NAME_OR_PATH is not set: serving the bundled demo model, which is for trying the API only"
         )
-    from reranker.engine.prompt import INSTRUCTION
     from reranker.engine.scorer import DEMO, Scorer
 
     for name in ("transformers", "huggingface_hub"):  # back under the one handler of config.log_config
@@ -134,7 +133,7 @@ def load_scorer(settings: Settings) -> ScorerLike:
         max_seq_length=settings.max_seq_length,
         batch_size=settings.batch_size,
         max_batch_tokens=settings.max_batch_tokens,
-        instruction=settings.default_instruction or INSTRUCTION,
+        instruction=settings.default_instruction or None,
         revision=settings.model_revision or None,
     )
     token = " -H 'Authorization: Bearer <token>'" if settings.access_token else ""

@@ -12,7 +12,7 @@ from typing import Any
 
 from app import create_app
 from config import load_settings
-from reranker.engine.model import load_tokenizer
+from reranker.engine.checkpoint import load_tokenizer
 from reranker.engine.packing import pack
 from reranker.engine.prompt import Prompt
 from reranker.engine.scorer import DEMO

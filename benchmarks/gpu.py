@@ -42,7 +42,8 @@ from benchmarks.traffic import TOKENS, ten_documents
 from reranker import Scorer
 from reranker.engine import device as devices
 from reranker.engine.attention import choose
-from reranker.engine.model import Model, load_tokenizer
+from reranker.engine.checkpoint import load_tokenizer
+from reranker.engine.model import Model
 from reranker.engine.prompt import Prompt
 from reranker.engine.quantized import FLOAT8, quantize
 from reranker.engine.qwen3 import PLAIN, fuse

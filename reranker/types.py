@@ -178,3 +178,5 @@ class ModelInfo:
     max_seq_length: int
     max_batch_tokens: int
     demo: bool = False
+    self_check: str = "passed"
+    """Whether obvious pairs were ranked right at the start: `passed`, or `failed: ` and the languages."""

@@ -353,3 +353,33 @@ def test_cuda_runs_out_of_memory_and_recovers(model_path: Path) -> None:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert got == pytest.approx(expected_logits * 2000, abs=1e-3)
     assert scorer.max_batch_tokens < 4_000_000
+
+
+def test_a_folder_loaded_twice_gives_the_same_scores(model_path: Path) -> None:
+    """Weights that come from anywhere but the files would be others in every worker."""
+    query, documents = "how to compress files", ["gzip compresses files", "a game of chess", "压缩"]
+    first, second = (Scorer.load(model_path, device="cpu", precision="float32") for _ in range(2))
+    assert first.rerank(query, documents) == second.rerank(query, documents)
+
+
+@pytest.mark.parametrize("rope", ["default", "linear", "yarn", "llama3"])
+def test_a_document_scores_alone_as_beside_others(tmp_path: Path, rope: str) -> None:
+    """However long the others are: some kinds of rotary embedding choose their frequencies by the longest."""
+    parameters = {
+        "rope_type": rope,
+        "rope_theta": 1e6,
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    known = {"default": 2, "linear": 3, "yarn": 3, "llama3": 6}[rope]
+    path = make_model(
+        tmp_path / "m", std=0.03, max_position_embeddings=128, rope_parameters=dict([*parameters.items()][:known])
+    )
+    scorer = Scorer.load(path, device="cpu", precision="float32")
+    rng = random.Random(5)
+    documents = [text(rng, most) + "." for most in (2, 20, 400, 900)]
+    [together] = packed(scorer, [RerankRequest("a query", documents)])
+    alone = [packed(scorer, [RerankRequest("a query", [document])])[0][0] for document in documents]
+    assert together == pytest.approx(alone, abs=1e-4)

@@ -152,12 +152,14 @@ def test_pickled_weights_alone_are_refused(folder: Path, sign: Path) -> None:
 
 
 def test_pickled_weights_beside_others_are_not_read(folder: Path, sign: Path) -> None:
-    for name in ("pytorch_model.bin", "adapter_model.bin", "training_args.bin", "optimizer.pt"):
+    for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt"):
         (folder / name).write_bytes(pickle.dumps(Evil(sign)))
-    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "x/y"}')
     assert len(Scorer.load(folder, device="cpu").rerank("a", ["b"])) == 1
     (folder / "model.safetensors").rename(folder / "other.safetensors")
-    with pytest.raises(ModelLoadError, match="cannot load the weights"):
+    with pytest.raises(ModelLoadError, match=r"neither model\.safetensors nor"):
+        Scorer.load(folder, device="cpu")
+    (folder / "adapter_model.bin").write_bytes(pickle.dumps(Evil(sign)))
+    with pytest.raises(ModelLoadError, match="LoRA adapter"):
         Scorer.load(folder, device="cpu")
 
 
@@ -175,6 +177,7 @@ def test_an_index_of_shards_that_names_a_pickle_is_refused(folder: Path, sign: P
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}'])
 def test_a_broken_index_is_named(folder: Path, text: str) -> None:
+    (folder / "model.safetensors").rename(folder / "shard.safetensors")
     (folder / "model.safetensors.index.json").write_text(text)
     with pytest.raises(ModelLoadError, match="is not an index of shards"):
         Scorer.load(folder, device="cpu")

@@ -148,17 +148,17 @@ def score(ranker: Ranker, found: Iterator[Row]) -> Outcome:
 
 
 def fingerprint(name: str | None, revision: str | None) -> str:
-    """SHA-256 of a model's weights, tokenizer and configuration: a name may come to mean another model.
+    """SHA-256 of all files of a model that are read: a name may come to mean another model.
 
     Raises:
         ModelLoadError: it is not there.
     """
-    from reranker.engine.model import locate
+    from reranker.engine.locate import FILES, locate
     from reranker.engine.scorer import DEMO
 
     digest = hashlib.sha256()
     folder = locate(name or str(DEMO), revision)
-    for path in sorted([*folder.glob("*.safetensors"), folder / "config.json", *folder.glob("tokenizer*.json")]):
+    for path in sorted({path for pattern in FILES for path in folder.glob(pattern)}):
         digest.update(path.name.encode())
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from reranker.cli.ranker import Scored
-from reranker.engine.prompt import INSTRUCTION
 from reranker.engine.scorer import DEMO, Scorer
 from reranker.engine.scores import sigmoid
 from reranker.engine.stream import rerank_many
@@ -27,7 +26,7 @@ class Local:
 
     def __init__(self, model: dict[str, Any]) -> None:
         rest = {key: value for key, value in model.items() if key not in ("model", "instruction")}
-        name, instruction = model["model"] or DEMO, model["instruction"] or INSTRUCTION
+        name, instruction = model["model"] or DEMO, model["instruction"] or None
         self.scorer = Scorer.load(name, instruction=instruction, **rest)
         if self.scorer.info.demo:
             print("note: the bundled demo model is for trying only; choose another with --model", file=sys.stderr)
@@ -50,4 +49,5 @@ class Local:
             "precision": info.precision,
             "max_seq_length": str(info.max_seq_length),
             "max_batch_tokens": str(info.max_batch_tokens),
+            "self_check": info.self_check,
         }

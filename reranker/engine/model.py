@@ -1,70 +1,32 @@
-"""Loading: a hub name or a folder becomes the decoder on its device, and the two-row head that reads "yes" and "no"."""
+"""Load a checked checkpoint: the decoder on its device, and the two-row head that reads "yes" and "no"."""
 
 from __future__ import annotations
 
-import json
 import logging
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model, Qwen3RMSNorm
 from transformers.utils.logging import disable_progress_bar
 
 from reranker.engine import device as devices
 from reranker.engine.attention import Attention, choose
+from reranker.engine.checkpoint import Checkpoint
 from reranker.engine.graphs import Graphs
 from reranker.engine.packing import PackedBatch
 from reranker.engine.quantized import quantize
 from reranker.engine.qwen3 import PLAIN, Stages, fuse, keep, last_hidden
+from reranker.engine.weights import check_weights, parameters
 from reranker.errors import ModelLoadError, ScoringError
 
 logger = logging.getLogger(__name__)
 disable_progress_bar()  # it writes half lines into the service's log
-
-_FILES = [
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "vocab.json",
-]
-_DOWNLOAD = (
-    "download it first, for example `hf download Qwen/Qwen3-Reranker-4B --local-dir {path}` "
-    "or `modelscope download --model Qwen/Qwen3-Reranker-4B --local_dir {path}`"
-)
-
-
-def locate(name: str, revision: str | None = None) -> Path:
-    """The folder of a checkpoint: a local folder as it is, a hub name downloaded (or found in the hub's cache).
-
-    Raises:
-        ModelLoadError: the folder does not exist or is incomplete, or the hub has or gives no such model.
-    """
-    path = Path(name).expanduser()
-    looks_like_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith(".")
-    if path.is_dir():
-        if not (path / "config.json").is_file() or not list(path.glob("*.safetensors")):
-            raise ModelLoadError(f"{path} holds no config.json or no *.safetensors: {_DOWNLOAD.format(path=path)}")
-        return path
-    if not looks_like_hub or path.parent.is_dir():
-        raise ModelLoadError(f"the model folder {path} does not exist: {_DOWNLOAD.format(path=path)}")
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_FILES))
-    except Exception as error:  # every failure of the hub's client means the same here: no model
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelLoadError(
-            f"cannot download {name}: {reason[0]} (behind a firewall set HF_ENDPOINT to a mirror, "
-            f"or download it elsewhere and set MODEL_NAME_OR_PATH to the folder)"
-        ) from error
 
 
 @dataclass(slots=True)
@@ -113,103 +75,87 @@ class Model:
         return F.rms_norm(hidden, (hidden.shape[-1],), norm.weight.float(), norm.variance_epsilon)
 
 
-def check(path: Path) -> None:
-    """Refuse what is not a Qwen3-Reranker checkpoint before anything of it is built.
-
-    Raises:
-        ModelLoadError: another architecture, or one that needs code from the checkpoint, or weights that are not in
-            safetensors.
-    """
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelLoadError(f"{path / 'config.json'} is not JSON: download the checkpoint again") from error
-    kind = config.get("model_type")
-    if kind != "qwen3":
-        raise ModelLoadError(
-            f"model_type is {kind!r}, not 'qwen3': this service runs Qwen3-Reranker (0.6B, 4B, 8B) only"
-        )
-    if "Qwen3ForCausalLM" not in (config.get("architectures") or ["Qwen3ForCausalLM"]):
-        raise ModelLoadError(
-            f"{config['architectures']} is a converted model: use the original Qwen3ForCausalLM weights"
-        )
-    if config.get("use_sliding_window"):
-        raise ModelLoadError("use_sliding_window is set: no Qwen3-Reranker has sliding attention")
-    for index in path.glob("*.safetensors.index.json"):
-        _check_index(index)
-
-
-def _check_index(index: Path) -> None:
-    """transformers opens whatever the index of the shards names, and unpickles what is not called *.safetensors."""
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelLoadError(f"{index} is not an index of shards: download the checkpoint again") from error
-    if not all(isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name) for name in names):
-        raise ModelLoadError(f"{index} names files that are not *.safetensors beside it: nothing else is read")
-
-
-def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The checkpoint's own fast tokenizer.
-
-    Raises:
-        ModelLoadError: its files are missing or broken.
-    """
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ModelLoadError(f"no usable tokenizer in {path}: {str(error).splitlines()[0]}") from error
-    return tokenizer
-
-
 def load(
-    path: Path, device: torch.device, dtype: torch.dtype, yes: int, no: int, max_memory_percentage: float
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, yes: int, no: int, max_memory_percentage: float
 ) -> Model:
     """Load a checked checkpoint straight onto the device in the chosen precision, shard by shard.
 
     A quantised precision is made from the weights as they are stored, a layer at a time; each product is proved.
 
     Raises:
-        ModelLoadError: the weights do not fit, or the files are broken.
+        ModelLoadError: the weights do not fit, are not those of the model, or the files are broken.
         ScoringError: this machine does not compute the quantised precision.
     """
-    config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
+    path, config = checkpoint.path, checkpoint.config
     between = devices.QUANTIZED.get(dtype, dtype)
-    stored = (config.dtype or between) if dtype in devices.QUANTIZED else dtype
-    needed = parameters(path) * stored.itemsize
-    there = devices.memory(device, max_memory_percentage)
-    if needed > there.left:
-        gib = 1 << 30
-        raise ModelLoadError(
-            f"the weights take {needed / gib:.1f} GiB in {devices.short(stored)}, but only {there} on {device} "
-            f"(MAX_MEMORY_PERCENTAGE={max_memory_percentage:g} of {there.total / gib:.1f} GiB): raise it, free memory, "
-            f"or use a smaller model"
-        )
+    stored = dtype
+    if dtype in devices.QUANTIZED:
+        stored = config.dtype if isinstance(config.dtype, torch.dtype) else between
+    check_weights(path, config)
+    _check_memory(parameters(path) * stored.itemsize, stored, device, max_memory_percentage)
     try:
-        whole = AutoModelForCausalLM.from_pretrained(
-            str(path),
-            config=config,
-            dtype=stored,
-            device_map={"": device},
-            use_safetensors=True,
-            trust_remote_code=False,
-            attn_implementation="sdpa",  # unused: reranker.engine.attention takes its place
-        ).eval()
+        with _own_report():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                str(path),
+                config=config,
+                dtype=stored,
+                device_map={"": device},
+                use_safetensors=True,
+                trust_remote_code=False,
+                attn_implementation="sdpa",  # unused: reranker.engine.attention takes its place
+                output_loading_info=True,
+            )
     except torch.OutOfMemoryError as error:
         raise ModelLoadError(
             f"the weights do not fit beside what else is on {device}: free memory, or a smaller model"
         ) from error
-    except (OSError, ValueError) as error:
-        raise ModelLoadError(f"cannot load the weights in {path}: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelLoadError(f"cannot load the weights in {path}: {reason[0]}") from error
+    whole, report = loaded
+    if absent := sorted(report["missing_keys"]):  # whatever check_weights did not see: they hold random numbers now
+        raise ModelLoadError(f"{len(absent)} weights were not found in {path}, the first is {absent[0]}")
+    whole.eval()
     rows = whole.lm_head.weight.detach()[[yes, no]].float()
+    head = rows[0] - rows[1]
+    if not head.any():
+        raise ModelLoadError(
+            f"lm_head in {path} has equal rows for yes and no, so that every score would be 0.5: it was not saved"
+        )
     if dtype in devices.QUANTIZED:
         _quantize(whole.model, dtype, between)
     else:
         fuse(whole.model)
-    kernel, reason = choose(device, between)
-    logger.info("attention: %s", reason)
+    kernel, why = choose(device, between)
+    logger.info("attention: %s", why)
     # Of an untied output matrix (8B: 1.2 GB) the two rows are all that is kept.
-    return Model(whole.model, rows[0] - rows[1], device, dtype, kernel)
+    return Model(whole.model, head, device, dtype, kernel)
+
+
+def _check_memory(needed: int, stored: torch.dtype, device: torch.device, percentage: float) -> None:
+    there = devices.memory(device, percentage)
+    if needed > there.left:
+        gib = 1 << 30
+        raise ModelLoadError(
+            f"the weights take {needed / gib:.1f} GiB in {devices.short(stored)}, but only {there} on {device} "
+            f"(MAX_MEMORY_PERCENTAGE={percentage:g} of {there.total / gib:.1f} GiB): raise it, free memory, "
+            f"or use a smaller model"
+        )
+
+
+@contextmanager
+def _own_report() -> Iterator[None]:
+    """Drop transformers' report of missing and left-over tensors: check_weights has judged them."""
+    report = logging.getLogger("transformers.modeling_utils")
+
+    def other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    report.addFilter(other)
+    try:
+        yield
+    finally:
+        report.removeFilter(other)
 
 
 def _quantize(decoder: Qwen3Model, precision: torch.dtype, between: torch.dtype) -> None:
@@ -229,19 +175,3 @@ def _quantize(decoder: Qwen3Model, precision: torch.dtype, between: torch.dtype)
             module.to(between)
     if precision is torch.int8 and not torch.cpu._is_vnni_supported():
         logger.warning("int8: this processor has no VNNI (AVX-512): activations get 7 bits, and less time is gained")
-
-
-def parameters(path: Path) -> int:
-    """Number of weights in the safetensors files of a folder, from their headers alone."""
-    total = 0
-    for file in sorted(path.glob("*.safetensors")):
-        try:
-            with safe_open(str(file), framework="pt") as tensors:
-                total += sum(_count(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
-        except SafetensorError as error:
-            raise ModelLoadError(f"{file} is broken or half downloaded ({error}): download it again") from error
-    return total
-
-
-def _count(shape: list[int]) -> int:
-    return int(torch.Size(shape).numel())

@@ -20,11 +20,16 @@ import torch
 
 from reranker.engine import device as devices
 from reranker.engine.budget import halves, split
-from reranker.engine.model import Model, check, load, load_tokenizer, locate
+from reranker.engine.checkpoint import Checkpoint, read
+from reranker.engine.layout import default_instruction
+from reranker.engine.locate import locate
+from reranker.engine.model import Model, load
 from reranker.engine.packing import PackedBatch, pack
 from reranker.engine.prompt import INSTRUCTION, Prompt
 from reranker.engine.scores import sigmoid
+from reranker.engine.selfcheck import self_check
 from reranker.engine.speedup import speed_up
+from reranker.engine.weights import not_finite
 from reranker.errors import DeviceLostError, InvalidRequestError, ModelLoadError, OutOfMemoryError, ScoringError
 from reranker.types import EncodedRequest, ModelInfo, RerankRequest, Slice
 
@@ -64,6 +69,7 @@ class Scorer:
         self.name = "demo" if self.demo else name
         self.max_batch_tokens = max_batch_tokens
         self.max_batch_documents = max_batch_documents or 1 << 30
+        self.self_check = "not run"
 
     @classmethod
     def load(
@@ -76,7 +82,7 @@ class Scorer:
         max_seq_length: int = 8192,
         batch_size: int | None = None,
         max_batch_tokens: int | None = None,
-        instruction: str = INSTRUCTION,
+        instruction: str | None = None,
         revision: str | None = None,
     ) -> Scorer:
         """Load a Qwen3-Reranker checkpoint, warm it up and choose the token budget.
@@ -90,7 +96,7 @@ class Scorer:
             max_seq_length: tokens of prompt and document together; the rest of a document is cut.
             batch_size: most documents in one forward pass; None: as many as the token budget holds.
             max_batch_tokens: the token budget of one forward pass; None: measured.
-            instruction: the default instruction.
+            instruction: the default instruction; None: the one that the checkpoint's own files name, else the card's.
             revision: branch, tag or commit on the hub.
 
         Raises:
@@ -99,18 +105,25 @@ class Scorer:
         where = devices.choose_device(device)
         logger.info("device: %s (%s)", where.value, where.reason)
         devices.cap_memory(where.value, max_memory_percentage)
-        path = locate(str(name), revision)
-        check(path)
-        prompt = Prompt(load_tokenizer(path), max_seq_length=max_seq_length, instruction=instruction)
-        choices = devices.choose_precisions(precision, where.value)
-        for choice in choices:
+        checkpoint = read(locate(str(name), revision))
+        own = default_instruction(checkpoint.path, checkpoint.tokenizer)
+        if own not in (None, INSTRUCTION):
+            use = "is replaced by the one that is set" if instruction else "is the default"
+            logger.info("the instruction of the checkpoint %s: %r", use, own)
+        _check_length(checkpoint, max_seq_length)
+        prompt = Prompt(
+            checkpoint.tokenizer, max_seq_length=max_seq_length, instruction=instruction or own or INSTRUCTION
+        )
+        problems: list[str] = []
+        for choice in devices.choose_precisions(precision, where.value):
             model = scorer = None
             problem = ""
             try:
-                model = load(path, where.value, choice.value, prompt.yes, prompt.no, max_memory_percentage)
+                model = load(checkpoint, where.value, choice.value, prompt.yes, prompt.no, max_memory_percentage)
                 scorer = cls(model, prompt, name=str(name), max_batch_tokens=_LEAST_BATCH_TOKENS)
                 scorer.max_batch_documents = batch_size or scorer.max_batch_documents
                 rate = scorer._warm_up()
+                scorer.self_check = self_check(scorer, own or INSTRUCTION)
             except OutOfMemoryError as error:
                 raise ModelLoadError(f"the weights fit, but no forward pass beside them: {error}") from error
             except InvalidRequestError as error:
@@ -120,15 +133,22 @@ class Scorer:
             except ScoringError as error:
                 problem = str(error)
             if scorer and not problem:
-                logger.info("precision: %s (%s)", devices.short(choice.value), choice.reason)
+                asked = precision == "auto" or choice.value is devices.PRECISIONS[precision]
+                logger.log(
+                    logging.INFO if asked else logging.WARNING,
+                    "precision: %s (%s)",
+                    devices.short(choice.value),
+                    choice.reason,
+                )
                 scorer._choose_budget(rate, devices.memory(where.value, max_memory_percentage), max_batch_tokens)
                 return scorer
+            problems.append(f"{devices.short(choice.value)}: {problem}")
             logger.warning("precision %s cannot be used: %s", devices.short(choice.value), problem)
             del model, scorer  # the next one needs the memory
             gc.collect()
             if where.value.type == "cuda":
                 torch.cuda.empty_cache()
-        raise ModelLoadError(f"{path} gives no finite score in any precision: the weights are damaged")
+        raise ModelLoadError(_why(checkpoint.path, problems)) from ScoringError(problems[0])
 
     @property
     def info(self) -> ModelInfo:
@@ -140,6 +160,7 @@ class Scorer:
             max_seq_length=self.prompt.max_seq_length,
             max_batch_tokens=self.max_batch_tokens,
             demo=self.demo,
+            self_check=self.self_check,
         )
 
     @property
@@ -272,6 +293,30 @@ class Scorer:
             by_memory,
             rate.bytes_per_token / 1024,
             memory,
+        )
+
+
+def _why(path: Path, problems: list[str]) -> str:
+    """Why no precision can be used: damaged weights are only those that are not finite."""
+    damaged = not_finite(path)
+    if damaged:
+        return f"the weights are damaged: {damaged} is not finite; download the checkpoint again"
+    return f"{path} cannot be scored in any precision on this machine ({'; '.join(problems)})"
+
+
+def _check_length(checkpoint: Checkpoint, max_seq_length: int) -> None:
+    """Say when prompts may be longer than the positions that the model was made for."""
+    config = checkpoint.config
+    positions = config.max_position_embeddings
+    factor = (config.rope_parameters or {}).get("factor") or 1.0
+    original = (config.rope_parameters or {}).get("original_max_position_embeddings") or positions
+    positions = max(positions, int(original * factor))
+    if max_seq_length > positions:
+        logger.warning(
+            "MAX_SEQ_LENGTH=%d is above the %d positions that the model was made for (max_position_embeddings): "
+            "scores of longer prompts mean little",
+            max_seq_length,
+            positions,
         )
 
 

@@ -86,6 +86,12 @@ class Metrics(Observer):
             multiprocess_mode="livesum",
             registry=registry,
         )
+        self.self_check = Gauge(
+            "reranker_self_check_failed_workers",
+            "Workers whose model ranked an obvious pair wrong at the start: it does not behave like a reranker.",
+            multiprocess_mode="livesum",
+            registry=registry,
+        )
         self.memory = Gauge(
             "reranker_device_memory_bytes",
             "Memory that the workers hold on their devices; on a CPU, that of the processes.",
@@ -164,6 +170,7 @@ class Metrics(Observer):
     def loaded(self, info: ModelInfo, memory: int) -> None:
         """Say what is served."""
         self.model.labels(info.name, info.device, info.precision, __version__).set(1)
+        self.self_check.set(info.self_check.startswith("failed"))
         self.budget.set(info.max_batch_tokens)
         self.memory.set(memory)
 

@@ -63,6 +63,8 @@ class Info(BaseModel):
     tokenization_workers: int
     version: str
     sha: str | None
+    self_check: str
+    """`passed`, or `failed: ` and the languages whose obvious pair the model ranked wrong at the start."""
     docker_label: str | None
 
 
@@ -91,6 +93,7 @@ async def info(request: Request) -> Response:
             "tokenization_workers": 1,
             "version": __version__,
             "sha": None,
+            "self_check": model.self_check,
             "docker_label": None,
         }
     )

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from reranker import Scorer
+from tests.checkpoints import tensors
+from tests.cli import cli
+from tests.conftest import DEMO, Start, make_model
+
+
+def inverted(path: Path) -> Path:
+    """The demo model with the sign of its last norm turned: what was relevant is not."""
+    import shutil
+
+    shutil.copytree(DEMO, path)
+    tensors(path, lambda found: found | {"model.norm.weight": -found["model.norm.weight"]})
+    return path
+
+
+def test_the_demo_passes_in_both_languages(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert Scorer.load(device="cpu").info.self_check == "passed"
+    assert "self-check" not in caplog.text
+
+
+def test_a_model_that_ranks_the_wrong_way_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert Scorer.load(inverted(tmp_path / "m"), device="cpu").info.self_check == "failed: English, Chinese"
+    [line] = [r.getMessage() for r in caplog.records if "self-check" in r.getMessage()]
+    assert "does not behave like a reranker" in line
+
+
+def test_equal_scores_are_no_pass(tmp_path: Path) -> None:
+    """As where every layer was saved as zeros."""
+    path = make_model(tmp_path / "m", layers=1)
+    tensors(path, lambda found: {n: t * ("embed" in n or n == "model.norm.weight") for n, t in found.items()})
+    assert Scorer.load(path, device="cpu").info.self_check == "failed: English, Chinese"
+
+
+def test_an_operators_instruction_does_not_decide_it() -> None:
+    scorer = Scorer.load(device="cpu", instruction="Find texts that have nothing to do with the query")
+    assert scorer.info.self_check == "passed"
+
+
+def test_everybody_is_told(tmp_path: Path, start: Start) -> None:
+    path = inverted(tmp_path / "m")
+    server = start(MODEL_NAME_OR_PATH=str(path))
+    assert server.log.count("self-check failed (English, Chinese)") == 1
+    assert server.client.get("/info").json()["self_check"] == "failed: English, Chinese"
+    assert "reranker_self_check_failed_workers 1.0" in server.client.get("/metrics").text
+    done = cli("check", "--model", path, cwd=tmp_path)
+    assert json.loads(done.stdout)["self_check"] == "failed: English, Chinese"
+    assert "self-check failed" in done.stderr
