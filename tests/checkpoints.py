@@ -35,6 +35,10 @@ ZERANK_TEMPLATE = (
     "{%- elif m['role'] == 'document' -%}<|im_start|>user\n{{ m['content'] }}<|im_end|>\n{%- endif -%}{%- endfor -%}"
     "<|im_start|>assistant\n"
 )
+CTXL_TEMPLATE = (
+    "{%- for m in messages -%}{%- if m.role == 'document' -%}<Document> {{ m.content }}\n{%- endif -%}{%- endfor -%}"
+    "{%- for m in messages -%}{%- if m.role == 'query' -%}<Query> {{ m.content }} ??{%- endif -%}{%- endfor -%}"
+)
 GENERIC_TEMPLATE = (
     "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{%- endif %}"
@@ -156,6 +160,34 @@ def slow_tokenizer(path: Path) -> None:
     merges = (merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
     (path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
     (path / "tokenizer.json").unlink()
+
+
+def added_tokens_json(path: Path) -> None:
+    """The added tokens in a file of their own, as older transformers write them."""
+    added = json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+    slow_tokenizer(path)
+    write("added_tokens.json", {token["content"]: token["id"] for token in added})(path)
+
+
+def merges_as(kind: type) -> Edit:
+    """Merges as older tokenizers write them, each a string, or as newer ones do, each a pair."""
+
+    def change(value: dict[str, Any]) -> None:
+        pairs = [m.split(" ") if isinstance(m, str) else m for m in value["model"]["merges"]]
+        value["model"]["merges"] = [" ".join(pair) for pair in pairs] if kind is str else pairs
+
+    return tokenizer_json(change)
+
+
+def one_more_token(value: dict[str, Any]) -> None:
+    """A token that a fine-tune added, above the rows of the model."""
+    value["added_tokens"].append(value["added_tokens"][-1] | {"content": "<|extra|>", "id": 9000})
+
+
+def mlx(path: Path) -> None:
+    """bfloat16 as MLX saves it."""
+    file = path / "model.safetensors"
+    save_file({n: t.bfloat16() for n, t in load_file(file).items()}, file, {"format": "mlx"})
 
 
 def appending(path: Path) -> None:
@@ -376,6 +408,11 @@ RIGHT = [
     Variant("more rows than tokens", long_embedding),
     Variant("tokenizer.json alone", removed("tokenizer_config.json")),
     Variant("vocab.json and merges.txt", slow_tokenizer),
+    Variant("vocab.json, merges.txt and added_tokens.json", added_tokens_json),
+    Variant("merges as strings", merges_as(str)),
+    Variant("merges as pairs", merges_as(list)),
+    Variant("a token added by a fine-tune", tokenizer_json(one_more_token)),
+    Variant("bfloat16 of MLX", mlx),
     Variant("class Qwen2TokenizerFast", tokenizer_config(tokenizer_class="Qwen2TokenizerFast")),
     Variant("class PreTrainedTokenizerFast", tokenizer_config(tokenizer_class="PreTrainedTokenizerFast")),
     Variant("class TokenizersBackend", tokenizer_config(tokenizer_class="TokenizersBackend")),
@@ -450,6 +487,7 @@ WRONG = [
     Variant("GPTQ without its config", and_tensor("model.layers.0.mlp.up_proj.qweight"), "quantised weights"),
     Variant("MLX without its config", and_tensor("model.layers.0.mlp.up_proj.biases"), "quantised weights"),
     Variant("int8 without its config", as_type(torch.int8, "up_proj"), "I8"),
+    Variant("int4 without its config", as_type(torch.uint8, "up_proj"), "U8"),
     Variant("float8 without its config", as_type(torch.float8_e4m3fn, "down_proj"), "F8_E4M3"),
     Variant("an adapter in the weights", and_tensor("model.layers.0.self_attn.q_proj.lora_A.weight"), "not merged"),
     Variant(
@@ -465,6 +503,11 @@ WRONG = [
     # Other models and other computations.
     Variant("an adapter beside the base", write("adapter_config.json", _ADAPTER), "LoRA adapter"),
     Variant("an adapter's weights beside the base", write("adapter_model.safetensors", b"x"), "LoRA adapter"),
+    Variant(
+        "an adapter with the config of its base",
+        both(write("adapter_config.json", _ADAPTER), removed("model.safetensors")),
+        "merge it into its base model",
+    ),
     Variant(
         "an adapter alone",
         both(write("adapter_config.json", _ADAPTER), removed("config.json", "model.safetensors")),
@@ -527,6 +570,9 @@ WRONG = [
     Variant("no model_type", settings(model_type=None), "model_type is None"),
     Variant("other words", sentence_transformers(true=17, false=18), "the tokens 17 and 18"),
     Variant("one word (zerank)", sentence_transformers(true=17, template=ZERANK_TEMPLATE), "the tokens 17"),
+    Variant(
+        "another prompt, the document first (ctxl)", sentence_transformers(template=CTXL_TEMPLATE), "another prompt"
+    ),
     Variant("another prompt", sentence_transformers(template=ZERANK_TEMPLATE), "renders another prompt"),
     Variant(
         "another prompt in the tokenizer", tokenizer_config(chat_template=ZERANK_TEMPLATE), "renders another prompt"
