@@ -105,6 +105,7 @@ def vllm(binary: Path, model: Path, threads: int, block: int = 32) -> Running:
     for name, value in options.items():
         command += [f"--{name}", value]
     env = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1"}
+    env |= {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}  # by default its front end keeps one core for itself: half of two
     env |= {"VLLM_LOGGING_LEVEL": "WARNING", "OMP_NUM_THREADS": str(threads)}
     return _start(f"vLLM, block {block}", f"http://127.0.0.1:{port}/v1/rerank", command, env)
 

@@ -108,12 +108,18 @@ def _measure(a: argparse.Namespace, work: Work, running: list[Running]) -> None:
         for server in running:
             of = loads[server.name]
             used = statistics.median(x.processor_seconds for x in of) / (len(work) * per_request) * 100
-            row = [server.name, str(clients), f"{rate[server.name]:.2f}"]
-            row += [f"{rate[running[0].name] / rate[server.name]:.2f}", f"{used:.1f}" if server.process else "-"]
+            cores = statistics.median(x.processor_seconds / x.seconds for x in of)
+            row = [
+                server.name,
+                str(clients),
+                f"{rate[server.name]:.2f}",
+                f"{rate[running[0].name] / rate[server.name]:.2f}",
+            ]
+            row += [f"{used:.1f}", f"{cores:.2f}"] if server.process else ["-", "-"]
             rows.append([*row, *_times(of), f"{apart[server.name]:.1e}"])
             failures += [f"{server.name}, {clients} clients: {failure}" for load in of for failure in load.failures]
-    head = ["server", "clients", "documents/s", "ours is faster", "CPU s / 100 documents", "p50 s", "p95 s", "p99 s"]
-    print(table([*head, "failed", "apart"], rows))
+    head = ["server", "clients", "documents/s", "ours is faster", "CPU s / 100 documents", "cores used"]
+    print(table([*head, "p50 s", "p95 s", "p99 s", "failed", "apart"], rows))
     print("\nReady after: " + ", ".join(f"{s.name} {s.ready_after:.0f} s" for s in running if s.process), end=". ")
     print("Resident: " + ", ".join(f"{s.name} {s.memory() / 2**30:.1f} GiB" for s in running if s.process) + ".\n")
 
