@@ -21,6 +21,7 @@ import torch
 from reranker.engine import device as devices
 from reranker.engine.budget import halves, split
 from reranker.engine.checkpoint import Checkpoint, read
+from reranker.engine.lanes import DealtBatch, Lanes, deal
 from reranker.engine.layout import default_instruction
 from reranker.engine.locate import locate
 from reranker.engine.model import Model, load
@@ -35,12 +36,17 @@ from reranker.types import EncodedRequest, ModelInfo, RerankRequest, Slice
 
 logger = logging.getLogger(__name__)
 
+Batch = PackedBatch | DealtBatch
+"""What `pack` makes and `score` takes."""
+
 DEMO = Path(__file__).resolve().parents[2] / "models" / "demo"
 
 # A batch should keep the device busy for about this long: longer makes small requests wait, shorter wastes launches.
 _BATCH_SECONDS = 0.5
 _LEAST_BATCH_TOKENS = 1024
 _MOST_BATCH_TOKENS = 262_144
+_LANES_PAY = 0.97
+"""Lanes are taken, and doubled, where a batch takes at most this share of the time."""
 _WARM_UP = "The warm-up document says nothing of interest, but it has about as many words as a short passage. "
 
 
@@ -70,6 +76,8 @@ class Scorer:
         self.max_batch_tokens = max_batch_tokens
         self.max_batch_documents = max_batch_documents or 1 << 30
         self.self_check = "not run"
+        self.lanes: Lanes | None = None
+        """On a CPU: what runs the parts of a batch side by side; None: one pass with all cores."""
 
     @classmethod
     def load(
@@ -176,11 +184,17 @@ class Scorer:
         """
         return self.prompt.encode(request, self.model.preamble)
 
-    def pack(self, slices: Sequence[Slice]) -> PackedBatch:
+    def pack(self, slices: Sequence[Slice]) -> Batch:
         """Lay slices of requests out for one forward pass. May run beside `score` in another thread."""
-        return pack(slices, preamble=len(self.model.preamble), pinned=self.model.device.type == "cuda")
+        preamble, pinned = len(self.model.preamble), self.model.device.type == "cuda"
+        lanes = 1 if self.lanes is None else self.lanes.wanted(slices)
+        if lanes == 1:
+            return pack(slices, preamble=preamble, pinned=pinned)
+        dealt = deal(slices, lanes)
+        parts = tuple(pack(lane.slices, preamble=preamble) for lane in dealt)
+        return DealtBatch(tuple(slices), parts, tuple(lane.places for lane in dealt))
 
-    def score(self, batch: PackedBatch) -> list[float]:
+    def score(self, batch: Batch) -> list[float]:
         """Logits (yes minus no) of the batch's documents, in order; may hold NaN, which the caller must not pass on.
 
         Out of memory halves the token budget and tries the batch again in two parts.
@@ -190,6 +204,9 @@ class Scorer:
             DeviceLostError: the device needs a new process.
         """
         try:
+            if isinstance(batch, DealtBatch):
+                assert self.lanes is not None  # `pack` deals by them
+                return self.lanes.run(self.model.forward, batch)
             logits: list[float] = self.model.forward(batch).tolist()
             return logits
         except RuntimeError as error:
@@ -248,12 +265,48 @@ class Scorer:
                     break
             if seconds > _BATCH_SECONDS / 2:
                 break
+        if self.model.device.type == "cpu":
+            best = self._choose_lanes(count, best)
         return best
 
-    def _warm_up_batch(self, count: int) -> PackedBatch:
+    def _choose_lanes(self, documents: int, rate: _Rate) -> _Rate:
+        """Set `lanes` to the number that scores a batch fastest, if it is faster than one pass; return its rate."""
+        cores = torch.get_num_threads()
+        documents = max(documents, 2 * cores)
+        tokens = self._warm_up_batch(documents).tokens
+        best = one = self._fastest(documents)
+        for count in sorted({2**i for i in range(1, cores.bit_length()) if 2**i <= cores} | {cores} - {1}):
+            before, self.lanes = self.lanes, Lanes(count, cores)
+            seconds = self._fastest(documents)
+            if seconds >= best * _LANES_PAY:
+                self.lanes.close()
+                self.lanes = before
+                break
+            if before is not None:
+                before.close()
+            best = seconds
+        logger.info(
+            "lanes: %s (%d cores; warm-up ran %.0f tokens/s in one pass with all of them, %.0f so)",
+            self.lanes.count if self.lanes else "none, one pass with all cores",
+            cores,
+            tokens / one,
+            tokens / best,
+        )
+        return _Rate(max(rate.tokens_per_second, tokens / best), rate.bytes_per_token)
+
+    def _fastest(self, documents: int) -> float:
+        """Seconds that a batch takes, the best of three."""
+        batch, start, fastest = self._warm_up_batch(documents), time.perf_counter(), math.inf
+        for _ in range(3):
+            fastest = min(fastest, self._measure(batch)[1])
+            if time.perf_counter() - start > 2 * _BATCH_SECONDS:
+                break
+        return fastest
+
+    def _warm_up_batch(self, count: int) -> Batch:
         return self.pack([Slice(self.encode(RerankRequest("warm-up", [_WARM_UP * 2] * count)), 0, count)])
 
-    def _measure(self, batch: PackedBatch) -> tuple[_Rate, float]:
+    def _measure(self, batch: Batch) -> tuple[_Rate, float]:
         device = self.model.device
         before = 0
         if device.type == "cuda":

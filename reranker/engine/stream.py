@@ -13,8 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from reranker.engine.budget import fill
-from reranker.engine.packing import PackedBatch
-from reranker.engine.scorer import Scorer
+from reranker.engine.scorer import Batch, Scorer
 from reranker.engine.scores import per_document
 from reranker.errors import RerankError, ScoringError
 from reranker.types import EncodedRequest, RerankRequest, RerankResult
@@ -43,7 +42,7 @@ def rerank_many(scorer: Scorer, requests: Iterable[RerankRequest]) -> Iterator[R
             else:
                 yield waiting[-1]  # type: ignore[misc]  # the success just appended
 
-    def passes() -> Iterator[PackedBatch]:
+    def passes() -> Iterator[Batch]:
         for slices in fill(encoded(), lambda: (scorer.max_batch_tokens, scorer.max_batch_documents)):
             yield scorer.pack(slices)
 
