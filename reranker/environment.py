@@ -30,7 +30,7 @@ SETTINGS = (
 
 LIBRARY_VARIABLES = (
     *("HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_TOKEN"),
-    *("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES"),
+    *("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"),
 )
 """Variables that libraries read themselves and that belong in `.env` as well."""
 
