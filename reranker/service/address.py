@@ -64,7 +64,7 @@ def curl_target(listeners: str) -> str:
     first = listeners.split(",")[0]
     if first.startswith("unix:"):
         return f"--unix-socket {shlex.quote(first[5:])} http://localhost"
-    return (first or "http://127.0.0.1:<port>").replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
+    return (first or "http://127.0.0.1:PORT").replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
 
 
 def _is_ipv6(host: str) -> bool:
