@@ -29,7 +29,7 @@ OWN_WORKER_CLASS = "reranker.service.worker.RerankWorker"
 
 
 MAX_TOKEN_LENGTH = 16_384
-"""Characters of one token: half of what the head of a request may have."""
+"""Characters of one token: half of the limit on the head of a request."""
 
 
 def _host(value: str) -> str:
@@ -247,7 +247,7 @@ def misspelt(env_file: str | Path = ".env") -> list[str]:
 
 
 def _one_line(error: ValidationError, values: dict[str, environment.Value]) -> str:
-    """Return the first problem: which variable, its value, what is allowed, where it is set."""
+    """Return the first problem: variable, value, allowed values, source."""
     problem = error.errors(include_url=False)[0]
     name = str(problem["loc"][0]) if problem["loc"] else "?"
     given = values.get(name.upper(), environment.Value("", "the default"))

@@ -124,7 +124,7 @@ def app(arguments: dict[str, str]) -> serve.Application:
 
 
 def environment() -> dict[str, str]:
-    """Return all settings that are set, and whatever else `.env` gives to libraries (HF_ENDPOINT, for example)."""
+    """Return the settings that are set, and the variables of libraries in `.env`, such as HF_ENDPOINT."""
     names = {*SETTINGS, *read_env_file()}
     return {name: os.environ[name] for name in sorted(names) if name in os.environ}
 

@@ -45,7 +45,7 @@ _MAX_SHOWN = 80
 
 
 class SettingsError(Exception):
-    """A setting cannot be used; the message is one line that names it, its value and what is allowed."""
+    """A setting cannot be used; the message is one line that names it, its value and the allowed ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,7 +283,7 @@ _MEANT = {
     **dict.fromkeys(("MAX_LENGTH", "MAX_MODEL_LEN"), "MAX_SEQ_LENGTH"),
     "INSTRUCTION": "DEFAULT_INSTRUCTION",
 }
-"""What other servers call our settings. Each counts only while our own is not set."""
+"""Names that other servers use for these settings. Each counts only while our own is not set."""
 _PREFIX = "RERANKER_"
 _PLAIN_PREFIXES = ("MODEL", "ACCESS_TOKEN", _PREFIX)
 _SHORT = ("HOST", "PORT")  # too many foreign names differ from them by a letter

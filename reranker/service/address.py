@@ -28,14 +28,14 @@ def bind_error(host: str, port: int, *, reuse_port: bool = False) -> OSError | N
 
 
 def explain(error: OSError, host: str, port: int, host_given: str, port_given: str) -> str:
-    """Return one line that says why an address cannot be bound and what to write instead.
+    """Return one line with the reason why an address cannot be bound, and the way out.
 
     Args:
         error: of `bind_error`.
         host: the address.
         port: the port.
-        host_given: what set the host: name, value and source.
-        port_given: what set the port, likewise.
+        host_given: setting, value and source of the host.
+        port_given: setting, value and source of the port.
     """
     where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     if error.errno == errno.EADDRINUSE:
