@@ -228,8 +228,9 @@ def load_settings(env_file: str | Path = ".env") -> Settings:
     for miss in environment.near_misses(env_file):
         if miss.fatal:
             raise SettingsError(f"{miss} The service would be open to everybody; correct or remove it")
+    texts: dict[str, Any] = {name.lower(): value.text for name, value in values.items()}
     try:
-        settings = Settings(**{name.lower(): value.text for name, value in values.items()})
+        settings = Settings(**texts)
     except ValidationError as error:
         raise SettingsError(_one_line(error, values)) from None
     settings._sources.update((name.lower(), value.source) for name, value in values.items())

@@ -38,6 +38,8 @@ ENVIRONMENT = "the environment"
 _TOKEN = "ACCESS_TOKEN"
 _QUOTES = ("'", '"')
 _UNCLOSED = "it opens with a quote that does not close it: put one pair of quotes around the whole value, or none"
+_TYPOGRAPHIC = re.compile(r"\s*[“”„‘’«「][^“”„‘’«»「」]*[“”‘’»」]\s*(\s#.*)?")
+_STRAIGHT = "it stands in typographic quotes, which are text: write ' or \", or no quotes"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 _ASSIGNMENT = re.compile(r"\s*(?:export\s+)?([\w.-]+)\s*(=?)\s*(['\"]?)")
 _NEXT = re.compile(r"\s*(?:export\s+)?([A-Z][A-Z0-9_]*)\s*=(.?)")
@@ -70,6 +72,8 @@ def clean(raw: str) -> str:
     raw = raw.lstrip("\r\n").rstrip()
     if re.search(r"[\r\n]", raw) and not raw.lstrip().startswith(_QUOTES):
         return raw.lstrip()  # a file cannot hold such a value, so there is no comment to remove
+    if _TYPOGRAPHIC.fullmatch(raw):
+        raise ValueError(_STRAIGHT)
     bindings = list(parse_stream(io.StringIO(f"X={raw}", newline="")))
     if len(bindings) != 1 or bindings[0].error or bindings[0].value is None:
         raise ValueError(_UNCLOSED)
@@ -239,6 +243,8 @@ def _check_line(binding: Binding, where: str) -> None:
         raise SettingsError(f"{where} cannot be read: there is no '='; write {name}=value")
     if not _NAME.fullmatch(binding.key):
         raise SettingsError(f"{where} cannot be read: a name has letters, digits and _ only; write {name}=value")
+    if binding.key.upper() in SETTINGS and _TYPOGRAPHIC.fullmatch(line.partition("=")[2].rstrip("\r\n")):
+        raise SettingsError(f"{where}: {name} cannot be used; {_STRAIGHT}")
     later = filter(None, map(_NEXT.match, line.strip().splitlines()[1:]))
     if any(match[1] in SETTINGS or match[2] not in ("", "=") for match in later):  # not the padding of a PEM file
         raise SettingsError(f"{where} cannot be read: its value reaches over the next NAME=value; close its quote")

@@ -81,6 +81,8 @@ VALUES = [
     ('"%(levelname)s # %(message)s"', "%(levelname)s # %(message)s"),
     ("资料 # 注释", "资料"),
     ("C:\\new", "C:\\new"),
+    ('"“typographic”"', "“typographic”"),
+    ("“one” and “two”", "“one” and “two”"),
 ]
 
 
@@ -156,6 +158,19 @@ def test_a_quote_that_closes_nothing_is_refused_from_wherever_it_comes(file: Pat
     with pytest.raises(SettingsError, match=f"^{name} in the environment cannot be used; .*quote") as in_environment:
         load(file.with_name("none"))
     assert "secret" not in str(in_file.value) + str(in_environment.value)
+
+
+@pytest.mark.parametrize("raw", ["“secret”", "‘secret’", "”secret”  # a comment", "«secret»", "「secret」"])
+def test_typographic_quotes_are_refused(file: Path, raw: str) -> None:
+    file.write_text(f"DEFAULT_INSTRUCTION={raw}\n", encoding="utf-8")
+    with pytest.raises(SettingsError, match=r"line 1: DEFAULT_INSTRUCTION .* typographic quotes"):
+        load(file)
+    os.environ["DEFAULT_INSTRUCTION"] = raw
+    with pytest.raises(SettingsError, match=r"^DEFAULT_INSTRUCTION in the environment .* typographic quotes"):
+        load(file.with_name("none"))
+    file.write_text(f"OTHER={raw}\n", encoding="utf-8")
+    del os.environ["DEFAULT_INSTRUCTION"]
+    assert load(file) == {}
 
 
 def test_the_environment_wins_unless_it_is_blank(file: Path) -> None:
