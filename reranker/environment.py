@@ -310,7 +310,7 @@ def closest(name: str) -> str | None:
 
 
 def near_misses(env_file: str | Path = ".env") -> list[NearMiss]:
-    """Return the names in `.env` and the environment that are no settings but look like one.
+    """Return the names in `.env` and the environment that have a value and are no settings but look like one.
 
     The environment holds names of many other programs, so only what can hardly be one of theirs counts there.
 
@@ -319,7 +319,8 @@ def near_misses(env_file: str | Path = ".env") -> list[NearMiss]:
     """
     file = read_env_file(env_file)
     unset = {name for name in SETTINGS if not get(name) and not (name in file and file[name].text.strip())}
-    names = {name: str(env_file) for name in file} | {name: ENVIRONMENT for name in os.environ if name not in file}
+    names = {name: str(env_file) for name, value in file.items() if value.text.strip()}
+    names |= {name: ENVIRONMENT for name, text in os.environ.items() if text.strip() and name not in file}
     return [miss for name, source in names.items() if (miss := _near_miss(name, source, unset))]
 
 

@@ -333,7 +333,7 @@ def test_another_encoding_is_refused_with_the_way_to_save_it(file: Path, data: b
     with pytest.raises(SettingsError) as caught:
         load(file)
     message = str(caught.value)
-    assert message.startswith(f"{file} is not UTF-8 (line ")
+    assert message.startswith(f"{file} is not UTF-8 (line {2 if b'ACCESS' in data or b'DEFAULT' in data else 1}")
     assert "save it as UTF-8 in your editor" in message
     assert "s3cret" not in message
     assert "\n" not in message
@@ -452,6 +452,13 @@ def test_other_near_misses_warn(file: Path, name: str, meant: str, in_environmen
 
 def test_what_another_server_calls_a_setting_counts_only_while_ours_is_not_set(file: Path) -> None:
     os.environ |= {"MODEL_NAME": "a", "MODEL_NAME_OR_PATH": "b"}
+    assert near_misses(file) == []
+
+
+def test_a_blank_value_of_a_near_miss_means_nothing(file: Path) -> None:
+    os.environ["ACCESS_TOKEN_FILE"] = " "
+    file.write_text("ACCES_TOKEN=\n")
+    load(file)
     assert near_misses(file) == []
 
 
