@@ -24,6 +24,7 @@ from config import Settings, SettingsError, load_settings, log_config, misspelt
 from reranker import __version__
 from reranker.errors import ModelLoadError, NotReadyError
 from reranker.service.access import AccessLog
+from reranker.service.address import curl_target, is_local
 from reranker.service.api import errors, health, metrics, openai, page, routes, tei
 from reranker.service.auth import TokenAuth, describe
 from reranker.service.batcher import Batcher
@@ -62,7 +63,7 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         if not tokens:
-            logger.warning("ACCESS_TOKEN is not set: everybody who reaches port %d may use the service", settings.port)
+            warn_of_no_token(os.environ.get("RERANKER_LISTENERS", ""))
         batcher = Batcher(
             lambda: _for_good(load or (lambda: load_scorer(settings))),
             max_queue_tokens=settings.max_queue_tokens,
@@ -113,6 +114,18 @@ def create_app(
     return app
 
 
+def warn_of_no_token(listeners: str) -> None:
+    """Say who can use a service without a token. `listeners` are set by gunicorn.conf.py; else they are not known."""
+    if is_local(listeners):
+        logger.info("ACCESS_TOKEN is not set: every program on this machine can use the service at %s", listeners)
+        return
+    logger.warning(
+        "OPEN TO EVERYBODY: ACCESS_TOKEN is not set, so everybody who reaches %s can use this service. To close it: "
+        'echo "ACCESS_TOKEN=$(openssl rand -hex 32)" >> .env (for a container: set it in its environment), and restart',
+        listeners or "its port",
+    )
+
+
 def load_scorer(settings: Settings) -> ScorerLike:
     """The scorer that the settings describe. Imports torch, so it is called in the background."""
     logger.info("loading %s", settings.model_name_or_path or "the bundled demo model")
@@ -138,8 +151,8 @@ def load_scorer(settings: Settings) -> ScorerLike:
     )
     token = " -H 'Authorization: Bearer <token>'" if settings.access_token else ""
     logger.info(
-        "try it: curl http://127.0.0.1:%s/v1/rerank%s -H 'Content-Type: application/json' -d '%s'",
-        settings.port,
+        "try it: curl %s/v1/rerank%s -H 'Content-Type: application/json' -d '%s'",
+        curl_target(os.environ.get("RERANKER_LISTENERS", "")),
         token,
         '{"query": "how to compress files", "documents": ["gzip compresses files", "a game of chess"]}',
     )

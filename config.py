@@ -6,25 +6,50 @@ Values come from the environment, then from `.env` in the working directory. REA
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import os
 import re
 import string
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from dotenv import dotenv_values
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from reranker import environment
+from reranker.environment import SettingsError, shorten
+
+__all__ = ["OWN_WORKER_CLASS", "Settings", "SettingsError", "load_settings", "log_config", "misspelt"]
 
 WORKER_CLASSES = ("uvicorn.workers.UvicornWorker", "uvicorn_worker.UvicornWorker")
 OWN_WORKER_CLASS = "reranker.service.worker.RerankWorker"
 
 
-class SettingsError(Exception):
-    """A setting cannot be used; the message is one line that names it, its value and what is allowed."""
+MAX_TOKEN_LENGTH = 16_384
+"""Characters of one token: half of the limit on the head of a request."""
+
+
+def _host(value: str) -> str:
+    value = value.strip()
+    host = value[1:-1] if value.startswith("[") and value.endswith("]") else value
+    if ":" in host or re.search(r"[\s/]", host):
+        try:
+            ipaddress.IPv6Address(host)
+        except ValueError:
+            raise ValueError(
+                "write an address or a name alone, such as 0.0.0.0, 127.0.0.1 or ::1; the port is PORT"
+            ) from None
+    return host
+
+
+def _model(value: str) -> str:
+    problem = environment.url_problem(value)
+    if problem:
+        raise ValueError(problem)
+    return value
 
 
 def _worker_class(value: str) -> str:
@@ -50,12 +75,43 @@ def _log_format(value: str) -> str:
 
 
 def _token(value: str) -> str:
+    if re.match(r"\$(\w+$|[({])", value):
+        raise ValueError(
+            "only a shell replaces $...; write the token itself, such as the output of: openssl rand -hex 32"
+        )
     tokens = [token.strip() for token in value.split(",")]
+    if any(len(token) > MAX_TOKEN_LENGTH for token in tokens):
+        raise ValueError(f"a token has at most {MAX_TOKEN_LENGTH} characters: no request could carry it")
     if any(set(token) - set(string.printable) or re.search(r"\s", token) for token in tokens):
         raise ValueError("tokens are printable ASCII without spaces, several separated by commas")
     if value.strip() and not any(tokens):  # it was meant to close the service, and would open it
         raise ValueError("there is no token between the commas; leave it empty to let everybody in")
     return ",".join(filter(None, tokens))
+
+
+_ALLOCATOR_OPTIONS = (
+    *("backend", "expandable_segments", "garbage_collection_threshold", "graph_capture_record_stream_reuse"),
+    *("large_segment_size_mb", "max_non_split_rounding_mb", "max_split_size_mb", "per_process_memory_fraction"),
+    *("pinned_max_cached_size_mb", "pinned_max_round_threshold_mb", "pinned_num_register_threads"),
+    *("pinned_reserve_segment_size_mb", "pinned_use_background_threads", "pinned_use_cuda_host_register"),
+    *("release_lock_on_cudamalloc", "roundup_power2_divisions", "throw_on_cudamalloc_oom"),
+)
+"""Of PyTorch 2.13. Another version may have others, so only misspellings of these are refused."""
+_ALLOCATOR = re.compile(r"(\w+):(\[[\w.:>,\s]+\]|[\w.]+)")
+
+
+def _allocator(value: str) -> str:
+    value = re.sub(r"\s*([,:])\s*", r"\1", value)
+    options = _ALLOCATOR.findall(value)
+    if value and ",".join(f"{name}:{text}" for name, text in options) != value:
+        raise ValueError("write option:value, several separated by commas, such as expandable_segments:True")
+    for name, text in options:
+        near = get_close_matches(name.lower(), _ALLOCATOR_OPTIONS, 1, 0.8)
+        if near and near[0] != name:
+            raise ValueError(f"{name} is not an option of PyTorch's allocator; did you mean {near[0]}?")
+        if name == "expandable_segments" and text not in ("True", "False"):
+            raise ValueError("expandable_segments takes True or False")
+    return value
 
 
 def _lower(value: Any) -> Any:
@@ -80,9 +136,14 @@ class Settings(BaseSettings):
     """All settings. Field names are the lower-case names of the environment variables."""
 
     model_config = SettingsConfigDict(extra="ignore", case_sensitive=False, frozen=True)
+    _sources: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    def source(self, name: str) -> str:
+        """Return where a setting's value comes from: the environment, a line of `.env`, or the default."""
+        return self._sources.get(name, "the default")
 
     # Where it listens
-    host: str = Field("0.0.0.0", description="Address to listen on")
+    host: Annotated[str, AfterValidator(_host)] = Field("0.0.0.0", max_length=255, description="Address to listen on")
     port: int = Field(6006, ge=0, le=65535, description="Port to listen on; 0 takes a free one")
     workers: AutoInt = Field(
         1, ge=1, le=256, description="Worker processes, each with its own model; auto: one per GPU"
@@ -95,8 +156,10 @@ class Settings(BaseSettings):
     keep_alive: int = Field(5, ge=1, le=3600, description="Seconds that an idle connection stays open")
 
     # What it serves
-    model_name_or_path: str = Field("", description="Hub name or folder; empty: the bundled demo model")
-    model_revision: str = Field("", description="Branch, tag or commit on the hub; empty: the newest")
+    model_name_or_path: Annotated[str, AfterValidator(_model)] = Field(
+        "", max_length=4096, description="Hub name or folder; empty: the bundled demo model"
+    )
+    model_revision: str = Field("", max_length=255, description="Branch, tag or commit on the hub; empty: the newest")
     model_device: Annotated[str, BeforeValidator(_lower), Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")] = Field(
         "auto", description="auto, cuda, cuda:N or cpu"
     )
@@ -137,16 +200,20 @@ class Settings(BaseSettings):
     )
 
     # How it runs and logs
-    tokenizers_parallelism: Literal["true", "false"] = Field("false", description="Passed on to the tokenizers library")
-    pytorch_cuda_alloc_conf: str = Field("", description="Passed on to PyTorch, e.g. expandable_segments:True")
-    log_level: Annotated[LogLevel, BeforeValidator(_upper)] = Field("INFO", description="DEBUG, INFO, WARNING, ERROR")
+    tokenizers_parallelism: Annotated[Literal["true", "false"], BeforeValidator(_lower)] = Field(
+        "false", description="true or false; passed on to the tokenizers library"
+    )
+    pytorch_cuda_alloc_conf: Annotated[str, AfterValidator(_allocator)] = Field(
+        "", max_length=4096, description="Passed on to PyTorch, e.g. expandable_segments:True"
+    )
+    log_level: Annotated[LogLevel, BeforeValidator(_upper)] = Field(
+        "INFO", description="DEBUG, INFO, WARNING, ERROR, CRITICAL"
+    )
     log_format: Annotated[str, AfterValidator(_log_format)] = Field(
         "%(asctime)s - %(name)s - %(levelname)s - %(message)s",
+        max_length=4096,
         description="json, or a %-style format of Python's logging",
     )
-
-
-_FREE_TEXT = ("access_token", "default_instruction", "log_format")
 
 
 def load_settings(env_file: str | Path = ".env") -> Settings:
@@ -155,21 +222,18 @@ def load_settings(env_file: str | Path = ".env") -> Settings:
     Everything in `.env` is exported where it is not set yet, so that HF_ENDPOINT or HF_HOME work from there too.
 
     Raises:
-        SettingsError: a value is misspelt or out of range.
+        SettingsError: `.env` cannot be read, a value cannot be used, or a name is close to ACCESS_TOKEN.
     """
-    for name, value in dotenv_values(env_file).items():
-        if value is not None:
-            os.environ.setdefault(name, value)
-    for name in map(str.upper, Settings.model_fields):
-        value = os.environ.get(name, "")
-        if value and name.lower() not in _FREE_TEXT:  # docker --env-file hands "cuda  # a comment" on as it stands
-            value = os.environ[name] = re.sub(r"\s+#.*$", "", value).strip()
-        if not value.strip():  # blank means unset, as in `ACCESS_TOKEN=` of a copied .env.example
-            os.environ.pop(name, None)
+    values = environment.load(env_file)
+    for miss in environment.near_misses(env_file):
+        if miss.fatal:
+            raise SettingsError(f"{miss} The service would be open to everybody; correct or remove it")
+    texts: dict[str, Any] = {name.lower(): value.text for name, value in values.items()}
     try:
-        settings = Settings()
+        settings = Settings(**texts)
     except ValidationError as error:
-        raise SettingsError(_one_line(error)) from None
+        raise SettingsError(_one_line(error, values)) from None
+    settings._sources.update((name.lower(), value.source) for name, value in values.items())
     os.environ["TOKENIZERS_PARALLELISM"] = settings.tokenizers_parallelism
     if settings.log_format == "json":  # a download's progress bar is not JSON
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -179,33 +243,31 @@ def load_settings(env_file: str | Path = ".env") -> Settings:
 
 
 def misspelt(env_file: str | Path = ".env") -> list[str]:
-    """A line for each name in `.env` that is no setting but looks like one; strangers are nobody's business."""
-    known = [name.upper() for name in Settings.model_fields]
-    close = {name: get_close_matches(name.upper(), known, 1, 0.85) for name in dotenv_values(env_file)}
-    return [
-        f"{name} in {env_file} is not a setting; did you mean {match[0]}?"
-        for name, match in close.items()
-        if match and name.upper() not in known
-    ]
+    """Return a line for each name in `.env` or the environment that is no setting but looks like one."""
+    return [str(miss) for miss in environment.near_misses(env_file)]
 
 
-def _one_line(error: ValidationError) -> str:
-    """The first problem: which variable, its value, what is allowed."""
+def _one_line(error: ValidationError, values: dict[str, environment.Value]) -> str:
+    """Return the first problem: variable, value, allowed values, source."""
     problem = error.errors(include_url=False)[0]
     name = str(problem["loc"][0]) if problem["loc"] else "?"
-    value = "(hidden)" if name == "access_token" else repr(problem.get("input"))
+    given = values.get(name.upper(), environment.Value("", "the default"))
+    value = "(hidden)" if name == "access_token" else shorten(given.text)
     message = problem["msg"].removeprefix("Value error, ")
     field = Settings.model_fields.get(name)
     if field is not None and problem["type"] != "value_error":
         message = f"allowed: {_allowed(field)}"
-    return f"{name.upper()}={value} cannot be used; {message}"
+    return f"{name.upper()}={value} cannot be used; {message} (set in {given.source})"
 
 
 def _allowed(field: FieldInfo) -> str:
-    """The range of a number, or the description, which lists the choices."""
+    """Return the choices, the range of a number, the length of a text, or the description."""
+    if get_origin(field.annotation) is Literal:
+        return ", ".join(get_args(field.annotation))
     bounds = {key: getattr(m, key) for m in field.metadata for key in ("gt", "ge", "le") if hasattr(m, key)}
     if not bounds:
-        return str(field.description)
+        longest = next((m.max_length for m in field.metadata if hasattr(m, "max_length")), None)
+        return f"at most {longest} characters" if longest else str(field.description)
     low = f"{bounds['ge']}" if "ge" in bounds else f"above {bounds['gt']}"
     whole = "a number" if field.annotation is float else "a whole number"
     return f"{whole}, {low} to {bounds['le']}{' or auto' if 'auto' in str(field.description) else ''}"

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from config import OWN_WORKER_CLASS, SettingsError, load_settings, log_config
-from reranker.service import folder
+from reranker.environment import shorten
+from reranker.service import address, folder
 from reranker.service.cores import allowed, cores
 from reranker.service.handover import Handover
 
@@ -54,10 +55,28 @@ if workers > 1 or cores() < allowed():  # else the one worker starts as many thr
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // workers)))
 
 
+def _check_addresses(server: Any) -> None:
+    """End with one line if an address cannot be bound; gunicorn would try five times and not name the setting."""
+    inherited = server.master_pid or os.environ.get("LISTEN_PID") == str(os.getpid())  # SIGUSR2, systemd
+    if inherited or any(isinstance(one, int) for one in server.cfg.address):  # fd://N
+        return
+    if server.cfg.bind == [bind]:
+        given = [f"{n.upper()}={shorten(str(getattr(_settings, n)))} ({_settings.source(n)})" for n in ("host", "port")]
+    else:
+        given = [f"--bind {shorten(' '.join(server.cfg.bind))} (the command line)"] * 2
+    for host, port in (one for one in server.cfg.address if isinstance(one, tuple)):
+        error = address.bind_error(host, port, reuse_port=server.cfg.reuse_port)
+        if error is not None:
+            if server.pidfile is not None:
+                server.pidfile.unlink()
+            sys.exit(f"error: {address.explain(error, host, port, *given)}")
+
+
 def on_starting(server: Any) -> None:
-    """In the master: the right worker class, whatever the command line says; the workers' folder for metrics."""
+    """In the master: check worker class and address, also of the command line; make the workers' folder for metrics."""
     if server.cfg.worker_class_str != OWN_WORKER_CLASS:
         sys.exit(f"error: the worker class {server.cfg.worker_class_str} cannot serve this; leave out -k")
+    _check_addresses(server)
     server.boot, fill = os.pipe()  # the one worker that finds the byte in it stops the service: see app.end_process
     os.write(fill, b".")
     os.close(fill)
@@ -134,4 +153,5 @@ def post_fork(server: Any, worker: Any) -> None:
     serving = bool(getattr(server, "master_pid", 0)) or (later and bool(server.WORKERS))
     os.environ["RERANKER_SIBLINGS"] = "1" if serving else "0"
     os.environ["RERANKER_RESPAWNED"] = "1" if later else "0"
+    os.environ["RERANKER_LISTENERS"] = ",".join(map(str, getattr(server, "LISTENERS", ())))
     os.environ["RERANKER_BOOT"] = str(getattr(server, "boot", ""))

@@ -92,7 +92,8 @@ def main(argv: list[str] | None = None) -> None:
     missing = [name for name in ("ray", "pyarrow") if importlib.util.find_spec(name) is None]
     if missing:
         raise FailedError(f"{' and '.join(missing)} missing; pip install -r deploy/requirements-ray.txt")
-    load_env_file()
+    for warning in load_env_file():
+        _say(f"warning: {warning}")
     where = source(args)
     from deploy.batch import cluster
 

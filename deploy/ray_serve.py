@@ -14,10 +14,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import ray
-from dotenv import dotenv_values
 from ray import serve
 
-from config import Settings, SettingsError, load_settings
+from config import Settings, SettingsError, load_settings, misspelt
+from reranker.environment import SETTINGS, closest, read_env_file
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -107,10 +107,13 @@ def app(arguments: dict[str, str]) -> serve.Application:
         os.environ.setdefault(name, value)
     try:
         for name, value in arguments.items():
-            if name.lower() not in Settings.model_fields:
-                raise SettingsError(f"{name} is not a setting")
+            if name.upper() not in SETTINGS:
+                meant = closest(name)
+                raise SettingsError(f"{name} is not a setting" + (f"; did you mean {meant}?" if meant else ""))
             os.environ[name.upper()] = str(value)
         settings = load_settings()
+        for warning in misspelt():
+            logger.warning(warning)
         if settings.model_device.startswith("cuda:"):
             raise SettingsError(f"MODEL_DEVICE={settings.model_device} cannot be used; Ray chooses the GPU: say cuda")
         return deployment(settings, build).bind(environment())
@@ -121,8 +124,8 @@ def app(arguments: dict[str, str]) -> serve.Application:
 
 
 def environment() -> dict[str, str]:
-    """All settings that are set, and whatever else `.env` gives to libraries (HF_ENDPOINT, for example)."""
-    names = {name.upper() for name in Settings.model_fields} | set(dotenv_values(".env"))
+    """Return the settings that are set, and the variables of libraries in `.env`, such as HF_ENDPOINT."""
+    names = {*SETTINGS, *read_env_file()}
     return {name: os.environ[name] for name in sorted(names) if name in os.environ}
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from config import Settings
 from reranker.cli.options import OPTIONS
-from tests.cli import cli
+from tests.cli import cli, stub
 from tests.conftest import DEMO, ROOT
 from tests.test_imports import COMPUTE, imports, top
 
@@ -57,6 +57,18 @@ def test_help_names_every_command(tmp_path: Path) -> None:
         (["rank", "q", "d", "--device", "gpu"], {}, "--device='gpu' cannot be used; auto, cpu, cuda"),
         (["rank", "q", "d"], {"MAX_SEQ_LENGTH": "12"}, "MAX_SEQ_LENGTH='12' cannot be used"),
         (["rank", "q", "d"], {"BATCH_SIZE": "many"}, "BATCH_SIZE='many' cannot be used"),
+        (["rank", "q", "d"], {"MAX_SEQ_LENGTH": "999999"}, "128 to 131072"),
+        (["rank", "q", "d"], {"MODEL_DEVICE": '"gpu"  # mine'}, "MODEL_DEVICE='gpu' cannot be used; auto, cpu, cuda"),
+        (["rank", "q", "d"], {"MODEL_NAME_OR_PATH": "https://huggingface.co/Qwen/X/tree/main"}, "use Qwen/X"),
+        (["rank", "q", "d", "--model", "hf-mirror.com/Qwen/X"], {}, "use Qwen/X and HF_ENDPOINT=https://hf-mirror.com"),
+        (["rank", "q", "d", "--model", "https://modelscope.cn/models/Qwen/X"], {}, "--model='https://modelscope.cn/"),
+        (["rank", "q", "d", "--revision", "x" * 300], {}, "(300 characters) cannot be used; at most 255 characters"),
+        (
+            ["rank", "q", "d"],
+            {"DEFAULT_INSTRUCTION": "x" * 5000},
+            "'... (5000 characters) cannot be used; at most 4096",
+        ),
+        (["rank", "q", "d"], {"MODEL_DEVICE": '"cpu'}, "MODEL_DEVICE in the environment cannot be used; it opens with"),
         (["rank", "q", "d", "--url", "localhost:1"], {}, "write it like http://"),
         (["rank", "q", "d", "--url", "http://h", "--precision", "fp16"], {}, "--precision has no effect with --url"),
         (["rank", "q", "d", "--token", "t"], {}, "--url"),
@@ -79,6 +91,43 @@ def test_the_environment_file_gives_defaults_and_the_command_line_overrides_them
     assert "--device='x'" in cli("rank", "q", "d", "--batch-size", "3", "--device", "x", cwd=tmp_path, code=2).stderr
 
 
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"PORT=1\nMODEL_DEVICE: cpu\n", ".env line 2 cannot be read: write MODEL_DEVICE=value"),
+        (b'ACCESS_TOKEN="s3cret\n', ".env line 1 cannot be read: ACCESS_TOKEN has a value that opens with a quote"),
+        ("# 端口\nPORT=1\n".encode("gbk"), ".env is not UTF-8 (line 1; it looks like GB18030): save it as UTF-8"),
+        ("PORT=1\n".encode("utf-16"), ".env is not UTF-8 (line 1; it looks like UTF-16): save it as UTF-8"),
+    ],
+)
+def test_an_environment_file_that_cannot_be_read_is_one_line(data: bytes, says: str, tmp_path: Path) -> None:
+    (tmp_path / ".env").write_bytes(data)
+    err = cli("rank", "q", "d", cwd=tmp_path, code=2).stderr
+    assert err.startswith(f"error: {says}")
+    assert err.count("\n") == 1
+    assert "s3cret" not in err
+
+
+def test_a_misspelt_name_is_a_warning(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("MODEL_PRECISON=fp16\nACCES_TOKEN=s3cret\n")
+    err = cli("rank", "q", "d", "--url", "x", cwd=tmp_path, code=2, env={"MAX_SEQ_LEN": "512"}).stderr
+    assert err.splitlines()[:-1] == [
+        "warning: MODEL_PRECISON in .env is not a setting; did you mean MODEL_PRECISION?",
+        "warning: ACCES_TOKEN in .env is not a setting; did you mean ACCESS_TOKEN?",
+        "warning: MAX_SEQ_LEN in the environment is not a setting; did you mean MAX_SEQ_LENGTH?",
+    ]
+
+
+@pytest.mark.parametrize("value", ["'s3cret'", '"s3cret,other"  # first, second', "s3cret  # the token"])
+def test_the_token_means_the_same_as_for_the_service(value: str, tmp_path: Path) -> None:
+    for given in ("file", "environment"):
+        (tmp_path / ".env").write_text(f"ACCESS_TOKEN={value}\n" if given == "file" else "")
+        with stub() as service:
+            env = {"ACCESS_TOKEN": value} if given == "environment" else {}
+            cli("rank", "q", "d", "--url", service.url, cwd=tmp_path, env=env)
+        assert service.authorization == ["Bearer s3cret"]
+
+
 def test_a_missing_evaluation_package_is_named_with_its_cure(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import importlib.util as u\nf = u.find_spec\n"
@@ -90,7 +139,11 @@ def test_a_missing_evaluation_package_is_named_with_its_cure(tmp_path: Path) -> 
 
 
 def test_check_says_what_was_chosen(model_path: Path, tmp_path: Path) -> None:
-    env = {"MODEL_NAME_OR_PATH": str(model_path), "MODEL_PRECISION": "fp32  # a comment", "MAX_BATCH_TOKENS": "auto"}
+    env = {
+        "MODEL_NAME_OR_PATH": f"'{model_path}'   # ours",
+        "MODEL_PRECISION": "fp32  # a comment",
+        "MAX_BATCH_TOKENS": "auto",
+    }
     facts = json.loads(cli("check", "--device", "cpu", "--max-seq-length", 512, cwd=tmp_path, env=env).stdout)
     assert facts["status"] == "ok"
     assert (facts["model"], facts["device"], facts["precision"]) == (str(model_path), "cpu", "float32")

@@ -284,6 +284,10 @@ def check(env: dict[str, str]) -> subprocess.CompletedProcess[str]:
         ("  # none", ""),
         ("new#1, old", "new#1"),
         (" , ,second", "second"),
+        ('"secret"', "secret"),
+        ("'one, two'", "one"),
+        ("  'new#1'  # the \"token\"", "new#1"),
+        ('say"it', 'say"it'),
     ],
 )
 def test_health_check_sends_the_first_token(running: Service, setting: str | None, token: str) -> None:
@@ -293,7 +297,7 @@ def test_health_check_sends_the_first_token(running: Service, setting: str | Non
     assert (done.returncode, done.stdout, done.stderr) == (0, '200 {"status":"..."}\n', "")
 
 
-@pytest.mark.parametrize("host", ["", "0.0.0.0", "127.0.0.1", "localhost", "0.0.0.0  # everywhere"])
+@pytest.mark.parametrize("host", ["", "0.0.0.0", "127.0.0.1", "localhost", "0.0.0.0  # everywhere", "'127.0.0.1'"])
 def test_health_check_finds_the_service(running: Service, host: str) -> None:
     assert check({"HOST": host, "PORT": f"{running.server_port}   # the port"}).returncode == 0
 

@@ -78,7 +78,34 @@ def test_the_file_of_existing_deployments_is_in_force(tmp_path: Path) -> None:
         ("ACCESS_TOKEN='two words'", ["ACCESS_TOKEN=(hidden)", "without spaces"]),
         ("ACCESS_TOKEN=' , '", ["ACCESS_TOKEN=(hidden)", "no token between the commas"]),
         ("ACCESS_TOKEN=schlüssel", ["ACCESS_TOKEN=(hidden)", "ASCII"]),
-        ("TOKENIZERS_PARALLELISM=maybe", ["TOKENIZERS_PARALLELISM='maybe'"]),
+        ("TOKENIZERS_PARALLELISM=maybe", ["TOKENIZERS_PARALLELISM='maybe'", "allowed: true, false"]),
+        ("LOG_LEVEL=WARN", ["allowed: DEBUG, INFO, WARNING, ERROR, CRITICAL"]),
+        ("MODEL_PRECISION=int4", ["allowed: auto, bfloat16, float16, float32, int8, float8, bf16, fp16, fp32, fp8"]),
+        ("HOST=0.0.0.0:7000", ["HOST='0.0.0.0:7000'", "such as 0.0.0.0", "the port is PORT"]),
+        ("HOST=http://localhost", ["HOST='http://localhost'", "an address or a name alone"]),
+        ("HOST=not a host", ["HOST='not a host'", "an address or a name alone"]),
+        ("HOST=::g", ["HOST='::g'"]),
+        ("ACCESS_TOKEN=$(openssl rand -hex 32)", ["ACCESS_TOKEN=(hidden)", "only a shell replaces $", "openssl rand"]),
+        ("ACCESS_TOKEN=$TOKEN", ["only a shell replaces $"]),
+        (f"ACCESS_TOKEN={'x' * 16_385}", ["(hidden)", "at most 16384 characters"]),
+        ("MODEL_NAME_OR_PATH=https://huggingface.co/Qwen/Qwen3-Reranker-4B/tree/main", ["use Qwen/Qwen3-Reranker-4B"]),
+        (
+            f"DEFAULT_INSTRUCTION={'secret ' * 1000}",
+            ["secret", "... (6999 characters)", "allowed: at most 4096 characters"],
+        ),
+        (f"MODEL_NAME_OR_PATH={'x' * 5000}", ["(5000 characters)", "at most 4096 characters"]),
+        (f"MODEL_REVISION={'x' * 300}", ["(300 characters)", "at most 255 characters"]),
+        (f"HOST={'x' * 300}", ["(300 characters)", "at most 255 characters"]),
+        (f"LOG_FORMAT={'x' * 5000}", ["(5000 characters)", "at most 4096 characters"]),
+        (f"PORT={'1' * 5000}", ["(5000 characters)", "0 to 65535"]),
+        (f"WORKER_CLASS={'x' * 5000}", ["(5000 characters)", "uvicorn.workers.UvicornWorker"]),
+        ("PYTORCH_CUDA_ALLOC_CONF=expandable_segments", ["write option:value", "expandable_segments:True"]),
+        ("PYTORCH_CUDA_ALLOC_CONF=expandable_segments=True", ["write option:value"]),
+        ("PYTORCH_CUDA_ALLOC_CONF=max_split_size_mb:128,", ["write option:value"]),
+        ("PYTORCH_CUDA_ALLOC_CONF=max_split_size_mb:128 backend:native", ["write option:value"]),
+        ("PYTORCH_CUDA_ALLOC_CONF=max_split_size:128", ["did you mean max_split_size_mb?"]),
+        ("PYTORCH_CUDA_ALLOC_CONF=Expandable_Segments:True", ["did you mean expandable_segments?"]),
+        ("PYTORCH_CUDA_ALLOC_CONF=expandable_segments:true", ["True or False"]),
     ],
 )
 def test_a_wrong_value_is_one_line_that_helps(tmp_path: Path, line: str, words: list[str]) -> None:
@@ -86,6 +113,8 @@ def test_a_wrong_value_is_one_line_that_helps(tmp_path: Path, line: str, words: 
         load(tmp_path, line)
     message = str(caught.value)
     assert "\n" not in message
+    assert message.endswith(f" (set in {tmp_path}/.env line 1)")
+    assert len(message) < 400 + len(str(tmp_path))
     for word in words:
         assert word in message
     assert "schlüssel" not in message
@@ -106,6 +135,19 @@ def test_a_wrong_value_is_one_line_that_helps(tmp_path: Path, line: str, words: 
         ("ACCESS_TOKEN=", "access_token", ""),
         ("ACCESS_TOKEN=' '", "access_token", ""),
         ("PORT=", "port", 6006),
+        ("PORT='7000'  # mine", "port", 7000),
+        ('MODEL_NAME_OR_PATH="./my models/x"', "model_name_or_path", "./my models/x"),
+        ("DEFAULT_INSTRUCTION='Find C# # code'", "default_instruction", "Find C# # code"),
+        ("HOST=[::1]", "host", "::1"),
+        ("HOST=localhost", "host", "localhost"),
+        ("ACCESS_TOKEN=pa$$word", "access_token", "pa$$word"),
+        ("TOKENIZERS_PARALLELISM=True", "tokenizers_parallelism", "true"),
+        ("PYTORCH_CUDA_ALLOC_CONF=max_split_size_mb:128", "pytorch_cuda_alloc_conf", "max_split_size_mb:128"),
+        (
+            "PYTORCH_CUDA_ALLOC_CONF=backend:native, roundup_power2_divisions:[256:1,512:2,>:8], a_new_one:0.5",
+            "pytorch_cuda_alloc_conf",
+            "backend:native,roundup_power2_divisions:[256:1,512:2,>:8],a_new_one:0.5",
+        ),
     ],
 )
 def test_spellings_that_are_accepted(tmp_path: Path, line: str, name: str, value: object) -> None:
@@ -128,10 +170,33 @@ def test_the_environment_wins_over_the_file_and_strangers_are_exported(tmp_path:
 
 def test_a_name_that_looks_like_a_setting_is_reported(tmp_path: Path) -> None:
     file = tmp_path / ".env"
-    file.write_text("ACESS_TOKEN=x\nMAX_BATCH_TOKEN=5\nHF_ENDPOINT=y\nPORT=1\nEDITOR=vi\n")
-    lines = misspelt(file)
-    assert [line.split(" ")[0] for line in lines] == ["ACESS_TOKEN", "MAX_BATCH_TOKEN"]
-    assert lines[0].endswith("did you mean ACCESS_TOKEN?")
+    file.write_text("MAX_BATCH_TOKEN=5\nHF_ENDPOINT=y\nPORT=1\nEDITOR=vi\n")
+    os.environ["MODEL_PRECISON"] = "fp16"
+    load_settings(file)
+    assert misspelt(file) == [
+        f"MAX_BATCH_TOKEN in {file} is not a setting; did you mean MAX_BATCH_TOKENS?",
+        "MODEL_PRECISON in the environment is not a setting; did you mean MODEL_PRECISION?",
+    ]
+
+
+@pytest.mark.parametrize("place", ["file", "environment"])
+@pytest.mark.parametrize("token", ["", "ACCESS_TOKEN=another\n"])
+def test_a_name_close_to_the_token_s_stops_the_start(tmp_path: Path, place: str, token: str) -> None:
+    if place == "environment":
+        os.environ["ACCES_TOKEN"] = "s3cret"
+    with pytest.raises(
+        SettingsError, match=r"^ACCES_TOKEN in .* is not a setting; did you mean ACCESS_TOKEN\?"
+    ) as caught:
+        load(tmp_path, token + ("ACCES_TOKEN=s3cret\n" if place == "file" else ""))
+    assert "s3cret" not in str(caught.value)
+
+
+def test_the_source_of_a_value_is_known(tmp_path: Path) -> None:
+    os.environ["HOST"] = "127.0.0.1"
+    settings = load(tmp_path, "\nPORT=7001\n")
+    assert settings.source("host") == "the environment"
+    assert settings.source("port") == f"{tmp_path}/.env line 2"
+    assert settings.source("workers") == "the default"
 
 
 def test_the_token_is_not_shown() -> None:

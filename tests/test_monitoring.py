@@ -231,6 +231,8 @@ def test_monitoring_starts_only_when_asked_and_is_not_open_to_the_network(file: 
         (",two", "two"),
         ("t#1  # a comment", "t#1"),
         ("p%s$x\\n!", "p%s$x\\n!"),
+        ('"one"', "one"),
+        ("'one, two'  # a comment", "one"),
     ],
 )
 def test_prometheus_takes_port_and_token_from_the_environment(tmp_path: Path, given: str, token: str) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from reranker.environment import read_env_file
 from tests.conftest import ROOT, Server
 
 READMES = ["README.md", "README.zh-CN.md"]
@@ -76,3 +79,25 @@ def test_the_make_targets_exist() -> None:
         for target in re.findall(r"\bmake ([a-z]+)\b(?=[`\s]| TORCH)", text(name)):
             if target not in ("and",):
                 assert re.search(rf"^{target}:", makefile, re.M), target
+
+
+def test_a_sample_that_needs_a_token_makes_one_and_fails_without() -> None:
+    patterns = ("*.md", "docs/*.md", "deploy/**/*.y*ml", "docker-compose*.yml")
+    for path in [path for pattern in patterns for path in ROOT.glob(pattern)]:
+        named = re.findall(r"(?<!\$)\$(?:TOKEN\b|\{TOKEN\b[^}]*\})", path.read_text(encoding="utf-8"))
+        assert set(named) <= {"${TOKEN:?}"}, path.name
+        assert not named or "TOKEN=$(openssl rand -hex 32)" in path.read_text(encoding="utf-8"), path.name
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_the_command_that_writes_the_file_of_settings_puts_a_token_in(name: str, tmp_path: Path) -> None:
+    [command] = re.findall(r"^    (TOKEN=.*?)\s+#", text(name), re.M)
+    shutil.copy(ROOT / ".env.example", tmp_path)
+    subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True)
+    assert re.fullmatch(r"[0-9a-f]{64}", read_env_file(tmp_path / ".env")["ACCESS_TOKEN"].text)
+    (tmp_path / ".env").unlink()
+    (tmp_path / "openssl").write_text("#!/bin/sh\n")  # one that prints nothing
+    (tmp_path / "openssl").chmod(0o755)
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    assert subprocess.run(["bash", "-c", command], cwd=tmp_path, env=env, capture_output=True).returncode != 0
+    assert not (tmp_path / ".env").exists()

@@ -98,7 +98,8 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"unknown arguments: {' '.join(rest)} (see python -m reranker {args.command} --help)")
     logging.basicConfig(format="%(message)s", level=logging.INFO if args.verbose else logging.WARNING)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    load_env_file()
+    for warning in load_env_file():
+        print(f"warning: {warning}", file=sys.stderr)
     if args.command == "rank":
         from reranker.cli.rank import rank as command
     elif args.command == "batch":

@@ -14,11 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dotenv import dotenv_values
-
+from reranker import environment
 from reranker.cli.errors import InputError
+from reranker.environment import SettingsError, shorten, url_problem
 
 T = TypeVar("T")
+
+
+class NotAllowedError(ValueError):
+    """A text is no value of an option; the message says what to write instead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +54,9 @@ class Option:
         """
         try:
             return self.read(text)
-        except ValueError:
-            raise InputError(f"{source}={text!r} cannot be used; {self.allowed}") from None
+        except ValueError as error:
+            reason = error if isinstance(error, NotAllowedError) else self.allowed
+            raise InputError(f"{source}={shorten(text)} cannot be used; {reason}") from None
 
 
 def _one_of(pattern: str) -> Callable[[str], str]:
@@ -63,13 +68,28 @@ def _one_of(pattern: str) -> Callable[[str], str]:
     return read
 
 
-def _at_least(least: int) -> Callable[[str], int]:
+def _between(least: int, most: int) -> Callable[[str], int]:
     def read(text: str) -> int:
-        if int(text) < least:
+        if not least <= int(text) <= most:
             raise ValueError
         return int(text)
 
     return read
+
+
+def _at_most(length: int) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if len(text) > length:
+            raise NotAllowedError(f"at most {length} characters")
+        return text
+
+    return read
+
+
+def _model(text: str) -> str:
+    if problem := url_problem(text):
+        raise NotAllowedError(problem)
+    return _at_most(4096)(text)
 
 
 def _or_auto(read: Callable[[str], T]) -> Callable[[str], T | None]:
@@ -83,8 +103,8 @@ def _percentage(text: str) -> float:
 
 
 OPTIONS = (
-    Option("MODEL_NAME_OR_PATH", str, "a hub name or a folder; without it: the bundled demo model"),
-    Option("MODEL_REVISION", str, "branch, tag or commit on the hub"),
+    Option("MODEL_NAME_OR_PATH", _model, "a hub name or a folder; without it: the bundled demo model"),
+    Option("MODEL_REVISION", _at_most(255), "branch, tag or commit on the hub"),
     Option("MODEL_DEVICE", _one_of(r"auto|cpu|cuda(:\d{1,3})?"), "auto, cpu, cuda or cuda:N", "auto"),
     Option(
         "MODEL_PRECISION",
@@ -93,25 +113,44 @@ OPTIONS = (
         "auto",
     ),
     Option("MAX_MEMORY_PERCENTAGE", _percentage, "most of the device's memory, 1 to 100", 90.0),
-    Option("MAX_SEQ_LENGTH", _at_least(128), "tokens of prompt and document, at least 128; the rest is cut", 8192),
-    Option("BATCH_SIZE", _or_auto(_at_least(1)), "most documents in one forward pass, or auto"),
-    Option("MAX_BATCH_TOKENS", _or_auto(_at_least(256)), "tokens in one forward pass, at least 256, or auto"),
+    Option(
+        "MAX_SEQ_LENGTH",
+        _between(128, 131_072),
+        "tokens of prompt and document, 128 to 131072; the rest is truncated",
+        8192,
+    ),
+    Option("BATCH_SIZE", _or_auto(_between(1, 65_536)), "max documents in one forward pass, 1 to 65536, or auto"),
+    Option("MAX_BATCH_TOKENS", _or_auto(_between(256, 4_194_304)), "tokens in one pass, 256 to 4194304, or auto"),
 )
-_DEFAULT_INSTRUCTION = Option("DEFAULT_INSTRUCTION", str, "an instruction")
+_DEFAULT_INSTRUCTION = Option("DEFAULT_INSTRUCTION", _at_most(4096), "an instruction")
 
 
-def load_env_file(path: str | Path = ".env") -> None:
-    """Put `.env` into the environment where a name is not set yet, for the libraries too (HF_ENDPOINT, HF_HOME)."""
-    for name, value in dotenv_values(path).items():
-        if value is not None:
-            os.environ.setdefault(name, value)
+def load_env_file(path: str | Path = ".env") -> list[str]:
+    """Put `.env` into the environment where a name is not set yet, for the libraries too (HF_ENDPOINT, HF_HOME).
+
+    Returns:
+        A line for each name, in `.env` or the environment, that is no setting but looks like one.
+
+    Raises:
+        InputError: `.env` or a value of the environment cannot be read.
+    """
+    try:
+        environment.load(path)
+        return [str(miss) for miss in environment.near_misses(path)]
+    except SettingsError as error:
+        raise InputError(str(error)) from None
+
+
+def _environment_value(name: str) -> str:
+    try:
+        return environment.get(name)
+    except SettingsError as error:
+        raise InputError(str(error)) from None
 
 
 def _setting(option: Option) -> Any:
-    """The value of an option that was not given: from the environment, else the default. Blank means unset."""
-    text = os.environ.get(option.setting, "").strip()
-    if option.read is not str:
-        text = re.sub(r"\s+#.*$", "", text)  # docker hands "cuda  # a comment" on as it stands in the file
+    """Return the value of an option that was not given: from the environment, else the default. Blank means unset."""
+    text = _environment_value(option.setting)
     return option.value(text, option.setting) if text else option.default
 
 
@@ -162,7 +201,7 @@ def source(args: argparse.Namespace) -> Source:
             raise InputError(f"{next(iter(given)).flag} has no effect with --url: the service has chosen; leave it out")
         if not re.match(r"https?://[^/]", args.url):
             raise InputError(f"--url={args.url!r} is no address; write it like http://127.0.0.1:6006")
-        tokens = (token.strip() for token in os.environ.get("ACCESS_TOKEN", "").split(","))
+        tokens = (token.strip() for token in _environment_value("ACCESS_TOKEN").split(","))
         return Source(args.url.rstrip("/"), args.token or next(filter(None, tokens), None), {})
     if args.token is not None:
         raise InputError("--token is for a running service; give its address with --url")

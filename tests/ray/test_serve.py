@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -16,8 +17,8 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 from prometheus_client.parser import text_string_to_metric_families
 
-from config import Settings
-from deploy.ray_serve import build, deployment
+from config import Settings, load_settings
+from deploy.ray_serve import Replica, build, deployment, environment
 from tests.conftest import ROOT, Server, Start
 
 SERVE = str(Path(sys.executable).with_name("serve"))
@@ -177,7 +178,13 @@ def test_no_token_and_no_text_in_any_log(ray_serve: Server, ray_folder: str) -> 
     [
         ("MODEL_DEVICE=cuda:1", "error: MODEL_DEVICE=cuda:1 cannot be used; Ray chooses the GPU"),
         ("MODEL_DEVICE=gpu", "error: MODEL_DEVICE='gpu' cannot be used"),
-        ("MODEL_DEVISE=cpu", "error: MODEL_DEVISE is not a setting"),
+        ("MODEL_DEVISE=cpu", "error: MODEL_DEVISE is not a setting; did you mean MODEL_DEVICE?"),
+        ("EDITOR=vi", "error: EDITOR is not a setting"),
+        (
+            "MODEL_NAME_OR_PATH=https://huggingface.co/Qwen/X",
+            "error: MODEL_NAME_OR_PATH='https://huggingface.co/Qwen/X'",
+        ),
+        ('MODEL_REVISION="main', "error: MODEL_REVISION in the environment cannot be used; it opens with a quote"),
     ],
 )
 def test_a_setting_that_cannot_be_used_is_one_line(tmp_path: Path, argument: str, words: str) -> None:
@@ -194,6 +201,46 @@ def test_a_setting_that_cannot_be_used_is_one_line(tmp_path: Path, argument: str
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith(words)
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("module", ["deploy.ray_batch", "deploy.ray_serve"])
+def test_a_line_of_the_file_that_cannot_be_read_is_one_line(tmp_path: Path, module: str) -> None:
+    (tmp_path / ".env").write_text("PORT=1\nACCESS_TOKEN: s3cret\n")
+    command = (
+        [SERVE, "run", f"{module}:app"] if module.endswith("serve") else [sys.executable, "-m", module, "in", "out"]
+    )
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert done.stderr.strip().splitlines()[-1] == "error: .env line 2 cannot be read: write ACCESS_TOKEN=value"
+    assert "Traceback" not in done.stderr
+
+
+def test_a_replica_reads_what_the_driver_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The replica has no `.env`: quotes inside quotes survive the environment that it is handed."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_text("DEFAULT_INSTRUCTION='\"Find\" # code'\nHF_ENDPOINT='https://hf-mirror.com'\n")
+    kept = dict(os.environ)
+    try:
+        before = load_settings()
+        handed = environment()
+        assert handed["HF_ENDPOINT"] == "https://hf-mirror.com"
+        (tmp_path / ".env").unlink()
+        for name in handed:
+            del os.environ[name]
+        Replica.__init__(SimpleNamespace(), handed)  # type: ignore[arg-type]
+        assert load_settings().model_dump() == before.model_dump()
+        assert before.default_instruction == '"Find" # code'
+    finally:
+        os.environ.clear()
+        os.environ.update(kept)
 
 
 def test_the_settings_become_rays_options() -> None:

@@ -1,0 +1,376 @@
+"""Read settings from the environment and from `.env` by one set of rules: for the service, the command line and Ray.
+
+A value is the rest of a line as python-dotenv reads it: one pair of quotes around the whole value is removed, and an
+unquoted value ends before white space that `#` follows. `docker run --env-file` passes such a rest on unread, so a
+value of the environment is read by the same parser. `${NAME}` is replaced in `.env` only.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shlex
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+from dotenv.parser import Binding, parse_stream
+from dotenv.variables import Variable, parse_variables
+
+SETTINGS = (
+    *("HOST", "PORT", "WORKERS", "WORKER_CLASS", "WORKER_CONNECTIONS", "TIMEOUT", "KEEP_ALIVE"),
+    *("MODEL_NAME_OR_PATH", "MODEL_REVISION", "MODEL_DEVICE", "MODEL_PRECISION", "MAX_MEMORY_PERCENTAGE"),
+    *("BATCH_SIZE", "MAX_BATCH_TOKENS", "MAX_SEQ_LENGTH", "DEFAULT_INSTRUCTION", "LOAD_TIMEOUT"),
+    *("ACCESS_TOKEN", "MAX_DOCUMENTS", "MAX_BODY_BYTES", "MAX_QUEUE_TOKENS", "SCORE_CACHE_ENTRIES"),
+    *("REQUEST_TIMEOUT", "BODY_TIMEOUT"),
+    *("TOKENIZERS_PARALLELISM", "PYTORCH_CUDA_ALLOC_CONF", "LOG_LEVEL", "LOG_FORMAT"),
+)
+"""The names of config.Settings, which this package does not import; a test holds them equal."""
+
+LIBRARY_VARIABLES = (
+    *("HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_TOKEN"),
+    *("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"),
+)
+"""Variables that libraries read themselves and that belong in `.env` as well."""
+
+ENVIRONMENT = "the environment"
+_TOKEN = "ACCESS_TOKEN"
+_QUOTES = ("'", '"')
+_UNCLOSED = "it opens with a quote that does not close it: put one pair of quotes around the whole value, or none"
+_TYPOGRAPHIC = re.compile(r"\s*[“”„‘’«「][^“”„‘’«»「」]*[“”‘’»」]\s*(\s#.*)?")
+_STRAIGHT = "it stands in typographic quotes, which are text: write ' or \", or no quotes"
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
+_ASSIGNMENT = re.compile(r"\s*(?:export\s+)?([\w.-]+)\s*(=?)\s*(['\"]?)")
+_NEXT = re.compile(r"\s*(?:export\s+)?([A-Z][A-Z0-9_]*)\s*=(.?)")
+_MAX_SHOWN = 80
+
+
+class SettingsError(Exception):
+    """A setting cannot be used; the message is one line that names it, its value and the allowed ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A value that is set: its text without quotes and comment, and where it comes from."""
+
+    text: str
+    source: str
+
+
+def shorten(text: str) -> str:
+    """Return `repr(text)` for an error message, with at most 80 characters of the text."""
+    return repr(text) if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]!r}... ({len(text)} characters)"
+
+
+def clean(raw: str) -> str:
+    """Return a value of the environment without the quotes around it or the comment after it.
+
+    Raises:
+        ValueError: a quote opens the value and does not close it.
+    """
+    raw = raw.lstrip("\r\n").rstrip()
+    if re.search(r"[\r\n]", raw) and not raw.lstrip().startswith(_QUOTES):
+        return raw.lstrip()  # a file cannot hold such a value, so there is no comment to remove
+    if _TYPOGRAPHIC.fullmatch(raw):
+        raise ValueError(_STRAIGHT)
+    bindings = list(parse_stream(io.StringIO(f"X={raw}", newline="")))
+    if len(bindings) != 1 or bindings[0].error or bindings[0].value is None:
+        raise ValueError(_UNCLOSED)
+    return bindings[0].value
+
+
+def quote(text: str) -> str:
+    """Return the form of `text` that `clean` turns into it: `text` itself wherever possible.
+
+    Exported values are read again by worker processes and by Ray's replicas, and must not lose a second layer.
+    """
+    try:
+        if clean(text) == text:
+            return text
+    except ValueError:
+        pass
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def get(name: str) -> str:
+    """Return a setting of the environment, without quotes and comment; empty where it is not set.
+
+    Raises:
+        SettingsError: a quote opens the value and does not close it.
+    """
+    try:
+        return clean(os.environ.get(name, "")).strip()
+    except ValueError as error:
+        raise SettingsError(f"{name} in {ENVIRONMENT} cannot be used; {error}") from None
+
+
+def load(env_file: str | Path = ".env") -> dict[str, Value]:
+    """Return the settings that are set, by name, and export them and all else that `.env` holds.
+
+    The environment wins over `.env`; a blank value counts as not set.
+
+    Raises:
+        SettingsError: `.env` or a value of the environment cannot be read.
+    """
+    file = read_env_file(env_file)
+    values: dict[str, Value] = {}
+    for name in SETTINGS:
+        _fold_case(name)
+        text, line = get(name), file.get(name)
+        if line and text in ("", line.text.strip()):  # the same text was exported by the process that started this one
+            text, source = line.text.strip(), line.source
+        else:
+            source = ENVIRONMENT
+        if text:
+            values[name] = Value(text, source)
+            os.environ[name] = quote(text)
+        else:
+            os.environ.pop(name, None)
+    _export_others(file)
+    return values
+
+
+def _fold_case(name: str) -> None:
+    """Take over a setting that the environment spells in lower case."""
+    for other in [other for other in os.environ if other != name and other.upper() == name]:
+        os.environ.setdefault(name, os.environ.pop(other))
+
+
+def _export_others(file: dict[str, Value]) -> None:
+    for name in LIBRARY_VARIABLES:
+        if name in os.environ and not (name in file and file[name].text == os.environ[name]):
+            os.environ[name] = get(name)
+        if not os.environ.get(name) and name.startswith("HF_"):  # the hub's client would take it as an address
+            os.environ.pop(name, None)
+    for name, value in file.items():
+        if name not in SETTINGS and (value.text or not name.startswith("HF_")):
+            os.environ.setdefault(name, value.text)
+
+
+# The file
+
+
+def read_env_file(path: str | Path = ".env") -> dict[str, Value]:
+    """Return what a file of settings holds, the names of settings in upper case; nothing where there is no file.
+
+    Raises:
+        SettingsError: it cannot be read, is not UTF-8, or has a line that is not NAME=value.
+    """
+    text = _decode(path)
+    values: dict[str, Value] = {}
+    for binding in parse_stream(io.StringIO(text)):
+        blank = len(binding.original.string) - len(binding.original.string.lstrip())
+        where = f"{path} line {binding.original.line + binding.original.string[:blank].count(chr(10))}"
+        _check_line(binding, where)
+        if binding.key is None or binding.value is None:
+            continue
+        upper = binding.key.upper()
+        name = upper if upper in SETTINGS else binding.key
+        value = Value(_replace_variables(name, binding.value, values, where), where)
+        before = values.get(name)
+        if name in SETTINGS and before and before.text.strip() and before.text != value.text:
+            raise SettingsError(f"{where} sets {name} again and differently ({before.source} set it): keep one of them")
+        values[name] = value
+    return values
+
+
+def _decode(path: str | Path) -> str:
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError:
+        if os.path.islink(path):
+            raise SettingsError(
+                f"{path} is a link to a file that does not exist: remove it, or mount its target"
+            ) from None
+        return ""
+    except IsADirectoryError:
+        raise SettingsError(
+            f"{path} is a folder, as Docker makes for a mount without a source: remove it and write a file"
+        ) from None
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be read: {error.strerror}") from None
+    try:
+        text = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig").read()  # translates line ends as open() does
+    except UnicodeDecodeError as error:
+        raise SettingsError(_not_utf8(path, data, error.start)) from None
+    if "\0" in text:
+        raise SettingsError(_not_utf8(path, data, data.index(b"\0")))
+    return text
+
+
+def _not_utf8(path: str | Path, data: bytes, position: int) -> str:
+    encoding = _guess_encoding(data)
+    line = 1 + data[:position].count(b"\n")
+    if not encoding:
+        return f"{path} is not UTF-8 (line {line}): save it as UTF-8 in your editor"
+    old, new = shlex.quote(str(path)), shlex.quote(f"{path}.new")
+    return (
+        f"{path} is not UTF-8 (line {line}; it looks like {encoding}): save it as UTF-8 in your editor, or run: "
+        f"iconv -f {encoding} -t UTF-8 {old} > {new} && mv {new} {old}"
+    )
+
+
+def _guess_encoding(data: bytes) -> str:
+    """Return what a file that is not UTF-8 probably is: `UTF-16`, `UTF-16LE`, `UTF-16BE`, `GB18030` or nothing."""
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "UTF-16"
+    if b"\0" in data:
+        odd, even = data[1::2].count(0), data[::2].count(0)
+        return "UTF-16LE" if odd > len(data) // 4 else "UTF-16BE" if even > len(data) // 4 else ""
+    try:
+        text = data.decode("gb18030")
+    except UnicodeDecodeError:
+        return ""
+    foreign = [char for char in text if not char.isascii()]
+    # The first bytes of Chinese punctuation and of the 3,755 common characters; Cyrillic code pages lie mostly above.
+    common = [char for char in foreign if 0xA1 <= char.encode("gb18030")[0] <= 0xD7]
+    return "GB18030" if len(common) > 0.7 * len(foreign) else ""
+
+
+def _check_line(binding: Binding, where: str) -> None:
+    """Raise SettingsError for a line that python-dotenv leaves out; it may hold a token, so it is not shown."""
+    line = binding.original.string
+    match = _ASSIGNMENT.match(line)
+    name = (closest(match[1]) if match else None) or "NAME"
+    if binding.error and match and match[2] and match[3]:
+        raise SettingsError(f"{where} cannot be read: {name} has a value that {_UNCLOSED.removeprefix('it ')}")
+    if binding.error:
+        raise SettingsError(f"{where} cannot be read: write {name}=value")
+    if binding.key is None:
+        return
+    if binding.value is None:
+        raise SettingsError(f"{where} cannot be read: there is no '='; write {name}=value")
+    if not _NAME.fullmatch(binding.key):
+        raise SettingsError(f"{where} cannot be read: a name has letters, digits and _ only; write {name}=value")
+    if binding.key.upper() in SETTINGS and _TYPOGRAPHIC.fullmatch(line.partition("=")[2].rstrip("\r\n")):
+        raise SettingsError(f"{where}: {name} cannot be used; {_STRAIGHT}")
+    later = filter(None, map(_NEXT.match, line.strip().splitlines()[1:]))
+    if any(match[1] in SETTINGS or match[2] not in ("", "=") for match in later):  # not the padding of a PEM file
+        raise SettingsError(f"{where} cannot be read: its value reaches over the next NAME=value; close its quote")
+
+
+def _replace_variables(name: str, text: str, values: dict[str, Value], where: str) -> str:
+    """Replace `${NAME}` as python-dotenv does, but not a setting's by nothing."""
+    known = dict(os.environ) | {other: value.text for other, value in values.items()}
+    atoms = list(parse_variables(text))
+    for atom in atoms:
+        if name in SETTINGS and isinstance(atom, Variable) and atom.default is None and not known.get(atom.name):
+            raise SettingsError(
+                f"{where}: {name} refers to ${{{atom.name}}}, which is not set; set it, or write the value itself"
+            )
+    return "".join(atom.resolve(known) for atom in atoms)
+
+
+# Names
+
+
+@dataclass(frozen=True, slots=True)
+class NearMiss:
+    """A name that is not read but was probably meant as a setting."""
+
+    name: str
+    setting: str
+    source: str
+    fatal: bool
+    """Whether the service must not start: it would be open although somebody wanted a token."""
+
+    def __str__(self) -> str:
+        return f"{self.name} in {self.source} is not a setting; did you mean {self.setting}?"
+
+
+_SIMILAR = 0.85
+_MEANT = {
+    "ACCESS_TOKEN_FILE": _TOKEN,
+    **dict.fromkeys(("API_KEY", "API_KEYS", "API_TOKEN", "AUTH_TOKEN", "BEARER_TOKEN", "TOKEN"), _TOKEN),
+    **dict.fromkeys(("MODEL", "MODEL_ID", "MODEL_NAME", "MODEL_PATH"), "MODEL_NAME_OR_PATH"),
+    "DEVICE": "MODEL_DEVICE",
+    **dict.fromkeys(("DTYPE", "MODEL_DTYPE", "PRECISION"), "MODEL_PRECISION"),
+    **dict.fromkeys(("MAX_LENGTH", "MAX_MODEL_LEN"), "MAX_SEQ_LENGTH"),
+    "INSTRUCTION": "DEFAULT_INSTRUCTION",
+}
+"""Names that other servers use for these settings. Each counts only while our own is not set."""
+_PREFIX = "RERANKER_"
+_PLAIN_PREFIXES = ("MODEL", "ACCESS_TOKEN", _PREFIX)
+_SHORT = ("HOST", "PORT")  # too many foreign names differ from them by a letter
+_SERVICE_LINK = re.compile(r"_(SERVICE_(HOST|PORT(_\w+)?)|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?)", re.I)
+
+
+def _bare(name: str) -> str:
+    return re.sub(r"[^A-Z0-9]", "", name.upper())
+
+
+_BARE = {_bare(name): name for name in SETTINGS}
+
+
+def closest(name: str) -> str | None:
+    """Return the setting that a name is, or is a misspelling of."""
+    match = get_close_matches(_bare(name), _BARE, 1, _SIMILAR)
+    return _BARE[match[0]] if match else None
+
+
+def near_misses(env_file: str | Path = ".env") -> list[NearMiss]:
+    """Return the names in `.env` and the environment that have a value and are no settings but look like one.
+
+    The environment holds names of many other programs, so only what can hardly be one of theirs counts there.
+
+    Raises:
+        SettingsError: `.env` cannot be read.
+    """
+    file = read_env_file(env_file)
+    unset = {name for name in SETTINGS if not get(name) and not (name in file and file[name].text.strip())}
+    names = {name: str(env_file) for name, value in file.items() if value.text.strip()}
+    names |= {name: ENVIRONMENT for name, text in os.environ.items() if text.strip() and name not in file}
+    return [miss for name, source in names.items() if (miss := _near_miss(name, source, unset))]
+
+
+def _near_miss(name: str, source: str, unset: set[str]) -> NearMiss | None:
+    upper, foreign = name.upper(), source == ENVIRONMENT
+    if upper in SETTINGS or upper in LIBRARY_VARIABLES or (foreign and _SERVICE_LINK.search(name)):
+        return None
+    meant = upper.removeprefix(_PREFIX) if upper.startswith(_PREFIX) else _MEANT.get(upper)
+    if meant in unset and (not foreign or upper.startswith(_PLAIN_PREFIXES)):
+        return NearMiss(name, meant, source, meant == _TOKEN and upper.startswith(("ACCESS", _PREFIX)))
+    setting = closest(name)
+    if setting is None or (foreign and (setting in _SHORT or _has_words_of(upper, setting))):
+        return None
+    if setting == _TOKEN and _has_words_of(upper, setting):  # such as HF_ACCESS_TOKEN
+        return NearMiss(name, setting, source, fatal=False) if setting in unset else None
+    return NearMiss(name, setting, source, setting == _TOKEN)
+
+
+def _has_words_of(name: str, setting: str) -> bool:
+    """Whether a name is a setting's with other words around it; a number is no word."""
+    extra = f"_{re.sub(r'[^A-Z0-9]+', '_', name)}_".partition(f"_{setting}_")
+    return bool(extra[1]) and bool(re.search(r"[A-Z]", extra[0] + extra[2]))
+
+
+# Model names
+
+_HUBS = {
+    "huggingface.co": "",
+    "hf.co": "",
+    "hf-mirror.com": "HF_ENDPOINT=https://hf-mirror.com",
+    "modelscope.cn": "",
+    "modelscope.ai": "",
+}
+_URL = re.compile(r"(?:(?P<scheme>[a-z][a-z0-9+.-]*)://|git@)?(?P<host>[^/:]*)[/:]?(?P<path>[^?#]*)", re.I)
+_EXAMPLE = "Qwen/Qwen3-Reranker-4B"
+
+
+def url_problem(model: str) -> str | None:
+    """Return what to write in place of an address as a model's name; None where it is none."""
+    match = _URL.match(model.replace("hf://", "https://huggingface.co/", 1))
+    host = match["host"].lower().removeprefix("www.") if match else ""
+    if match is None or not (match["scheme"] or (host in _HUBS and not os.path.exists(model))):
+        return None
+    if host not in _HUBS:
+        return f"it is an address; write the name of a model on the hub, such as {_EXAMPLE}, or a folder"
+    parts = [part for part in match["path"].split("/") if part]
+    parts = parts[parts[:1] == ["models"] :]
+    if len(parts) < 2 or parts[0] in ("datasets", "spaces", "collections", "papers"):
+        return f"it is an address, but not that of a model; use a name such as {_EXAMPLE}"
+    hints = [f"{parts[0]}/{parts[1].removesuffix('.git')}"]
+    if parts[2:3] in (["tree"], ["blob"], ["resolve"]) and parts[3:4] not in ([], ["main"]):
+        hints.append(f"MODEL_REVISION={parts[3]}")
+    return "it is an address; use " + " and ".join([*hints, *filter(None, [_HUBS[host]])])
