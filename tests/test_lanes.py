@@ -151,7 +151,7 @@ class Failing:
 def test_a_lane_that_fails_waits_for_the_others_and_keeps_nothing(scorer: Scorer) -> None:
     scorer.lanes = Lanes(2, 2)
     first: list[PackedBatch] = []
-    failing = Failing(scorer, RuntimeError("a kernel failed"), lambda batch: not first and first.append(batch) is None)
+    failing = Failing(scorer, RuntimeError("a kernel failed"), lambda batch: not first and not first.append(batch))  # type: ignore[func-returns-value]
     scorer.model = failing  # type: ignore[assignment]
     rng = random.Random(3)
     group = requests(rng, 3, words=100)
