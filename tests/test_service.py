@@ -156,7 +156,7 @@ def test_the_readmes_chinese_sample(server: Server) -> None:
     assert "压缩" in response.text  # as it is, not escaped
 
 
-TOPS: list[object] = [0, -1, 1.5, "3", True, False, [], {}, -1e20]
+TOPS: list[object] = [0, -1, 1.5, "three", True, False, [], {}, -1e20]
 BAD: list[tuple[object, str]] = [
     ({}, "query: is required"),
     ({"query": "q"}, "documents: is required"),

@@ -17,8 +17,9 @@ from cachetools import LRUCache
 from reranker.service.observer import Observer
 from reranker.types import Chunk, DocumentScore, RerankRequest
 
-# Logit, prompt tokens, truncated; of the best chunk its place (-1: the document was not split), start and stop.
-_ENTRY = struct.Struct("<dI?bII")
+# Logit, prompt tokens, truncated, query truncated; of the best chunk its place (-1: the document was not split), start
+# and stop.
+_ENTRY = struct.Struct("<dI??bII")
 
 
 class ScoreCache:
@@ -64,7 +65,7 @@ class ScoreCache:
         """On the event loop: hashing texts takes about as long as it took to read them out of their JSON."""
         # JSON says where each part ends, and holds no lone surrogate. No instruction is the default one, of which a
         # process has one too; who spells it out has entries of his own.
-        options = request.max_tokens_per_doc, request.max_chunks_per_doc, request.truncate
+        options = request.max_tokens_per_doc, request.max_chunks_per_doc, request.truncate, request.truncate_query
         head = json.dumps([request.instruction, request.query, *options]).encode()
         common = hashlib.blake2b(head, digest_size=16, key=self._secret)
         keys = []
@@ -77,9 +78,10 @@ class ScoreCache:
 
 def _pack(score: DocumentScore) -> bytes:
     chunk = score.best_chunk or Chunk(-1, 0, 0)
-    return _ENTRY.pack(score.logit, score.prompt_tokens, score.truncated, chunk.index, chunk.start, chunk.stop)
+    cut = score.truncated, score.query_truncated
+    return _ENTRY.pack(score.logit, score.prompt_tokens, *cut, chunk.index, chunk.start, chunk.stop)
 
 
 def _unpack(entry: bytes) -> DocumentScore:
-    logit, tokens, truncated, *chunk = _ENTRY.unpack(entry)
-    return DocumentScore(logit, tokens, truncated, Chunk(*chunk) if chunk[0] >= 0 else None)
+    logit, tokens, truncated, query_truncated, *chunk = _ENTRY.unpack(entry)
+    return DocumentScore(logit, tokens, truncated, Chunk(*chunk) if chunk[0] >= 0 else None, query_truncated)
