@@ -106,6 +106,7 @@ def parse_request(body: Mapping[str, Any], *, max_documents: int | None = None) 
     limit = notes.first(counts, "top_k", "top_n")
     chunks = notes.first(counts, "max_chunks_per_doc", "max_chunk_per_doc")
     if chunks is not None and chunks > MOST_CHUNKS:
+        chunks = MOST_CHUNKS
         notes.warnings.append(f"max_chunks_per_doc: a document is split into at most {MOST_CHUNKS} chunks")
     # litellm sends `truncate: false` with texts whether its user wants it or not.
     is_tei, truncate = texts == "texts", values.get("truncate")
