@@ -332,8 +332,9 @@ _FIELDS: dict[str, _Field] = {
 _COUNTS = tuple(name for name, field in _FIELDS.items() if field.read is _count)
 FIELDS = tuple(_FIELDS)
 """The names of all fields that are read."""
+_OPTIONAL = tuple(name for name in FIELDS if name not in ("query", "documents", "texts"))
 _TEI_FIELDS = {name: field for name, field in _FIELDS.items() if name != "documents"}
-_MAY_BE_EMPTY = frozenset(("query", "documents", "texts", "model"))
+_MAY_BE_EMPTY = frozenset(FIELDS) - frozenset(_OPTIONAL) | {"model"}
 
 
 class _Notes:
@@ -477,7 +478,7 @@ def _folded(name: str) -> str:
 def _unread_note(name: str) -> str:
     if name in FIELDS:
         return f"{name} is not read beside texts"
-    meant = next(_meant(name, FIELDS), None)
+    meant = next(_meant(name, _OPTIONAL), None)  # those that are required are there
     return f"{name} is not read" + (f"; did you mean {meant}?" if meant else "")
 
 

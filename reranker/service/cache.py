@@ -50,6 +50,8 @@ class ScoreCache:
         """
         keys = self._keys(request)
         known = {key: _unpack(entry) for key in keys if (entry := self._entries.get(key)) is not None}
+        if not request.truncate_query:  # a query that does not fit is an error to this client, and one to the scorer
+            known = {key: found for key, found in known.items() if not found.query_truncated}
         rest: dict[bytes, int] = {}
         for i, key in enumerate(keys):
             if key not in known:
@@ -65,7 +67,7 @@ class ScoreCache:
         """On the event loop: hashing texts takes about as long as it took to read them out of their JSON."""
         # JSON says where each part ends, and holds no lone surrogate. No instruction is the default one, of which a
         # process has one too; who spells it out has entries of his own.
-        options = request.max_tokens_per_doc, request.max_chunks_per_doc, request.truncate, request.truncate_query
+        options = request.max_tokens_per_doc, request.max_chunks_per_doc, request.truncate
         head = json.dumps([request.instruction, request.query, *options]).encode()
         common = hashlib.blake2b(head, digest_size=16, key=self._secret)
         keys = []

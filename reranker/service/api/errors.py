@@ -78,9 +78,9 @@ def install(app: FastAPI) -> None:
         kind = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
         detail = str(error.detail)
         if kind == "method_not_allowed":
-            allowed = (error.headers or {}).get("Allow", "another method")
-            what = " with a JSON body" if allowed == "POST" else ""
-            detail = f"{request.method} is not served at this path: use {allowed}{what}, see /docs"
+            posts = "POST" in (error.headers or {}).get("Allow", "")
+            way = "POST with a JSON body" if posts else "GET"
+            detail = f"{request.method} is not served at this path: use {way}, see /docs"
         if kind == "not_found":
             slash = "leave out the slash at its end, or see" if request.scope["path"].endswith("/") else "see"
             detail = f"there is nothing at this path; {slash} /docs for all there are"
