@@ -1,4 +1,4 @@
-"""Notes for an operator: each text is said once, and only so many of them."""
+"""Notes for an operator: each text is written once, and their number is limited."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ MAX_NOTES = 100
 
 
 class Notes:
-    """Says each different text once, at most `limit` of them, and then once that it stops.
+    """Write each different text once, at most `limit` of them, and then one line that says that it stops.
 
-    Clients decide what the texts name, so neither the output nor this object may grow with them.
+    The texts name fields of clients, so both the output and this object need a limit.
 
     Args:
         say: writes one line.
@@ -23,7 +23,7 @@ class Notes:
         self._said: set[str] = set()
 
     def add(self, texts: Iterable[str], where: str = "") -> None:
-        """Say what was not said before; `where` stands in front of it and does not make it another text."""
+        """Write the texts that are new, each after `where`, which does not count as a part of the text."""
         for text in texts:
             if text in self._said or len(self._said) > self._limit:
                 continue

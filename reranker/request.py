@@ -28,12 +28,12 @@ _MAX_NAMES = 10
 _MAX_NAME = 40
 """Characters of a reported name."""
 _MAX_SEEN = 100
-"""Names that are looked at, of a body or of one document: a body may hold a million."""
+"""Unread names that are kept of a body or of one document, which may hold a million."""
 
 _TEXT_KEYS = ("text", "content", "page_content")
-"""Where the text of an object document is, the first of them that is not null."""
+"""Keys of an object document for its text; the first one that is not null is read."""
 
-# Sent by clients that do not depend on an answer to them. Where each was seen is in docs/clients.md.
+# Clients send these and do not depend on an effect. docs/clients.md says which client sends which.
 _HARMLESS = frozenset(
     "user priority encoding_format request_id cache_salt chat_template_kwargs truncation_direction model-id "
     "is_truncated overlap_tokens return_len kwargs property".split()
@@ -56,7 +56,7 @@ _SYNONYMS = {
 
 @dataclass(frozen=True, slots=True)
 class ParsedRequest:
-    """A request that was read, and what of it was not."""
+    """A request in the engine's words, with the form of its answer and the names of fields that were not read."""
 
     request: RerankRequest
     limit: int | None
@@ -71,7 +71,7 @@ class ParsedRequest:
     """Names of fields that were not read, at most `_MAX_NAMES`; `documents.title` is a key of documents. Each consists
     of characters that an HTTP header's token may have."""
     warnings: tuple[str, ...]
-    """What a client should know: one sentence for each ignored name, and for each thing that was done differently."""
+    """Sentences for the client: one for each ignored name, and one for each thing that is done differently."""
 
 
 def parse_request(body: Mapping[str, Any], *, max_documents: int | None = None) -> ParsedRequest:
@@ -79,13 +79,35 @@ def parse_request(body: Mapping[str, Any], *, max_documents: int | None = None) 
 
     Args:
         body: a JSON object.
-        max_documents: refuse more than so many, before anything is done for each of them.
+        max_documents: limit, checked before the first document is read.
 
     Raises:
-        InvalidRequestError: names the first field that is wrong, and what to send.
+        InvalidRequestError: a field is wrong; its message names the field and says how to fix it.
     """
     texts = "texts" if body.get("texts") is not None else "documents"
     fields = _TEI_FIELDS if texts == "texts" else _FIELDS
+    values, unread = _read(body, fields)
+    for name in ("query", texts):
+        if name not in values:
+            raise InvalidRequestError(f"{name}: is required{_missing_hint(name, unread)}")
+    has_model, is_tei = "model" in values, texts == "texts"
+    notes = _Notes(unread)
+    counts = _counts(values, has_model)
+    documents = _documents(texts, values[texts], values.get("rank_fields"), max_documents, notes)
+    return ParsedRequest(
+        _rerank_request(values, counts, documents, is_tei, notes),
+        notes.first(counts, "top_k", "top_n"),
+        return_documents=bool(values.get("return_documents") or values.get("return_text")),
+        raw_scores=bool(values.get("raw_scores")) or values.get("use_activation") is False,
+        has_model=has_model,
+        is_tei=is_tei,
+        ignored=tuple(notes.ignored),
+        warnings=tuple(notes.warnings),
+    )
+
+
+def _read(body: Mapping[str, Any], fields: Mapping[str, _Field]) -> tuple[dict[str, Any], list[str]]:
+    """Return the values of the fields that are there, and the names that are no fields."""
     values: dict[str, Any] = {}
     unread: list[str] = []
     for name, value in body.items():
@@ -95,39 +117,28 @@ def parse_request(body: Mapping[str, Any], *, max_documents: int | None = None) 
             values[name] = fields[name].read(name, value)
         elif len(unread) < _MAX_SEEN and not _is_harmless(name, value):
             unread.append(name)
-    for name in ("query", texts):
-        if name not in values:
-            raise InvalidRequestError(f"{name}: is required{_missing_hint(name, unread)}")
-    has_model = "model" in values
-    notes = _Notes(unread)
-    counts = _counts(values, has_model)
-    documents = _documents(texts, values[texts], values.get("rank_fields"), max_documents, notes)
-    query, instruction, documents = _unwrapped(values["query"], notes.first(values, *_INSTRUCTION), documents, notes)
-    limit = notes.first(counts, "top_k", "top_n")
+    return values, unread
+
+
+def _rerank_request(
+    values: Mapping[str, Any], counts: Mapping[str, int], documents: list[str], is_tei: bool, notes: _Notes
+) -> RerankRequest:
+    instruction = notes.first(values, "instruction", "instruct")
+    query, instruction, documents = _unwrapped(values["query"], instruction, documents, notes)
     chunks = notes.first(counts, "max_chunks_per_doc", "max_chunk_per_doc")
     if chunks is not None and chunks > MOST_CHUNKS:
         chunks = MOST_CHUNKS
         notes.warnings.append(f"max_chunks_per_doc: a document is split into at most {MOST_CHUNKS} chunks")
     # litellm sends `truncate: false` with texts whether its user wants it or not.
-    is_tei, truncate = texts == "texts", values.get("truncate")
-    request = RerankRequest(
+    truncate = True if is_tei else values.get("truncate")
+    return RerankRequest(
         query,
         documents,
         instruction,
         counts.get("max_tokens_per_doc"),
         chunks,
-        truncate=is_tei or truncate is not False,
-        truncate_query=is_tei or truncate is True,
-    )
-    return ParsedRequest(
-        request,
-        limit,
-        return_documents=bool(values.get("return_documents") or values.get("return_text")),
-        raw_scores=bool(values.get("raw_scores")) or values.get("use_activation") is False,
-        has_model=has_model,
-        is_tei=is_tei,
-        ignored=tuple(notes.ignored),
-        warnings=tuple(notes.warnings),
+        truncate=truncate is not False,
+        truncate_query=truncate is True,
     )
 
 
@@ -163,7 +174,7 @@ def json_schema(documents: str) -> dict[str, Any]:
 
 
 def json_kind(value: object) -> str:
-    """What a JSON value is, for error texts."""
+    """The kind of a JSON value, for error texts."""
     return _KINDS.get(type(value), "another value")
 
 
@@ -287,7 +298,6 @@ def _object_schema(*keys: str) -> dict[str, Any]:
 _DOCUMENT = {
     "anyOf": [{"type": "string"}, *(_object_schema(*_TEXT_KEYS[: i + 1]) for i in range(len(_TEXT_KEYS)))],
 }
-_INSTRUCTION = "instruction", "instruct"
 _FIELDS: dict[str, _Field] = {
     "query": _Field(
         _query,

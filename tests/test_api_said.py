@@ -105,8 +105,12 @@ VALUES: list[Any] = [
 @pytest.mark.parametrize("name", FIELDS)
 def test_no_word_of_the_framework_reaches_a_client(fake_server: Server, name: str) -> None:
     """Every field with every JSON type, in each dialect."""
-    documents = {"documents": DOCUMENTS}, {"documents": DOCUMENTS, "model": "m"}, {"texts": DOCUMENTS}
-    for shape, value in itertools.product(documents, VALUES):
+    shapes: list[dict[str, Any]] = [
+        {"documents": DOCUMENTS},
+        {"documents": DOCUMENTS, "model": "m"},
+        {"texts": DOCUMENTS},
+    ]
+    for shape, value in itertools.product(shapes, VALUES):
         response = fake_server.client.post("/v1/rerank", json={"query": QUERY} | shape | {name: value})
         assert response.status_code in (200, 422)
         if response.status_code == 422:

@@ -46,7 +46,7 @@ class Row:
     error: str = ""
     """Why there is no request."""
     warnings: tuple[str, ...] = ()
-    """What of it is not read."""
+    """Sentences about its fields that are not read."""
 
 
 def rows(part: Part, top_k: int | None, instruction: str | None) -> Iterator[Row]:
@@ -91,9 +91,9 @@ def joined(group: list[Row]) -> RerankRequest | None:
 
 
 def _shared(row: Row) -> RerankRequest | None:
-    """What pairs of one request have in common; None for a row that is a request of its own.
+    """The part of a request that neighbouring pairs must share to become one; None for every other row.
 
-    So is one whose document may not be truncated: its error would be that of all.
+    A pair whose document may not be truncated stays alone, because its error would fail the pairs beside it.
     """
     return replace(row.request, documents=()) if row.pair and row.request and row.request.truncate else None
 

@@ -40,7 +40,7 @@ class Line:
     error: str = ""
     """Why there is no request."""
     warnings: tuple[str, ...] = ()
-    """What of it is not read."""
+    """Sentences about its fields that are not read."""
 
 
 def batch(args: argparse.Namespace) -> None:

@@ -101,7 +101,7 @@ class Client:
                 scores += part.scores
                 truncated += part.truncated
                 query_truncated |= part.query_truncated
-        except InvalidRequestError as error:  # it names documents by their place in the part
+        except InvalidRequestError as error:  # its index counts from the start of the part
             return InvalidRequestError(_PLACE.sub(lambda m: f"documents[{int(m[1]) + len(scores)}]", str(error)))
         except RerankError as error:
             return error
@@ -143,7 +143,7 @@ class Client:
         raise AssertionError("unreachable")
 
     def _note(self, warnings: str) -> None:
-        """Pass on what the service warns of, but for what is counted and reported with the scores."""
+        """Print the service's warnings, except those about truncation, which are counted with the scores."""
         with self._lock:
             texts = (text for text in warnings.split(" | ") if text and "did not fit" not in text)
             self._notes.add(texts, f"{self.url}: ")
@@ -180,7 +180,7 @@ class Client:
 
 
 def _body(request: RerankRequest, documents: list[str]) -> dict[str, Any]:
-    """The body that means a request, with some of its documents; what is as ever is left out."""
+    """The JSON body of a request, with some of its documents; options with their default value are left out."""
     options = {
         "instruction": request.instruction,
         "max_tokens_per_doc": request.max_tokens_per_doc,

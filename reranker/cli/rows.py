@@ -1,4 +1,4 @@
-"""A row of a batch: JSON lines here, and rows of any source for whoever reads others. It means what a body means."""
+"""A row of a batch, from JSON lines or from any other source. It means the same as the body of a request."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ParsedRow:
     top_k: int | None
     """How many results it wants; None: all."""
     warnings: tuple[str, ...] = ()
-    """What of it is not read, or read in another way; see `ParsedRequest.warnings`."""
+    """See `ParsedRequest.warnings`."""
 
 
 def request_of(body: Any, top_k: int | None, instruction: str | None) -> ParsedRow:
@@ -64,7 +64,7 @@ def pair_of(body: Mapping[str, Any], instruction: str | None) -> ParsedRow:
 
 
 def _not_in_a_batch(parsed: ParsedRequest) -> tuple[str, ...]:
-    """What only changes the form of an answer, which a batch writes in one form."""
+    """Warn of fields that change the form of an answer: a batch has one form."""
     notes = []
     if parsed.return_documents:
         notes.append("return_documents is not read in a batch: its results name documents by index")

@@ -29,7 +29,7 @@ _UNSURE_TOKENS = 32
 # Of a default instruction of many pages the start is kept: 4B needs 0.3 MB a token in float32.
 _MOST_PREAMBLE = 512
 _CLOSING = "\n<Document>:"
-# A truncated query keeps at least so many tokens; where an instruction leaves less, the instruction is the fault.
+# The least that is left of a truncated query; an instruction that leaves less is itself too long.
 _MIN_QUERY_TOKENS = 8
 
 

@@ -1,6 +1,6 @@
 """Reading a JSON body: bytes to an object, with errors that say what and where and never echo the input.
 
-What the fields of the object mean is in `reranker.request`.
+`reranker.request` reads the fields of the object.
 """
 
 from __future__ import annotations

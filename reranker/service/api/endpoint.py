@@ -35,7 +35,7 @@ class Ranking:
 
     @property
     def warnings(self) -> list[str]:
-        """What the client should know about its request and this answer, a sentence each."""
+        """Sentences about fields that were not read and texts that were truncated."""
         warnings = list(self.asked.warnings)
         if self.result.query_truncated:
             warnings.append("the query did not fit and was truncated; a larger MAX_SEQ_LENGTH reads more of it")

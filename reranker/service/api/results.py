@@ -69,7 +69,9 @@ class Meta(BaseModel):
     api_version: ApiVersion
     billed_units: BilledUnits
     tokens: Tokens
-    warnings: list[str] | None = Field(None, description="What was truncated, not read or read differently")
+    warnings: list[str] | None = Field(
+        None, description="One sentence for each field or text that was not read as it was sent"
+    )
 
 
 class About(BaseModel):
