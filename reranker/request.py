@@ -504,7 +504,7 @@ def _meant(name: str, fields: Iterable[str]) -> Iterator[str]:
 
 def _missing_hint(field: str, unread: Iterable[str]) -> str:
     """Names what was sent in the place of a required field, if anything looks like it."""
-    for name in map(_token, unread):
+    for name in map(_token, islice(unread, 2 * _MAX_NAMES)):
         if any(_meant(name, [field])):
             return f'; "{name}" is not read, did you mean {field}?'
     return ""
