@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from reranker.engine.scores import sigmoid
-from reranker.request import FIELDS
+from reranker.fields import FIELDS
 from tests.conftest import Server
 from tests.test_request import wear
 

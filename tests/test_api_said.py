@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
+from reranker.fields import FIELDS
 from reranker.notes import MAX_NOTES
-from reranker.request import FIELDS
 from tests.conftest import FAKE, Server, Start
 from tests.test_api_routes import ALL, WRONG, ranked
 from tests.test_request import wear

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reranker.engine.scores import sigmoid
-from reranker.request import FIELDS
+from reranker.fields import FIELDS
 from reranker.service.api.body import more_values
 from tests.conftest import Server
 from tests.fake import PREFIX
@@ -22,7 +22,7 @@ from tests.test_api_routes import ALL, ranked
 
 MARK = "zebra7"
 """In every string that is sent; in no answer that refuses it."""
-KEYS = FIELDS
+KEYS = tuple(FIELDS)
 TEXT = st.text(st.characters(exclude_categories=()), max_size=12).map(lambda text: MARK + text)
 NUMBER = st.integers() | st.integers(-(10**40), 10**40) | st.floats(allow_nan=False, allow_infinity=False)
 JSON = st.recursive(

@@ -11,7 +11,8 @@ import pytest
 from reranker.cli.errors import InputError
 from reranker.cli.rows import COLUMNS, pair_of, request_of
 from reranker.errors import InvalidRequestError
-from reranker.request import FIELDS, parse_request
+from reranker.fields import FIELDS
+from reranker.request import parse_request
 from tests.cli import cli, read_lines, stub, write_lines
 from tests.conftest import Server, Start
 from tests.test_api_routes import ranked

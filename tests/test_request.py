@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reranker.errors import InvalidRequestError
-from reranker.request import FIELDS, MAX_RANK_FIELDS, ParsedRequest, json_schema, parse_request
+from reranker.fields import FIELDS, MAX_RANK_FIELDS
+from reranker.request import ParsedRequest, json_schema, parse_request
 from reranker.template import SUFFIX, SYSTEM
 from reranker.types import MOST_CHUNKS
 from tests.conftest import ROOT
@@ -407,6 +408,10 @@ def test_anything_but_exactly_the_template_is_text_and_warned_of(query: str) -> 
     parsed = parse(query=query, documents=documents)
     assert (parsed.request.query, parsed.request.documents, parsed.request.instruction) == (query, documents, None)
     assert parsed.warnings[0].startswith("query: begins like a prompt template and is read as text")
+
+
+def test_an_empty_instruction_inside_the_template_is_none() -> None:
+    assert parse_request(wear("q", ["a"], "")).request.instruction is None
 
 
 def test_an_empty_query_inside_the_template_is_refused() -> None:

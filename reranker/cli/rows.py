@@ -8,7 +8,8 @@ from typing import Any
 
 from reranker.cli.errors import InputError
 from reranker.errors import InvalidRequestError
-from reranker.request import FIELDS, ParsedRequest, json_kind, parse_request
+from reranker.fields import FIELDS, json_kind
+from reranker.request import ParsedRequest, parse_request
 from reranker.types import RerankRequest
 
 COLUMNS = ("id", "document", *FIELDS)

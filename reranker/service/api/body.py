@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from fastapi import Request
 
 from reranker.errors import InvalidRequestError, MalformedBodyError, UnsupportedMediaTypeError
-from reranker.request import json_kind
+from reranker.fields import json_kind
 
 _SEPARATORS = b",", b"[", b"{"
 """Each value but the first stands behind one of these."""
