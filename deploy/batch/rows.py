@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import io
 import itertools
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import IO, Any
 
 import pyarrow.parquet
 
 from deploy.batch import store
-from deploy.batch.parts import COLUMNS, Part
+from deploy.batch.parts import Part
 from reranker.cli.errors import InputError
 from reranker.cli.lines import decode, parse
-from reranker.cli.rows import pair_of, request_of
+from reranker.cli.rows import COLUMNS, pair_of, request_of
+from reranker.notes import Notes
 from reranker.types import RerankRequest
 
 _LONGEST = 64 << 20
@@ -23,6 +26,10 @@ _ROWS = 128
 """Rows of a Parquet file in memory at once."""
 _DOCUMENTS = 256
 """Pairs that become one request at most."""
+
+
+NOTES = Notes(partial(print, file=sys.stderr, flush=True))
+"""Of this process: Ray shows an actor's lines where the batch was started."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +45,8 @@ class Row:
     """It has one `document`, and its result is one score."""
     error: str = ""
     """Why there is no request."""
+    warnings: tuple[str, ...] = ()
+    """Sentences about its fields that are not read."""
 
 
 def rows(part: Part, top_k: int | None, instruction: str | None) -> Iterator[Row]:
@@ -53,7 +62,9 @@ def rows(part: Part, top_k: int | None, instruction: str | None) -> Iterator[Row
     """
     with store.opened(part.address) as file:
         for number, body in _parquet(file, part) if part.parquet else _lines(file, part):
-            yield body if isinstance(body, Row) else _row(number, body, top_k, instruction)
+            row = body if isinstance(body, Row) else _row(number, body, top_k, instruction)
+            NOTES.add(row.warnings, f"{part.file} {'row' if part.parquet else 'line'} {number}: ")
+            yield row
 
 
 def groups(found: Iterator[Row]) -> Iterator[list[Row]]:
@@ -79,16 +90,22 @@ def joined(group: list[Row]) -> RerankRequest | None:
     return replace(request, documents=[text for row in group if row.request for text in row.request.documents])
 
 
-def _shared(row: Row) -> tuple[str, str | None] | None:
-    return (row.request.query, row.request.instruction) if row.pair and row.request else None
+def _shared(row: Row) -> RerankRequest | None:
+    """The part of a request that neighbouring pairs must share to become one; None for every other row.
+
+    A pair whose document may not be truncated stays alone, because its error would fail the pairs beside it.
+    """
+    return replace(row.request, documents=()) if row.pair and row.request and row.request.truncate else None
 
 
 def _row(number: int, body: Any, top_k: int | None, instruction: str | None) -> Row:
     name = body.get("id") if isinstance(body, dict) else None
     try:
-        if isinstance(body, dict) and body.get("documents") is None and "document" in body:
-            return Row(number, name, pair_of(body, instruction), pair=True)
-        return Row(number, name, *request_of(body, top_k, instruction))
+        if isinstance(body, dict) and "document" in body and body.get("documents") is body.get("texts") is None:
+            pair = pair_of(body, instruction)
+            return Row(number, name, pair.request, pair=True, warnings=pair.warnings)
+        row = request_of(body, top_k, instruction)
+        return Row(number, name, row.request, row.top_k, warnings=row.warnings)
     except InputError as error:
         return Row(number, name, error=str(error))
 
@@ -126,7 +143,9 @@ def _parquet(file: IO[bytes], part: Part) -> Iterator[tuple[int, dict[str, Any]]
     )
     wanted = [i for i, end in enumerate(ends) if end > part.start and (i == 0 or ends[i - 1] < part.stop)]
     position = ends[wanted[0] - 1] if wanted[0] else 0
-    columns = [name for name in COLUMNS if name in source.schema_arrow.names]
+    names = source.schema_arrow.names
+    columns = [name for name in COLUMNS if name in names]
+    NOTES.add((f"the column {name} is not read" for name in names if name not in COLUMNS), f"{part.file}: ")
     for batch in source.iter_batches(_ROWS, row_groups=wanted, columns=columns, use_threads=False):
         start, stop = max(position, part.start), min(position + batch.num_rows, part.stop)
         if start < stop:

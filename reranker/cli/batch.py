@@ -23,6 +23,7 @@ from reranker.cli.ranker import Ranker, Scored, open_ranker
 from reranker.cli.rows import request_of
 from reranker.cli.terminal import Meter, meter
 from reranker.errors import InvalidRequestError, RerankError
+from reranker.notes import Notes
 from reranker.types import RerankRequest
 
 
@@ -38,6 +39,8 @@ class Line:
     top_k: int | None = None
     error: str = ""
     """Why there is no request."""
+    warnings: tuple[str, ...] = ()
+    """Sentences about its fields that are not read."""
 
 
 def batch(args: argparse.Namespace) -> None:
@@ -70,15 +73,18 @@ def _run(args: argparse.Namespace, ranker: Ranker, file: IO[bytes], size: int, j
     file.seek(0)
     read = _Reader(file, args, skip_to=journal.last)
     before = journal.lines
-    bad = cut = 0
+    bad = cut = queries = 0
     start = time.monotonic()
     with meter(size) as shown:
         if before:
             shown.say(f"continuing behind line {journal.last}: {before} lines are done")
+        notes = Notes(shown.say)
         for line, outcome in _answers(ranker, read):
+            notes.add(line.warnings, f"line {line.number}: ")
             if isinstance(outcome, Scored):
                 record = {"results": [{"index": i, "score": outcome.scores[i]} for i in outcome.best(line.top_k)]}
                 cut += outcome.truncated
+                queries += outcome.query_truncated
                 journal.write(line.number, {"id": line.id} | record)
                 shown.advance(line.end, len(outcome.scores))
                 continue
@@ -94,6 +100,8 @@ def _run(args: argparse.Namespace, ranker: Ranker, file: IO[bytes], size: int, j
             journal.write(line.number, {"id": line.id, "error": str(outcome)})
             shown.advance(line.end, 0)
         _sum_up(shown, journal.lines - before, bad, cut, time.monotonic() - start)
+        if queries:
+            shown.say(f"{queries} queries did not fit and were truncated (--max-seq-length)")
 
 
 def _sum_up(shown: Meter, lines: int, bad: int, cut: int, seconds: float) -> None:
@@ -151,7 +159,7 @@ class _Reader:
             if not content.strip():
                 return None
             body = parse(content, "this")
-            request, top_k = request_of(body, self.args.top_k, self.args.instruction)
-            return Line(number, end, body.get("id"), request, top_k)
+            row = request_of(body, self.args.top_k, self.args.instruction)
+            return Line(number, end, body.get("id"), row.request, row.top_k, warnings=row.warnings)
         except InputError as error:
             return Line(number, end, body.get("id") if isinstance(body, dict) else None, error=str(error))

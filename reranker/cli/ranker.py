@@ -19,6 +19,8 @@ class Scored:
     """Probabilities of "yes", in the order of the documents."""
     truncated: int
     """How many documents did not fit and were cut."""
+    query_truncated: bool = False
+    """Whether only the start of the query was read."""
 
     def best(self, top_k: int | None) -> list[int]:
         """Indices of the documents, best first, ties by index; all when `top_k` is None or too large."""

@@ -16,13 +16,10 @@ from transformers import PreTrainedTokenizerBase
 
 from reranker.engine.text import printable
 from reranker.errors import InvalidRequestError, ModelLoadError
+from reranker.template import SUFFIX as SUFFIX
+from reranker.template import SYSTEM as SYSTEM
 from reranker.types import MOST_CHUNKS, EncodedRequest, RerankRequest
 
-SYSTEM = (
-    "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
-    'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
-)
-SUFFIX = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
 
 # A text is first tried at so many characters per wanted token (English has about 4.5), then at twice as many ...
@@ -31,6 +28,9 @@ _CHARACTERS_PER_TOKEN = 4
 _UNSURE_TOKENS = 32
 # Of a default instruction of many pages the start is kept: 4B needs 0.3 MB a token in float32.
 _MOST_PREAMBLE = 512
+_CLOSING = "\n<Document>:"
+# The least that is left of a truncated query; an instruction that leaves less is itself too long.
+_MIN_QUERY_TOKENS = 8
 
 
 class Prompt:
@@ -87,20 +87,16 @@ class Prompt:
         last one shorter, each behind the same prefix; what is behind the last allowed window is cut. `kept`: the tokens
         whose keys and values the model keeps; as many as the prefix begins with need not be computed.
 
+        With `truncate_query` a query that leaves no room for a document is truncated from the right, to at most half of
+        the tokens that prompt and instruction leave, so that documents have the other half. A query that leaves any
+        room stays whole. The instruction is never truncated.
+
         Raises:
             InvalidRequestError: query and instruction leave no room for a document; a document would have to be cut
                 and `truncate` is false.
         """
-        instruction = self.instruction if request.instruction is None else request.instruction
-        pair = f"{_opening(instruction)} {printable(request.query)}\n<Document>:"
-        room = self.max_seq_length - len(self.system) - len(self.suffix)
-        prefix = self.system + self._bounded([pair], room)[0].ids
+        prefix, query_truncated = self._prefix(request)
         room = self.max_seq_length - len(prefix) - len(self.suffix)
-        if room < 1:
-            raise InvalidRequestError(
-                f"the query and instruction leave no room for a document: they and the prompt take more than "
-                f"{self.max_seq_length - 1} of {self.max_seq_length} tokens; shorten the query or raise MAX_SEQ_LENGTH"
-            )
         size = min(room, request.max_tokens_per_doc or room)
         most = size * min(request.max_chunks_per_doc or 1, MOST_CHUNKS)
         split = request.max_chunks_per_doc is not None
@@ -124,7 +120,37 @@ class Prompt:
                 borders = [_character(encoding, start) for start in starts]
                 chunks.append([*borders, _character(encoding, most) if cut else len(texts[i]) - 1])
         known = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(kept, prefix[:-1], strict=False)))
-        return EncodedRequest(prefix, documents, frozenset(truncated), chunks if split else None, known)
+        return EncodedRequest(
+            prefix, documents, frozenset(truncated), chunks if split else None, known, query_truncated
+        )
+
+    def _prefix(self, request: RerankRequest) -> tuple[list[int], bool]:
+        """Return the tokens in front of every document, and whether the query in them is truncated.
+
+        Raises:
+            InvalidRequestError: they leave no room for a document.
+        """
+        opening = _opening(self.instruction if request.instruction is None else request.instruction)
+        query = printable(request.query)
+        room = self.max_seq_length - len(self.system) - len(self.suffix)
+        pair = self._bounded([f"{opening} {query}{_CLOSING}"], room)[0].ids
+        if len(pair) < room:
+            return self.system + pair, False
+        limit = (room - len(self._bounded([opening + _CLOSING], room)[0])) // 2
+        if limit < _MIN_QUERY_TOKENS:
+            raise InvalidRequestError(
+                f"the instruction leaves no room for a query and a document in {self.max_seq_length} tokens; "
+                f"shorten the instruction or raise MAX_SEQ_LENGTH"
+            )
+        if not request.truncate_query:
+            raise InvalidRequestError(
+                f"the query and instruction leave no room for a document: they and the prompt take more than "
+                f"{self.max_seq_length - 1} of {self.max_seq_length} tokens; shorten the query, send truncate: true to "
+                f"have it truncated, or raise MAX_SEQ_LENGTH"
+            )
+        # As text, so that the prompt is the card's prompt for a shorter query, token for token.
+        start = query[: _character(self._bounded([" " + query], limit, offsets=True)[0], limit)]
+        return self.system + self._bounded([f"{opening} {start}{_CLOSING}"], room)[0].ids, True
 
     def _bounded(self, texts: Sequence[str], wanted: int, *, offsets: bool = False) -> list[Encoding]:
         """Tokens of each text: all of them, or at least the first `wanted + 1` when there are more.
