@@ -314,7 +314,7 @@ class HttpProtocol(HttpToolsProtocol):
         """Close the connection after the last response, immediately if its request is complete.
 
         Otherwise close only the sending half. Many clients send the whole request before they read, and the reset of a
-        closed socket would destroy the response. The other half closes at the end of the request or after `patience`.
+        closed socket would destroy the response. The other half closes at the end of the request or at its deadline.
         """
         incomplete = self.cycle is not None and self.cycle.more_body
         if self.refusal is None and not incomplete:
