@@ -17,7 +17,7 @@ import pytest
 
 from reranker.service.protocol import MAX_PIPELINED
 from tests.conftest import FAKE, Server, Start
-from tests.faults.raw import Answers, Peak, connect, exchange, listen, once, post, send, workers
+from tests.faults.raw import Answers, Peak, Spent, connect, exchange, listen, once, post, send, workers
 
 BODY = json.dumps({"query": "q", "documents": ["a"]}).encode()
 RERANK = b"POST /v1/rerank HTTP/1.1\r\nHost: h\r\n"
@@ -27,6 +27,8 @@ LIVEZ = b"GET /livez HTTP/1.1\r\nHost: h\r\n\r\n"
 PATIENCE, KEEP_ALIVE = 2, 2
 # Our own deadlines, on a busy machine.
 LATE = 20
+# At most so many seconds of the worker's processor time for a probe.
+PROBE = 0.001
 
 
 @pytest.fixture(scope="module")
@@ -67,19 +69,17 @@ def _unharmed(request: pytest.FixtureRequest) -> Iterator[None]:
     ],
 )
 def test_a_huge_wrong_body_is_refused_briefly_by_the_same_worker(server: Server, body: bytes) -> None:
-    start = time.monotonic()
-    response = server.client.post("/v1/rerank", content=body)
-    seconds = time.monotonic() - start
+    with Spent(server) as spent:
+        response = server.client.post("/v1/rerank", content=body)
     assert (response.status_code, response.json()["error_type"]) == (422, "invalid_request")
     assert len(response.content) < 500
-    assert seconds < 5  # 0.3 s for the million, 35 s as FastAPI comes
+    assert spent.seconds < 5  # 0.3 s for the million, 35 s as FastAPI comes
 
 
 def test_500_mb_that_are_announced_are_refused_before_they_are_sent(wire: Server) -> None:
     with Peak(wire) as peak:
         answers = exchange(wire, RERANK + b"Content-Length: 500000000\r\n\r\n", answers=1)
         assert answers.statuses == [413]
-        assert answers.seconds < 5
         assert answers.error["error_type"] == "body_too_large"
     assert peak.megabytes < 10
 
@@ -98,16 +98,15 @@ def test_500_mb_that_are_announced_are_refused_before_they_are_sent(wire: Server
 def test_500_mb_that_are_sent_all_the_same_fill_no_memory_and_delay_nobody(
     wire: Server, head: bytes, piece: bytes
 ) -> None:
-    slowest, over = 0.0, threading.Event()
+    probed, over = 0, threading.Event()
 
     def probe() -> None:
-        nonlocal slowest
+        nonlocal probed
         while not over.is_set():
-            start = time.monotonic()
             assert wire.client.get("/health").status_code == 200
-            slowest = max(slowest, time.monotonic() - start)
+            probed += 1
 
-    with Peak(wire) as peak, connect(wire) as connection, ThreadPoolExecutor(1) as pool:
+    with Peak(wire) as peak, Spent(wire) as spent, connect(wire) as connection, ThreadPoolExecutor(1) as pool:
         probing = pool.submit(probe)
         send(connection, RERANK + head)
         # The service reads and drops for a while, so that the answer is not lost in a reset, and then closes.
@@ -120,7 +119,8 @@ def test_500_mb_that_are_sent_all_the_same_fill_no_memory_and_delay_nobody(
         assert answers.statuses == [400 if b"no length" in head else 413]
     else:
         assert sent < 476
-    assert slowest < 5  # as uvicorn and FastAPI come: 9.3 s, and 1.5 GB
+    assert probed
+    assert spent.seconds - probed * PROBE < 5  # as uvicorn and FastAPI come: 9.3 s, and 1.5 GB
     assert peak.megabytes < 60  # MAX_BODY_BYTES is 16 MB
 
 
@@ -129,12 +129,11 @@ def test_an_endless_document_is_cut_before_it_is_read(server: Server, size: int)
     words = "how to compress files with gzip, and 压缩文件。 "
     document = (words * (size // len(words) + 1))[:size]
     body = json.dumps({"query": "q", "documents": [document]}, ensure_ascii=False).encode()
-    start = time.monotonic()
-    response = server.client.post("/v1/rerank", content=body)
+    with Spent(server) as spent:
+        response = server.client.post("/v1/rerank", content=body)
     assert response.status_code == 200
     assert response.headers["x-truncated-documents"] == "1"
-    assert float(response.headers["x-tokenization-time"]) < 20_000  # as transformers comes: 59.5 s for the larger one
-    assert time.monotonic() - start < 60
+    assert spent.seconds < 20  # as transformers comes: 59.5 s for the larger one
 
 
 def test_a_body_that_drips(wire: Server) -> None:
@@ -339,9 +338,7 @@ def test_a_crowd_of_connections_locks_nobody_out(crowded: Server, opening: bytes
             sockets.append(crowd.enter_context(connect(crowded)))
             send(sockets[-1], opening)
         for path in ("/livez", "/health", "/metrics"):
-            start = time.monotonic()
             assert httpx.get(f"{crowded.client.base_url}{path}", timeout=30).status_code == 200
-            assert time.monotonic() - start < 5
         assert working.result().status_code == 200
         first, last = listen(sockets[0], 5), listen(sockets[-1], 0.2)
         assert first.closed
