@@ -60,7 +60,7 @@ def test_help_names_every_command(tmp_path: Path) -> None:
         (["rank", "q", "d", "--url", "localhost:1"], {}, "write it like http://"),
         (["rank", "q", "d", "--url", "http://h", "--precision", "fp16"], {}, "--precision has no effect with --url"),
         (["rank", "q", "d", "--token", "t"], {}, "--url"),
-        (["batch", "nowhere.jsonl", "out.jsonl"], {}, "nowhere.jsonl is not a file"),
+        (["batch", "nowhere.jsonl", "out.jsonl"], {}, "nowhere.jsonl does not exist"),
         (["evaluate"], {}, "--beir"),
         (["evaluate", "--beir", "nowhere"], {}, "is it a BEIR folder?"),
     ],

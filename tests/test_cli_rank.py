@@ -115,8 +115,12 @@ def test_options_may_stand_before_the_documents(server: Server, tmp_path: Path) 
         ("d.txt", b"fine\n\xff\xfe\n", "d.txt line 2 is not UTF-8 at byte 0"),
         ("d.jsonl", b'"a"\n{"text": 1}\n', 'd.jsonl line 2 is neither a string nor an object with a string "text"'),
         ("d.jsonl", b'"a"\n\n{"text"}\n', "d.jsonl line 3 is not JSON"),
-        ("d.csv", b"id,title\n1,x\n", "d.csv has no column 'text' but id, title; name one with --field"),
-        ("d.csv", b"id,text\n1,x\n2\n", "d.csv line 3 has too few columns"),
+        (
+            "d.csv",
+            b"id,title\n1,x\n",
+            "d.csv does not tell which column holds the text; its columns are id, title: name one with --field",
+        ),
+        ("d.csv", b"id,text\n1,x\n2\n", "d.csv row 2 (line 3) has too few columns: 1, not 2"),
     ],
 )
 def test_a_bad_file_is_named_with_its_line(name: str, content: bytes, says: str, tmp_path: Path) -> None:

@@ -30,9 +30,10 @@ class Journal:
         path: the output.
         identity: what the output depends on; JSON values.
         overwrite: replace a finished output, and an unfinished one of another identity.
+        unit: the name of what is numbered in the input; the key of the number in an output line.
 
     Attributes:
-        last: number of the last input line that has its output line; 0: none.
+        last: number of the last input line or row that has its output line; 0: none.
         lines: how many output lines there are.
 
     Raises:
@@ -40,10 +41,11 @@ class Journal:
         FailedError: it cannot be written.
     """
 
-    def __init__(self, path: Path, identity: dict[str, Any], *, overwrite: bool) -> None:
+    def __init__(self, path: Path, identity: dict[str, Any], *, overwrite: bool, unit: str = "line") -> None:
         self.path = path
         self.partial = path.with_name(path.name + ".partial")
         self.about = path.with_name(path.name + ".partial.json")
+        self.unit = unit
         self.last = self.lines = 0
         self._mine = False
         if path.exists() and not overwrite:
@@ -68,7 +70,7 @@ class Journal:
         Raises:
             FailedError: the disk is full or gone.
         """
-        data = dump({"line": line} | record)
+        data = dump({self.unit: line} | record)
         with writing(self.partial):
             while data:  # a signal or a nearly full disk may cut a write short
                 data = data[self._file.write(data) :]
@@ -124,7 +126,7 @@ class Journal:
         with open(self.partial, "rb") as file:
             for raw in file:
                 try:
-                    number = json.loads(raw)["line"] if raw.endswith(b"\n") else 0
+                    number = json.loads(raw)[self.unit] if raw.endswith(b"\n") else 0
                 except (ValueError, KeyError, TypeError):
                     break
                 if not isinstance(number, int) or number <= self.last:

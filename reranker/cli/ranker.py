@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 from reranker.cli.options import Source
+from reranker.cli.terminal import loading
 from reranker.errors import RerankError
 from reranker.types import RerankRequest
 
@@ -51,9 +53,12 @@ def open_ranker(source: Source) -> Ranker:
         from reranker.cli.client import Client
 
         return Client(source.url, source.token)
-    from reranker.cli.local import Local
+    name = source.model["model"]
+    # A download draws bars of its own.
+    with loading(f"{name or 'demo'} ({source.model['device']})", quiet=bool(name) and not os.path.isdir(name)):
+        from reranker.cli.local import Local
 
-    return Local(source.model)
+        return Local(source.model)
 
 
 def rank_one(ranker: Ranker, request: RerankRequest) -> Scored:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 _LINE_SECONDS = 30.0
@@ -16,6 +18,40 @@ _LINE_SECONDS = 30.0
 def harmless(text: str) -> str:
     """`text` on one line, without what a terminal would obey (escape sequences) or cannot show."""
     return "".join(c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+@functools.cache
+def note(text: str) -> None:
+    """Say on standard error what was decided for the user; the same only once."""
+    print(f"note: {text}", file=sys.stderr)
+
+
+def plural(count: int, noun: str) -> str:
+    """A count and its noun: 1 line, 2 lines."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def truncated(count: int, url: str | None) -> str:
+    """What to say of documents that were too long."""
+    limit = "the service's MAX_SEQ_LENGTH" if url else "--max-seq-length"
+    return f"{plural(count, 'document')} did not fit and {'was' if count == 1 else 'were'} truncated ({limit})"
+
+
+@contextmanager
+def loading(name: str, *, quiet: bool = False) -> Iterator[None]:
+    """Say on standard error that a model is loaded inside: a spinner in a terminal, else a line.
+
+    Args:
+        name: the model, for people.
+        quiet: no spinner, because something inside draws a bar of its own.
+    """
+    console = Console(stderr=True)
+    if console.is_terminal and not quiet:
+        with console.status(f"loading {escape(name)}..."):
+            yield
+    else:
+        print(f"loading {name}...", file=sys.stderr, flush=True)
+        yield
 
 
 class Meter:
