@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from reranker.cli.errors import InputError
 from reranker.cli.forms import TEXT_NAMES, told
 from reranker.cli.ids import ID, column, read_id
 from reranker.cli.inputs import Input, open_input, values
-from reranker.cli.tables import text_column
-from reranker.cli.terminal import note
+from reranker.cli.tables import read_tsv, text_column
+from reranker.cli.terminal import note, plural
 
 _ENDS = (".jsonl", ".ndjson", ".json", ".tsv", ".csv", ".parquet")
 
@@ -74,10 +75,7 @@ def _rows(source: Input) -> Iterator[tuple[str, Any, Any]]:
     """Where, id and text."""
     if source.form.kind == "lines":
         for where, line in values(source):
-            name, tab, text = line.partition("\t")
-            if not tab:
-                raise InputError(f"{where} needs an id, a tab and a text")
-            yield where, name, text
+            yield _split(line, where)
     elif source.form.kind == "tsv":
         yield from _tsv(source)
     else:
@@ -85,21 +83,32 @@ def _rows(source: Input) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _tsv(source: Input) -> Iterator[tuple[str, Any, Any]]:
-    """With a heading, or without one: id, tab, text."""
-    keys: _Keys | None = None
-    for number, (line, cells) in enumerate(source.rows()):
-        where = f"{source.name} line {line}"
-        if number == 0 and (column(cells, ID) or column(cells, TEXT_NAMES)):
-            heading = cells
-            keys = _Keys.of(cells, source.name)
-        elif keys is None:
-            if len(cells) == 1:
-                raise InputError(f"{where} needs an id, a tab and a text")
-            yield where, cells[0], "\t".join(cells[1:])
-        elif len(cells) != len(heading):
-            raise InputError(f"{where} has {len(cells)} columns, not {len(heading)}: {', '.join(heading)}")
-        else:
+    """With a heading, a table; without one, lines of id, tab, text in which a quote is a character like others."""
+    lines = source.texts()
+    first = next(lines, (0, ""))
+    heading = [cell.strip() for cell in first[1].split("\t")]
+    if column(heading, ID) or column(heading, TEXT_NAMES):
+        keys = _Keys.of(heading, source.name)
+        rows = read_tsv(chain([first], lines), source.name)
+        next(rows)
+        for number, cells in rows:
+            where = f"{source.name} line {number}"
+            if len(cells) != len(heading):
+                raise InputError(
+                    f"{where} has {plural(len(cells), 'column')}, not {len(heading)}: {', '.join(heading)}"
+                )
             yield where, *keys.values(dict(zip(heading, cells, strict=True)))
+        return
+    for number, line in chain([first], lines):
+        if line.strip():
+            yield _split(line.rstrip("\r\n"), f"{source.name} line {number}")
+
+
+def _split(line: str, where: str) -> tuple[str, str, str]:
+    name, tab, text = line.partition("\t")
+    if not tab:
+        raise InputError(f"{where} needs an id, a tab and a text")
+    return where, name, text
 
 
 def _objects(source: Input) -> Iterator[tuple[str, Any, Any]]:

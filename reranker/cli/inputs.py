@@ -122,8 +122,16 @@ class Input:
             InputError: see `records`.
         """
         with self._reading():
-            lines = self._texts()
-            yield from read_csv(lines, self.name) if self.form.kind == "csv" else read_tsv(lines)
+            yield from (read_csv if self.form.kind == "csv" else read_tsv)(self._texts(), self.name)
+
+    def texts(self) -> Iterator[Line]:
+        """Numbered lines with their ends, for tables: there a bad line spoils the rows after it as well.
+
+        Raises:
+            InputError: see `records`.
+        """
+        with self._reading():
+            yield from self._texts()
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -200,7 +208,6 @@ class Input:
                 yield Record(number, place, self._read, error=str(error))
 
     def _texts(self) -> Iterator[Line]:
-        """Lines with their ends, for tables: there a bad line spoils the rows after it as well."""
         for number, raw in self._counted():
             body = raw.rstrip(b"\r\n")
             text = self._decode(body, number, f"{self.name} line {number}")

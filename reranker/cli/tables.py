@@ -18,6 +18,9 @@ Line = tuple[int, str]
 Row = tuple[int, list[str]]
 """Number of its first line, and cells."""
 
+_CELL_LINES = 10_000
+"""Lines of a quoted cell of TSV at most: a stray quote must not take the rest of the file."""
+
 
 def read_csv(lines: Iterator[Line], name: str) -> Iterator[Row]:
     """The rows of RFC 4180, delimited by comma or semicolon as the heading is; blank lines are left out.
@@ -43,11 +46,14 @@ def read_csv(lines: Iterator[Line], name: str) -> Iterator[Row]:
         raise InputError(f"{name} line {place} is not CSV: {error}") from None
 
 
-def read_tsv(lines: Iterator[Line]) -> Iterator[Row]:
+def read_tsv(lines: Iterator[Line], name: str) -> Iterator[Row]:
     """The rows of a file of tabs; blank lines are left out.
 
-    A line with as many cells as the first one is taken as it stands, quotes in it too, because many programs write TSV
-    without quoting. Where the cells do not fit, they are quoted as in CSV and may hold tabs and line ends.
+    Some programs quote cells as in CSV, which may then hold tabs and line ends; others never quote, and a quote is
+    a character like others. A row is read in the way that gives it as many cells as the first line has.
+
+    Raises:
+        InputError: both ways do, and one makes a single row of several lines.
     """
     ahead: deque[Line] = deque()
     width = 0
@@ -57,9 +63,10 @@ def read_tsv(lines: Iterator[Line]) -> Iterator[Row]:
             continue
         cells = _cells(text)
         width = width or len(cells)
-        if any(cell.startswith('"') for cell in cells) and (len(cells) != width or _goes_on(cells, lines, ahead)):
-            cells = _quoted(line, width, lines, ahead) or cells
-        yield number, [_bare(cell) for cell in cells]
+        quoted = None
+        if any(cell.startswith('"') and (len(cells) != width or _bare(cell) == cell) for cell in cells):
+            quoted = _quoted(line, width, lines, ahead, name)
+        yield number, quoted or [_bare(cell) for cell in cells]
 
 
 def _next(lines: Iterator[Line], ahead: deque[Line]) -> Line | None:
@@ -70,28 +77,24 @@ def _cells(text: str) -> list[str]:
     return text.rstrip("\r\n").split("\t")
 
 
-def _goes_on(cells: list[str], lines: Iterator[Line], ahead: deque[Line]) -> bool:
-    """Whether the last cell opens a quote that a later line closes: the next line is no row of its own."""
-    if not cells[-1].startswith('"') or cells[-1].count('"') % 2 == 0:
-        return False
-    if not ahead and (line := next(lines, None)) is not None:
-        ahead.append(line)
-    return bool(ahead) and len(_cells(ahead[0][1])) != len(cells)
-
-
-def _quoted(line: Line, width: int, lines: Iterator[Line], ahead: deque[Line]) -> list[str] | None:
+def _quoted(line: Line, width: int, lines: Iterator[Line], ahead: deque[Line], name: str) -> list[str] | None:
     """Cells of a quoted row, with the lines after it that it takes; None, and no line taken, where it is none."""
     taken = [line]
 
     def texts() -> Iterator[str]:
         yield line[1]
-        while (more := _next(lines, ahead)) is not None:
+        while len(taken) < _CELL_LINES and (more := _next(lines, ahead)) is not None:
             taken.append(more)
             yield more[1]
 
     with suppress(csv.Error):
         cells = next(csv.reader(texts(), delimiter="\t", strict=True))
         if len(cells) == width:
+            if len(taken) > 1 and all(len(_cells(text)) == width for _, text in taken):
+                raise InputError(
+                    f"{name} line {line[0]}: a quote opens here and closes in line {taken[-1][0]}, and yet each of "
+                    f"these lines is a row of its own; save the file as CSV or JSON lines"
+                )
             return cells
     ahead.extendleft(reversed(taken[1:]))
     return None
