@@ -91,7 +91,9 @@ def test_a_missing_evaluation_package_is_named_with_its_cure(tmp_path: Path) -> 
 
 def test_check_says_what_was_chosen(model_path: Path, tmp_path: Path) -> None:
     env = {"MODEL_NAME_OR_PATH": str(model_path), "MODEL_PRECISION": "fp32  # a comment", "MAX_BATCH_TOKENS": "auto"}
-    facts = json.loads(cli("check", "--device", "cpu", "--max-seq-length", 512, cwd=tmp_path, env=env).stdout)
+    done = cli("check", "--device", "cpu", "--max-seq-length", 512, cwd=tmp_path, env=env)
+    assert done.stderr.startswith(f"loading {model_path} (cpu)...\n")
+    facts = json.loads(done.stdout)
     assert facts["status"] == "ok"
     assert (facts["model"], facts["device"], facts["precision"]) == (str(model_path), "cpu", "float32")
     assert facts["max_seq_length"] == "512"

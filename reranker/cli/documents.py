@@ -52,6 +52,12 @@ def _documents(source: Input, field: str | None) -> list[str]:
 def _key(source: Input, first: dict[str, Any], field: str | None, where: str) -> str:
     """The column or key that holds the text of every record, by the first one."""
     if source.columns:
+        only = source.columns[0]
+        if len(source.columns) == 1 and field is None and only.casefold() not in TEXT_NAMES:
+            raise InputError(
+                f"{source.name} has one column, and its first line {only!r} is no known heading: if it is one, name it "
+                f"with --field; if it is a document, use --input-format lines"
+            )
         key = text_column(source.columns, field, source.name)
     else:
         strings = [k for k in first if isinstance(first[k], str) and k.strip().casefold() in TEXT_NAMES]

@@ -119,11 +119,6 @@ def text_column(columns: Sequence[str], field: str | None, name: str, what: str 
     if not found:
         if field is not None:
             raise InputError(f"{name} has no {what} {field!r}; {there}: name one with --field")
-        if len(columns) == 1 and what == "column":
-            raise InputError(
-                f"{name} has one column, and its first line {columns[0]!r} is no known heading: if it is one, name it "
-                f"with --field; if it is a document, use --input-format lines"
-            )
         raise InputError(f"{name} does not tell which {what} holds the text; {there}: name one with --field")
     chosen = str(found[0])
     if not exact and folded.count(chosen.strip().casefold()) > 1:
