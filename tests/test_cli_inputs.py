@@ -90,18 +90,24 @@ def test_parquet(name: str, tmp_path: Path) -> None:
         assert source.columns == ["id", "text"]
 
 
+def awkward(name: str, columns: int) -> tuple[bytes, list[str]]:
+    """A table as Python's csv module and pandas write it, of texts with every kind of break in every place."""
+    pieces = ["", "a", '"', '""', "\n", "\r\n", "\t", ",", "字", '"\n', ' "']
+    texts = [a + b + c for a in pieces for b in ("", "x", '"') for c in pieces]
+    if name.endswith(".tsv"):  # where a text has tabs beside line ends, its lines may be rows
+        texts = [text for text in texts if "\t" not in text or "\n" not in text]
+    file = io.StringIO()
+    rows = csv.writer(file, delimiter="\t" if name.endswith(".tsv") else ",")
+    rows.writerow(["id", "text", "more"][:columns])
+    rows.writerows([str(i), text, "m"][:columns] for i, text in enumerate(texts))
+    return file.getvalue().encode(), texts
+
+
 @pytest.mark.parametrize("columns", [2, 3])
 @pytest.mark.parametrize("name", ["x.csv", "x.tsv"])
 def test_a_table_is_read_as_it_was_written(name: str, columns: int, tmp_path: Path) -> None:
-    """Texts of every kind of break in every place; the csv module of Python and pandas write them alike."""
-    pieces = ["", "a", '"', '""', "\n", "\r\n", "\t", ",", "字", '"\n', ' "']
-    texts = [a + b + c for a in pieces for b in ("", "x", '"') for c in pieces]
-    if name == "x.tsv":  # where a text has tabs beside line ends, its lines may be rows
-        texts = [text for text in texts if "\t" not in text or "\n" not in text]
-    with open(tmp_path / name, "w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file, delimiter="\t" if name == "x.tsv" else ",")
-        rows.writerow(["id", "text", "more"][:columns])
-        rows.writerows([str(i), text, "m"][:columns] for i, text in enumerate(texts))
+    content, texts = awkward(name, columns)
+    (tmp_path / name).write_bytes(content)
     assert documents.read(str(tmp_path / name), None, None, None) == texts
 
 
