@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,11 +16,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from reranker.cli import documents
+from reranker.cli import documents, forms
 from reranker.cli.errors import CommandError, InputError
 from reranker.cli.inputs import open_input
 from reranker.cli.terminal import note
 from tests.cli import COMMAND, cli, environment, stub
+from tests.conftest import ROOT
 
 TEXTS = ["gzip 压缩文件", 'a "quoted", text', "two\nlines\n\nand a blank one", "tab\there", "", "1"]
 PLAIN = ["gzip 压缩文件", '"quoted", text', "[1] a footnote", "no; delimiter, here"]
@@ -181,6 +183,7 @@ REFUSED: list[tuple[str, bytes | str, str]] = [
     ("a.txt.gz", gzip.compress(b"word " * 999)[:-20], "not whole: its compressed data ends too early"),
     ("a.txt.gz", gzip.compress(b"word")[:10] + b"x" * 40, "damaged"),
     ("a.parquet", parquet({"text": ["a"]})[:-9], "cannot be read as Parquet"),
+    ("a.parquet", parquet({"text": ["a" * 99]}).replace(b"aaaa", b"\xff\xff\xff\xff", 1)[:30] + b"PAR1", "Parquet"),
     ("a.json", '[{"text": "a"},\n {"text" "b"}]', "a.json is not JSON: Expecting ':' delimiter at line 2 column 10"),
     ("a.json", '["a"', "is not JSON"),
     ("a.csv", 'id,text\n1,"a\n2,b\n', "a.csv line 2 is not CSV"),
@@ -211,7 +214,7 @@ REFUSED: list[tuple[str, bytes | str, str]] = [
     ("a.csv", "id,text\n", "a.csv holds no documents"),
     ("a.json", "[]", "a.json holds no documents"),
     ("a.json", "", "a.json holds no documents"),
-    ("a.jsonl.gz", gzip.compress(b""), "holds nothing"),
+    ("a.jsonl.gz", gzip.compress(b""), "a.jsonl.gz holds no documents"),
 ]
 
 
@@ -234,6 +237,7 @@ def test_what_cannot_be_read_is_one_line(
         ("\ufeffabc", "gbk", "byte order mark of UTF-8; leave --encoding gb18030 out"),
         ("a", "ebcdic-of-mine", "--encoding='ebcdic-of-mine' is not known; such as utf-8, gb18030"),
         ("a", "base64", "is not known"),
+        ("a", "cp037", "is not known"),
         ("abc", "utf-16", "is not UTF-16"),
     ],
 )
@@ -243,7 +247,7 @@ def test_an_encoding_that_is_not_that_of_the_file(content: str, encoding: str, s
         documents.read(str(tmp_path / "a.txt"), None, None, encoding)
 
 
-@pytest.mark.parametrize("encoding", ["gbk", "GB2312", "gb18030", "big5", "utf-16-le", "utf_8", "cp1252"])
+@pytest.mark.parametrize("encoding", ["gbk", "GB2312", "gb18030", "big5", "utf-16-le", "utf_8", "utf-8-sig", "cp1252"])
 def test_encodings_by_their_names(encoding: str, tmp_path: Path) -> None:
     text = "café ünd more" if encoding == "cp1252" else "中文文件中文文件"
     (tmp_path / "a.txt").write_bytes(f"{text}\nb".encode(encoding))
@@ -261,6 +265,13 @@ def test_parquet_without_pyarrow_names_the_cure(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "a.parquet").write_bytes(parquet({"text": ["a"]}))
     with pytest.raises(CommandError, match=r"needs pyarrow: pip install -r requirements-eval\.txt"):
         documents.read(str(tmp_path / "a.parquet"), None, None, None)
+
+
+def test_the_document_names_every_form_and_column() -> None:
+    text = (ROOT / "docs" / "files.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)` \| `\.\w+`", text, re.M) == list(forms.KINDS)
+    names = text.partition("the first of ")[2].partition(" that is there")[0]
+    assert re.findall(r"`(\w+)`", names) == list(forms.TEXT_NAMES)
 
 
 # As a process

@@ -140,8 +140,6 @@ def check_bytes(head: bytes, form: Form, name: str) -> None:
     for signature, says in _SIGNATURES:
         if signature.match(head):
             raise InputError(f"{name} {says}")
-    if form.gzipped and not head:
-        raise InputError(f"{name} holds nothing")
 
 
 def check_text(head: str, form: Form, name: str, kinds: Sequence[str] = KINDS) -> None:

@@ -47,14 +47,16 @@ def encoding_name(text: str) -> str:
     """The name that Python has for an encoding, GB18030 for its subsets.
 
     Raises:
-        InputError: there is no such encoding of text.
+        InputError: there is no such encoding, or it has line ends of its own.
     """
     try:
         name = codecs.lookup(text).name
-        "\n".encode(name)
+        known = name.startswith(("utf-16", "utf-32")) or b"\n".decode(name) == "\n"
     except (LookupError, ValueError):
-        raise InputError(f"--encoding={text!r} is not known; such as utf-8, gb18030, utf-16 or big5") from None
-    return "gb18030" if name in ("gbk", "gb2312", "hz") else name
+        known = False
+    if not known:
+        raise InputError(f"--encoding={text!r} is not known; such as utf-8, gb18030, utf-16 or big5")
+    return {"gbk": "gb18030", "gb2312": "gb18030", "utf-8-sig": "utf-8"}.get(name, name)
 
 
 class Input:
@@ -142,7 +144,7 @@ class Input:
         except EOFError:
             raise InputError(f"{self.name} is not whole: its compressed data ends too early") from None
         except OSError as error:
-            raise InputError(f"cannot read {self.name}: {error.strerror or error}") from None
+            raise InputError(f"cannot read {self.name}: {_first_line(error.strerror or error)}") from None
 
     def _stream(self) -> IO[bytes]:
         """The content from its beginning, decompressed."""
@@ -186,8 +188,7 @@ class Input:
         return "save it as UTF-8, or name its encoding with --encoding"
 
     def _decode(self, raw: bytes, number: int, where: str) -> str:
-        advice = "" if raw.isascii() else self._advice(raw)
-        return decode(raw, where, first=number == 1, encoding=self._encoding, advice=advice)
+        return decode(raw, where, first=number == 1, encoding=self._encoding, advice=self._advice)
 
     def _counted(self) -> Iterator[tuple[int, bytes]]:
         """Numbered lines as bytes."""
@@ -254,7 +255,11 @@ class Input:
             for number, row in enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), 1):
                 yield Record(number, f"row {number}", self.total * number // count, row)
         except (pyarrow.ArrowException, ValueError) as error:
-            raise InputError(f"{self.name} cannot be read as Parquet: {str(error).splitlines()[0]}") from None
+            raise InputError(f"{self.name} cannot be read as Parquet: {_first_line(error)}") from None
+
+
+def _first_line(error: object) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _readable(kind: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,7 +12,7 @@ from reranker.cli.errors import FailedError, InputError
 
 
 def decode(
-    raw: bytes, where: str, *, first: bool, encoding: str = "utf-8", advice: str = "convert the file first"
+    raw: bytes, where: str, *, first: bool, encoding: str = "utf-8", advice: Callable[[bytes], str] | None = None
 ) -> str:
     """A line without its end; the first one without a byte order mark.
 
@@ -21,7 +21,7 @@ def decode(
         where: what the error says of it.
         first: it is the first of its file.
         encoding: one in which a line feed is the byte 10.
-        advice: how to fix a line that is in another encoding.
+        advice: says how to read a line that is in another encoding.
 
     Raises:
         InputError: it is in another encoding, or binary.
@@ -29,7 +29,8 @@ def decode(
     try:
         text = raw.decode(encoding).rstrip("\r\n")
     except UnicodeDecodeError as error:
-        raise InputError(f"{where} is not {encoding.upper()} at byte {error.start}; {advice}") from None
+        fix = advice(raw) if advice else "save the file as UTF-8"
+        raise InputError(f"{where} is not {encoding.upper()} at byte {error.start}; {fix}") from None
     if "\0" in text:
         raise InputError(f"{where} holds a NUL byte")
     return text.removeprefix("\ufeff") if first else text
