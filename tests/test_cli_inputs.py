@@ -6,9 +6,11 @@ import csv
 import gzip
 import io
 import json
+import random
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +190,7 @@ REFUSED: list[tuple[str, bytes | str, str]] = [
     ("a.json", '["a"', "is not JSON"),
     ("a.csv", 'id,text\n1,"a\n2,b\n', "a.csv line 2 is not CSV"),
     ("a.csv", 'text,id\na,1\n"b" c,2\n', "a.csv line 3 is not CSV"),
+    ("a.csv", "id,text\n1,a\r2,b\n", "a.csv line 2 is not CSV: a line ends in CR alone"),
     ("a.txt", "fine\n" * 20_000 + "no\0t\n", "a.txt line 20001 holds a NUL byte"),
     ("a.tsv", 'id\ttext\n1\ta\n2\t"def f():\n\treturn 1"\n', "line 3: a quote opens here and closes in line 4"),
     # encodings
@@ -272,6 +275,37 @@ def test_the_document_names_every_form_and_column() -> None:
     assert re.findall(r"^\| `(\w+)` \| `\.\w+`", text, re.M) == list(forms.KINDS)
     names = text.partition("the first of ")[2].partition(" that is there")[0]
     assert re.findall(r"`(\w+)`", names) == list(forms.TEXT_NAMES)
+
+
+PIECES = [piece.encode() for piece in '" \n \r \t , ; [ { } ] : null NaN 1e999 text \ufeff'.split(" ")]
+PIECES += [b"\0", b"\xff", b"9" * 5000, b"[" * 3000, b'{"a":' * 2000]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet", "a.csv.gz", "a"])
+def test_damaged_files_are_read_or_refused(name: str, tmp_path: Path) -> None:
+    """Every file in every form: documents or an error of the command line, never another exception."""
+    whole = [text.encode() for text, _ in GOOD.values()] + [parquet({"id": [1], "text": ["a"]})]
+    whole += [c if isinstance(c, bytes) else c.encode() for _, c, _ in REFUSED]
+    whole += [gzip.compress(content) for content in whole]
+    dice = random.Random(name)
+    for content in whole * 4:
+        damaged = bytearray(content)
+        for _ in range(dice.randrange(4)):
+            place = dice.randrange(len(damaged) + 1)
+            damaged[place : place + dice.choice([0, 0, 1, 9])] = dice.choice([*PIECES, b""])
+        (tmp_path / name).write_bytes(damaged)
+        kind, encoding = dice.choice([None, *forms.KINDS]), dice.choice([None, "gb18030", "utf-16", "big5", "utf-7"])
+        with suppress(CommandError):
+            found = documents.read(str(tmp_path / name), kind, None, encoding)
+            assert found
+            assert all(isinstance(text, str) for text in found)
+
+
+def test_an_error_quotes_a_file_harmlessly(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(f'"evil \x1b]0;t\x07\nname",b,{"long " * 999}\n1,2,3\n')
+    err = cli("rank", "q", "--file", "a.csv", cwd=tmp_path, code=2).stderr
+    assert err.isprintable() or err[:-1].isprintable()
+    assert len(err) < 300
 
 
 # As a process

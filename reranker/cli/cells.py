@@ -9,7 +9,7 @@ from typing import Any
 from reranker.cli.errors import InputError
 from reranker.cli.inputs import Input
 from reranker.cli.tables import text_column
-from reranker.cli.terminal import note
+from reranker.cli.terminal import name_list, note
 
 
 class Cells:
@@ -51,7 +51,7 @@ class Cells:
         columns, name = self.source.columns, self.source.name
         folded = {column.strip().casefold(): column for column in columns}
         if "query" not in folded:
-            raise InputError(f"{name} has no column query; its columns are {', '.join(columns)}: rename one")
+            raise InputError(f"{name} has no column query; its columns are {name_list(columns)}: rename one")
         names = {column: fold for fold, column in folded.items()}
         if self.field is None and folded.keys() & {"documents", "document"}:
             return names

@@ -13,7 +13,7 @@ from reranker.cli.forms import TEXT_NAMES, told
 from reranker.cli.ids import ID, column, read_id
 from reranker.cli.inputs import Input, open_input, values
 from reranker.cli.tables import read_tsv, text_column
-from reranker.cli.terminal import note, plural
+from reranker.cli.terminal import name_list, note, plural
 
 _ENDS = (".jsonl", ".ndjson", ".json", ".tsv", ".csv", ".parquet")
 
@@ -95,7 +95,7 @@ def _tsv(source: Input) -> Iterator[tuple[str, Any, Any]]:
             where = f"{source.name} line {number}"
             if len(cells) != len(heading):
                 raise InputError(
-                    f"{where} has {plural(len(cells), 'column')}, not {len(heading)}: {', '.join(heading)}"
+                    f"{where} has {plural(len(cells), 'column')}, not {len(heading)}: {name_list(heading)}"
                 )
             yield where, *keys.values(dict(zip(heading, cells, strict=True)))
         return
@@ -137,7 +137,7 @@ class _Keys:
         """
         found = column(columns, ID)
         if found is None:
-            raise InputError(f"{name} has no column for the id; its columns are {', '.join(columns)}: name one _id")
+            raise InputError(f"{name} has no column for the id; its columns are {name_list(columns)}: name one _id")
         others = [c for c in columns if c != found]
         text = column(others, ("text", "query", "question")) or text_column(others, None, name)
         if text.casefold() != "text":

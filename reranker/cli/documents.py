@@ -9,7 +9,7 @@ from reranker.cli.errors import InputError
 from reranker.cli.forms import TEXT_NAMES
 from reranker.cli.inputs import Input, open_input, values
 from reranker.cli.tables import text_column
-from reranker.cli.terminal import note
+from reranker.cli.terminal import name_list, note
 
 
 def read(path: str, kind: str | None, field: str | None, encoding: str | None) -> list[str]:
@@ -55,8 +55,8 @@ def _key(source: Input, first: dict[str, Any], field: str | None, where: str) ->
         only = source.columns[0]
         if len(source.columns) == 1 and field is None and only.casefold() not in TEXT_NAMES:
             raise InputError(
-                f"{source.name} has one column, and its first line {only!r} is no known heading: if it is one, name it "
-                f"with --field; if it is a document, use --input-format lines"
+                f"{source.name} has one column, and its first line {name_list([only])!r} is no known heading: if it is "
+                f"one, name it with --field; if it is a document, use --input-format lines"
             )
         key = text_column(source.columns, field, source.name)
     else:

@@ -51,7 +51,7 @@ def encoding_name(text: str) -> str:
     """
     try:
         name = codecs.lookup(text).name
-        known = name.startswith(("utf-16", "utf-32")) or b"\n".decode(name) == "\n"
+        known = name.startswith(("utf-16", "utf-32")) or b"\n".decode(name, errors="replace") == "\n"
     except (LookupError, ValueError):
         known = False
     if not known:

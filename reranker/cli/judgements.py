@@ -12,7 +12,7 @@ from reranker.cli.errors import InputError
 from reranker.cli.forms import told
 from reranker.cli.ids import read_id
 from reranker.cli.inputs import open_input, values
-from reranker.cli.terminal import note, plural
+from reranker.cli.terminal import name_list, note, plural
 
 Grades = dict[str, dict[str, int]]
 """query id -> document id -> relevance; 0 is not relevant"""
@@ -90,7 +90,7 @@ def _judgements(path: Path, encoding: str | None) -> Iterator[tuple[str, Any, An
             heading, places = cells, [cells.index(name) for name in _columns(cells, where)]
             continue
         places = places or ((0, 1, 2) if kind and len(cells) == 3 else (0, 2, 3))
-        form = ", ".join(heading) or "query, 0, document, relevance"
+        form = name_list(heading) or "query, 0, document, relevance"
         _demand(cells, len(heading) or places[-1] + 1, form, where)
         query, document, grade = (cells[place] for place in places)
         yield where, query, document, grade
@@ -112,8 +112,9 @@ def _cells(path: Path, encoding: str | None) -> Iterator[tuple[str, list[str]]]:
     kind = told(str(path))
     with open_input(str(path), kind or "lines", encoding) as source:
         if kind:
-            for line, cells in source.rows():
-                yield f"{path} line {line}", cells if len(cells) > 1 else cells[0].split()
+            for line, row in source.rows():
+                if cells := row if len(row) > 1 else row[0].split():
+                    yield f"{path} line {line}", cells
         else:
             for where, text in values(source):
                 yield where, text.split()
@@ -129,7 +130,7 @@ def _columns(columns: Sequence[str], where: str) -> tuple[str, str, str]:
     query, document, grade = found
     if query is None or document is None or grade is None:
         raise InputError(
-            f"{where} has the columns {', '.join(columns)}, not query-id, corpus-id and score: rename them"
+            f"{where} has the columns {name_list(columns)}, not query-id, corpus-id and score: rename them"
         )
     return query, document, grade
 

@@ -128,7 +128,9 @@ def run(command: Callable[[], None] = main) -> NoReturn:
         command()
         sys.stdout.flush()
     except (CommandError, ModelLoadError, RerankError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        from reranker.cli.terminal import harmless
+
+        print(f"error: {harmless(str(error))}", file=sys.stderr)  # it may quote a file
         code = error.code if isinstance(error, CommandError) else 2 if isinstance(error, InvalidRequestError) else 1
     except BrokenPipeError:  # `... | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -12,6 +12,7 @@ from itertools import chain
 
 from reranker.cli.errors import InputError
 from reranker.cli.forms import TEXT_NAMES, delimiter
+from reranker.cli.terminal import name_list
 
 Line = tuple[int, str]
 """Number in the file, from 1, and text with its end."""
@@ -43,7 +44,8 @@ def read_csv(lines: Iterator[Line], name: str) -> Iterator[Row]:
                 yield place, cells
             place = begin + rows.line_num
     except csv.Error as error:
-        raise InputError(f"{name} line {place} is not CSV: {error}") from None
+        why = "a line ends in CR alone" if "universal-newline" in str(error) else error
+        raise InputError(f"{name} line {place} is not CSV: {why}") from None
 
 
 def read_tsv(lines: Iterator[Line], name: str) -> Iterator[Row]:
@@ -113,7 +115,7 @@ def text_column(columns: Sequence[str], field: str | None, name: str, what: str 
     """
     folded = [column.strip().casefold() for column in columns]
     wanted = TEXT_NAMES if field is None else (field.strip().casefold(),)
-    there = f"its {what}s are {', '.join(columns)}" if columns else f"it has no {what}s"
+    there = f"its {what}s are {name_list(columns)}" if columns else f"it has no {what}s"
     exact = field is not None and columns.count(field) == 1
     found = [field] if exact else [columns[folded.index(w)] for w in wanted if w in folded]
     if not found:

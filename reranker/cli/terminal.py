@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -13,6 +13,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 _LINE_SECONDS = 30.0
+_NAME = 40
+"""Characters of a name in a message."""
+_NAMES = 20
+"""Names in a message."""
 
 
 def harmless(text: str) -> str:
@@ -23,7 +27,13 @@ def harmless(text: str) -> str:
 @functools.cache
 def note(text: str) -> None:
     """Say on standard error what was decided for the user; the same only once."""
-    print(f"note: {text}", file=sys.stderr)
+    print(f"note: {harmless(text)}", file=sys.stderr)
+
+
+def name_list(columns: Sequence[str]) -> str:
+    """Names of columns for a message; the first line of a file without a heading may be long texts."""
+    shown = [column if len(column) <= _NAME else f"{column[:_NAME]}..." for column in columns[:_NAMES]]
+    return ", ".join([*shown, *([f"and {len(columns) - _NAMES} more"] if len(columns) > _NAMES else [])])
 
 
 def plural(count: int, noun: str) -> str:
