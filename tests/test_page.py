@@ -377,7 +377,7 @@ def test_files_are_read_as_on_the_command_line(fake: Server, visit: Open) -> Non
     cases = [(name, encoding) for name in test_cli_inputs.GOOD for encoding in encodings]
     contents = [test_cli_inputs.GOOD[name][0].encode(encoding) for name, encoding in cases]
     files = [[name, list(content)] for (name, _), content in zip(cases, contents, strict=True)]
-    packed = [[f"{name}.gz", list(gzip.compress(bytes(content)))] for name, content in files]
+    packed = [[f"{name}.gz", list(gzip.compress(content))] for (name, _), content in zip(cases, contents, strict=True)]
     results = page.evaluate(READ, files + packed)
     for (name, encoding), content, result in zip(cases * 2, contents * 2, results, strict=True):
         assert result.get("documents") == test_cli_inputs.GOOD[name][1], (name, encoding, result)

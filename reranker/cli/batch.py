@@ -139,7 +139,7 @@ def _bad(waiting: deque[list[Row]]) -> Iterator[tuple[list[Row], RerankError]]:
 
 
 class _Reader:
-    """The input row by row; read in another thread than the one that takes `groups`."""
+    """The input row by row; a worker thread reads, the main thread takes `groups`."""
 
     def __init__(self, rows: Input, args: argparse.Namespace, skip_to: int) -> None:
         self.input = rows

@@ -73,15 +73,7 @@ def _load(args: argparse.Namespace) -> tuple[Grades, dict[str, str], dict[str, s
     Raises:
         InputError: a part is missing, or an id has no text.
     """
-    parts = (args.corpus, args.queries, args.qrels)
-    if args.beir:
-        if any(parts):
-            raise InputError("give --beir, or --corpus, --queries and --qrels, not both")
-        paths = collection.beir(args.beir, args.split)
-    elif all(parts):
-        paths = collection.Paths(Path(args.corpus), Path(args.queries), Path(args.qrels))
-    else:
-        raise InputError("no data: give --beir DIR, or --corpus, --queries and --qrels")
+    paths = _paths(args)
     kind, encoding = args.input_format, args.encoding
     grades = judgements.read_grades(paths.qrels, encoding)
     queries = collection.read_texts(paths.queries, kind, encoding, None)
@@ -101,6 +93,17 @@ def _load(args: argparse.Namespace) -> tuple[Grades, dict[str, str], dict[str, s
     _demand(wanted, corpus, paths.corpus, "document")
     _check_judged(judged, corpus, paths.corpus)
     return grades, queries, corpus, ranking
+
+
+def _paths(args: argparse.Namespace) -> collection.Paths:
+    parts = (args.corpus, args.queries, args.qrels)
+    if args.beir:
+        if any(parts):
+            raise InputError("give --beir, or --corpus, --queries and --qrels, not both")
+        return collection.beir(args.beir, args.split)
+    if not all(parts):
+        raise InputError("no data: give --beir DIR, or --corpus, --queries and --qrels")
+    return collection.Paths(Path(args.corpus), Path(args.queries), Path(args.qrels))
 
 
 def _demand(ids: Mapping[str, object], found: Mapping[str, str], path: Path, what: str) -> None:

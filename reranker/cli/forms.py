@@ -57,7 +57,7 @@ _MARKS = ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "ut
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """What an input is read as.
+    """The form of one input.
 
     Attributes:
         kind: one of `KINDS`.
@@ -79,7 +79,7 @@ def form_of(path: str, given: str | None, kinds: Sequence[str] = KINDS) -> Form:
         kinds: the forms that the command reads.
 
     Raises:
-        InputError: the name tells no form, or one that the command does not read.
+        InputError: the name tells no form, or a form outside `kinds`.
     """
     end, gzipped = end_of(path)
     kind = given or (_ENDS.get(end) if end else "lines")

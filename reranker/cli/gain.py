@@ -54,7 +54,7 @@ class Gain:
 
 
 def parse_measures(names: str) -> list[Any]:
-    """Measures by the names that ir-measures gives them, whatever their case.
+    """Parse names of ir-measures, in any case.
 
     Raises:
         InputError: there is no such measure.

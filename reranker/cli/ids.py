@@ -1,4 +1,4 @@
-"""Ids of queries and documents as text, whatever the files make of them, and the columns that hold them."""
+"""Ids of queries and documents as text, and the columns that hold ids and grades."""
 
 from __future__ import annotations
 

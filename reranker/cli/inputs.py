@@ -1,4 +1,4 @@
-"""An input in any form as records, one after another: what `rank`, `batch` and `evaluate` read, they read here."""
+"""An input in any form as records, one after another, for `rank`, `batch` and `evaluate` alike."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ class Input:
 
     Attributes:
         name: for messages.
-        form: what it is read as.
-        total: bytes of the content, decompressed; what `Record.end` grows to. Known after `digest`.
+        form: its form.
+        total: bytes of the content, decompressed; the last `Record.end`. Known after `digest`.
         columns: of a table or Parquet file, known with the first record.
     """
 
@@ -83,7 +83,7 @@ class Input:
 
     @property
     def unit(self) -> str:
-        """The name of what a record's number counts."""
+        """The noun that a record's number counts."""
         return "line" if self.form.kind in ("lines", "jsonl") else "row"
 
     def digest(self) -> str:
@@ -280,7 +280,7 @@ def _decodes(raw: bytes, encoding: str) -> bool:
 
 
 def _is_utf8(head: bytes) -> bool:
-    """Whether this is UTF-8 beyond doubt: text of another encoding seldom is, and never for so many characters."""
+    """Whether this is UTF-8 beyond doubt: ten characters of another encoding are hardly ever valid UTF-8."""
     text = codecs.getincrementaldecoder("utf-8")("ignore").decode(head)
     return sum(not c.isascii() for c in text) >= 10 and text.encode() == head[: len(text.encode())]
 
@@ -309,7 +309,7 @@ def open_input(path: str, given: str | None, encoding: str | None, kinds: Sequen
     Args:
         path: its name.
         given: the form by `--input-format`; None: by the name.
-        encoding: by `--encoding`; None: UTF-8, or the one that a byte order mark tells.
+        encoding: by `--encoding`; None: by the byte order mark, else UTF-8.
         kinds: the forms that the command reads.
 
     Raises:

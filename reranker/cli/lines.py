@@ -18,7 +18,7 @@ def decode(
 
     Args:
         raw: the line.
-        where: what the error says of it.
+        where: its place, for the error.
         first: it is the first of its file.
         encoding: one in which a line feed is the byte 10.
         advice: says how to read a line that is in another encoding.
@@ -67,7 +67,7 @@ def dump(value: object) -> bytes:
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """What is done inside writes `path`.
+    """Turn an OSError inside into a FailedError that names `path`.
 
     Raises:
         FailedError: it cannot be written.

@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run one command.
 
     Raises:
-        CommandError, ModelLoadError, RerankError: what `run` turns into a line.
+        CommandError, ModelLoadError, RerankError: `run` turns each into a line.
     """
     args, rest = parser().parse_known_args(argv)
     if args.command == "rank" and not any(word.startswith("-") for word in rest):

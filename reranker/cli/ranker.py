@@ -1,4 +1,4 @@
-"""Who scores: a model in this process or a running service, behind one method. The scores are the same."""
+"""A model in this process or a running service, behind one method with the same scores."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Scored:
 
 
 class Ranker(Protocol):
-    """What a command needs."""
+    """Scores requests; the one interface that commands use."""
 
     def rank_many(self, requests: Iterable[RerankRequest]) -> Iterator[Scored | RerankError]:
         """For each request, in order, its scores or why it has none; takes a little more than it has answered.
@@ -39,7 +39,7 @@ class Ranker(Protocol):
 
     @property
     def facts(self) -> dict[str, str]:
-        """What scores, for people."""
+        """The model or service, for people."""
 
 
 def open_ranker(source: Source) -> Ranker:

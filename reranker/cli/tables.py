@@ -108,7 +108,7 @@ def _bare(cell: str) -> str:
 
 
 def text_column(columns: Sequence[str], field: str | None, name: str, what: str = "column") -> str:
-    """The column, or key, that holds the text: the one that is named, else the first of the known names.
+    """The column, or key, that holds the text: `field`, else the first of the known names.
 
     Raises:
         InputError: there is none; names those that there are.

@@ -1,4 +1,4 @@
-"""What people see: tables and progress by rich, in terminals only, and texts made harmless."""
+"""Output for people: progress by rich, in terminals only, notes, and texts made harmless."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def plural(count: int, noun: str) -> str:
 
 
 def truncated(count: int, url: str | None) -> str:
-    """What to say of documents that were too long."""
+    """The note on documents that were too long."""
     limit = "the service's MAX_SEQ_LENGTH" if url else "--max-seq-length"
     return f"{plural(count, 'document')} did not fit and {'was' if count == 1 else 'were'} truncated ({limit})"
 
