@@ -159,7 +159,7 @@ class Input:
         head = stream.read(HEAD)
         check_bytes(head, self.form, self.name)
         if self.form.kind == "parquet":
-            return io.BufferedReader(_Rejoined(head, stream))
+            return io.BufferedReader(_Rejoined(head, stream), 1 << 20)
         self._encoding = encoding_of(head, self._given, self.name)
         if self._encoding.startswith(("utf-16", "utf-32")):
             head, stream = self._recoded(head + stream.read())
@@ -169,7 +169,7 @@ class Input:
             raise InputError(f"{self.name} is UTF-8; leave --encoding {self._given} out")
         text = head.decode(self._encoding, errors="replace").removeprefix("\ufeff")
         check_text(text, self.form, self.name, self._kinds)
-        return io.BufferedReader(_Rejoined(head, stream))
+        return io.BufferedReader(_Rejoined(head, stream), 1 << 20)
 
     def _recoded(self, content: bytes) -> tuple[bytes, IO[bytes]]:
         try:
