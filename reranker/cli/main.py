@@ -39,7 +39,7 @@ def _add_input_options(to: argparse._ActionsContainer, kinds: Sequence[str], mea
     to.add_argument("--input-format", choices=kinds, help=means)
     if field:
         to.add_argument(
-            "--field", metavar="NAME", help="the column or key of the text; without it: text, content, 内容..."
+            "--field", metavar="NAME", help="the column or key of the text; without it a known name (docs/files.md)"
         )
     to.add_argument("--encoding", metavar="NAME", help="without it: UTF-8; gb18030 for files that Chinese Excel saved")
 
