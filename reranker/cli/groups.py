@@ -76,8 +76,9 @@ def joined(group: list[Row]) -> RerankRequest | None:
     return replace(request, documents=[text for row in group if row.request for text in row.request.documents])
 
 
-def _shared(row: Row) -> tuple[str, str | None] | None:
+def _shared(row: Row) -> RerankRequest | None:
+    """The part of a request that neighbouring pairs must share to become one; None for every other row."""
     request = row.request if row.pair else None
     if request is None or len(request.documents[0]) > _CHARACTERS:
         return None
-    return request.query, request.instruction
+    return replace(request, documents=())
