@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from reranker.cli.cells import Cells
+from reranker.cli.cells import Cells, RowError
 from reranker.cli.errors import FailedError, InputError
 from reranker.cli.groups import Row, groups, joined, row_of
 from reranker.cli.inputs import Input, Record, open_input
@@ -172,5 +172,8 @@ class _Reader:
     def _row(self, record: Record, cells: Cells) -> Row:
         row = Row(record.number, error=record.error)
         if not record.error:
-            row = row_of(record.number, cells.body(record.value), self.args.top_k, self.args.instruction)
+            try:
+                row = row_of(record.number, cells.body(record.value), self.args.top_k, self.args.instruction)
+            except RowError as error:
+                row = replace(row, error=str(error))
         return replace(row, place=record.place, end=record.end)

@@ -12,6 +12,10 @@ from reranker.cli.tables import text_column
 from reranker.cli.terminal import name_list, note
 
 
+class RowError(InputError):
+    """One row cannot be used; the others can."""
+
+
 class Cells:
     """Turns the rows of an input into bodies with `query` and `documents`, or `query` and `document`.
 
@@ -30,7 +34,8 @@ class Cells:
         """The body of a row.
 
         Raises:
-            InputError: the columns tell no query or no document; concerns the whole input.
+            RowError: a cell cannot be read.
+            InputError: the columns tell no query or no document.
         """
         if not isinstance(value, dict):
             return value
@@ -73,7 +78,7 @@ def _value(name: str, cell: Any) -> Any:
         try:
             return json.loads(cell)
         except (ValueError, RecursionError):
-            return cell
+            raise RowError('documents: must be a JSON array such as ["a", "b"]; or name the column document') from None
     if isinstance(cell, float) and cell.is_integer():  # pandas writes a whole number beside a missing one as a float
         return int(cell)
     return cell
