@@ -113,7 +113,10 @@ def test_a_key_of_json_lines_by_field(tmp_path: Path) -> None:
     write_lines(tmp_path / "in.jsonl", [{"query": "q", "passage": "d", "document": "no"}])
     with stub() as service:
         cli("batch", "in.jsonl", "out.jsonl", "--field", "passage", "--url", service.url, cwd=tmp_path)
+        args = ("batch", "in.jsonl", "other.jsonl", "--field", "psasage", "--url", service.url)
+        err = cli(*args, cwd=tmp_path, code=2).stderr
     assert service.bodies == [{"query": "q", "documents": ["d"]}]
+    assert "error: line 1: psasage: is required, because --field names it" in err
 
 
 @pytest.mark.parametrize(

@@ -238,6 +238,11 @@ def test_a_mixed_collection_and_what_is_said_of_it(tmp_path: Path) -> None:
     ]
 
 
+def test_a_form_that_every_name_tells(tmp_path: Path) -> None:
+    folder(tmp_path, "qid,docid,label\n1,12,1\n")
+    assert "--input-format has no effect" in evaluated(tmp_path, 2, "--input-format", "csv")[1]
+
+
 def test_ids_that_do_not_match_at_all(tmp_path: Path) -> None:
     folder(tmp_path, "qid,docid,label\n1,doc12,1\n")
     said = evaluated(tmp_path, 2)[1]

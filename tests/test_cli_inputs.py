@@ -345,6 +345,10 @@ def test_a_process_substitution_is_as_standard_input(tmp_path: Path) -> None:
 
 
 def test_what_has_no_effect_is_refused(tmp_path: Path) -> None:
+    for name, content in (("d.txt", "a\nb\n"), ("d.jsonl", '"a"\n"b"\n')):
+        (tmp_path / name).write_text(content)
+        err = cli("rank", "q", "--file", name, "--field", "body", cwd=tmp_path, code=2).stderr
+        assert err == f"error: --field body has no effect: {name} holds texts without columns or keys\n"
     for option, value in (("--field", "x"), ("--input-format", "csv"), ("--encoding", "gbk")):
         err = cli("rank", "q", "d", option, value, cwd=tmp_path, code=2).stderr
         assert err.startswith(f"error: {option} is for --file and standard input")

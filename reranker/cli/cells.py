@@ -47,8 +47,10 @@ class Cells:
         return {name: _value(name, cell) for name, cell in cells.items() if not _absent(name, cell)}
 
     def _renamed(self, value: dict[str, Any]) -> dict[str, Any]:
-        if self.field is None or self.field not in value:
+        if self.field is None:
             return value
+        if self.field not in value:
+            raise RowError(f"{self.field}: is required, because --field names it")
         kept = {key: v for key, v in value.items() if key not in ("documents", "document", self.field)}
         return kept | {"document": value[self.field]}
 

@@ -46,6 +46,8 @@ def _documents(source: Input, field: str | None) -> list[str]:
                 f"name the key with --field"
             )
         found.append(text)
+    if found and key is None and field is not None:
+        raise InputError(f"--field {field} has no effect: {source.name} holds texts without columns or keys")
     return found
 
 

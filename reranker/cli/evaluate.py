@@ -17,6 +17,7 @@ from rich.table import Table
 
 from reranker.cli import bm25, collection, gain, judgements
 from reranker.cli.errors import FailedError, InputError
+from reranker.cli.forms import told
 from reranker.cli.judgements import Grades, Ranking
 from reranker.cli.lines import writing
 from reranker.cli.options import source
@@ -75,6 +76,8 @@ def _load(args: argparse.Namespace) -> tuple[Grades, dict[str, str], dict[str, s
     """
     paths = _paths(args)
     kind, encoding = args.input_format, args.encoding
+    if kind and told(str(paths.corpus)) and told(str(paths.queries)):
+        raise InputError("--input-format has no effect: the names of corpus and queries tell their forms")
     grades = judgements.read_grades(paths.qrels, encoding)
     queries = collection.read_texts(paths.queries, kind, encoding, None)
     _demand(grades, queries, paths.queries, "query")
