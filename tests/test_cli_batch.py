@@ -74,7 +74,7 @@ def test_killed_and_resumed_with_the_model(tmp_path: Path) -> None:
     with partial.open("ab") as file:  # what a power failure leaves
         file.write(b'{"line": %d, "id": "q' % (done + 1) + b"\0" * 100)
     resumed = cli("batch", "in.jsonl", "out.jsonl", *args, cwd=tmp_path)
-    assert f"continuing behind line {done}: {done} lines are done" in resumed.stderr
+    assert f"continuing after line {done}: {done} lines are done" in resumed.stderr
     assert f"{len(values) - done} lines, " in resumed.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
     assert (tmp_path / "out.jsonl").read_bytes().startswith(before)

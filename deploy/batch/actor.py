@@ -20,8 +20,9 @@ import ray
 
 from deploy.batch.output import Output, Record
 from deploy.batch.parts import Part
-from deploy.batch.rows import NOTES, Row, groups, joined, rows
+from deploy.batch.rows import NOTES, rows
 from reranker.cli.errors import CommandError
+from reranker.cli.groups import Row, groups, joined
 from reranker.cli.ranker import Ranker, Scored
 from reranker.errors import DeviceLostError, ModelLoadError, RerankError
 from reranker.types import RerankRequest

@@ -21,6 +21,7 @@ from deploy.batch.actor import Job, fingerprint, score
 from deploy.batch.output import Output, Record
 from deploy.batch.parts import Part, cut, scan
 from reranker.cli.errors import FailedError, InputError
+from reranker.cli.groups import Row
 from reranker.cli.ranker import Scored
 from reranker.cli.rows import request_of
 from reranker.errors import InvalidRequestError, RerankError
@@ -35,7 +36,7 @@ def parts_of(path: Path, size: int) -> list[Part]:
     return cut({address: scan(address, size)})
 
 
-def read(path: Path, size: int) -> list[reading.Row]:
+def read(path: Path, size: int) -> list[Row]:
     return [row for part in parts_of(path, size) for row in reading.rows(part, None, None)]
 
 
