@@ -100,7 +100,7 @@ def _run(args: argparse.Namespace, ranker: Ranker, read: _Reader, journal: Journ
         if shortened:
             shown.say(truncated(shortened, args.url))
         if queries:
-            shown.say(f"the query of {plural(queries, 'request')} did not fit and was truncated (--max-seq-length)")
+            shown.say(truncated(queries, args.url, "query", "queries"))
 
 
 def _write(journal: Journal, group: list[Row], scored: Scored) -> None:

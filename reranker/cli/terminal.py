@@ -36,15 +36,15 @@ def name_list(columns: Sequence[str]) -> str:
     return ", ".join([*shown, *([f"and {len(columns) - _NAMES} more"] if len(columns) > _NAMES else [])])
 
 
-def plural(count: int, noun: str) -> str:
-    """A count and its noun: 1 line, 2 lines."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
+def plural(count: int, noun: str, several: str = "") -> str:
+    """A count and its noun: 1 line, 2 lines; `several` is the plural that takes more than an s."""
+    return f"{count} {noun if count == 1 else several or noun + 's'}"
 
 
-def truncated(count: int, url: str | None) -> str:
-    """The note on documents that were too long."""
+def truncated(count: int, url: str | None, noun: str = "document", several: str = "") -> str:
+    """The note on documents, or queries, that were too long."""
     limit = "the service's MAX_SEQ_LENGTH" if url else "--max-seq-length"
-    return f"{plural(count, 'document')} did not fit and {'was' if count == 1 else 'were'} truncated ({limit})"
+    return f"{plural(count, noun, several)} did not fit and {'was' if count == 1 else 'were'} truncated ({limit})"
 
 
 @contextmanager
