@@ -59,7 +59,7 @@ class Cells:
         folded = {column.strip().casefold(): column for column in columns}
         if "query" not in folded:
             raise InputError(f"{name} has no column query; its columns are {name_list(columns)}: rename one")
-        names = {column: fold for fold, column in folded.items()}
+        names = {column: fold for fold, column in folded.items() if fold}  # pandas names its index ""
         if self.field is None and folded.keys() & {"documents", "document"}:
             return names
         column = text_column([c for c in columns if c != folded["query"]], self.field, name)
