@@ -9,7 +9,7 @@ import pytest
 from reranker.engine.scores import sigmoid
 from reranker.fields import FIELDS
 from tests.conftest import Server
-from tests.test_request import wear
+from tests.rows import wear
 
 QUERY = "red fish"
 DOCUMENTS = ["a bird", "red fish", "a fish"]

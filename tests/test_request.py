@@ -20,6 +20,7 @@ from reranker.request import ParsedRequest, json_schema, parse_request
 from reranker.template import SUFFIX, SYSTEM
 from reranker.types import MOST_CHUNKS
 from tests.conftest import ROOT
+from tests.rows import wear
 
 BODY: dict[str, Any] = {"query": "q", "documents": ["a", "b"]}
 COUNTS = ("top_k", "top_n", "max_tokens_per_doc", "max_chunks_per_doc", "max_chunk_per_doc")
@@ -356,14 +357,6 @@ def test_rank_fields_of_documents_that_have_none_are_reported() -> None:
     parsed = parse(rank_fields=["title"])
     assert parsed.ignored == ("rank_fields",)
     assert parsed.warnings == ("rank_fields is not read: no document is an object",)
-
-
-def wear(query: str, documents: list[str], instruction: str = "I") -> dict[str, Any]:
-    """Texts in the template that vLLM's and vllm-ascend's published clients put around them."""
-    return {
-        "query": f"{SYSTEM}<Instruct>: {instruction}\n<Query>: {query}\n",
-        "documents": [f"<Document>: {document}{SUFFIX}" for document in documents],
-    }
 
 
 @pytest.mark.parametrize("query", ["q", "two\nlines\n", "a\n<Query>: b", "<Document>: x", " blank "])

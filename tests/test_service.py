@@ -22,8 +22,8 @@ from config import Settings
 from tests.conftest import DEMO, ROOT, Server, Start
 from tests.fake import FakeScorer
 from tests.faults.traffic import Traffic, all_ready, until
+from tests.rows import wear
 from tests.test_metrics import once, value
-from tests.test_request import wear
 
 QUERY = "how to compress files"
 DOCUMENTS = [

@@ -28,7 +28,7 @@ from reranker.errors import InvalidRequestError, RerankError
 from reranker.notes import Notes
 from reranker.types import RerankRequest
 from tests.conftest import free_port, make_model
-from tests.test_cli_rows import ROWS
+from tests.rows import ROWS
 
 
 def parts_of(path: Path, size: int) -> list[Part]:
