@@ -14,8 +14,8 @@ import pytest
 from reranker.fields import FIELDS
 from reranker.notes import MAX_NOTES
 from tests.conftest import FAKE, Server, Start
+from tests.rows import wear
 from tests.test_api_routes import ALL, WRONG, ranked
-from tests.test_request import wear
 
 QUERY = "how to compress files"
 DOCUMENTS = ["a game of chess for two players", "gzip compresses files with the deflate algorithm"]

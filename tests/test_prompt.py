@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from reranker.engine.prompt import Prompt
+from reranker.engine.prompt import QWEN3_TOKENS, Prompt
 from reranker.engine.scores import per_document
 from reranker.errors import InvalidRequestError, ModelLoadError
 from reranker.types import MOST_CHUNKS, EncodedRequest, RerankRequest, RerankResult, Slice
@@ -41,10 +41,12 @@ TEXT = st.text(max_size=60) | st.lists(
     ),
     max_size=30,
 ).map("".join)
+# The card parses control tokens in texts, and hypothesis finds their names in the source.
+ORDINARY = TEXT.filter(lambda text: not any(token in text for token in CONTROL))
 
 
 @settings(max_examples=300, deadline=None)
-@given(query=TEXT, document=TEXT, instruction=TEXT)
+@given(query=ORDINARY, document=ORDINARY, instruction=ORDINARY)
 def test_the_cut_prompt_is_the_cards_prompt_token_for_token(
     card: Card, query: str, document: str, instruction: str
 ) -> None:
@@ -163,16 +165,31 @@ def test_the_instruction_of_the_request_replaces_the_default() -> None:
 
 def test_a_tokenizer_whose_control_tokens_can_be_forged_is_refused() -> None:
     tokenizer = AutoTokenizer.from_pretrained(str(DEMO))
-    tokenizer.add_tokens(["the"])  # an ordinary entry of the vocabulary, now a control token as well
+    tokenizer.add_special_tokens({"extra_special_tokens": ["the"]})  # an ordinary entry of the vocabulary as well
     with pytest.raises(ModelLoadError, match="could be forged"):
         Prompt(tokenizer)
 
 
-def test_a_tokenizer_that_splits_the_answers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    encode = TOKENIZER.encode
-    monkeypatch.setattr(TOKENIZER, "encode", lambda text, **options: encode(text + text, **options))
-    with pytest.raises(ModelLoadError, match="splits 'yes' into 2 tokens"):
+@pytest.mark.parametrize("token", [None, TOKENIZER.unk_token_id])
+def test_a_tokenizer_without_the_answers_is_refused(monkeypatch: pytest.MonkeyPatch, token: int | None) -> None:
+    known = TOKENIZER.convert_tokens_to_ids
+    monkeypatch.setattr(TOKENIZER, "convert_tokens_to_ids", lambda text: token if text == "no" else known(text))
+    with pytest.raises(ModelLoadError, match="has no token 'no'"):
         Prompt(TOKENIZER)
+
+
+def test_words_that_a_fine_tune_added_are_known_and_control_tokens_are_not() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(str(DEMO))
+    tokenizer.add_tokens(["gzip", "<Query>"])
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|steer|>"]})
+    prompt = Prompt(tokenizer)
+    prompt.check(tokenizer)
+    text = "gzip and <Query> of a gzipped file"
+    assert prompt.plain.encode(text).ids == tokenizer.encode(text, add_special_tokens=False)
+    for control in [*QWEN3_TOKENS, "<|steer|>"]:
+        ids = prompt.plain.encode(f"a {control} b").ids
+        assert tokenizer.convert_tokens_to_ids(control) not in ids
+        assert tokenizer.decode(ids) == f"a {control} b"
 
 
 def rest(document: list[int]) -> list[int]:

@@ -78,7 +78,9 @@ def _parquet(file: IO[bytes], part: Part) -> Iterator[tuple[int, dict[str, Any]]
     )
     wanted = [i for i, end in enumerate(ends) if end > part.start and (i == 0 or ends[i - 1] < part.stop)]
     position = ends[wanted[0] - 1] if wanted[0] else 0
-    columns = [name for name in COLUMNS if name in source.schema_arrow.names]
+    names = source.schema_arrow.names
+    columns = [name for name in COLUMNS if name in names]
+    NOTES.add((f"the column {name} is not read" for name in names if name not in COLUMNS), f"{part.file}: ")
     for batch in source.iter_batches(_ROWS, row_groups=wanted, columns=columns, use_threads=False):
         start, stop = max(position, part.start), min(position + batch.num_rows, part.stop)
         if start < stop:

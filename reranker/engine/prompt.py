@@ -8,6 +8,7 @@ split there without changing a token (tests/test_prompt.py proves it on random t
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from itertools import takewhile
 
@@ -20,6 +21,8 @@ from reranker.template import SUFFIX as SUFFIX
 from reranker.template import SYSTEM as SYSTEM
 from reranker.types import MOST_CHUNKS, EncodedRequest, RerankRequest
 
+logger = logging.getLogger(__name__)
+
 INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
 
 # A text is first tried at so many characters per wanted token (English has about 4.5), then at twice as many ...
@@ -29,6 +32,13 @@ _UNSURE_TOKENS = 32
 # Of a default instruction of many pages the start is kept: 4B needs 0.3 MB a token in float32.
 _MOST_PREAMBLE = 512
 _CLOSING = "\n<Document>:"
+QWEN3_TOKENS = frozenset(
+    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
+    "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|> "
+    "<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|> "
+    "<tool_response> </tool_response> <think> </think>".split()
+)
+"""The added tokens of every Qwen3 checkpoint: each could end a turn or answer for the model."""
 # The least that is left of a truncated query; an instruction that leaves less is itself too long.
 _MIN_QUERY_TOKENS = 8
 
@@ -56,7 +66,7 @@ class Prompt:
         self.plain = _without_added_tokens(tokenizer)
         self.system = self._control(tokenizer, SYSTEM)
         self.suffix = self._control(tokenizer, SUFFIX)
-        self.yes, self.no = (self._single(tokenizer, word) for word in ("yes", "no"))
+        self.yes, self.no = (self._answer(tokenizer, word) for word in ("yes", "no"))
         self.longest_entry = max(map(len, self.plain.get_vocab()))
         """Characters that one token can stand for at the most (byte-level entries: at most one character a byte)."""
         opening = self._bounded([_opening(instruction)], _MOST_PREAMBLE)[0].ids
@@ -71,13 +81,27 @@ class Prompt:
         return ids
 
     @staticmethod
-    def _single(tokenizer: PreTrainedTokenizerBase, word: str) -> int:
-        ids = tokenizer.encode(word, add_special_tokens=False)
-        if len(ids) != 1:
-            raise ModelLoadError(
-                f"the tokenizer splits {word!r} into {len(ids)} tokens: not a Qwen3-Reranker checkpoint"
-            )
-        return int(ids[0])
+    def _answer(tokenizer: PreTrainedTokenizerBase, word: str) -> int:
+        token = tokenizer.convert_tokens_to_ids(word)  # as the card does: the word may not begin a text
+        if not isinstance(token, int) or token == tokenizer.unk_token_id:
+            raise ModelLoadError(f"the tokenizer has no token {word!r}: not a Qwen3-Reranker checkpoint")
+        return token
+
+    def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Refuse a tokenizer for which the pieces of a prompt are not the tokens of the whole.
+
+        Raises:
+            ModelLoadError: its normalizer or pre-tokenizer joins what is encoded apart here.
+        """
+        for query, document in (("how to compress files", " gzip\n"), ("如何压缩文件", "Ａ gzip"), ("x", "x")):
+            opening = f"{_opening(self.instruction)} {query}"
+            texts = opening + _CLOSING, " " + document
+            pieces = [i for text in texts for i in self.plain.encode(text, add_special_tokens=False).ids]
+            if pieces != tokenizer.encode(f"{opening}{_CLOSING} {document}", add_special_tokens=False):
+                raise ModelLoadError(
+                    "the tokenizer gives a prompt other tokens than a Qwen3-Reranker's (look at normalizer and "
+                    "pre_tokenizer in tokenizer.json): use the original's tokenizer"
+                )
 
     def encode(self, request: RerankRequest, kept: Sequence[int] = ()) -> EncodedRequest:
         """Tokenise a request; documents that do not fit are cut from the right, the suffix always stays.
@@ -186,15 +210,25 @@ def _character(encoding: Encoding, token: int) -> int:
 
 
 def _without_added_tokens(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """A copy of the tokenizer that knows ordinary text only."""
+    """Return a copy of the tokenizer that knows ordinary text only, and words that a fine-tune added."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         raise ModelLoadError("the model folder has no tokenizer.json: download the whole checkpoint again")
     description = json.loads(backend.to_str())
-    added = {token["content"]: token["id"] for token in description["added_tokens"]}
-    description |= {"added_tokens": [], "truncation": None, "padding": None}
+    tokens = description["added_tokens"]
+    words = [token for token in tokens if token["content"] not in QWEN3_TOKENS and not token["special"]]
+    control = {token["content"]: token["id"] for token in tokens if token not in words}
+    if others := sorted(set(control) - set(QWEN3_TOKENS)):
+        logger.warning("special tokens of the checkpoint are plain text in queries and documents: %s", others[:3])
+    description |= {"truncation": None, "padding": None}
+    if words:  # a fine-tune has learnt them: only what could steer the prompt is text
+        for token in tokens:
+            token["special"] = token not in words
+    else:
+        description["added_tokens"] = []
     plain = Tokenizer.from_str(json.dumps(description))
-    survivors = sorted(text for text, i in added.items() if i in plain.encode(text, add_special_tokens=False).ids)
+    plain.encode_special_tokens = True
+    survivors = sorted(text for text, i in control.items() if i in plain.encode(text, add_special_tokens=False).ids)
     if survivors:
         raise ModelLoadError(f"control tokens are ordinary vocabulary here and could be forged: {survivors[:3]}")
     return plain
