@@ -23,6 +23,7 @@ from fastapi.routing import iter_route_contexts
 from config import Settings, SettingsError, load_settings, log_config, misspelt
 from reranker import __version__
 from reranker.errors import ModelLoadError, NotReadyError
+from reranker.service import cors
 from reranker.service.access import AccessLog
 from reranker.service.address import curl_target, is_local
 from reranker.service.api import errors, health, metrics, openai, page, routes, tei
@@ -108,6 +109,8 @@ def create_app(
     # Outermost last.
     app.add_middleware(Limits, max_body_bytes=settings.max_body_bytes, body_timeout=settings.body_timeout)
     app.add_middleware(TokenAuth, tokens=tokens)
+    if settings.cors_allow_origins:
+        cors.install(app, settings.cors_allow_origins.split(","))
     app.add_middleware(
         AccessLog, metrics=counts, routes={str(context.path) for context in iter_route_contexts(app.routes)}
     )

@@ -114,6 +114,26 @@ def _allocator(value: str) -> str:
     return value
 
 
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9_-]+(\.[a-z0-9_-]+)*|\[[0-9a-f:.]+\])(:(\d{1,5}))?")
+_DEFAULT_PORT = re.compile(r"(?<=^http:)(.+):80$|(?<=^https:)(.+):443$")  # browsers leave it out
+
+
+def _origins(value: str) -> str:
+    origins = [origin.strip().lower() for origin in value.split(",")]
+    if value.strip() and not any(origins):
+        raise ValueError("there is no origin between the commas; leave it empty to allow none")
+    if "*" in origins and any(origin not in ("*", "") for origin in origins):
+        raise ValueError("* allows every origin, so it stands alone")
+    for origin in filter(None, origins):
+        found = _ORIGIN.fullmatch(origin)
+        if origin != "*" and (found is None or int(found[4] or 0) > 65535):
+            raise ValueError(
+                "an origin is scheme://host or scheme://host:port in ASCII without a path, a slash at its end or "
+                "a wildcard, as in https://app.example,http://localhost:3000; * alone allows every origin"
+            )
+    return ",".join(_DEFAULT_PORT.sub(r"\1\2", origin) for origin in origins if origin)
+
+
 def _lower(value: Any) -> Any:
     return value.lower() if isinstance(value, str) else value
 
@@ -182,6 +202,9 @@ class Settings(BaseSettings):
     # What it accepts
     access_token: Annotated[str, AfterValidator(_token)] = Field(
         "", repr=False, description="Token, or several separated by commas; empty: open to everybody"
+    )
+    cors_allow_origins: Annotated[str, AfterValidator(_origins)] = Field(
+        "", description="Origins of web pages that may call it, separated by commas, or * for all; empty: none"
     )
     max_documents: int = Field(2048, ge=1, le=100_000, description="Documents in one request")
     max_body_bytes: int = Field(16_777_216, ge=1024, le=1_073_741_824, description="Bytes of a request's body")

@@ -28,6 +28,8 @@ class RerankRequest:
     """A longer document is split into up to so many chunks of that size and counts by its best; None: it is cut."""
     truncate: bool = True
     """False: a document of which a part would not be read is an error instead."""
+    truncate_query: bool = False
+    """True: a query that leaves no room for a document is truncated instead of refused."""
     positions: Sequence[int] | None = None
     """Where each document stands in the client's request, if this is a part of it; errors name documents by that."""
 
@@ -60,6 +62,8 @@ class EncodedRequest:
     ends: n + 1 numbers for n chunks."""
     kept: int = 0
     """Tokens at the prefix's start that no pass computes again: the model keeps their keys and values."""
+    query_truncated: bool = False
+    """Whether only the start of the query is in the prefix."""
 
     @classmethod
     def join(cls, parts: Sequence[EncodedRequest]) -> EncodedRequest:
@@ -73,6 +77,7 @@ class EncodedRequest:
             frozenset(start + i for start, part in zip(before, parts, strict=False) for i in part.truncated),
             None if parts[0].chunks is None else [borders for part in parts for borders in part.chunks or []],
             parts[0].kept,
+            parts[0].query_truncated,
         )
 
     @property
@@ -143,6 +148,8 @@ class DocumentScore(NamedTuple):
     truncated: bool = False
     best_chunk: Chunk | None = None
     """The one that the logit is from, where the document was split."""
+    query_truncated: bool = False
+    """Whether only the start of the query was read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +162,8 @@ class RerankResult:
     timings: Timings = field(default_factory=Timings)
     best_chunks: Mapping[int, Chunk] = field(default_factory=dict)
     """By document index: the chunk that a document which was split got its logit from."""
+    query_truncated: bool = False
+    """Whether only the start of the query was read."""
 
     @classmethod
     def of(cls, scores: Sequence[DocumentScore], timings: Timings | None = None) -> RerankResult:
@@ -165,6 +174,7 @@ class RerankResult:
             sum(score.truncated for score in scores),
             timings or Timings(),
             {i: score.best_chunk for i, score in enumerate(scores) if score.best_chunk is not None},
+            any(score.query_truncated for score in scores),
         )
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from tests.card import PREFIX, SUFFIX
 
@@ -39,6 +40,7 @@ CTXL_TEMPLATE = (
     "{%- for m in messages -%}{%- if m.role == 'document' -%}<Document> {{ m.content }}\n{%- endif -%}{%- endfor -%}"
     "{%- for m in messages -%}{%- if m.role == 'query' -%}<Query> {{ m.content }} ??{%- endif -%}{%- endfor -%}"
 )
+STRIP = {"type": "Strip", "strip_left": True, "strip_right": True}
 GENERIC_TEMPLATE = (
     "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{%- endif %}"
@@ -66,6 +68,16 @@ def config(path: Path, **values: Any) -> None:
     file = path / "config.json"
     changed = json.loads(file.read_text()) | values
     file.write_text(json.dumps({name: value for name, value in changed.items() if value is not None}))
+
+
+def null(field: str) -> Edit:
+    """A field of config.json that is there and null."""
+
+    def edit(path: Path) -> None:
+        file = path / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {field: None}))
+
+    return edit
 
 
 def settings(**values: Any) -> Edit:
@@ -179,9 +191,49 @@ def merges_as(kind: type) -> Edit:
     return tokenizer_json(change)
 
 
-def one_more_token(value: dict[str, Any]) -> None:
-    """A token that a fine-tune added, above the rows of the model."""
-    value["added_tokens"].append(value["added_tokens"][-1] | {"content": "<|extra|>", "id": 9000})
+def word(text: str, *, special: bool = False) -> Edit:
+    """A token added as fine-tuning scripts do it, with a row of its own in the embedding."""
+
+    def edit(path: Path) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(str(path))
+        tokenizer.add_special_tokens({"extra_special_tokens": [text]}) if special else tokenizer.add_tokens([text])
+        tokenizer.save_pretrained(str(path))
+        long_embedding(path)
+
+    return edit
+
+
+def backend(change: Callable[[dict[str, Any]], None]) -> Edit:
+    """Change tokenizer.json for a class that reads all of it; Qwen's own class builds most of it anew."""
+    return both(tokenizer_json(change), tokenizer_config(tokenizer_class="TokenizersBackend"))
+
+
+def folder_in_place_of(name: str) -> Edit:
+    """What a bind mount makes of a file that is not there."""
+
+    def edit(path: Path) -> None:
+        (path / name).unlink()
+        (path / name).mkdir()
+
+    return edit
+
+
+def transformer_module(path: Path) -> None:
+    """An embedding model in the layout that older sentence-transformers write."""
+    inner = path / "0_Transformer"
+    inner.mkdir()
+    for file in [f for f in path.iterdir() if f != inner]:
+        shutil.move(file, inner)
+    modules = [{"path": "0_Transformer", "type": "x.Transformer"}, {"path": "1_Pooling", "type": "x.Pooling"}]
+    write("modules.json", modules)(path)
+    write("1_Pooling/config.json", {})(path)
+
+
+def cut_merges(path: Path) -> None:
+    """merges.txt of a download that ended early."""
+    slow_tokenizer(path)
+    lines = (path / "merges.txt").read_text(encoding="utf-8").splitlines()
+    (path / "merges.txt").write_text("\n".join(lines[: len(lines) * 9 // 10]), encoding="utf-8")
 
 
 def mlx(path: Path) -> None:
@@ -411,7 +463,9 @@ RIGHT = [
     Variant("vocab.json, merges.txt and added_tokens.json", added_tokens_json),
     Variant("merges as strings", merges_as(str)),
     Variant("merges as pairs", merges_as(list)),
-    Variant("a token added by a fine-tune", tokenizer_json(one_more_token)),
+    Variant("a word added by a fine-tune", word("gzip")),
+    Variant("a word of the prompt added by a fine-tune", word("<Query>")),
+    Variant("a special token added by a fine-tune", word("<|sep|>", special=True), warned="special tokens of the"),
     Variant("bfloat16 of MLX", mlx),
     Variant("class Qwen2TokenizerFast", tokenizer_config(tokenizer_class="Qwen2TokenizerFast")),
     Variant("class PreTrainedTokenizerFast", tokenizer_config(tokenizer_class="PreTrainedTokenizerFast")),
@@ -438,6 +492,11 @@ RIGHT = [
         ),
         warned="the activation ScaledSigmoid",
     ),
+    Variant("silu under its other name", settings(hidden_act="swish")),
+    Variant("a pointer that nothing reads", write("eval_results.json", POINTER)),
+    Variant("a dead link that nothing reads", lambda path: (path / "tool.jinja").symlink_to("nowhere")),
+    Variant("a prefix before the first word", tokenizer_config(add_prefix_space=True)),
+    Variant("leftovers of a training", both(write("optimizer.pt", b"x"), write("checkpoint-9/config.json", "{}"))),
     Variant("a value head beside the model", and_tensor("v_head.summary.weight"), warned="v_head.summary.weight"),
     Variant(
         "a frequency stored by old transformers",
@@ -466,13 +525,13 @@ WRONG = [
     ),
     Variant("a layer missing in the middle", without("layers.1."), "not saved or not downloaded"),
     Variant("a norm missing", without("layers.2.self_attn.q_norm"), "model.layers.2.self_attn.q_norm.weight"),
-    Variant("an embedding missing", without("embed_tokens"), "of the 3"),
+    Variant("an embedding missing", without("embed_tokens"), "model.embed_tokens.weight"),
     Variant("a head of zeros", zero_head, "equal rows for yes and no", base=UNTIED),
     # Weights that would be ignored.
     Variant(
         "more layers in the file", settings(num_hidden_layers=2, layer_types=None), "config.json has 2 layers only"
     ),
-    Variant("a score head", and_tensor("score.weight", torch.ones(1, 96)), "head for classification"),
+    Variant("a score head", and_tensor("score.weight", torch.ones(1, 96)), "another head is not computed"),
     Variant("a classifier", and_tensor("classifier.bias"), "classifier.bias"),
     Variant(
         "biases that the config has not",
@@ -500,7 +559,58 @@ WRONG = [
     Variant("no head_dim", settings(head_dim=None), "head_dim"),
     Variant("another vocabulary", settings(vocab_size=9000), "vocab_size"),
     Variant("an embedding without rows for the control tokens", short_embedding, "vocab_size"),
+    Variant("a head under another name", and_tensor("rank_head.weight", torch.ones(1, 96)), "another head is not"),
+    Variant("a prompt that was tuned", and_tensor("prompt_encoder.embedding.weight"), "not merged"),
+    Variant(
+        "fused weights", weights(lambda f: {f"layers.{i}": t for i, t in enumerate(f.values())}), "another program"
+    ),
     # Other models and other computations.
+    Variant("a normalizer that strips", backend(lambda v: v.update(normalizer=STRIP)), "other tokens than"),
+    Variant("dropout of merges", backend(lambda v: v["model"].update(dropout=0.01)), "dropout"),
+    Variant("control tokens split", tokenizer_config(split_special_tokens=True), "split"),
+    Variant("merges cut off", cut_merges, "it was cut off"),
+    Variant("an architecture that is no list", settings(architectures=5), "architecture 5"),
+    Variant("a norm without sense", settings(rms_norm_eps=0), "rms_norm_eps=0"),
+    Variant("a theta that is text", settings(rope_parameters={"rope_theta": "1e6"}), "rope_theta=1e6"),
+    Variant(
+        "a factor that is text",
+        settings(rope_parameters={"rope_type": "yarn", "rope_theta": 1e6, "factor": "4"}),
+        "factor=4",
+    ),
+    Variant("NaN in the config", write("config.json", '{"rms_norm_eps": NaN}'), "holds NaN"),
+    Variant("sizes that make no model", settings(num_attention_heads=0), "config.json"),
+    Variant("a padding token beyond the rows", settings(pad_token_id=10**6), "config.json"),
+    Variant("quantised, and nobody knows how", settings(quantization_config={}), "(unknown method)"),
+    Variant("an embedding model in folders", transformer_module, "holds no config.json"),
+    Variant(
+        "an embedding model's own file",
+        write("config_sentence_transformers.json", {"similarity_fn_name": "cosine"}),
+        "embedding model (config_sentence",
+    ),
+    Variant("a pooling beside it", write("1_Pooling/config.json", {}), "embedding model (Pooling"),
+    Variant(
+        "answers without modules.json", write("1_LogitScore/config.json", {"true_token_id": 3}), "tokens 3 and None"
+    ),
+    Variant(
+        "answers that were not downloaded",
+        both(sentence_transformers(), removed("1_LogitScore/config.json")),
+        "cannot read",
+    ),
+    Variant(
+        "a generic template that is the prompt", sentence_transformers(template=GENERIC_TEMPLATE), "another prompt"
+    ),
+    Variant(
+        "a template that trims",
+        sentence_transformers(template=CARD_TEMPLATE.replace("ns.q }}", "ns.q | trim }}")),
+        "another prompt",
+    ),
+    Variant("lower case", write("sentence_bert_config.json", {"do_lower_case": True}), "do_lower_case"),
+    Variant(
+        "a default prompt that is a list",
+        write("config_sentence_transformers.json", {"default_prompt_name": []}),
+        "no prompt for",
+    ),
+    Variant("a folder in place of the weights", folder_in_place_of("model.safetensors"), "is a folder and not a file"),
     Variant("an adapter beside the base", write("adapter_config.json", _ADAPTER), "LoRA adapter"),
     Variant("an adapter's weights beside the base", write("adapter_model.safetensors", b"x"), "LoRA adapter"),
     Variant(
@@ -542,7 +652,11 @@ WRONG = [
     ),
     Variant("rope longrope", yarn(rope_type="longrope"), "'longrope'"),
     Variant("rope dynamic, old spelling", yarn(type="dynamic"), "'dynamic'"),
-    Variant("rope by kind of layer", settings(rope_parameters={"full_attention": {"rope_type": "ntk"}}), "'ntk'"),
+    Variant(
+        "rope by kind of layer",
+        settings(rope_parameters={"full_attention": {"rope_type": "ntk"}}),
+        "another rope_parameters",
+    ),
     Variant(
         "rope on a part of the head",
         settings(rope_parameters={"rope_theta": 1e6, "partial_rotary_factor": 0.5}),
@@ -558,6 +672,7 @@ WRONG = [
         "sliding layers", settings(layer_types=["full_attention", "sliding_attention", "full_attention"]), "sliding"
     ),
     Variant("a field of another type", settings(hidden_size="96"), "hidden_size"),
+    Variant("auto_map that is null", null("auto_map"), "remove auto_map"),
     Variant("code of its own", settings(auto_map={"AutoModelForCausalLM": "evil.Model"}), "auto_map"),
     Variant("weights under another name", settings(transformers_weights="other.safetensors"), "transformers_weights"),
     Variant("an embedding model", write("modules.json", _EMBEDDING), "embedding model (Pooling"),
@@ -601,7 +716,7 @@ WRONG = [
     Variant(
         "a module that is not computed", write("modules.json", [{"path": "2_Dense", "type": "x.Dense"}]), "'Dense'"
     ),
-    Variant("modules that are none", write("modules.json", "{}"), "not a list of modules"),
+    Variant("modules that are none", write("modules.json", "{}"), "not a JSON array"),
     Variant("a tokenizer without <think>", without_think, "splits <think> into"),
     # Half downloads and mounts.
     Variant("pointer: weights", write("model.safetensors", POINTER), "git lfs pull"),
@@ -626,7 +741,7 @@ WRONG = [
         both(shards, write("model.safetensors.index.json", {"weight_map": {"x": "x.bin"}})),
         "nothing else is read",
     ),
-    Variant("an index that is none", both(shards, write("model.safetensors.index.json", "[]")), "not an index"),
+    Variant("an index that is none", both(shards, write("model.safetensors.index.json", "[]")), "not a JSON object"),
     Variant("mark: config", marked("config.json"), "byte order mark"),
     Variant("mark: tokenizer", marked("tokenizer.json"), "byte order mark"),
     Variant("config in UTF-16", write("config.json", "{}".encode("utf-16")), "byte order mark"),

@@ -7,12 +7,15 @@ from typing import Any
 import pytest
 
 from reranker.engine.scores import sigmoid
+from reranker.fields import FIELDS
 from tests.conftest import Server
+from tests.rows import wear
 
 QUERY = "red fish"
 DOCUMENTS = ["a bird", "red fish", "a fish"]
 RANKING = [(1, sigmoid(2)), (2, sigmoid(1)), (0, sigmoid(0))]
-BASE = {"model": "some-reranker", "query": QUERY, "documents": DOCUMENTS}
+OBJECTS = [{"text": text} for text in DOCUMENTS]
+BASE: dict[str, Any] = {"model": "some-reranker", "query": QUERY, "documents": DOCUMENTS}
 TEI = {"query": QUERY, "texts": DOCUMENTS}
 XINFERENCE = {"max_chunks_per_doc": None, "return_documents": None, "return_len": None, "kwargs": "{}"}
 
@@ -56,6 +59,26 @@ RESULTS: list[tuple[str, str, dict[str, Any], bool]] = [
     ),
     ("FastGPT", "/v1/rerank", BASE, False),
     ("vLLM's example", "/rerank", BASE, False),
+    ("vLLM's published client of Qwen3-Reranker", "/rerank", {"model": "m"} | wear(QUERY, DOCUMENTS), False),
+    ("vLLM's request type", "/rerank", BASE | {"top_n": 0, "priority": 0, "user": "u", "request_id": "r"}, False),
+    (
+        "new-api",
+        "/v1/rerank",
+        BASE | {"documents": OBJECTS, "top_n": 3, "max_chunk_per_doc": 0, "overlap_tokens": 0},
+        False,
+    ),
+    ("bifrost", "/v1/rerank", BASE | {"documents": [o | {"id": "1", "meta": {}} for o in OBJECTS]}, False),
+    ("a client in Go", "/v1/rerank", BASE | {"top_n": 0, "max_tokens_per_doc": 0, "max_chunks_per_doc": 0}, False),
+    ("a form of a low-code client", "/v1/rerank", BASE | {"top_n": "3", "return_documents": "", "instruct": ""}, False),
+    ("typed clients that write every field", "/rerank", dict.fromkeys(FIELDS) | {"return_len": None} | BASE, False),
+    (
+        "cohere-ai v1 with rankFields",
+        "/v1/rerank",
+        BASE | {"documents": OBJECTS, "rank_fields": ["text"], "max_chunks_per_doc": 10},
+        False,
+    ),
+    ("Weaviate reranker-cohere", "/v1/rerank", BASE | {"return_documents": False}, False),
+    ("Weaviate reranker-transformers", "/rerank", {"query": QUERY, "documents": DOCUMENTS, "property": ""}, False),
 ]
 
 
@@ -71,6 +94,7 @@ def test_clients_of_the_results_object(fake_server: Server, path: str, body: dic
     assert content["model"] == "fake"
     assert content["usage"]["total_tokens"] == content["meta"]["tokens"]["input_tokens"] == 36
     assert "object" not in content
+    assert "x-ignored-fields" not in answer.headers
 
 
 ARRAY: list[tuple[str, str, dict[str, Any], bool]] = [
@@ -87,6 +111,9 @@ ARRAY: list[tuple[str, str, dict[str, Any], bool]] = [
         | {"top_n": 3, "raw_scores": False, "truncate": False, "truncation_direction": "Right", "return_text": True},
         True,
     ),
+    ("Continue", "/rerank", TEI | {"return_text": False, "raw_scores": False, "truncation_direction": "Right"}, False),
+    ("R2R", "/rerank", TEI | {"model-id": "m"}, False),
+    ("kotaemon", "/rerank", TEI | {"is_truncated": True}, False),
 ]
 
 
@@ -96,6 +123,7 @@ def test_clients_of_the_array(fake_server: Server, path: str, body: dict[str, An
     assert answer.status_code == 200, answer.text
     assert [(row["index"], row["score"]) for row in answer.json()] == RANKING
     assert [row.get("text") for row in answer.json()] == [DOCUMENTS[i] if texts else None for i, _ in RANKING]
+    assert "x-ignored-fields" not in answer.headers
 
 
 def test_clients_of_the_native_results(fake_server: Server) -> None:

@@ -17,6 +17,7 @@ from fastapi.routing import iter_route_contexts
 from app import app
 from reranker.service.auth import OPEN
 from tests.conftest import FAKE, Server, Start
+from tests.test_api_routes import ALL
 
 # Deterministic: the same requests in every run. About 1,700 of them without a token, half as many with one.
 OPTIONS = "--phases=examples,coverage,fuzzing --generation-deterministic --no-shrink --no-color --checks=all"
@@ -30,6 +31,12 @@ def described(server: Server) -> dict[str, Any]:
     for path, kind in PAGES.items():
         content = {kind: {"schema": {"type": "object" if kind.endswith("json") else "string"}}}
         document["paths"][path] = {"get": {"responses": {"200": {"description": "A page", "content": content}}}}
+    for path in ALL:
+        [content] = document["paths"][path]["post"]["requestBody"]["content"].values()
+        for body, name in zip(content["schema"]["oneOf"], ("documents", "texts"), strict=True):
+            # JSON Schema cannot say that objects have the fields that rank_fields names, so none are made beside it.
+            [condition] = [part for part in body["allOf"] if "rank_fields" in part["if"]["required"]]
+            condition["then"] = {"properties": {name: {"items": {"type": "string"}}}}
     return document
 
 

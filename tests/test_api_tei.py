@@ -28,7 +28,7 @@ def test_errors_name_texts(fake_server: Server) -> None:
         ([], "texts: "),
         (["a", 5], "texts[1]: "),
         (["a"] * 2049, "texts: at most 2048"),
-        (None, "texts: is required"),
+        (None, "documents: is required"),
     ):
         answer = fake_server.client.post("/rerank", json={"query": "q", "texts": texts})
         assert answer.status_code == 422

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reranker.engine.scores import sigmoid
+from reranker.fields import FIELDS
 from reranker.service.api.body import more_values
 from tests.conftest import Server
 from tests.fake import PREFIX
@@ -21,10 +22,7 @@ from tests.test_api_routes import ALL, ranked
 
 MARK = "zebra7"
 """In every string that is sent; in no answer that refuses it."""
-KEYS = (
-    "query documents texts model top_k top_n instruction instruct return_documents return_text max_tokens_per_doc "
-    "max_chunks_per_doc raw_scores truncate"
-).split()
+KEYS = tuple(FIELDS)
 TEXT = st.text(st.characters(exclude_categories=()), max_size=12).map(lambda text: MARK + text)
 NUMBER = st.integers() | st.integers(-(10**40), 10**40) | st.floats(allow_nan=False, allow_infinity=False)
 JSON = st.recursive(
@@ -42,10 +40,15 @@ RIGHT: dict[str, st.SearchStrategy[Any]] = {
     "model": TEXT,
     "instruction": TEXT | st.just(""),
     "instruct": TEXT | st.none(),
-    **dict.fromkeys(["top_k", "top_n", "max_tokens_per_doc", "max_chunks_per_doc"], st.integers(1, 10**20) | st.none()),
     **dict.fromkeys(
-        ["return_documents", "return_text", "raw_scores"], st.sampled_from([True, False, "true", "0", None])
+        ["top_k", "top_n", "max_tokens_per_doc", "max_chunks_per_doc", "max_chunk_per_doc"],
+        st.integers(1, 10**20) | st.integers(1, 99).map(str) | st.sampled_from([None, "", 2.0]),
     ),
+    **dict.fromkeys(
+        ["return_documents", "return_text", "raw_scores", "use_activation"],
+        st.sampled_from([True, False, "true", "0", "", None]),
+    ),
+    "rank_fields": st.sampled_from([["text"], [], None]),
     "truncate": st.booleans(),
 }
 
@@ -67,7 +70,7 @@ def test_any_json_is_ranked_or_refused_without_an_echo(fake_server: Server, path
     status, content, raw = send(fake_server, path, body)
     if status == 200:
         assert isinstance(body, dict)
-        count = len(body["texts" if "texts" in body else "documents"])
+        count = len(body["documents" if body.get("texts") is None else "texts"])
         assert {i for i, _ in ranked(content)} <= set(range(count))
     else:
         assert status == 422
@@ -81,7 +84,9 @@ def test_any_json_is_ranked_or_refused_without_an_echo(fake_server: Server, path
 @settings(max_examples=250, deadline=None)
 @given(
     path=st.sampled_from(ALL),
-    body=st.fixed_dictionaries({"query": RIGHT["query"]}, optional={k: v for k, v in RIGHT.items() if k in KEYS[3:]}),
+    body=st.fixed_dictionaries(
+        {"query": RIGHT["query"]}, optional={k: v for k, v in RIGHT.items() if k not in KEYS[:3]}
+    ),
     name=st.sampled_from(["documents", "texts"]),
     documents=RIGHT["documents"],
     data=st.data(),
@@ -98,9 +103,10 @@ def test_a_right_request_is_ranked_in_its_dialect(
     texts = [document if isinstance(document, str) else document["text"] for document in documents]
     assert len(words) < PREFIX
     logits = [len(set(words) & set(text.split())) for text in texts]
-    limit = body.get("top_k") or body.get("top_n") or len(texts)
+    limit = int(body.get("top_k") or body.get("top_n") or len(texts))
     best = sorted(range(len(texts)), key=lambda i: (-logits[i], i))[:limit]
-    score = float if body.get("raw_scores") in (True, "true") else sigmoid
+    logits_wanted = body.get("raw_scores") in (True, "true") or body.get("use_activation") in (False, "0")
+    score = float if logits_wanted else sigmoid
     assert [i for i, _ in ranked(content)] == best
     assert [s for _, s in ranked(content)] == pytest.approx([score(logits[i]) for i in best])
     array = name == "texts" or (path == "/v1/rerank" and "model" not in body)

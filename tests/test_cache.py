@@ -54,7 +54,10 @@ class Reader(FakeScorer):
             documents += [ids[start : start + size] for start in starts]
             chunks.append([*starts, min(len(ids), most)])
         split = request.max_chunks_per_doc is not None
-        return EncodedRequest(prefix, documents, frozenset(truncated), chunks if split else None)
+        long = len(request.query) > len("red fish")
+        if long and not request.truncate_query:
+            raise InvalidRequestError("the query does not fit")
+        return EncodedRequest(prefix, documents, frozenset(truncated), chunks if split else None, query_truncated=long)
 
     def score(self, batch: list[Slice]) -> list[float]:
         counts = super().score(batch)  # for its NaN
@@ -74,12 +77,13 @@ class Counting(Observer):
 WORDS = st.lists(st.sampled_from(["red", "fish", "a"]), max_size=9).map(" ".join)
 REQUESTS = st.builds(
     RerankRequest,
-    query=st.sampled_from(["red", "red fish", "fish"]),
+    query=st.sampled_from(["red", "red fish", "fish", "a red fish"]),
     documents=st.lists(WORDS | st.just("nan"), min_size=1, max_size=5),
     instruction=st.sampled_from([None, "find", "find red"]),
     max_tokens_per_doc=st.sampled_from([None, 3]),
     max_chunks_per_doc=st.sampled_from([None, 1, 2]),
     truncate=st.booleans(),
+    truncate_query=st.booleans(),
 )
 
 
@@ -114,7 +118,10 @@ def test_with_it_and_without_it_the_answers_are_the_same(requests: list[RerankRe
     scored = [request for request, result in zip(requests, got, strict=True) if isinstance(result, RerankResult)]
     assert counted.hits + counted.misses == sum(len(request.documents) for request in scored)
     if entries == 10_000:  # of all that is equal, the first alone is computed, and it is computed for nobody else
-        different = {replace(request, documents=(document,)) for request in scored for document in request.documents}
+        alike = [
+            replace(request, truncate_query=False) for request in scored
+        ]  # of a query that fits it changes nothing
+        different = {replace(request, documents=(document,)) for request in alike for document in request.documents}
         assert counted.misses == len(different)
         if len(scored) == len(requests):
             assert len(scorer.asked) == len(different)

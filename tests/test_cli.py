@@ -72,7 +72,7 @@ def test_help_names_every_command(tmp_path: Path) -> None:
         (["rank", "q", "d", "--url", "localhost:1"], {}, "write it like http://"),
         (["rank", "q", "d", "--url", "http://h", "--precision", "fp16"], {}, "--precision has no effect with --url"),
         (["rank", "q", "d", "--token", "t"], {}, "--url"),
-        (["batch", "nowhere.jsonl", "out.jsonl"], {}, "nowhere.jsonl is not a file"),
+        (["batch", "nowhere.jsonl", "out.jsonl"], {}, "nowhere.jsonl does not exist"),
         (["evaluate"], {}, "--beir"),
         (["evaluate", "--beir", "nowhere"], {}, "is it a BEIR folder?"),
     ],
@@ -144,7 +144,9 @@ def test_check_says_what_was_chosen(model_path: Path, tmp_path: Path) -> None:
         "MODEL_PRECISION": "fp32  # a comment",
         "MAX_BATCH_TOKENS": "auto",
     }
-    facts = json.loads(cli("check", "--device", "cpu", "--max-seq-length", 512, cwd=tmp_path, env=env).stdout)
+    done = cli("check", "--device", "cpu", "--max-seq-length", 512, cwd=tmp_path, env=env)
+    assert done.stderr.startswith(f"loading {model_path} (cpu)...\n")
+    facts = json.loads(done.stdout)
     assert facts["status"] == "ok"
     assert (facts["model"], facts["device"], facts["precision"]) == (str(model_path), "cpu", "float32")
     assert facts["max_seq_length"] == "512"

@@ -74,7 +74,7 @@ def test_killed_and_resumed_with_the_model(tmp_path: Path) -> None:
     with partial.open("ab") as file:  # what a power failure leaves
         file.write(b'{"line": %d, "id": "q' % (done + 1) + b"\0" * 100)
     resumed = cli("batch", "in.jsonl", "out.jsonl", *args, cwd=tmp_path)
-    assert f"continuing behind line {done}: {done} lines are done" in resumed.stderr
+    assert f"continuing after line {done}: {done} lines are done" in resumed.stderr
     assert f"{len(values) - done} lines, " in resumed.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
     assert (tmp_path / "out.jsonl").read_bytes().startswith(before)
@@ -133,14 +133,15 @@ GOOD = {"query": "q", "documents": ["a", {"text": "b"}], "instruct": "i"}
 BAD: list[tuple[bytes, str]] = [
     (b"not json", "is not JSON"),
     (b"\xff", "is not UTF-8"),
-    (b"[]", "not an object"),
-    (b'{"documents": ["a"]}', "query must be"),
-    (b'{"query": " ", "documents": ["a"]}', "query must be"),
-    (b'{"query": "q", "documents": []}', "documents must be"),
-    (b'{"query": "q", "documents": "a"}', "documents must be"),
-    (b'{"query": "q", "documents": ["a", 1], "id": 7}', "documents[1] must be"),
-    (b'{"query": "q", "documents": ["a"], "top_k": true}', "top_k must be"),
-    (b'{"query": "q", "documents": ["a"], "instruction": 1}', "instruction must be"),
+    (b"[]", "must be an object with query and documents; got a list"),
+    (b'{"documents": ["a"]}', "query: is required"),
+    (b'{"query": " ", "documents": ["a"]}', "query: must not be empty"),
+    (b'{"query": "q", "documents": []}', "documents: must hold at least one text"),
+    (b'{"query": "q", "docs": ["a"]}', '"docs" is not read, did you mean documents?'),
+    (b'{"query": "q", "documents": "a"}', 'documents: must be a list of texts, such as ["a", "b"]; got a string'),
+    (b'{"query": "q", "documents": ["a", 1], "id": 7}', "documents[1]: must be"),
+    (b'{"query": "q", "documents": ["a"], "top_k": true}', "top_k: must be"),
+    (b'{"query": "q", "documents": ["a"], "instruction": 1}', "instruction: must be"),
     (b'{"query": "q", "documents": ["a"], "x": NaN}', "NaN is not JSON"),
     (b"[" * 100_000, "nested too deep"),
 ]
@@ -162,7 +163,7 @@ def test_bad_lines_stop_the_batch_or_are_skipped(tmp_path: Path) -> None:
     for row, (_, says) in zip(rows[2:-1], BAD, strict=True):
         assert says in row["error"]
         assert f"line {row['line']} skipped: {row['error']}" in skipped.stderr
-    assert rows[9]["id"] == 7
+    assert rows[10]["id"] == 7
     assert f"{len(BAD)} bad lines were skipped" in skipped.stderr
 
 

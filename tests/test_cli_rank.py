@@ -71,7 +71,7 @@ def test_the_same_scores_in_process_and_from_a_service(expected: list[float], se
     served = cli("rank", QUERY, *DOCUMENTS, "--url", url(server), cwd=tmp_path)
     check(json.loads(local.stdout), expected)
     check(json.loads(served.stdout), expected)
-    assert "demo model" in local.stderr
+    assert local.stderr.startswith("loading demo (cpu)...\nnote: the bundled demo model")
     assert served.stderr == ""
 
 
@@ -115,8 +115,12 @@ def test_options_may_stand_before_the_documents(server: Server, tmp_path: Path) 
         ("d.txt", b"fine\n\xff\xfe\n", "d.txt line 2 is not UTF-8 at byte 0"),
         ("d.jsonl", b'"a"\n{"text": 1}\n', 'd.jsonl line 2 is neither a string nor an object with a string "text"'),
         ("d.jsonl", b'"a"\n\n{"text"}\n', "d.jsonl line 3 is not JSON"),
-        ("d.csv", b"id,title\n1,x\n", "d.csv has no column 'text' but id, title; name one with --field"),
-        ("d.csv", b"id,text\n1,x\n2\n", "d.csv line 3 has too few columns"),
+        (
+            "d.csv",
+            b"id,title\n1,x\n",
+            "d.csv does not tell which column holds the text; its columns are id, title: name one with --field",
+        ),
+        ("d.csv", b"id,text\n1,x\n2\n", "d.csv row 2 (line 3) has too few columns: 1, not 2"),
     ],
 )
 def test_a_bad_file_is_named_with_its_line(name: str, content: bytes, says: str, tmp_path: Path) -> None:
@@ -137,6 +141,13 @@ def test_a_terminal_gets_a_coloured_table_with_right_widths(server: Server, tmp_
     assert starts == {15}
     assert any("…" in line and "压缩文件" in line for line in lines)
     assert any("line break [b]" in line for line in lines)
+
+
+def test_a_terminal_shows_at_once_what_is_loaded(tmp_path: Path) -> None:
+    shown = terminal(["rank", QUERY, *DOCUMENTS, "--device", "cpu"], tmp_path, columns=80, stderr=True)
+    assert "loading demo (cpu)..." in shown.splitlines()[0]
+    assert "\x1b[2K" in shown  # the spinner is wiped away
+    assert "note: the bundled demo model is for trying only" in shown
 
 
 def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:

@@ -69,7 +69,14 @@ def test_the_service_reaches_the_engine_only_where_it_is_free_of_torch(path: Pat
     assert engine <= {"reranker.engine.budget", "reranker.engine.scores", "reranker.engine.text"}
 
 
-@pytest.mark.parametrize("name", ["types", "errors"])
+def test_the_request_schema_serves_the_service_and_the_command_line_alike() -> None:
+    names = {name for file in ("request", "fields") for name in imports(ROOT / "reranker" / f"{file}.py")}
+    assert top(names) <= sys.stdlib_module_names | {"reranker"}
+    leaves = {f"reranker.{name}" for name in ("engine.text", "errors", "template", "types", "unread", "fields")}
+    assert {name for name in names if name.startswith("reranker")} == leaves
+
+
+@pytest.mark.parametrize("name", ["types", "errors", "template", "notes", "unread"])
 def test_types_and_errors_are_leaves(name: str) -> None:
     assert top(imports(ROOT / "reranker" / f"{name}.py")) <= sys.stdlib_module_names
 

@@ -3,6 +3,9 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -60,6 +63,58 @@ def test_a_revision_of_a_folder_is_refused(model_path: Path) -> None:
     assert "MODEL_REVISION=main cannot be honoured" in refused(model_path, "main")
 
 
+@pytest.fixture
+def readable(model_path: Path) -> Iterator[Path]:
+    """A copy that another user can read, in a folder that another user can enter."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        copy = Path(shutil.copytree(model_path, Path(folder) / "model"))
+        for path in [copy, *copy.iterdir()]:
+            path.chmod(0o755)
+        yield copy
+
+
+@contextmanager
+def somebody() -> Iterator[None]:
+    """Not root, to whom nothing is closed."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "."])
+def test_what_may_not_be_read_is_named(readable: Path, name: str) -> None:
+    (readable / name).chmod(0)
+    with somebody():
+        message = refused(readable)
+    assert "Permission denied (this process runs as uid" in message
+    (readable / name).chmod(0o755)
+
+
+def test_a_folder_beside_the_files_that_may_not_be_entered_is_left_alone(readable: Path) -> None:
+    """lost+found on a volume of its own."""
+    (readable / "lost+found").mkdir(mode=0)
+    (readable / "secret.json").touch(mode=0)
+    with somebody():
+        assert locate(str(readable)) == readable
+    (readable / "lost+found").chmod(0o755)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "~nobody-of-this-name/model", "a\0b", "https:/x/y/z"])
+def test_what_is_no_name_at_all_is_one_line(name: str) -> None:
+    assert len(refused(name)) < 6000
+
+
+def test_a_reference_that_is_no_text_is_one_line(cache: Path) -> None:
+    (cache / "refs" / "main").write_bytes(b"\xff\xfe")
+    assert "is no model folder" in refused(cache)
+
+
 @pytest.mark.parametrize("name", ["model-Q8_0.gguf", "model.safetensors"])
 def test_a_file_is_no_model(model_path: Path, tmp_path: Path, name: str) -> None:
     file = tmp_path / name
@@ -102,9 +157,14 @@ def test_a_snapshot_without_its_blobs_says_what_to_mount(cache: Path, tmp_path: 
     assert "mount or copy the whole cache folder" in message
 
 
-def test_the_folder_above_a_checkpoint_names_it(model_path: Path, tmp_path: Path) -> None:
-    shutil.copytree(model_path, tmp_path / "out" / "checkpoint-9")
-    assert f"{tmp_path / 'out' / 'checkpoint-9'} does" in refused(tmp_path / "out")
+def test_the_folder_above_checkpoints_names_them(model_path: Path, tmp_path: Path) -> None:
+    for i, name in enumerate(("checkpoint-900", "checkpoint-1000")):
+        shutil.copytree(model_path, tmp_path / "out" / name)
+        os.utime(tmp_path / "out" / name, (i, i))
+    (tmp_path / "out" / "logs").mkdir()
+    (tmp_path / "out" / "logs" / "config.json").write_text("{}")
+    message = refused(tmp_path / "out")
+    assert f"{tmp_path / 'out' / 'checkpoint-900'}, {tmp_path / 'out' / 'checkpoint-1000'} do" in message
 
 
 @pytest.mark.parametrize(

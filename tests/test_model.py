@@ -31,6 +31,15 @@ def test_remote_code_beside_a_right_checkpoint_does_not_run(tmp_path: Path) -> N
     assert len(Scorer.load(path, device="cpu").rerank("a", ["b"])) == 1
 
 
+def test_the_attention_of_the_config_is_not_what_decides(tmp_path: Path) -> None:
+    """It names a package that a checkpoint was trained with; the engine has attention of its own."""
+    path = make_model(tmp_path / "m", layers=1)
+    scores = Scorer.load(path, device="cpu").rerank("a", ["b", "c"])
+    for name in ("attn_implementation", "_attn_implementation"):
+        config(path, **{name: "flash_attention_2"})
+        assert Scorer.load(path, device="cpu").rerank("a", ["b", "c"]) == scores
+
+
 def test_weights_that_do_not_fit_are_an_error_with_figures(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model, "parameters", lambda path: 4 * 10**12)
     message = refused(model_path, precision="bfloat16", max_memory_percentage=50)

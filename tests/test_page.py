@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -14,6 +15,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Dialog, Page, expect, sync_playwright
 
+from reranker.cli import forms
+from tests import test_cli_inputs
 from tests.conftest import GUNICORN, Server, Start
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -252,52 +255,150 @@ def test_the_code_to_copy_gives_the_ranking_that_is_shown(guarded: Server, visit
     assert [(awkward[int(index)], round(float(score), 4)) for index, score in rows] == shown
 
 
+DROP = """([name, bytes]) => {
+    const data = new DataTransfer();
+    data.items.add(new File([new Uint8Array(bytes)], name));
+    document.querySelector("#documents").dispatchEvent(
+        new DragEvent("drop", {dataTransfer: data, bubbles: true, cancelable: true}));
+}"""
+
+
 def test_files_are_dropped_and_chosen(fake: Server, visit: Open, tmp_path: Path) -> None:
     page = visit(fake)
-    drop = """([name, bytes]) => {
-        const data = new DataTransfer();
-        data.items.add(new File([new Uint8Array(bytes)], name));
-        document.querySelector("#documents").dispatchEvent(
-            new DragEvent("drop", {dataTransfer: data, bubbles: true, cancelable: true}));
-    }"""
     files = {
         "lines.txt": "one of a text\r\n\n  two of a text\n".encode("utf-8-sig"),
-        "rows.jsonl": b'"one of rows"\n\n{"id": 1, "text": "two of\\nrows"}\n{"document": "three of rows"}',
+        "rows.jsonl": b'"one of rows"\n\n{"id": 1, "text": "two of\\nrows"}\n',
         "table.CSV": b'id,Text\r\n1,"one, ""of"" a\r\ntable"\r\n2,two of a table\r\n',
-        "plain.csv": "第一个\n第二个\n".encode("gb18030"),
+        "excel.csv": "编号,内容\n1,第一个\n2,第二个\n".encode("gb18030"),
+        "array.json.gz": gzip.compress(b'["one of an array"]'),
     }
     for name, content in files.items():
-        page.evaluate(drop, [name, list(content)])
-    expect(page.locator("#files li")).to_have_text(
-        ["lines.txt · 2×", "rows.jsonl · 3×", "table.CSV · 2×", "plain.csv · 2×"]
+        page.evaluate(DROP, [name, list(content)])
+    captions = page.locator("#files li span")
+    expect(captions).to_have_text(
+        ["lines.txt · 2", "rows.jsonl · 2", "table.CSV · 2", "excel.csv · 2 · GB18030", "array.json.gz · 1"]
     )
+    shown = page.locator("#files select").evaluate_all("(all) => all.map((one) => one.selectedOptions[0].textContent)")
+    assert shown == ["text", "Text", "内容"]
     page.fill("#query", "text")
     page.fill("#documents", "typed")
     with page.expect_request("**/v1/rerank") as sent:
         page.click("#rank")
     assert json.loads(sent.value.post_data or "")["documents"] == [
-        *["typed", "one of a text", "two of a text", "one of rows", "two of\nrows", "three of rows"],
-        *['one, "of" a\r\ntable', "two of a table", "第一个", "第二个"],
+        *["typed", "one of a text", "  two of a text", "one of rows", "two of\nrows"],
+        *['one, "of" a\r\ntable', "two of a table", "第一个", "第二个", "one of an array"],
     ]
     expect(page.locator("#count")).to_have_text("10")
 
     page.click("[aria-label='Remove rows.jsonl']")
-    expect(page.locator("#count")).to_have_text("7")
+    expect(page.locator("#count")).to_have_text("8")
     for name, content, message in (
         (
             "broken.jsonl",
             b'"fine"\n{"text": 3}',
-            'broken.jsonl, line 2: expected a JSON string or an object with "text"',
+            "broken.jsonl, line or item 2: expected a JSON string, or an object with a text like the first.",
         ),
-        ("picture.png", b"x", "picture.png: only .txt, .jsonl and .csv"),
+        ("picture.png", b"x", "picture.png: the name does not tell its form. Known ends are .txt, .jsonl, .ndjson,"),
+        ("a.parquet", b"PAR1", "a.parquet: Parquet is read on the command line only. Save it as .jsonl or .csv."),
+        ("a.txt", b'[{"text": "x"}]', "a.txt looks like a JSON array. Let its name end in .json, or paste its lines."),
     ):
-        page.evaluate(drop, [name, list(content)])
-        expect(page.locator("#status")).to_have_text(message)
-    expect(page.locator("#count")).to_have_text("7")
+        page.evaluate(DROP, [name, list(content)])
+        expect(page.locator("#status")).to_contain_text(message)
+    expect(page.locator("#count")).to_have_text("8")
+    page.click("#language")
+    expect(page.locator("#status")).to_have_text(
+        "a.txt 看起来是 JSON 数组，请让文件名以 .json 结尾，或直接粘贴其中的各行。"
+    )
+    page.click("#language")
 
     (tmp_path / "chosen.txt").write_text("chosen")
-    page.set_input_files("#file", tmp_path / "chosen.txt")
-    expect(page.locator("#count")).to_have_text("8")
+    (tmp_path / "one.pdf").write_text("x")
+    (tmp_path / "two.md").write_text("x")
+    page.set_input_files("#file", [tmp_path / "one.pdf", tmp_path / "chosen.txt", tmp_path / "two.md"])
+    expect(page.locator("#count")).to_have_text("9")
+    expect(page.locator("#status")).to_contain_text("one.pdf: the name")
+    expect(page.locator("#status")).to_contain_text("two.md: the name")
+
+
+def test_the_column_is_chosen_by_the_user_where_it_cannot_be_told(fake: Server, visit: Open) -> None:
+    page = visit(fake, locale="zh-CN")
+    page.fill("#query", "text")
+    page.evaluate(DROP, ["t.csv", list("编号,标题,摘要\n1,甲,乙\n2,丙,丁\n".encode())])
+    choice = page.get_by_label("t.csv 中文档所在的列")
+    expect(choice.locator("option")).to_have_text(["选择列", "编号", "标题", "摘要"])
+    expect(page.locator("#files li span")).to_have_text("t.csv · 0")
+    page.click("#rank")
+    expect(page.locator("#status")).to_have_text("请选择 t.csv 中文档所在的列。")
+    expect(choice).to_be_focused()
+    choice.select_option("摘要")
+    expect(page.locator("#count")).to_have_text("2")
+    expect(choice).to_be_focused()
+    with page.expect_request("**/v1/rerank") as sent:
+        page.click("#rank")
+    assert (sent.value.post_data_json or {})["documents"] == ["乙", "丁"]
+    page.click("[aria-label='移除 t.csv']")
+
+    page.evaluate(DROP, ["one.csv", list("第一个\n第二个\n".encode())])
+    choice = page.get_by_label("one.csv 中文档所在的列")
+    expect(choice.locator("option")).to_have_text(["选择列", "第一个", "没有标题行：每行都是文档"])
+    for option, count in (("第一个", "1"), ("没有标题行：每行都是文档", "2"), ("选择列", "")):
+        choice.select_option(option)
+        expect(page.locator("#count")).to_have_text(count)
+    page.click("[aria-label='移除 one.csv']")
+
+    page.evaluate(DROP, ["keys.jsonl", list(b'{"a": "x", "b": "y"}\n{"a": 1, "b": "z"}\n')])
+    choice = page.get_by_label("keys.jsonl 中文档所在的列")
+    choice.select_option("a")
+    expect(page.locator("#status")).to_contain_text("keys.jsonl 第 2 行")
+    choice.select_option("b")
+    expect(page.locator("#status")).to_be_hidden()
+    expect(page.locator("#count")).to_have_text("2")
+
+
+READ = """async (files) => {
+    const results = [];
+    for (const [name, bytes] of files) {
+        try {
+            const file = await readFile(new File([new Uint8Array(bytes)], name));
+            const undecided = file.columns.length > 0 && file.column === null;
+            results.push(undecided ? {undecided} : {documents: file.documents, encoding: file.encoding});
+        } catch (problem) {
+            results.push({error: problem.said ? say(...problem.said) : String(problem)});
+        }
+    }
+    return results;
+}"""
+
+
+def test_files_are_read_as_on_the_command_line(fake: Server, visit: Open) -> None:
+    page = visit(fake)
+    assert page.evaluate("TEXT_NAMES") == list(forms.TEXT_NAMES)
+    encodings = ["utf-8", "utf-8-sig", "gb18030", "utf-16"]
+    cases = [(name, encoding) for name in test_cli_inputs.GOOD for encoding in encodings]
+    contents = [test_cli_inputs.GOOD[name][0].encode(encoding) for name, encoding in cases]
+    files = [[name, list(content)] for (name, _), content in zip(cases, contents, strict=True)]
+    packed = [[f"{name}.gz", list(gzip.compress(content))] for (name, _), content in zip(cases, contents, strict=True)]
+    results = page.evaluate(READ, files + packed)
+    for (name, encoding), content, result in zip(cases * 2, contents * 2, results, strict=True):
+        assert result.get("documents") == test_cli_inputs.GOOD[name][1], (name, encoding, result)
+        told = {"utf-8-sig": "UTF-8", "utf-16": "UTF-16LE"}.get(encoding, encoding.upper())
+        assert result["encoding"] == ("UTF-8" if encoding == "gb18030" and content.isascii() else told)
+    tables = [(name, *test_cli_inputs.awkward(name, columns)) for name in ("x.csv", "x.tsv") for columns in (2, 3)]
+    results = page.evaluate(READ, [[name, list(content)] for name, content, _ in tables])
+    assert [result.get("documents") for result in results] == [texts for _, _, texts in tables]
+
+
+def test_files_are_refused_as_on_the_command_line(fake: Server, visit: Open) -> None:
+    page = visit(fake)
+    contents = [
+        content if isinstance(content, bytes) else content.encode() for _, content, _ in test_cli_inputs.REFUSED
+    ]
+    files = [[case[0], list(content)] for case, content in zip(test_cli_inputs.REFUSED, contents, strict=True)]
+    for (name, content, says), result in zip(test_cli_inputs.REFUSED, page.evaluate(READ, files), strict=True):
+        if "GBK" in says or "save it as UTF-8" in says:  # the page tries GB18030 itself
+            continue
+        assert result.get("undecided") or name in result.get("error", ""), (name, content, result)
+        assert "TypeError" not in result.get("error", "")
 
 
 def test_it_says_what_was_cut(server: Server, visit: Open) -> None:

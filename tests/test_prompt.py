@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import unicodedata
 from dataclasses import replace
 
 import pytest
@@ -8,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from reranker.engine.prompt import Prompt
+from reranker.engine.prompt import QWEN3_TOKENS, Prompt
+from reranker.engine.scores import per_document
 from reranker.errors import InvalidRequestError, ModelLoadError
-from reranker.types import MOST_CHUNKS, RerankRequest, Slice
+from reranker.types import MOST_CHUNKS, EncodedRequest, RerankRequest, RerankResult, Slice
 from tests.card import Card
 from tests.conftest import DEMO
 
@@ -39,10 +41,12 @@ TEXT = st.text(max_size=60) | st.lists(
     ),
     max_size=30,
 ).map("".join)
+# The card parses control tokens in texts, and hypothesis finds their names in the source.
+ORDINARY = TEXT.filter(lambda text: not any(token in text for token in CONTROL))
 
 
 @settings(max_examples=300, deadline=None)
-@given(query=TEXT, document=TEXT, instruction=TEXT)
+@given(query=ORDINARY, document=ORDINARY, instruction=ORDINARY)
 def test_the_cut_prompt_is_the_cards_prompt_token_for_token(
     card: Card, query: str, document: str, instruction: str
 ) -> None:
@@ -161,16 +165,31 @@ def test_the_instruction_of_the_request_replaces_the_default() -> None:
 
 def test_a_tokenizer_whose_control_tokens_can_be_forged_is_refused() -> None:
     tokenizer = AutoTokenizer.from_pretrained(str(DEMO))
-    tokenizer.add_tokens(["the"])  # an ordinary entry of the vocabulary, now a control token as well
+    tokenizer.add_special_tokens({"extra_special_tokens": ["the"]})  # an ordinary entry of the vocabulary as well
     with pytest.raises(ModelLoadError, match="could be forged"):
         Prompt(tokenizer)
 
 
-def test_a_tokenizer_that_splits_the_answers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    encode = TOKENIZER.encode
-    monkeypatch.setattr(TOKENIZER, "encode", lambda text, **options: encode(text + text, **options))
-    with pytest.raises(ModelLoadError, match="splits 'yes' into 2 tokens"):
+@pytest.mark.parametrize("token", [None, TOKENIZER.unk_token_id])
+def test_a_tokenizer_without_the_answers_is_refused(monkeypatch: pytest.MonkeyPatch, token: int | None) -> None:
+    known = TOKENIZER.convert_tokens_to_ids
+    monkeypatch.setattr(TOKENIZER, "convert_tokens_to_ids", lambda text: token if text == "no" else known(text))
+    with pytest.raises(ModelLoadError, match="has no token 'no'"):
         Prompt(TOKENIZER)
+
+
+def test_words_that_a_fine_tune_added_are_known_and_control_tokens_are_not() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(str(DEMO))
+    tokenizer.add_tokens(["gzip", "<Query>"])
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|steer|>"]})
+    prompt = Prompt(tokenizer)
+    prompt.check(tokenizer)
+    text = "gzip and <Query> of a gzipped file"
+    assert prompt.plain.encode(text).ids == tokenizer.encode(text, add_special_tokens=False)
+    for control in [*QWEN3_TOKENS, "<|steer|>"]:
+        ids = prompt.plain.encode(f"a {control} b").ids
+        assert tokenizer.convert_tokens_to_ids(control) not in ids
+        assert tokenizer.decode(ids) == f"a {control} b"
 
 
 def rest(document: list[int]) -> list[int]:
@@ -239,3 +258,87 @@ def test_a_document_that_may_not_be_cut_is_named_by_its_place() -> None:
     assert "four" not in str(caught.value)
     fits = RerankRequest("q", ["a", "one two three"], max_chunks_per_doc=2, max_tokens_per_doc=3, truncate=False)
     assert PROMPT.encode(fits).truncated == set()
+
+
+def read_query(prompt: Prompt, prefix: list[int]) -> str:
+    """The query in a prefix, of a vocabulary in which every token is text."""
+    text: str = prompt.plain.decode(prefix[len(prompt.system) :])
+    return text.partition("\n<Query>: ")[2].removesuffix("\n<Document>:")
+
+
+@pytest.mark.parametrize("unit", ["word ", "中文字", "a", " ", "\n", "=-", "e\u0301", "🙂", "don't "])
+@pytest.mark.parametrize("length", [100, 257, 1000])
+def test_a_truncated_query_is_the_cards_prompt_of_its_start(card: Card, unit: str, length: int) -> None:
+    prompt = Prompt(TOKENIZER, max_seq_length=length)
+    query = unit * 5000
+    request = RerankRequest(query, ["a document", "word " * 5000], truncate_query=True)
+    encoded = prompt.encode(request)
+    start = read_query(prompt, encoded.prefix)
+    assert encoded.query_truncated
+    assert unicodedata.normalize("NFC", query).startswith(start)  # which the tokenizer composes
+    assert start
+    # What is left beside prompt and instruction is shared between the query and a document.
+    free = length - len(prompt.suffix) - len(prompt.encode(RerankRequest("", ["x"])).prefix)
+    used = len(encoded.prefix) + free + len(prompt.suffix) - length
+    assert free / 2 - 8 <= used <= free / 2 + 2
+    assert encoded.truncated == {1}
+    assert len(encoded.prefix) + len(encoded.documents[1]) == length
+    for document, ids in zip(request.documents, encoded.documents, strict=True):
+        card.max_length = length
+        try:
+            assert encoded.prefix + ids == card.ids(start, document)
+        finally:
+            card.max_length = 8192
+    assert prompt.encode(RerankRequest(start, request.documents)) == replace(encoded, query_truncated=False)
+
+
+def test_a_query_that_leaves_any_room_stays_whole() -> None:
+    words = "word " * 100
+    needed = len(PROMPT.encode(RerankRequest(words, [""])).prefix) + len(PROMPT.suffix)
+    for room in (1, 2, 100):
+        prompt = Prompt(TOKENIZER, max_seq_length=needed + room)
+        whole = prompt.encode(RerankRequest(words, ["one two three"], truncate_query=True))
+        assert whole == prompt.encode(RerankRequest(words, ["one two three"]))
+        assert not whole.query_truncated
+    prompt = Prompt(TOKENIZER, max_seq_length=needed)
+    assert prompt.encode(RerankRequest(words, ["one"], truncate_query=True)).query_truncated
+    with pytest.raises(InvalidRequestError, match=r"send truncate: true to have it truncated, or raise MAX_SEQ_LENGTH"):
+        prompt.encode(RerankRequest(words, ["one"]))
+
+
+@pytest.mark.parametrize("truncate_query", [True, False])
+@pytest.mark.parametrize("words", [150, 100_000])
+def test_an_instruction_is_never_truncated(words: int, truncate_query: bool) -> None:
+    prompt = Prompt(TOKENIZER, max_seq_length=200)
+    request = RerankRequest("word " * 500, ["a"], "word " * words, truncate_query=truncate_query)
+    with pytest.raises(InvalidRequestError, match="the instruction leaves no room for a query and a document in 200 t"):
+        prompt.encode(request)
+
+
+def test_ten_million_characters_of_a_query_are_not_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = 0
+
+    class Counting:
+        def __getattr__(self, name: str) -> object:
+            def encode(texts: list[str], **options: bool) -> object:
+                nonlocal seen
+                seen += sum(map(len, texts))
+                return getattr(PROMPT.plain, name)(texts, **options)
+
+            return encode
+
+    prompt = Prompt(TOKENIZER, max_seq_length=512)
+    monkeypatch.setattr(prompt, "plain", Counting())
+    encoded = prompt.encode(RerankRequest("some words " * 1_000_000, ["a"], truncate_query=True))
+    assert encoded.query_truncated
+    assert seen < 20_000
+
+
+def test_parts_of_a_request_know_that_its_query_was_truncated() -> None:
+    prompt = Prompt(TOKENIZER, max_seq_length=200)
+    request = RerankRequest("word " * 500, ["a", "b", "c"], truncate_query=True)
+    whole = prompt.encode(request)
+    assert EncodedRequest.join([prompt.encode(request.only([0])), prompt.encode(request.only([1, 2]))]) == whole
+    assert RerankResult.of(per_document(whole, [0.0] * 3)).query_truncated
+    split = prompt.encode(replace(request, max_chunks_per_doc=2))
+    assert RerankResult.of(per_document(split, [0.0] * 3)).query_truncated

@@ -2,11 +2,16 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import shutil
 from pathlib import Path
 
 import pytest
 
 from reranker import Scorer
+from reranker.engine.selfcheck import self_check
+from reranker.errors import InvalidRequestError
+from reranker.types import EncodedRequest, RerankRequest, Slice
 from tests.checkpoints import tensors
 from tests.cli import cli
 from tests.conftest import DEMO, Start, make_model
@@ -14,8 +19,6 @@ from tests.conftest import DEMO, Start, make_model
 
 def inverted(path: Path) -> Path:
     """The demo model with the sign of its last norm turned: what was relevant is not."""
-    import shutil
-
     shutil.copytree(DEMO, path)
     tensors(path, lambda found: found | {"model.norm.weight": -found["model.norm.weight"]})
     return path
@@ -41,9 +44,40 @@ def test_equal_scores_are_no_pass(tmp_path: Path) -> None:
     assert Scorer.load(path, device="cpu").info.self_check == "failed: English, Chinese"
 
 
-def test_an_operators_instruction_does_not_decide_it() -> None:
-    scorer = Scorer.load(device="cpu", instruction="Find texts that have nothing to do with the query")
-    assert scorer.info.self_check == "passed"
+class Stub:
+    """A scorer that keeps what it is asked."""
+
+    def __init__(self, logits: list[float], error: Exception | None = None) -> None:
+        self.logits, self.error = logits, error
+        self.requests: list[RerankRequest] = []
+
+    def encode(self, request: RerankRequest) -> EncodedRequest:
+        self.requests.append(request)
+        if self.error:
+            raise self.error
+        return EncodedRequest([1], [[2], [3]])
+
+    def pack(self, slices: list[Slice]) -> list[Slice]:
+        return slices
+
+    def score(self, batch: list[Slice]) -> list[float]:
+        return self.logits
+
+
+def test_it_asks_by_the_instruction_of_the_checkpoint() -> None:
+    stub = Stub([1.0, 0.0])
+    assert self_check(stub, "Find code") == "passed"
+    assert [request.instruction for request in stub.requests] == ["Find code"] * 2
+
+
+@pytest.mark.parametrize("logits", [[0.0, 1.0], [1.0, 1.0], [math.nan, 0.0], [math.inf, 0.0], [1.0, math.nan]])
+def test_only_a_higher_finite_score_passes(logits: list[float]) -> None:
+    assert self_check(Stub(logits), "i") == "failed: English, Chinese"
+
+
+def test_without_room_it_is_not_run_and_the_start_goes_on() -> None:
+    assert self_check(Stub([], InvalidRequestError("no room")), "i").startswith("not run")
+    assert Scorer.load(device="cpu", max_seq_length=76).info.self_check.startswith("not run")
 
 
 def test_everybody_is_told(tmp_path: Path, start: Start) -> None:

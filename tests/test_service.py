@@ -22,6 +22,7 @@ from config import Settings
 from tests.conftest import DEMO, ROOT, Server, Start
 from tests.fake import FakeScorer
 from tests.faults.traffic import Traffic, all_ready, until
+from tests.rows import wear
 from tests.test_metrics import once, value
 
 QUERY = "how to compress files"
@@ -61,6 +62,10 @@ def test_no_request_leaves_anything_to_the_garbage_collector(start: Start) -> No
         (200, BODY | {"unknown": [[big]]}),
         (200, BODY | {"model": "any", "return_documents": True}),
         (200, {"query": QUERY, "texts": DOCUMENTS}),
+        (200, wear(QUERY, DOCUMENTS)),
+        (200, BODY | {"documents": [{"title": big, "text": "a", "x": 1}], "rank_fields": ["title"]}),
+        (422, {"query": QUERY, "docs": [big]}),
+        (422, BODY | {"documents": [{"title": big}], "rank_fields": ["title", "text"]}),
         (422, {"query": "too long", "documents": [big]}),
         (422, {"query": big}),
         (422, {"query": QUERY, "documents": [big, 3]}),
@@ -156,7 +161,7 @@ def test_the_readmes_chinese_sample(server: Server) -> None:
     assert "压缩" in response.text  # as it is, not escaped
 
 
-TOPS: list[object] = [0, -1, 1.5, "3", True, False, [], {}, -1e20]
+TOPS: list[object] = [0, -1, 1.5, "three", True, False, [], {}, -1e20]
 BAD: list[tuple[object, str]] = [
     ({}, "query: is required"),
     ({"query": "q"}, "documents: is required"),

@@ -33,8 +33,8 @@ def test_compiled_layers_equal_the_card_and_compile_once(
     compiled, ran = compiled_stages(), []
     counters.clear()
     with torch.inference_mode():  # in another thread, as at a start, and for a size of its own
-        assert speedup._in_time(100, lambda: model.hidden(sample(1000, model), compiled)) == ""
-        assert speedup._in_time(9, lambda: ran.append(inductor.compile_threads)) == ""
+        assert speedup._in_time(3600, lambda: model.hidden(sample(1000, model), compiled)) == ""
+        assert speedup._in_time(3600, lambda: ran.append(inductor.compile_threads)) == ""
     assert ran.pop() == 1  # what is set here is set there
     assert counters["stats"]["unique_graphs"] == 2
     model.stages = Stages(

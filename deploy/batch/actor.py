@@ -20,8 +20,9 @@ import ray
 
 from deploy.batch.output import Output, Record
 from deploy.batch.parts import Part
-from deploy.batch.rows import Row, groups, joined, rows
+from deploy.batch.rows import NOTES, rows
 from reranker.cli.errors import CommandError
+from reranker.cli.groups import Row, groups, joined
 from reranker.cli.ranker import Ranker, Scored
 from reranker.errors import DeviceLostError, ModelLoadError, RerankError
 from reranker.types import RerankRequest
@@ -137,6 +138,8 @@ def score(ranker: Ranker, found: Iterator[Row]) -> Outcome:
             continue
         done.documents += len(outcome.scores)
         done.truncated += outcome.truncated
+        if outcome.query_truncated:
+            NOTES.add(["the query did not fit and was truncated"], f"line or row {group[0].number}: ")
         if group[0].pair:
             pairs = zip(group, outcome.scores, strict=True)
             done.results += [(row.number, {"id": row.id, "score": score}) for row, score in pairs]

@@ -19,7 +19,6 @@ from deploy.batch import store
 from reranker.cli.errors import InputError
 
 ENDINGS = (".jsonl", ".ndjson", ".parquet")
-COLUMNS = ("id", "query", "documents", "document", "top_k", "top_n", "instruction", "instruct")
 _CHUNK = 1 << 20
 
 
@@ -130,7 +129,7 @@ def _cut_rows(file: pyarrow.parquet.ParquetFile, address: str, size: int) -> Ite
 
 def _check(schema: pyarrow.Schema, address: str) -> None:
     names = set(schema.names)
-    if "query" not in names or not names & {"documents", "document"}:
+    if "query" not in names or not names & {"documents", "texts", "document"}:
         raise InputError(
             f"{address} has the columns {', '.join(schema.names)}; a batch needs query and documents, or query and "
             f"document: rename them"

@@ -4,40 +4,27 @@ from __future__ import annotations
 
 import io
 import itertools
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from functools import partial
 from typing import IO, Any
 
 import pyarrow.parquet
 
 from deploy.batch import store
-from deploy.batch.parts import COLUMNS, Part
+from deploy.batch.parts import Part
 from reranker.cli.errors import InputError
+from reranker.cli.groups import Row, row_of
 from reranker.cli.lines import decode, parse
-from reranker.cli.rows import pair_of, request_of
-from reranker.types import RerankRequest
+from reranker.cli.rows import COLUMNS
+from reranker.notes import Notes
 
 _LONGEST = 64 << 20
 """Bytes of a line; one that is longer is no row, and is never held in memory."""
 _ROWS = 128
 """Rows of a Parquet file in memory at once."""
-_DOCUMENTS = 256
-"""Pairs that become one request at most."""
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A row of the input."""
-
-    number: int
-    """Its line or row in the file, from 1."""
-    id: Any = None
-    request: RerankRequest | None = None
-    top_k: int | None = None
-    pair: bool = False
-    """It has one `document`, and its result is one score."""
-    error: str = ""
-    """Why there is no request."""
+NOTES = Notes(partial(print, file=sys.stderr, flush=True))
+"""Of this process: Ray shows an actor's lines where the batch was started."""
 
 
 def rows(part: Part, top_k: int | None, instruction: str | None) -> Iterator[Row]:
@@ -53,44 +40,9 @@ def rows(part: Part, top_k: int | None, instruction: str | None) -> Iterator[Row
     """
     with store.opened(part.address) as file:
         for number, body in _parquet(file, part) if part.parquet else _lines(file, part):
-            yield body if isinstance(body, Row) else _row(number, body, top_k, instruction)
-
-
-def groups(found: Iterator[Row]) -> Iterator[list[Row]]:
-    """Neighbouring pairs of one query together, so that they share its prefix; every other row alone."""
-    kept: list[Row] = []
-    for row in found:
-        if kept and (len(kept) == _DOCUMENTS or _shared(row) != _shared(kept[0])):
-            yield kept
-            kept = []
-        kept.append(row)
-        if _shared(row) is None:
-            yield kept
-            kept = []
-    if kept:
-        yield kept
-
-
-def joined(group: list[Row]) -> RerankRequest | None:
-    """The request of a group; None for a row that has none."""
-    request = group[0].request
-    if request is None or len(group) == 1:
-        return request
-    return replace(request, documents=[text for row in group if row.request for text in row.request.documents])
-
-
-def _shared(row: Row) -> tuple[str, str | None] | None:
-    return (row.request.query, row.request.instruction) if row.pair and row.request else None
-
-
-def _row(number: int, body: Any, top_k: int | None, instruction: str | None) -> Row:
-    name = body.get("id") if isinstance(body, dict) else None
-    try:
-        if isinstance(body, dict) and body.get("documents") is None and "document" in body:
-            return Row(number, name, pair_of(body, instruction), pair=True)
-        return Row(number, name, *request_of(body, top_k, instruction))
-    except InputError as error:
-        return Row(number, name, error=str(error))
+            row = body if isinstance(body, Row) else row_of(number, body, top_k, instruction)
+            NOTES.add(row.warnings, f"{part.file} {'row' if part.parquet else 'line'} {number}: ")
+            yield row
 
 
 def _lines(raw_file: IO[bytes], part: Part) -> Iterator[tuple[int, Any]]:
@@ -126,7 +78,9 @@ def _parquet(file: IO[bytes], part: Part) -> Iterator[tuple[int, dict[str, Any]]
     )
     wanted = [i for i, end in enumerate(ends) if end > part.start and (i == 0 or ends[i - 1] < part.stop)]
     position = ends[wanted[0] - 1] if wanted[0] else 0
-    columns = [name for name in COLUMNS if name in source.schema_arrow.names]
+    names = source.schema_arrow.names
+    columns = [name for name in COLUMNS if name in names]
+    NOTES.add((f"the column {name} is not read" for name in names if name not in COLUMNS), f"{part.file}: ")
     for batch in source.iter_batches(_ROWS, row_groups=wanted, columns=columns, use_threads=False):
         start, stop = max(position, part.start), min(position + batch.num_rows, part.stop)
         if start < stop:

@@ -1,157 +1,186 @@
-"""`batch`: JSON lines in, JSON lines out, for as long as it takes. Run again after an interruption, it goes on.
+"""`batch`: rows in, JSON lines out, for as long as it takes. Run again after an interruption, it goes on.
 
 in   {"id": ..., "query": "...", "documents": ["...", ...], "top_k": 3, "instruction": "..."}     only two are required
-out  {"line": 1, "id": ..., "results": [{"index": 0, "score": 0.98}, ...]}                  one for each line, in order
+     {"id": ..., "query": "...", "document": "...", "instruction": "..."}                         a pair
+out  {"line": 1, "id": ..., "results": [{"index": 0, "score": 0.98}, ...]}                  one for each row, in order
+     {"line": 1, "id": ..., "score": 0.98}                                                  for a pair
+
+Rows are JSON lines, or items of a JSON array, rows of CSV, TSV or Parquet; for those the output says `row`, not `line`.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
 
+from reranker.cli.cells import Cells, RowError
 from reranker.cli.errors import FailedError, InputError
+from reranker.cli.groups import Row, groups, joined, row_of
+from reranker.cli.inputs import Input, Record, open_input
 from reranker.cli.journal import Journal
-from reranker.cli.lines import decode, opened, parse
 from reranker.cli.options import source
 from reranker.cli.ranker import Ranker, Scored, open_ranker
-from reranker.cli.rows import request_of
-from reranker.cli.terminal import Meter, meter
+from reranker.cli.terminal import meter, plural, truncated
 from reranker.errors import InvalidRequestError, RerankError
+from reranker.notes import Notes
 from reranker.types import RerankRequest
 
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """A line of the input."""
-
-    number: int
-    end: int
-    """Bytes of the input up to its end."""
-    id: Any = None
-    request: RerankRequest | None = None
-    top_k: int | None = None
-    error: str = ""
-    """Why there is no request."""
+KINDS = ("jsonl", "json", "csv", "tsv", "parquet")
+"""The forms of rows."""
 
 
 def batch(args: argparse.Namespace) -> None:
     """Run the command.
 
     Raises:
-        InputError: a line cannot be used; everything before it is written.
+        InputError: a row cannot be used; everything before it is written.
         FailedError: scoring failed, or the output cannot be written.
     """
     where = source(args)
-    path = Path(args.input)
-    if not path.is_file():
-        raise InputError(f"{path} is not a file; a batch reads its input again to continue, so it takes no pipe")
-    if path.resolve() == Path(args.output).resolve():
-        raise InputError("the output must be another file than the input")
-    if not Path(args.output).parent.is_dir():
-        raise InputError(f"the folder {Path(args.output).parent} does not exist")
-    with opened(path) as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-        size = file.tell()
-        options = {"input": digest.hexdigest(), "top_k": args.top_k, "instruction of requests": args.instruction}
-        with Journal(Path(args.output), options | where.identity, overwrite=args.overwrite) as journal:
-            _run(args, open_ranker(where), file, size, journal)
+    output = Path(args.output)
+    _check_paths(Path(args.input), output)
+    with open_input(args.input, args.input_format, args.encoding, KINDS) as rows:
+        options = {"input": rows.digest(), "top_k": args.top_k, "instruction of requests": args.instruction}
+        options |= {name: getattr(args, name) for name in ("field", "encoding", "input_format") if getattr(args, name)}
+        with Journal(output, options | where.identity, overwrite=args.overwrite, unit=rows.unit) as journal:
+            _run(args, open_ranker(where), _Reader(rows, args, skip_to=journal.last), journal)
             journal.finish()
 
 
-def _run(args: argparse.Namespace, ranker: Ranker, file: IO[bytes], size: int, journal: Journal) -> None:
-    file.seek(0)
-    read = _Reader(file, args, skip_to=journal.last)
-    before = journal.lines
-    bad = cut = 0
+def _check_paths(path: Path, output: Path) -> None:
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name a file")
+    if str(path) == "-" or (path.exists() and not path.is_file()):
+        name = "standard input" if str(path) == "-" else path
+        raise InputError(f"{name} is a pipe, and batch reads its input again to continue; write it to a file first")
+    if not path.exists():
+        raise InputError(f"{path} does not exist")
+    if path.resolve() == output.resolve():
+        raise InputError("the output must be another file than the input")
+    if not output.parent.is_dir():
+        raise InputError(f"the folder {output.parent} does not exist")
+
+
+def _run(args: argparse.Namespace, ranker: Ranker, read: _Reader, journal: Journal) -> None:
+    unit, before = journal.unit, journal.lines
+    bad = shortened = queries = 0
     start = time.monotonic()
-    with meter(size) as shown:
+    with meter(read.input.total) as shown:
         if before:
-            shown.say(f"continuing behind line {journal.last}: {before} lines are done")
-        for line, outcome in _answers(ranker, read):
+            shown.say(f"continuing after {unit} {journal.last}: {_done(before, unit)}")
+        notes = Notes(shown.say)
+        for group, outcome in _answers(ranker, read):
+            for row in group:
+                notes.add(row.warnings, f"{row.place}: ")
             if isinstance(outcome, Scored):
-                record = {"results": [{"index": i, "score": outcome.scores[i]} for i in outcome.best(line.top_k)]}
-                cut += outcome.truncated
-                journal.write(line.number, {"id": line.id} | record)
-                shown.advance(line.end, len(outcome.scores))
+                _write(journal, group, outcome)
+                shortened += outcome.truncated
+                queries += outcome.query_truncated
+                shown.advance(group[-1].end, len(outcome.scores))
                 continue
             if not isinstance(outcome, InvalidRequestError):
-                raise FailedError(f"line {line.number}: {outcome}; run the same command again to continue")
+                raise FailedError(f"{group[0].place}: {outcome}; run the same command again to continue")
             if not args.skip_bad:
-                raise InputError(
-                    f"line {line.number}: {outcome}; the {journal.lines} lines before it are done: "
-                    f"run again with --skip-bad to continue (a mended input starts anew, with --overwrite)"
-                )
-            bad += 1
-            shown.say(f"line {line.number} skipped: {outcome}")
-            journal.write(line.number, {"id": line.id, "error": str(outcome)})
-            shown.advance(line.end, 0)
-        _sum_up(shown, journal.lines - before, bad, cut, time.monotonic() - start)
+                raise InputError(f"{group[0].place}: {outcome}; {_way_out(journal)}")
+            for row in group:
+                shown.say(f"{row.place} skipped: {outcome}")
+                journal.write(row.number, {"id": row.id, "error": str(outcome)})
+            bad += len(group)
+            shown.advance(group[-1].end, 0)
+        seconds = time.monotonic() - start
+        rows, documents = plural(journal.lines - before, unit), plural(shown.documents, "document")
+        shown.say(f"{rows}, {documents} in {seconds:.1f} s ({shown.rate})")
+        if bad:
+            were, each = ("was", "it") if bad == 1 else ("were", "each")
+            shown.say(f'{plural(bad, f"bad {unit}")} {were} skipped; the output says "error" for {each}')
+        if shortened:
+            shown.say(truncated(shortened, args.url))
+        if queries:
+            shown.say(truncated(queries, args.url, "query", "queries"))
 
 
-def _sum_up(shown: Meter, lines: int, bad: int, cut: int, seconds: float) -> None:
-    shown.say(f"{lines} lines, {shown.documents} documents in {seconds:.1f} s ({shown.rate})")
-    if bad:
-        shown.say(f'{bad} bad lines were skipped; the output says "error" for each')
-    if cut:
-        shown.say(f"{cut} documents did not fit and were cut (--max-seq-length)")
+def _write(journal: Journal, group: list[Row], scored: Scored) -> None:
+    if group[0].pair:
+        for row, score in zip(group, scored.scores, strict=True):
+            journal.write(row.number, {"id": row.id, "score": score})
+        return
+    best = [{"index": i, "score": scored.scores[i]} for i in scored.best(group[0].top_k)]
+    journal.write(group[0].number, {"id": group[0].id, "results": best})
 
 
-def _answers(ranker: Ranker, read: _Reader) -> Iterator[tuple[Line, Scored | RerankError]]:
-    """Each line with its outcome, in order: lines that hold no request wait for their turn as well."""
+def _done(count: int, unit: str) -> str:
+    return f"{plural(count, unit)} {'is' if count == 1 else 'are'} done"
+
+
+def _way_out(journal: Journal) -> str:
+    if not journal.lines:
+        return "correct it, or run again with --skip-bad"
+    return (
+        f"{_done(journal.lines, journal.unit)}: run again with --skip-bad to continue, "
+        f"or correct the input and start anew with --overwrite"
+    )
+
+
+def _answers(ranker: Ranker, read: _Reader) -> Iterator[tuple[list[Row], Scored | RerankError]]:
+    """Each group of rows with its outcome, in order: rows that hold no request wait for their turn as well.
+
+    Raises:
+        InputError: the input cannot be read any further.
+    """
     for outcome in ranker.rank_many(read.requests()):
-        yield from _bad(read.lines)
-        yield read.lines.popleft(), outcome
-    yield from _bad(read.lines)
+        yield from _bad(read.groups)
+        yield read.groups.popleft(), outcome
+    yield from _bad(read.groups)
+    if read.failure:
+        raise read.failure
 
 
-def _bad(lines: deque[Line]) -> Iterator[tuple[Line, RerankError]]:
-    while lines and lines[0].request is None:
-        yield lines[0], InvalidRequestError(lines[0].error)
-        lines.popleft()
+def _bad(waiting: deque[list[Row]]) -> Iterator[tuple[list[Row], RerankError]]:
+    while waiting and waiting[0][0].request is None:
+        yield waiting[0], InvalidRequestError(waiting[0][0].error)
+        waiting.popleft()
 
 
 class _Reader:
-    """The input line by line; read in another thread than the one that takes `lines`."""
+    """The input row by row; a worker thread reads, the main thread takes `groups`."""
 
-    def __init__(self, file: IO[bytes], args: argparse.Namespace, skip_to: int) -> None:
-        self.file = file
+    def __init__(self, rows: Input, args: argparse.Namespace, skip_to: int) -> None:
+        self.input = rows
         self.args = args
         self.skip_to = skip_to
-        self.lines: deque[Line] = deque()
+        self.groups: deque[list[Row]] = deque()
         """Read and not answered yet."""
+        self.failure: InputError | None = None
+        """Why the input ended early."""
 
     def requests(self) -> Iterator[RerankRequest]:
-        """The requests of the good lines; ends at the first bad one, unless those are skipped."""
-        end = 0
-        for number, raw in enumerate(self.file, 1):
-            end += len(raw)
-            if number <= self.skip_to:
-                continue
-            line = self._line(number, end, raw)
-            if line is None:
-                continue
-            self.lines.append(line)
-            if line.request is not None:
-                yield line.request
+        """The requests of the good rows; ends at the first bad one, unless those are skipped."""
+        for group in groups(self._rows()):
+            self.groups.append(group)
+            request = joined(group)
+            if request is not None:
+                yield request
             elif not self.args.skip_bad:
                 return
 
-    def _line(self, number: int, end: int, raw: bytes) -> Line | None:
-        body: Any = None
+    def _rows(self) -> Iterator[Row]:
+        cells = Cells(self.input, self.args.field)
         try:
-            content = decode(raw, "this", first=number == 1)
-            if not content.strip():
-                return None
-            body = parse(content, "this")
-            request, top_k = request_of(body, self.args.top_k, self.args.instruction)
-            return Line(number, end, body.get("id"), request, top_k)
+            for record in self.input.records():
+                if record.number > self.skip_to:
+                    yield self._row(record, cells)
         except InputError as error:
-            return Line(number, end, body.get("id") if isinstance(body, dict) else None, error=str(error))
+            self.failure = error
+
+    def _row(self, record: Record, cells: Cells) -> Row:
+        row = Row(record.number, error=record.error)
+        if not record.error:
+            try:
+                row = row_of(record.number, cells.body(record.value), self.args.top_k, self.args.instruction)
+            except RowError as error:
+                row = replace(row, error=str(error))
+        return replace(row, place=record.place, end=record.end)

@@ -6,8 +6,8 @@ import logging
 import re
 from collections.abc import Mapping
 
-from reranker.cli.collection import Ranking
 from reranker.cli.errors import InputError
+from reranker.cli.judgements import Ranking
 
 # Chinese and Japanese are written without spaces: their characters are words, and so are pairs of them.
 _UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"

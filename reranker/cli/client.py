@@ -10,6 +10,7 @@ import email.utils
 import http.client
 import json
 import random
+import re
 import sys
 import threading
 import time
@@ -24,6 +25,7 @@ from reranker import __version__
 from reranker.cli.errors import FailedError
 from reranker.cli.ranker import Scored
 from reranker.errors import InvalidRequestError, RerankError
+from reranker.notes import Notes
 from reranker.types import RerankRequest
 
 # Enough to fill the service's next batch while it computes this one; more would only fill its queue.
@@ -34,6 +36,7 @@ _PART_CHARACTERS = 1_000_000
 _SOCKET_SECONDS = 150
 """Above the service's own deadline (REQUEST_TIMEOUT, 100 s), so that its 504 is heard."""
 _LONGEST_WAIT = 60.0
+_PLACE = re.compile(r"^documents\[(\d+)\]")
 _BUSY = {429: "busy", 502: "behind a proxy without it", 503: "not ready", 504: "too slow"}
 
 
@@ -64,6 +67,8 @@ class Client:
             self._headers["Authorization"] = f"Bearer {token}"
         self._opener = urllib.request.build_opener(_NoRedirect)
         self._told = False
+        self._notes = Notes(lambda text: print(f"note: {text}", file=sys.stderr))
+        self._lock = threading.Lock()
         self._open("/livez", None).close()
 
     @property
@@ -89,21 +94,21 @@ class Client:
 
     def _rank(self, request: RerankRequest, closing: threading.Event) -> Scored | RerankError:
         scores: list[float] = []
-        truncated = 0
+        truncated, query_truncated = 0, False
         try:
             for documents in _parts(request.documents):
-                body: dict[str, Any] = {"query": request.query, "documents": documents}
-                if request.instruction is not None:
-                    body["instruction"] = request.instruction
-                got, cut = self._post(body, closing)
-                scores += got
-                truncated += cut
+                part = self._post(_body(request, documents), closing)
+                scores += part.scores
+                truncated += part.truncated
+                query_truncated |= part.query_truncated
+        except InvalidRequestError as error:  # its index counts from the start of the part
+            return InvalidRequestError(_PLACE.sub(lambda m: f"documents[{int(m[1]) + len(scores)}]", str(error)))
         except RerankError as error:
             return error
-        return Scored(scores, truncated)
+        return Scored(scores, truncated, query_truncated)
 
-    def _post(self, body: dict[str, Any], closing: threading.Event) -> tuple[list[float], int]:
-        """Scores in the order of the documents, and how many were cut; waits politely while the service is busy.
+    def _post(self, body: dict[str, Any], closing: threading.Event) -> Scored:
+        """Scores in the order of the documents; waits politely while the service is busy.
 
         Raises:
             InvalidRequestError: the service refuses this request.
@@ -116,8 +121,10 @@ class Client:
                 with self._open("/v1/rerank", data) as response:
                     rows, headers = json.load(response), response.headers
                 scores = {row["index"]: float(row["score"]) for row in rows}
-                cut = int(headers.get("x-truncated-documents", 0))
-                return [scores[i] for i in range(len(body["documents"]))], cut
+                truncated = int(headers.get("x-truncated-documents", 0))
+                self._note(headers.get("x-warnings", ""))
+                documents = range(len(body["documents"]))
+                return Scored([scores[i] for i in documents], truncated, "x-truncated-query" in headers)
             except urllib.error.HTTPError as error:
                 wait, why = self._refused(error), f"{_BUSY.get(error.code)} ({error.code})"
             except (KeyError, TypeError, ValueError):
@@ -134,6 +141,12 @@ class Client:
             if closing.wait(pause):
                 raise FailedError("interrupted")
         raise AssertionError("unreachable")
+
+    def _note(self, warnings: str) -> None:
+        """Print the service's warnings, except those about truncation, which are counted with the scores."""
+        with self._lock:
+            texts = (text for text in warnings.split(" | ") if text and "did not fit" not in text)
+            self._notes.add(texts, f"{self.url}: ")
 
     def _refused(self, error: urllib.error.HTTPError) -> float | None:
         """Seconds to wait by a busy service's own word.
@@ -164,6 +177,18 @@ class Client:
             if data:
                 raise
             raise FailedError(f"cannot reach {self.url}: {_reason(error)}; is the service running?") from None
+
+
+def _body(request: RerankRequest, documents: list[str]) -> dict[str, Any]:
+    """The JSON body of a request, with some of its documents; options with their default value are left out."""
+    options = {
+        "instruction": request.instruction,
+        "max_tokens_per_doc": request.max_tokens_per_doc,
+        "max_chunks_per_doc": request.max_chunks_per_doc,
+        "truncate": False if not request.truncate else True if request.truncate_query else None,
+    }
+    body = {"query": request.query, "documents": documents}
+    return body | {name: value for name, value in options.items() if value is not None}
 
 
 def _parts(documents: Iterable[str]) -> Iterator[list[str]]:

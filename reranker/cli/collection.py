@@ -1,18 +1,21 @@
-"""The user's own test data, as BEIR and TREC lay it out: texts of queries and documents, and what is relevant."""
+"""The texts of the user's own test data, as BEIR, MTEB and pandas lay them out."""
 
 from __future__ import annotations
 
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from reranker.cli.errors import InputError
-from reranker.cli.lines import opened, parse, texts
+from reranker.cli.forms import TEXT_NAMES, told
+from reranker.cli.ids import ID, column, read_id
+from reranker.cli.inputs import Input, open_input, values
+from reranker.cli.tables import read_tsv, text_column
+from reranker.cli.terminal import name_list, note, plural
 
-Grades = dict[str, dict[str, int]]
-"""query id -> document id -> relevance; 0 is not relevant"""
-Ranking = dict[str, list[str]]
-"""query id -> document ids, best first"""
+_ENDS = (".jsonl", ".ndjson", ".json", ".tsv", ".csv", ".parquet")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,108 +25,128 @@ class Paths:
     corpus: Path
     queries: Path
     qrels: Path
-    beir: bool
-    """The qrels have BEIR's three columns, not TREC's four."""
 
 
 def beir(folder: str, split: str) -> Paths:
-    """The parts of a BEIR folder.
+    """The parts of a BEIR folder; where one is there in several forms, the first of `_ENDS`.
 
     Raises:
         InputError: one is missing; says which splits there are.
     """
     root = Path(folder)
-    paths = Paths(root / "corpus.jsonl", root / "queries.jsonl", root / "qrels" / f"{split}.tsv", beir=True)
-    if not paths.qrels.is_file():
-        splits = ", ".join(sorted(p.stem for p in (root / "qrels").glob("*.tsv")))
-        there = f"; there: {splits}, choose with --split" if splits else "; is it a BEIR folder?"
-        raise InputError(f"{paths.qrels} does not exist{there}")
-    return paths
+    qrels = _part(root / "qrels", split)
+    if qrels is None:
+        splits = sorted({p.name.partition(".")[0] for p in (root / "qrels").glob("*") if told(p.name)})
+        there = f"; there: {', '.join(splits)}, choose with --split" if splits else "; is it a BEIR folder?"
+        raise InputError(f"{root / 'qrels' / split}.tsv does not exist{there}")
+    corpus, queries = (_part(root, name) or root / f"{name}.jsonl" for name in ("corpus", "queries"))
+    return Paths(corpus, queries, qrels)
 
 
-def read_grades(paths: Paths) -> Grades:
-    """The relevance judgements.
-
-    Raises:
-        InputError: a line has other columns, or there is none.
-    """
-    grades: Grades = {}
-    form = "query, document, relevance" if paths.beir else "query, 0, document, relevance"
-    for number, columns in _columns(paths.qrels, 3 if paths.beir else 4, form):
-        query, document, grade = columns[0], columns[-2], columns[-1]
-        if number == 1 and grade == "score":  # BEIR's head line
-            continue
-        try:
-            grades.setdefault(query, {})[document] = int(grade)
-        except ValueError:
-            raise InputError(f"{paths.qrels} line {number}: relevance {grade!r} is not a whole number") from None
-    if not grades:
-        raise InputError(f"{paths.qrels} holds no judgements")
-    return grades
+def _part(folder: Path, stem: str) -> Path | None:
+    names = (f"{stem}{end}{packed}" for end in _ENDS for packed in ("", ".gz"))
+    return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
-def read_run(path: Path, queries: Container[str]) -> Ranking:
-    """The ranking of a TREC run file, of these queries: by score as trec_eval reads it, ties in the file's order.
-
-    Raises:
-        InputError: a line has other columns.
-    """
-    scored: dict[str, dict[str, float]] = {}
-    for number, columns in _columns(path, 6, "query, Q0, document, rank, score, name"):
-        query, document, score = columns[0], columns[2], columns[4]
-        if query not in queries:
-            continue
-        if document in scored.setdefault(query, {}):
-            raise InputError(f"{path} line {number}: {document} is there twice for query {query}")
-        try:
-            scored[query][document] = float(score)
-        except ValueError:
-            raise InputError(f"{path} line {number}: score {score!r} is not a number") from None
-    return {query: sorted(found, key=lambda d: -found[d]) for query, found in scored.items()}
-
-
-def read_texts(path: Path, wanted: Container[str] | None = None) -> dict[str, str]:
-    """id -> text of a corpus or of queries: BEIR's JSON lines (title and text joined), else lines of id, tab, text.
+def read_texts(path: Path, kind: str | None, encoding: str | None, wanted: Container[str] | None) -> dict[str, str]:
+    """id -> text of a corpus or of queries, title and text joined.
 
     Args:
+        path: JSON or a table with an id and a text, or lines of id, tab, text.
+        kind: the form where the name does not tell it.
+        encoding: None: UTF-8.
         wanted: ids to keep; None: all. A corpus of millions fits into memory when only its candidates are kept.
 
     Raises:
-        InputError: a line has no id or no text.
+        InputError: a line has no id or no text, or an id has two texts.
     """
     kept: dict[str, str] = {}
-    rows = _jsonl(path) if path.suffix.lower() in (".jsonl", ".ndjson") else _tsv(path)
-    for name, text in rows:
-        if wanted is None or name in wanted:
-            kept[name] = text
+    with open_input(str(path), told(str(path)) or kind, encoding) as source:
+        for where, value, text in _rows(source):
+            name = read_id(value)
+            if not name or not isinstance(text, str):
+                raise InputError(f'{where} needs "_id" and a string "text"')
+            if (wanted is None or name in wanted) and kept.setdefault(name, text) != text:
+                raise InputError(f"{where}: the id {name!r} is there twice, with another text")
     return kept
 
 
-def _jsonl(path: Path) -> Iterator[tuple[str, str]]:
-    with opened(path) as file:
-        for number, line in texts(file, path):
-            where = f"{path} line {number}"
-            value = parse(line, where)
-            name = value.get("_id", value.get("id")) if isinstance(value, dict) else None
-            if not isinstance(name, str | int) or not isinstance(value.get("text"), str):
-                raise InputError(f'{where} needs "_id" and a string "text"')
-            title = value.get("title")
-            yield str(name), f"{title} {value['text']}" if isinstance(title, str) and title else value["text"]
+def _rows(source: Input) -> Iterator[tuple[str, Any, Any]]:
+    """Where, id and text."""
+    if source.form.kind == "lines":
+        for where, line in values(source):
+            yield _split(line, where)
+    elif source.form.kind == "tsv":
+        yield from _tsv(source)
+    else:
+        yield from _objects(source)
 
 
-def _tsv(path: Path) -> Iterator[tuple[str, str]]:
-    with opened(path) as file:
-        for number, line in texts(file, path):
-            name, tab, text = line.partition("\t")
-            if not tab:
-                raise InputError(f"{path} line {number} needs an id, a tab and a text")
-            yield name, text
+def _tsv(source: Input) -> Iterator[tuple[str, Any, Any]]:
+    """With a heading, a table; without one, lines of id, tab, text in which a quote is a character like others."""
+    lines = source.texts()
+    first = next(lines, (0, ""))
+    heading = [cell.strip() for cell in first[1].split("\t")]
+    if column(heading, ID) or column(heading, TEXT_NAMES):
+        keys = _Keys.of(heading, source.name)
+        rows = read_tsv(chain([first], lines), source.name)
+        next(rows)
+        for number, cells in rows:
+            where = f"{source.name} line {number}"
+            if len(cells) != len(heading):
+                raise InputError(
+                    f"{where} has {plural(len(cells), 'column')}, not {len(heading)}: {name_list(heading)}"
+                )
+            yield where, *keys.values(dict(zip(heading, cells, strict=True)))
+        return
+    for number, line in chain([first], lines):
+        if line.strip():
+            yield _split(line.rstrip("\r\n"), f"{source.name} line {number}")
 
 
-def _columns(path: Path, count: int, form: str) -> Iterator[tuple[int, list[str]]]:
-    with opened(path) as file:
-        for number, line in texts(file, path):
-            columns = line.split()
-            if len(columns) != count:
-                raise InputError(f"{path} line {number} has {len(columns)} columns, not {count}: {form}")
-            yield number, columns
+def _split(line: str, where: str) -> tuple[str, str, str]:
+    name, tab, text = line.partition("\t")
+    if not tab:
+        raise InputError(f"{where} needs an id, a tab and a text")
+    return where, name, text
+
+
+def _objects(source: Input) -> Iterator[tuple[str, Any, Any]]:
+    keys: _Keys | None = None
+    for where, value in values(source):
+        if not isinstance(value, dict):
+            raise InputError(f'{where} needs "_id" and a string "text"')
+        keys = keys or _Keys.of(source.columns or [k for k in value if not isinstance(value[k], list)], source.name)
+        yield where, *keys.values(value)
+
+
+@dataclass(frozen=True, slots=True)
+class _Keys:
+    """The columns of a file of texts."""
+
+    id: str
+    text: str
+    title: str | None
+
+    @classmethod
+    def of(cls, columns: list[str], name: str) -> _Keys:
+        """Find them.
+
+        Raises:
+            InputError: one cannot be told.
+        """
+        found = column(columns, ID)
+        if found is None:
+            raise InputError(f"{name} has no column for the id; its columns are {name_list(columns)}: name one _id")
+        others = [c for c in columns if c != found]
+        text = column(others, ("text", "query", "question")) or text_column(others, None, name)
+        if text.casefold() != "text":
+            note(f"the texts are {text!r} of {name}")
+        return cls(found, text, column(others, ("title",)))
+
+    def values(self, row: dict[str, Any]) -> tuple[Any, Any]:
+        """Id and text of a row."""
+        text, title = row.get(self.text), row.get(self.title or "")
+        return row.get(self.id), f"{title} {text}" if isinstance(title, str) and title and isinstance(
+            text, str
+        ) else text

@@ -1,66 +1,69 @@
-"""The documents to rank, from a file or standard input: one per line, JSON by line, or CSV."""
+"""The documents to rank, from a file or standard input in any form of `reranker.cli.inputs`."""
 
 from __future__ import annotations
 
-import csv
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from reranker.cli.errors import InputError
-from reranker.cli.lines import opened, parse, texts
+from reranker.cli.forms import TEXT_NAMES
+from reranker.cli.inputs import Input, open_input, values
+from reranker.cli.tables import text_column
+from reranker.cli.terminal import name_list, note
 
-FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv"}
-"""By the end of a file's name; everything else is one document per line."""
 
-
-def read(path: str, kind: str | None, field: str) -> list[str]:
-    """All documents of a file (`-`: standard input), blank lines left out.
+def read(path: str, kind: str | None, field: str | None, encoding: str | None) -> list[str]:
+    """All documents of a file (`-`: standard input); a note on standard error says which column they are.
 
     Args:
-        kind: lines, jsonl or csv; None: by the file's name.
-        field: the key or column that holds the text.
+        path: the file's name.
+        kind: one of `reranker.cli.forms.KINDS`; None: by the file's name.
+        field: the key or column that holds the text; None: the one with a known name.
+        encoding: None: UTF-8.
 
     Raises:
-        InputError: it cannot be read; names the line.
+        InputError: it cannot be read, or does not tell its documents; names the line.
     """
-    name = "standard input" if path == "-" else path
     if path == "-" and sys.stdin.isatty():
         raise InputError("no documents: give them as arguments, with --file, or through a pipe")
-    kind = kind or FORMATS.get(Path(path).suffix.lower(), "lines")
-    with opened(path) as file:
-        lines = texts(file, name)
-        if kind == "csv":
-            found = list(_csv(lines, name, field))
-        elif kind == "jsonl":
-            found = [_document(parse(line, f"{name} line {n}"), f"{name} line {n}", field) for n, line in lines]
-        else:
-            found = [line for _, line in lines]
+    with open_input(path, kind, encoding) as source:
+        found = _documents(source, field)
     if not found:
-        raise InputError(f"{name} holds no documents")
+        raise InputError(f"{source.name} holds no documents")
     return found
 
 
-def _document(value: Any, where: str, field: str) -> str:
-    found = value.get(field) if isinstance(value, dict) else value
-    if not isinstance(found, str):
-        raise InputError(
-            f'{where} is neither a string nor an object with a string "{field}"; name the key with --field'
-        )
+def _documents(source: Input, field: str | None) -> list[str]:
+    found: list[str] = []
+    key: str | None = None
+    for where, value in values(source):
+        if isinstance(value, dict) and key is None:
+            key = _key(source, value, field, where)
+        text = value.get(key) if isinstance(value, dict) else value
+        if not isinstance(text, str):
+            raise InputError(
+                f'{where} is neither a string nor an object with a string "{key or field or "text"}"; '
+                f"name the key with --field"
+            )
+        found.append(text)
+    if found and key is None and field is not None:
+        raise InputError(f"--field {field} has no effect: {source.name} holds texts without columns or keys")
     return found
 
 
-def _csv(lines: Iterator[tuple[int, str]], name: str, field: str) -> Iterator[str]:
-    csv.field_size_limit(sys.maxsize)
-    rows = csv.DictReader((line + "\n" for _, line in lines), strict=True)
-    try:
-        columns = list(rows.fieldnames or [])
-        if field not in columns:
-            raise InputError(f"{name} has no column {field!r} but {', '.join(columns)}; name one with --field")
-        for row in rows:
-            if row[field] is None:
-                raise InputError(f"{name} line {rows.line_num} has too few columns")
-            yield row[field]
-    except csv.Error as error:
-        raise InputError(f"{name} line {rows.line_num} is not CSV: {error}") from None
+def _key(source: Input, first: dict[str, Any], field: str | None, where: str) -> str:
+    """The column or key that holds the text of every record, by the first one."""
+    if source.columns:
+        only = source.columns[0]
+        if len(source.columns) == 1 and field is None and only.casefold() not in TEXT_NAMES:
+            raise InputError(
+                f"{source.name} has one column, and its first line {name_list([only])!r} is no known heading: if it is "
+                f"one, name it with --field; if it is a document, use --input-format lines"
+            )
+        key = text_column(source.columns, field, source.name)
+    else:
+        strings = [k for k in first if isinstance(first[k], str) and k.strip().casefold() in TEXT_NAMES]
+        key = text_column(strings if strings and field is None else list(first), field, where, "key")
+    if field is None and key.casefold() != "text":
+        note(f"the documents are {key!r} of {source.name}; choose another with --field")
+    return key

@@ -15,13 +15,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from reranker.cli import bm25, collection, gain
-from reranker.cli.collection import Grades, Ranking
+from reranker.cli import bm25, collection, gain, judgements
 from reranker.cli.errors import FailedError, InputError
+from reranker.cli.forms import told
+from reranker.cli.judgements import Grades, Ranking
 from reranker.cli.lines import writing
 from reranker.cli.options import source
 from reranker.cli.ranker import Ranker, open_ranker
-from reranker.cli.terminal import meter
+from reranker.cli.terminal import meter, note, plural
 from reranker.errors import RerankError
 from reranker.types import RerankRequest
 
@@ -73,35 +74,64 @@ def _load(args: argparse.Namespace) -> tuple[Grades, dict[str, str], dict[str, s
     Raises:
         InputError: a part is missing, or an id has no text.
     """
-    parts = (args.corpus, args.queries, args.qrels)
-    if args.beir:
-        if any(parts):
-            raise InputError("give --beir, or --corpus, --queries and --qrels, not both")
-        paths = collection.beir(args.beir, args.split)
-    elif all(parts):
-        paths = collection.Paths(Path(args.corpus), Path(args.queries), Path(args.qrels), beir=False)
-    else:
-        raise InputError("no data: give --beir DIR, or --corpus, --queries and --qrels")
-    grades = collection.read_grades(paths)
-    queries = collection.read_texts(paths.queries, grades)
+    paths = _paths(args)
+    kind, encoding = args.input_format, args.encoding
+    if kind and told(str(paths.corpus)) and told(str(paths.queries)):
+        raise InputError("--input-format has no effect: the names of corpus and queries tell their forms")
+    grades = judgements.read_grades(paths.qrels, encoding)
+    queries = collection.read_texts(paths.queries, kind, encoding, None)
     _demand(grades, queries, paths.queries, "query")
+    queries = {query: text for query, text in queries.items() if query in grades}
+    judged = dict.fromkeys(chain(*grades.values()))
     if not args.run:
-        corpus = collection.read_texts(paths.corpus)
+        corpus = collection.read_texts(paths.corpus, kind, encoding, None)
+        _check_judged(judged, corpus, paths.corpus)
         return grades, queries, corpus, bm25.candidates(corpus, queries, args.candidates)
-    ranking = collection.read_run(Path(args.run), grades)
+    ranking = judgements.read_run(Path(args.run), encoding, grades)
     ranking = {query: found[: args.candidates] for query, found in ranking.items()}
     if not ranking:
         raise InputError(f"{args.run} ranks no query of {paths.qrels}")
     wanted = dict.fromkeys(chain(*ranking.values()))
-    corpus = collection.read_texts(paths.corpus, wanted)
+    corpus = collection.read_texts(paths.corpus, kind, encoding, wanted | judged)
     _demand(wanted, corpus, paths.corpus, "document")
+    _check_judged(judged, corpus, paths.corpus)
     return grades, queries, corpus, ranking
+
+
+def _paths(args: argparse.Namespace) -> collection.Paths:
+    parts = (args.corpus, args.queries, args.qrels)
+    if args.beir:
+        if any(parts):
+            raise InputError("give --beir, or --corpus, --queries and --qrels, not both")
+        return collection.beir(args.beir, args.split)
+    if not all(parts):
+        raise InputError("no data: give --beir DIR, or --corpus, --queries and --qrels")
+    return collection.Paths(Path(args.corpus), Path(args.queries), Path(args.qrels))
 
 
 def _demand(ids: Mapping[str, object], found: Mapping[str, str], path: Path, what: str) -> None:
     missing = [i for i in ids if i not in found]
     if missing:
-        raise InputError(f"{path} has no text for {len(missing)} of {len(ids)}, the first is {what} {missing[0]!r}")
+        own = f"; its own first id is {next(iter(found))!r}" if found and len(missing) == len(ids) else ""
+        raise InputError(
+            f"{path} has no text for {len(missing)} of {len(ids)}, the first is {what} {missing[0]!r}{own}"
+        )
+
+
+def _check_judged(judged: Mapping[str, object], corpus: Mapping[str, str], path: Path) -> None:
+    """Say which judged documents the corpus lacks: they count as not found.
+
+    Raises:
+        InputError: it lacks all of them.
+    """
+    missing = [document for document in judged if document not in corpus]
+    if len(missing) == len(judged):
+        _demand(judged, corpus, path, "judged document")
+    if missing:
+        note(
+            f"{path} lacks {len(missing)} of {plural(len(judged), 'judged document')}, the first is {missing[0]!r}; "
+            f"what is relevant among them counts as not found"
+        )
 
 
 def _rerank(

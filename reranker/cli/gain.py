@@ -7,13 +7,14 @@ itself in wheels. ranx would bring numba and pandas; pytrec_eval itself has no w
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reranker.cli.collection import Grades, Ranking
 from reranker.cli.errors import InputError
+from reranker.cli.judgements import Grades, Ranking
 from reranker.cli.lines import writing
 
 
@@ -53,7 +54,7 @@ class Gain:
 
 
 def parse_measures(names: str) -> list[Any]:
-    """Measures by the names that ir-measures gives them.
+    """Parse names of ir-measures, in any case.
 
     Raises:
         InputError: there is no such measure.
@@ -61,9 +62,18 @@ def parse_measures(names: str) -> list[Any]:
     import ir_measures
 
     try:
-        return [ir_measures.parse_measure(name) for name in dict.fromkeys(names.replace(",", " ").split())]
+        parsed = [ir_measures.parse_measure(_spelt(name)) for name in names.replace(",", " ").split()]
+        return list({str(measure): measure for measure in parsed}.values())
     except (NameError, ValueError, SyntaxError) as error:
         raise InputError(f"--measures: {error}; examples: nDCG@10 RR@10 R@100 AP") from None
+
+
+def _spelt(name: str) -> str:
+    """ndcg@10 as nDCG@10."""
+    import ir_measures
+
+    known = {measure.casefold(): measure for measure in ir_measures.measures.registry}
+    return re.sub(r"^\w+", lambda stem: known.get(stem[0].casefold(), stem[0]), name)
 
 
 def measure(measures: Sequence[Any], grades: Grades, before: Ranking, after: Ranking) -> list[Gain]:

@@ -4,8 +4,8 @@
     OUT.partial.json   what they were made from; another run may continue only with the same
 
 A line is written with one call when it is scored, so a killed process loses nothing that it has scored. Every two
-seconds the file is forced to the disk, so a power failure loses as much at the most; what it leaves of the last lines
-(half of one, or zeros) is cut off on the next start.
+seconds the file is forced to the disk, so a power failure loses at most two seconds of lines; a torn last
+line (half of one, or zeros) is truncated on the next start.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ class Journal:
 
     Args:
         path: the output.
-        identity: what the output depends on; JSON values.
+        identity: the input and options that the output depends on; JSON values.
         overwrite: replace a finished output, and an unfinished one of another identity.
+        unit: `line` or `row`, the key of the number in an output line.
 
     Attributes:
-        last: number of the last input line that has its output line; 0: none.
+        last: number of the last input line or row that has its output line; 0: none.
         lines: how many output lines there are.
 
     Raises:
@@ -40,10 +41,11 @@ class Journal:
         FailedError: it cannot be written.
     """
 
-    def __init__(self, path: Path, identity: dict[str, Any], *, overwrite: bool) -> None:
+    def __init__(self, path: Path, identity: dict[str, Any], *, overwrite: bool, unit: str = "line") -> None:
         self.path = path
         self.partial = path.with_name(path.name + ".partial")
         self.about = path.with_name(path.name + ".partial.json")
+        self.unit = unit
         self.last = self.lines = 0
         self._mine = False
         if path.exists() and not overwrite:
@@ -68,7 +70,7 @@ class Journal:
         Raises:
             FailedError: the disk is full or gone.
         """
-        data = dump({"line": line} | record)
+        data = dump({self.unit: line} | record)
         with writing(self.partial):
             while data:  # a signal or a nearly full disk may cut a write short
                 data = data[self._file.write(data) :]
@@ -91,7 +93,7 @@ class Journal:
             self.about.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Let go of the file; what was written stays. Where nothing was, nothing is left behind."""
+        """Close the file. Lines that were written stay; a file without any is removed."""
         if not self.lines and self._mine:
             self.partial.unlink(missing_ok=True)
             self.about.unlink(missing_ok=True)
@@ -109,7 +111,7 @@ class Journal:
         with writing(self.partial):
             self._mine = True
             self._file.truncate(0 if other else self._recover())
-            # What the lines were made from is on the disk before the first of them.
+            # The manifest is on the disk before the first line.
             draft = self.about.with_name(self.about.name + ".new")
             with open(draft, "wb") as file:
                 file.write(dump(identity))
@@ -124,7 +126,7 @@ class Journal:
         with open(self.partial, "rb") as file:
             for raw in file:
                 try:
-                    number = json.loads(raw)["line"] if raw.endswith(b"\n") else 0
+                    number = json.loads(raw)[self.unit] if raw.endswith(b"\n") else 0
                 except (ValueError, KeyError, TypeError):
                     break
                 if not isinstance(number, int) or number <= self.last:
@@ -134,7 +136,7 @@ class Journal:
 
 
 def _difference(about: Path, identity: dict[str, Any]) -> str | None:
-    """What an unfinished output was begun with that is not so now."""
+    """Name the options in which an unfinished output differs from this run."""
     try:
         begun = json.loads(about.read_bytes())
         differs = [key for key in identity | begun if begun.get(key) != identity.get(key)]

@@ -1,64 +1,43 @@
-"""Text files by line, JSON by line: every error names the file and the line."""
+"""Lines in and out: text and JSON, and errors that name their line."""
 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn
 
 from reranker.cli.errors import FailedError, InputError
 
 
-@contextmanager
-def opened(path: str | Path) -> Iterator[IO[bytes]]:
-    """A file to read, or standard input for `-`.
-
-    Raises:
-        InputError: it cannot be opened.
-    """
-    if str(path) == "-":
-        yield sys.stdin.buffer
-        return
-    try:
-        file = open(path, "rb")  # noqa: SIM115  # closed below; the caller's own errors must pass unchanged
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    with file:
-        yield file
-
-
-def texts(file: IO[bytes], name: str | Path) -> Iterator[tuple[int, str]]:
-    """Line number (from 1) and text of each line that is not blank.
-
-    Raises:
-        InputError: a line is not UTF-8.
-    """
-    try:
-        for number, raw in enumerate(file, 1):
-            line = decode(raw, f"{name} line {number}", first=number == 1)
-            if line.strip():
-                yield number, line
-    except OSError as error:
-        raise InputError(f"cannot read {name}: {error.strerror}") from None
-
-
-def decode(raw: bytes, where: str, *, first: bool) -> str:
+def decode(
+    raw: bytes, where: str, *, first: bool, encoding: str = "utf-8", advice: Callable[[bytes], str] | None = None
+) -> str:
     """A line without its end; the first one without a byte order mark.
 
+    Args:
+        raw: the line.
+        where: its place, for the error.
+        first: it is the first of its file.
+        encoding: one in which a line feed is the byte 10.
+        advice: says how to read a line that is in another encoding.
+
     Raises:
-        InputError: it is not UTF-8.
+        InputError: it is in another encoding, or binary.
     """
     try:
-        return raw.decode("utf-8-sig" if first else "utf-8").rstrip("\r\n")
+        text = raw.decode(encoding).rstrip("\r\n")
     except UnicodeDecodeError as error:
-        raise InputError(f"{where} is not UTF-8 at byte {error.start}; convert the file first") from None
+        fix = advice(raw) if advice else "save the file as UTF-8"
+        raise InputError(f"{where} is not {encoding.upper()} at byte {error.start}; {fix}") from None
+    if "\0" in text:
+        raise InputError(f"{where} holds a NUL byte")
+    return text.removeprefix("\ufeff") if first else text
 
 
-def parse(line: str, where: str) -> Any:
-    """A line's JSON value.
+def parse(text: str, where: str) -> Any:
+    """The JSON value of a text.
 
     Raises:
         InputError: it is not JSON.
@@ -68,9 +47,10 @@ def parse(line: str, where: str) -> Any:
         raise InputError(f"{where}: {constant} is not JSON")
 
     try:
-        return json.loads(line, parse_constant=refuse)
+        return json.loads(text, parse_constant=refuse)
     except json.JSONDecodeError as error:
-        raise InputError(f"{where} is not JSON: {error.msg} at column {error.colno}") from None
+        place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno} column {error.colno}"
+        raise InputError(f"{where} is not JSON: {error.msg} at {place}") from None
     except RecursionError:
         raise InputError(f"{where} is nested too deep") from None
     except ValueError:  # the one left: an integer of thousands of digits
@@ -87,7 +67,7 @@ def dump(value: object) -> bytes:
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """What is done inside writes `path`.
+    """Turn an OSError inside into a FailedError that names `path`.
 
     Raises:
         FailedError: it cannot be written.

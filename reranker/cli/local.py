@@ -37,7 +37,8 @@ class Local:
             if isinstance(outcome, RerankError):
                 yield outcome
             else:
-                yield Scored([sigmoid(logit) for logit in outcome.logits], outcome.truncated_documents)
+                scores = [sigmoid(logit) for logit in outcome.logits]
+                yield Scored(scores, outcome.truncated_documents, outcome.query_truncated)
 
     @property
     def facts(self) -> dict[str, str]:

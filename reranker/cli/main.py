@@ -10,11 +10,12 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from reranker import __version__
 from reranker.cli.errors import CommandError, InputError
+from reranker.cli.forms import KINDS
 from reranker.cli.options import add_model_options, load_env_file
 from reranker.errors import InvalidRequestError, ModelLoadError, RerankError
 
@@ -34,6 +35,15 @@ def count(text: str) -> int:
     return int(text)
 
 
+def _add_input_options(to: argparse._ActionsContainer, kinds: Sequence[str], means: str, field: bool = True) -> None:
+    to.add_argument("--input-format", choices=kinds, help=means)
+    if field:
+        to.add_argument(
+            "--field", metavar="NAME", help="the column or key of the text; without it a known name (docs/files.md)"
+        )
+    to.add_argument("--encoding", metavar="NAME", help="without it: UTF-8; gb18030 for files that Chinese Excel saved")
+
+
 def parser() -> argparse.ArgumentParser:
     """All commands."""
     top = Parser(prog="python -m reranker", description="Rank documents by relevance to a query, without a server.")
@@ -43,22 +53,20 @@ def parser() -> argparse.ArgumentParser:
     add = commands.add_parser("rank", help="one query: a table in a terminal, JSON in a pipe")
     add.add_argument("query", metavar="QUERY")
     add.add_argument("document", nargs="*", metavar="DOCUMENT", help="without any: --file or standard input")
-    add.add_argument(
-        "--file", help="one document per line, .jsonl or .csv; - is standard input; blank lines are left out"
-    )
-    add.add_argument("--input-format", choices=("lines", "jsonl", "csv"), help="instead of by the file's name")
-    add.add_argument("--field", default="text", help="the key or column that holds the text (default: text)")
+    add.add_argument("--file", help="documents in any form below; - is standard input; blank lines are left out")
+    _add_input_options(add, KINDS, "without it: by the end of the name (also .gz); lines where it has none")
     add.add_argument("--top-k", type=count, metavar="N", help="only the best N")
     add.add_argument("--output", choices=("auto", "table", "json"), default="auto")
     add_model_options(add)
 
-    add = commands.add_parser("batch", help="many queries, JSON lines in and out; goes on after an interruption")
+    add = commands.add_parser("batch", help="many queries, JSON lines out; goes on after an interruption")
     add.add_argument(
-        "input", metavar="IN.jsonl", help='lines of {"query", "documents", "id"?, "top_k"?, "instruction"?}'
+        "input", metavar="IN", help='rows of {"query", "documents" or "document", "id"?, "top_k"?, "instruction"?}'
     )
     add.add_argument(
         "output", metavar="OUT.jsonl", help="complete when it is there; until then it is OUT.jsonl.partial"
     )
+    _add_input_options(add, KINDS[1:], "without it: by the end of the name (also .gz)")
     add.add_argument("--top-k", type=count, metavar="N", help="only the best N, where a line does not say")
     add.add_argument("--skip-bad", action="store_true", help="report bad lines and go on")
     add.add_argument("--overwrite", action="store_true", help="replace OUT, and an unfinished one of other options")
@@ -66,12 +74,15 @@ def parser() -> argparse.ArgumentParser:
 
     add = commands.add_parser("evaluate", help="measure the gain on your own data (needs requirements-eval.txt)")
     data = add.add_argument_group("data: a BEIR folder, or texts and TREC qrels")
-    data.add_argument("--beir", metavar="DIR", help="corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv")
+    data.add_argument("--beir", metavar="DIR", help="corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv; or in other forms")
     data.add_argument("--split", default="test", help="which qrels of a BEIR folder (default: test)")
-    data.add_argument("--corpus", metavar="FILE", help=".jsonl as in BEIR, else lines of id, tab, text")
-    data.add_argument("--queries", metavar="FILE", help="the same forms")
-    data.add_argument("--qrels", metavar="FILE", help="TREC: query, 0, document, relevance")
+    data.add_argument("--corpus", metavar="FILE", help="_id, text and title?; .txt: lines of id, tab, text")
+    data.add_argument("--queries", metavar="FILE", help="the same")
+    data.add_argument(
+        "--qrels", metavar="FILE", help="query-id, corpus-id, score; .txt: TREC's query, 0, document, score"
+    )
     data.add_argument("--run", metavar="FILE", help="TREC run with the candidates; without it BM25 finds them")
+    _add_input_options(data, KINDS, "of --corpus and --queries, where their names do not tell it", field=False)
     add.add_argument("--candidates", type=count, default=100, metavar="N", help="how many are reranked (default: 100)")
     add.add_argument("--measures", metavar="LIST", help='of ir-measures; default: "nDCG@10 RR@10 R@10 R@N"')
     add.add_argument("--per-query", metavar="FILE.csv", help="every query before and after")
@@ -89,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run one command.
 
     Raises:
-        CommandError, ModelLoadError, RerankError: what `run` turns into a line.
+        CommandError, ModelLoadError, RerankError: `run` turns each into a line.
     """
     args, rest = parser().parse_known_args(argv)
     if args.command == "rank" and not any(word.startswith("-") for word in rest):
@@ -118,7 +129,9 @@ def run(command: Callable[[], None] = main) -> NoReturn:
         command()
         sys.stdout.flush()
     except (CommandError, ModelLoadError, RerankError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        from reranker.cli.terminal import harmless
+
+        print(f"error: {harmless(str(error))}", file=sys.stderr)  # it may quote a file
         code = error.code if isinstance(error, CommandError) else 2 if isinstance(error, InvalidRequestError) else 1
     except BrokenPipeError:  # `... | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

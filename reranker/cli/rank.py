@@ -15,7 +15,7 @@ from reranker.cli import documents
 from reranker.cli.errors import InputError
 from reranker.cli.options import source
 from reranker.cli.ranker import Scored, open_ranker, rank_one
-from reranker.cli.terminal import harmless
+from reranker.cli.terminal import harmless, note, truncated
 from reranker.types import RerankRequest
 
 # A table row shows one line: more of a text would only be cut again.
@@ -33,11 +33,15 @@ def rank(args: argparse.Namespace) -> None:
         raise InputError("the query must not be empty")
     if args.document and args.file:
         raise InputError("give documents as arguments or with --file, not both")
-    found = args.document or documents.read(args.file or "-", args.input_format, args.field)
+    given = {"--input-format": args.input_format, "--field": args.field, "--encoding": args.encoding}
+    if args.document and any(given.values()):
+        option = next(name for name, value in given.items() if value)
+        raise InputError(f"{option} is for --file and standard input; documents that are arguments have no form")
+    found = args.document or documents.read(args.file or "-", args.input_format, args.field, args.encoding)
     scored = rank_one(open_ranker(where), RerankRequest(args.query, found, args.instruction))
     best = scored.best(args.top_k)
     if scored.truncated:
-        print(f"note: {scored.truncated} documents did not fit and were cut (--max-seq-length)", file=sys.stderr)
+        note(truncated(scored.truncated, args.url))
     if args.output == "table" or (args.output == "auto" and sys.stdout.isatty()):
         console = Console()
         console.print(_table(found, scored, best, console.width))

@@ -1,12 +1,14 @@
-"""Who scores: a model in this process or a running service, behind one method. The scores are the same."""
+"""A model in this process or a running service, behind one method with the same scores."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 from reranker.cli.options import Source
+from reranker.cli.terminal import loading
 from reranker.errors import RerankError
 from reranker.types import RerankRequest
 
@@ -19,6 +21,8 @@ class Scored:
     """Probabilities of "yes", in the order of the documents."""
     truncated: int
     """How many documents did not fit and were cut."""
+    query_truncated: bool = False
+    """Whether only the start of the query was read."""
 
     def best(self, top_k: int | None) -> list[int]:
         """Indices of the documents, best first, ties by index; all when `top_k` is None or too large."""
@@ -26,7 +30,7 @@ class Scored:
 
 
 class Ranker(Protocol):
-    """What a command needs."""
+    """Scores requests; the one interface that commands use."""
 
     def rank_many(self, requests: Iterable[RerankRequest]) -> Iterator[Scored | RerankError]:
         """For each request, in order, its scores or why it has none; takes a little more than it has answered.
@@ -37,7 +41,7 @@ class Ranker(Protocol):
 
     @property
     def facts(self) -> dict[str, str]:
-        """What scores, for people."""
+        """The model or service, for people."""
 
 
 def open_ranker(source: Source) -> Ranker:
@@ -51,9 +55,12 @@ def open_ranker(source: Source) -> Ranker:
         from reranker.cli.client import Client
 
         return Client(source.url, source.token)
-    from reranker.cli.local import Local
+    name = source.model["model"]
+    # A download draws bars of its own.
+    with loading(f"{name or 'demo'} ({source.model['device']})", quiet=bool(name) and not os.path.isdir(name)):
+        from reranker.cli.local import Local
 
-    return Local(source.model)
+        return Local(source.model)
 
 
 def rank_one(ranker: Ranker, request: RerankRequest) -> Scored:

@@ -1,58 +1,74 @@
-"""A row of a batch in the engine's words: JSON lines here, and rows of any source for who reads others."""
+"""A row of a batch, from JSON lines or from any other source. It means the same as the body of a request."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from reranker.cli.errors import InputError
+from reranker.errors import InvalidRequestError
+from reranker.fields import FIELDS, json_kind
+from reranker.request import ParsedRequest, parse_request
 from reranker.types import RerankRequest
 
+COLUMNS = ("id", "document", *FIELDS)
+"""All names that a row may have."""
 
-def request_of(body: Any, top_k: int | None, instruction: str | None) -> tuple[RerankRequest, int | None]:
-    """The request of a row, and how many results it wants; the field names are those of the service.
+
+@dataclass(frozen=True, slots=True)
+class ParsedRow:
+    """A row that can be ranked."""
+
+    request: RerankRequest
+    top_k: int | None
+    """How many results it wants; None: all."""
+    warnings: tuple[str, ...] = ()
+    """See `ParsedRequest.warnings`."""
+
+
+def request_of(body: Any, top_k: int | None, instruction: str | None) -> ParsedRow:
+    """Read a row; the fields are those of the service, and `id`.
 
     Args:
         body: the row as JSON gives it.
-        top_k: where the row does not say.
-        instruction: where the row does not say.
+        top_k: used where the row does not say.
+        instruction: used where the row does not say.
 
     Raises:
         InputError: the row cannot be ranked.
     """
     if not isinstance(body, dict):
-        raise InputError("not an object with query and documents")
-    query, documents = body.get("query"), body.get("documents")
-    if not isinstance(query, str) or not query.strip():
-        raise InputError("query must be a string that is not empty")
-    if not isinstance(documents, list) or not documents:
-        raise InputError("documents must be a list of at least one")
-    found = [_text(document, f"documents[{i}]") for i, document in enumerate(documents)]
-    top_k = next((body[key] for key in ("top_k", "top_n") if body.get(key) is not None), top_k)
-    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
-        raise InputError("top_k must be a whole number of at least 1")
-    return RerankRequest(query, found, _instruction(body, instruction)), top_k
+        raise InputError(f"must be an object with query and documents; got {json_kind(body)}")
+    try:
+        parsed = parse_request({name: value for name, value in body.items() if name != "id"})
+    except InvalidRequestError as error:
+        raise InputError(str(error)) from None
+    request = parsed.request
+    if request.instruction is None and instruction:
+        request = replace(request, instruction=instruction)
+    return ParsedRow(request, parsed.limit or top_k, parsed.warnings + _not_in_a_batch(parsed))
 
 
-def pair_of(body: dict[str, Any], instruction: str | None) -> RerankRequest:
-    """The request of a row that has one `document` in the place of `documents`.
+def pair_of(body: Mapping[str, Any], instruction: str | None) -> ParsedRow:
+    """Read a row that has one `document` in the place of `documents`.
 
     Raises:
         InputError: the row cannot be scored.
     """
-    text = _text(body["document"], "document")
-    request, _ = request_of({"query": body.get("query"), "documents": [text]}, None, _instruction(body, instruction))
-    return request
+    rest = {name: value for name, value in body.items() if name != "document"}
+    try:
+        row = request_of(rest | {"documents": [body["document"]]}, None, instruction)
+    except InputError as error:
+        raise InputError(str(error).replace("documents[0]", "document")) from None
+    return replace(row, warnings=tuple(text.replace("documents: ", "document: ") for text in row.warnings))
 
 
-def _text(document: Any, name: str) -> str:
-    text = document.get("text") if isinstance(document, dict) else document
-    if not isinstance(text, str):
-        raise InputError(f'{name} must be a string or an object with a string "text"')
-    return text
-
-
-def _instruction(body: dict[str, Any], default: str | None) -> str | None:
-    found = next((body[key] for key in ("instruction", "instruct") if body.get(key) is not None), default)
-    if found is not None and not isinstance(found, str):
-        raise InputError("instruction must be a string")
-    return found
+def _not_in_a_batch(parsed: ParsedRequest) -> tuple[str, ...]:
+    """Warn of fields that change the form of an answer: a batch has one form."""
+    notes = []
+    if parsed.return_documents:
+        notes.append("return_documents is not read in a batch: its results name documents by index")
+    if parsed.raw_scores:
+        notes.append("raw_scores and use_activation are not read in a batch: its scores are probabilities")
+    return tuple(notes)

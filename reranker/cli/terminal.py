@@ -1,21 +1,67 @@
-"""What people see: tables and progress by rich, in terminals only, and texts made harmless."""
+"""Output for people: progress by rich, in terminals only, notes, and texts made harmless."""
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 _LINE_SECONDS = 30.0
+_NAME = 40
+"""Characters of a name in a message."""
+_NAMES = 20
+"""Names in a message."""
 
 
 def harmless(text: str) -> str:
     """`text` on one line, without what a terminal would obey (escape sequences) or cannot show."""
     return "".join(c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+@functools.cache
+def note(text: str) -> None:
+    """Say on standard error what was decided for the user; the same only once."""
+    print(f"note: {harmless(text)}", file=sys.stderr)
+
+
+def name_list(columns: Sequence[str]) -> str:
+    """Names of columns for a message; the first line of a file without a heading may be long texts."""
+    shown = [column if len(column) <= _NAME else f"{column[:_NAME]}..." for column in columns[:_NAMES]]
+    return ", ".join([*shown, *([f"and {len(columns) - _NAMES} more"] if len(columns) > _NAMES else [])])
+
+
+def plural(count: int, noun: str, several: str = "") -> str:
+    """A count and its noun: 1 line, 2 lines; `several` is the plural that takes more than an s."""
+    return f"{count} {noun if count == 1 else several or noun + 's'}"
+
+
+def truncated(count: int, url: str | None, noun: str = "document", several: str = "") -> str:
+    """The note on documents, or queries, that were too long."""
+    limit = "the service's MAX_SEQ_LENGTH" if url else "--max-seq-length"
+    return f"{plural(count, noun, several)} did not fit and {'was' if count == 1 else 'were'} truncated ({limit})"
+
+
+@contextmanager
+def loading(name: str, *, quiet: bool = False) -> Iterator[None]:
+    """Say on standard error that a model is loaded inside: a spinner in a terminal, else a line.
+
+    Args:
+        name: the model, for people.
+        quiet: no spinner, because something inside draws a bar of its own.
+    """
+    console = Console(stderr=True)
+    if console.is_terminal and not quiet:
+        with console.status(f"loading {escape(name)}..."):
+            yield
+    else:
+        print(f"loading {name}...", file=sys.stderr, flush=True)
+        yield
 
 
 class Meter:

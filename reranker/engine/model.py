@@ -17,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from reranker.engine import device as devices
 from reranker.engine.attention import Attention, choose
-from reranker.engine.checkpoint import Checkpoint
+from reranker.engine.checkpoint import Checkpoint, first_line
 from reranker.engine.graphs import Graphs
 from reranker.engine.packing import PackedBatch
 from reranker.engine.quantized import quantize
@@ -109,11 +109,10 @@ def load(
         raise ModelLoadError(
             f"the weights do not fit beside what else is on {device}: free memory, or a smaller model"
         ) from error
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelLoadError(f"cannot load the weights in {path}: {reason[0]}") from error
+    except Exception as error:  # of any library that reads one of the files
+        raise ModelLoadError(f"cannot load the weights in {path}: {first_line(error)}") from error
     whole, report = loaded
-    if absent := sorted(report["missing_keys"]):  # whatever check_weights did not see: they hold random numbers now
+    if absent := sorted(report["missing_keys"]):  # check_weights has not seen them, and they hold random numbers now
         raise ModelLoadError(f"{len(absent)} weights were not found in {path}, the first is {absent[0]}")
     whole.eval()
     rows = whole.lm_head.weight.detach()[[yes, no]].float()

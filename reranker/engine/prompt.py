@@ -8,6 +8,7 @@ split there without changing a token (tests/test_prompt.py proves it on random t
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from itertools import takewhile
 
@@ -16,13 +17,12 @@ from transformers import PreTrainedTokenizerBase
 
 from reranker.engine.text import printable
 from reranker.errors import InvalidRequestError, ModelLoadError
+from reranker.template import SUFFIX as SUFFIX
+from reranker.template import SYSTEM as SYSTEM
 from reranker.types import MOST_CHUNKS, EncodedRequest, RerankRequest
 
-SYSTEM = (
-    "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
-    'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
-)
-SUFFIX = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+logger = logging.getLogger(__name__)
+
 INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
 
 # A text is first tried at so many characters per wanted token (English has about 4.5), then at twice as many ...
@@ -31,6 +31,16 @@ _CHARACTERS_PER_TOKEN = 4
 _UNSURE_TOKENS = 32
 # Of a default instruction of many pages the start is kept: 4B needs 0.3 MB a token in float32.
 _MOST_PREAMBLE = 512
+_CLOSING = "\n<Document>:"
+QWEN3_TOKENS = frozenset(
+    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
+    "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|> "
+    "<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|> "
+    "<tool_response> </tool_response> <think> </think>".split()
+)
+"""The added tokens of every Qwen3 checkpoint: each could end a turn or answer for the model."""
+# The least that is left of a truncated query; an instruction that leaves less is itself too long.
+_MIN_QUERY_TOKENS = 8
 
 
 class Prompt:
@@ -56,7 +66,7 @@ class Prompt:
         self.plain = _without_added_tokens(tokenizer)
         self.system = self._control(tokenizer, SYSTEM)
         self.suffix = self._control(tokenizer, SUFFIX)
-        self.yes, self.no = (self._single(tokenizer, word) for word in ("yes", "no"))
+        self.yes, self.no = (self._answer(tokenizer, word) for word in ("yes", "no"))
         self.longest_entry = max(map(len, self.plain.get_vocab()))
         """Characters that one token can stand for at the most (byte-level entries: at most one character a byte)."""
         opening = self._bounded([_opening(instruction)], _MOST_PREAMBLE)[0].ids
@@ -71,13 +81,27 @@ class Prompt:
         return ids
 
     @staticmethod
-    def _single(tokenizer: PreTrainedTokenizerBase, word: str) -> int:
-        ids = tokenizer.encode(word, add_special_tokens=False)
-        if len(ids) != 1:
-            raise ModelLoadError(
-                f"the tokenizer splits {word!r} into {len(ids)} tokens: not a Qwen3-Reranker checkpoint"
-            )
-        return int(ids[0])
+    def _answer(tokenizer: PreTrainedTokenizerBase, word: str) -> int:
+        token = tokenizer.convert_tokens_to_ids(word)  # as the card does: the word may not begin a text
+        if not isinstance(token, int) or token == tokenizer.unk_token_id:
+            raise ModelLoadError(f"the tokenizer has no token {word!r}: not a Qwen3-Reranker checkpoint")
+        return token
+
+    def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Refuse a tokenizer for which the pieces of a prompt are not the tokens of the whole.
+
+        Raises:
+            ModelLoadError: its normalizer or pre-tokenizer joins what is encoded apart here.
+        """
+        for query, document in (("how to compress files", " gzip\n"), ("如何压缩文件", "Ａ gzip"), ("x", "x")):
+            opening = f"{_opening(self.instruction)} {query}"
+            texts = opening + _CLOSING, " " + document
+            pieces = [i for text in texts for i in self.plain.encode(text, add_special_tokens=False).ids]
+            if pieces != tokenizer.encode(f"{opening}{_CLOSING} {document}", add_special_tokens=False):
+                raise ModelLoadError(
+                    "the tokenizer gives a prompt other tokens than a Qwen3-Reranker's (look at normalizer and "
+                    "pre_tokenizer in tokenizer.json): use the original's tokenizer"
+                )
 
     def encode(self, request: RerankRequest, kept: Sequence[int] = ()) -> EncodedRequest:
         """Tokenise a request; documents that do not fit are cut from the right, the suffix always stays.
@@ -87,20 +111,16 @@ class Prompt:
         last one shorter, each behind the same prefix; what is behind the last allowed window is cut. `kept`: the tokens
         whose keys and values the model keeps; as many as the prefix begins with need not be computed.
 
+        With `truncate_query` a query that leaves no room for a document is truncated from the right, to at most half of
+        the tokens that prompt and instruction leave, so that documents have the other half. A query that leaves any
+        room stays whole. The instruction is never truncated.
+
         Raises:
             InvalidRequestError: query and instruction leave no room for a document; a document would have to be cut
                 and `truncate` is false.
         """
-        instruction = self.instruction if request.instruction is None else request.instruction
-        pair = f"{_opening(instruction)} {printable(request.query)}\n<Document>:"
-        room = self.max_seq_length - len(self.system) - len(self.suffix)
-        prefix = self.system + self._bounded([pair], room)[0].ids
+        prefix, query_truncated = self._prefix(request)
         room = self.max_seq_length - len(prefix) - len(self.suffix)
-        if room < 1:
-            raise InvalidRequestError(
-                f"the query and instruction leave no room for a document: they and the prompt take more than "
-                f"{self.max_seq_length - 1} of {self.max_seq_length} tokens; shorten the query or raise MAX_SEQ_LENGTH"
-            )
         size = min(room, request.max_tokens_per_doc or room)
         most = size * min(request.max_chunks_per_doc or 1, MOST_CHUNKS)
         split = request.max_chunks_per_doc is not None
@@ -124,7 +144,37 @@ class Prompt:
                 borders = [_character(encoding, start) for start in starts]
                 chunks.append([*borders, _character(encoding, most) if cut else len(texts[i]) - 1])
         known = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(kept, prefix[:-1], strict=False)))
-        return EncodedRequest(prefix, documents, frozenset(truncated), chunks if split else None, known)
+        return EncodedRequest(
+            prefix, documents, frozenset(truncated), chunks if split else None, known, query_truncated
+        )
+
+    def _prefix(self, request: RerankRequest) -> tuple[list[int], bool]:
+        """Return the tokens in front of every document, and whether the query in them is truncated.
+
+        Raises:
+            InvalidRequestError: they leave no room for a document.
+        """
+        opening = _opening(self.instruction if request.instruction is None else request.instruction)
+        query = printable(request.query)
+        room = self.max_seq_length - len(self.system) - len(self.suffix)
+        pair = self._bounded([f"{opening} {query}{_CLOSING}"], room)[0].ids
+        if len(pair) < room:
+            return self.system + pair, False
+        limit = (room - len(self._bounded([opening + _CLOSING], room)[0])) // 2
+        if limit < _MIN_QUERY_TOKENS:
+            raise InvalidRequestError(
+                f"the instruction leaves no room for a query and a document in {self.max_seq_length} tokens; "
+                f"shorten the instruction or raise MAX_SEQ_LENGTH"
+            )
+        if not request.truncate_query:
+            raise InvalidRequestError(
+                f"the query and instruction leave no room for a document: they and the prompt take more than "
+                f"{self.max_seq_length - 1} of {self.max_seq_length} tokens; shorten the query, send truncate: true to "
+                f"have it truncated, or raise MAX_SEQ_LENGTH"
+            )
+        # As text, so that the prompt is the card's prompt for a shorter query, token for token.
+        start = query[: _character(self._bounded([" " + query], limit, offsets=True)[0], limit)]
+        return self.system + self._bounded([f"{opening} {start}{_CLOSING}"], room)[0].ids, True
 
     def _bounded(self, texts: Sequence[str], wanted: int, *, offsets: bool = False) -> list[Encoding]:
         """Tokens of each text: all of them, or at least the first `wanted + 1` when there are more.
@@ -160,15 +210,25 @@ def _character(encoding: Encoding, token: int) -> int:
 
 
 def _without_added_tokens(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """A copy of the tokenizer that knows ordinary text only."""
+    """Return a copy of the tokenizer that knows ordinary text only, and words that a fine-tune added."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         raise ModelLoadError("the model folder has no tokenizer.json: download the whole checkpoint again")
     description = json.loads(backend.to_str())
-    added = {token["content"]: token["id"] for token in description["added_tokens"]}
-    description |= {"added_tokens": [], "truncation": None, "padding": None}
+    tokens = description["added_tokens"]
+    words = [token for token in tokens if token["content"] not in QWEN3_TOKENS and not token["special"]]
+    control = {token["content"]: token["id"] for token in tokens if token not in words}
+    if others := sorted(set(control) - set(QWEN3_TOKENS)):
+        logger.warning("special tokens of the checkpoint are plain text in queries and documents: %s", others[:3])
+    description |= {"truncation": None, "padding": None}
+    if words:  # a fine-tune has learnt them: only what could steer the prompt is text
+        for token in tokens:
+            token["special"] = token not in words
+    else:
+        description["added_tokens"] = []
     plain = Tokenizer.from_str(json.dumps(description))
-    survivors = sorted(text for text, i in added.items() if i in plain.encode(text, add_special_tokens=False).ids)
+    plain.encode_special_tokens = True
+    survivors = sorted(text for text, i in control.items() if i in plain.encode(text, add_special_tokens=False).ids)
     if survivors:
         raise ModelLoadError(f"control tokens are ordinary vocabulary here and could be forged: {survivors[:3]}")
     return plain

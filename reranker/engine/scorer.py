@@ -122,6 +122,7 @@ class Scorer:
         prompt = Prompt(
             checkpoint.tokenizer, max_seq_length=max_seq_length, instruction=instruction or own or INSTRUCTION
         )
+        prompt.check(checkpoint.tokenizer)
         problems: list[str] = []
         for choice in devices.choose_precisions(precision, where.value):
             model = scorer = None

@@ -16,7 +16,7 @@ def per_document(request: EncodedRequest, logits: Sequence[float]) -> list[Docum
     prefix = len(request.prefix)
     if request.chunks is None:
         return [
-            DocumentScore(logit, prefix + len(document), i in request.truncated)
+            DocumentScore(logit, prefix + len(document), i in request.truncated, None, request.query_truncated)
             for i, (logit, document) in enumerate(zip(logits, request.documents, strict=True))
         ]
     scores: list[DocumentScore] = []
@@ -26,7 +26,8 @@ def per_document(request: EncodedRequest, logits: Sequence[float]) -> list[Docum
         tokens = prefix * (stop - start) + sum(map(len, request.documents[start:stop]))
         place = max(range(stop - start), key=logits[start:stop].__getitem__)
         chunk = Chunk(place, *borders[place : place + 2]) if stop - start > 1 else None
-        scores.append(DocumentScore(logits[start + place], tokens, i in request.truncated, chunk))
+        cut = i in request.truncated
+        scores.append(DocumentScore(logits[start + place], tokens, cut, chunk, request.query_truncated))
         start = stop
     return scores
 

@@ -9,6 +9,7 @@ import logging
 import math
 from typing import Any, Protocol
 
+from reranker.errors import InvalidRequestError
 from reranker.types import EncodedRequest, RerankRequest, Slice
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ class _Scorer(Protocol):
 
 
 def self_check(scorer: _Scorer, instruction: str) -> str:
-    """Rank the pairs of each language; `passed`, or `failed: ` and the languages that were ranked wrong.
+    """Rank the pairs of each language; return `passed`, or `failed: ` and the languages that were ranked wrong.
 
     Args:
         scorer: warmed up.
@@ -44,7 +45,10 @@ def self_check(scorer: _Scorer, instruction: str) -> str:
     """
     wrong: list[str] = []
     for language, (query, relevant, unrelated) in _PAIRS.items():
-        request = scorer.encode(RerankRequest(query, [relevant, unrelated], instruction))
+        try:
+            request = scorer.encode(RerankRequest(query, [relevant, unrelated], instruction, truncate=False))
+        except InvalidRequestError:
+            return "not run: MAX_SEQ_LENGTH leaves no room for it"
         high, low = scorer.score(scorer.pack([Slice(request, 0, 2)]))
         if not (math.isfinite(high) and high > low):
             wrong.append(language)

@@ -5,7 +5,6 @@ transformers fills what a file lacks with random numbers and reports it in a log
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from reranker.engine.checkpoint import first_line, read_json
 from reranker.errors import ModelLoadError
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,8 @@ _QUANTISED = re.compile(
     r"(weight_scale|scale_inv|input_scale|weight_packed|weight_shape|weight_zero_point|qweight|qzeros|g_idx|scales|"
     r"biases|absmax|quant_map|quant_state)(\.|_|$)"
 )
-_ADAPTER = re.compile(r"(lora_[AB]|lora_embedding|lora_magnitude|base_layer)")
+_ADAPTER = re.compile(r"(lora_|ia3_|prompt_encoder|base_layer|modules_to_save)", re.IGNORECASE)
+_VALUE_HEAD = re.compile(r"(v_head|value_head)")
 _HARMLESS = re.compile(r"\.rotary_emb\.inv_freq$")
 """Inside the decoder; every other tensor there that the model does not have would have changed the scores."""
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
@@ -45,7 +46,7 @@ class Stored:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files that transformers loads: model.safetensors, else the shards that its index names.
+    """Return the files that transformers loads: model.safetensors, else the shards that its index names.
 
     Raises:
         ModelLoadError: the index is broken, names other files than *.safetensors beside it, or a shard is missing.
@@ -54,8 +55,8 @@ def weight_files(path: Path) -> list[Path]:
     if single.is_file():
         return [single]
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        names = set(read_json(index)["weight_map"].values())
+    except (KeyError, TypeError, AttributeError) as error:  # TypeError: a name that is no text
         raise ModelLoadError(f"{index} is not an index of shards: {_AGAIN}") from error
     # transformers opens whatever the index names, and unpickles what is not called *.safetensors.
     if not all(isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name) for name in names):
@@ -78,7 +79,7 @@ def _opened(file: Path) -> Iterator[Any]:
 
 
 def inventory(path: Path) -> dict[str, Stored]:
-    """Every tensor of the checkpoint by name, from the headers.
+    """Return every tensor of the checkpoint by name, from the headers.
 
     Raises:
         ModelLoadError: a file is broken.
@@ -93,12 +94,12 @@ def inventory(path: Path) -> dict[str, Stored]:
 
 
 def parameters(path: Path) -> int:
-    """Number of weights in the files, from their headers."""
+    """Return the number of weights in the files, from their headers."""
     return sum(torch.Size(stored.shape).numel() for stored in inventory(path).values())
 
 
 def not_finite(path: Path) -> str | None:
-    """The first tensor that holds NaN or an infinity, and its file; None: all weights are finite. Reads all files."""
+    """Return the first tensor that holds NaN or an infinity, and its file; None if all are finite. Reads all files."""
     for file in weight_files(path):
         with _opened(file) as tensors:
             for name in sorted(tensors.keys()):
@@ -114,13 +115,11 @@ def check_weights(path: Path, config: PretrainedConfig) -> None:
         ModelLoadError: names the number of wrong tensors, the first one and the likely cause.
     """
     stored = inventory(path)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    needed = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    missing, left = [n for n in needed if n not in stored], [n for n in stored if n not in needed]
+    needed = _needed(path, config)
+    missing, unexpected = [n for n in needed if n not in stored], [n for n in stored if n not in needed]
     if config.tie_word_embeddings and len(tied := {"lm_head.weight", "model.embed_tokens.weight"} & set(missing)) == 1:
         missing = [name for name in missing if name not in tied]
-    _refuse_forms(path, stored, left)
+    _refuse_forms(path, stored, needed, unexpected)
     if missing:
         raise ModelLoadError(
             f"{len(missing)} of the {len(needed)} weights that the model needs are not in {path}, the first is "
@@ -132,18 +131,29 @@ def check_weights(path: Path, config: PretrainedConfig) -> None:
                 f"{name} is {list(stored[name].shape)} in {path}, and {list(shape)} by config.json: the two are not "
                 f"of one model (look at hidden_size, head_dim, intermediate_size and vocab_size)"
             )
-    _judge_left(path, left, config)
+    _check_unexpected(path, stored, unexpected, config)
 
 
-def _refuse_forms(path: Path, stored: Mapping[str, Stored], left: Iterable[str]) -> None:
-    """Weights of an adapter, and quantised ones of which config.json says nothing."""
-    first = next((name for name in left if _ADAPTER.search(name)), None)
+def _needed(path: Path, config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of the model that config.json describes."""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    except Exception as error:  # of torch or transformers, for sizes that make no model
+        raise ModelLoadError(f"{path / 'config.json'} describes no model: {first_line(error)}") from error
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _refuse_forms(path: Path, stored: Mapping[str, Stored], needed: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Refuse weights of an adapter, and quantised ones without their settings in config.json."""
+    first = next((name for name in unexpected if _ADAPTER.search(name)), None)
     if first:
         raise ModelLoadError(
             f"{path} holds weights of an adapter that was not merged ({first}): save the model after merge_and_unload()"
         )
-    first = next((name for name in left if _QUANTISED.search(name)), None)
-    first = first or next((name for name, tensor in stored.items() if tensor.dtype not in _FLOATS), None)
+    inside = (name for name in unexpected if name.startswith(_HEADS))
+    first = next((name for name in inside if _QUANTISED.search(name)), None)
+    first = first or next((name for name in needed if name in stored and stored[name].dtype not in _FLOATS), None)
     if first:
         raise ModelLoadError(
             f"{path} holds quantised weights ({first}, {stored[first].dtype}), and config.json has lost its "
@@ -152,7 +162,7 @@ def _refuse_forms(path: Path, stored: Mapping[str, Stored], left: Iterable[str])
 
 
 def _cause(missing: list[str], stored: Iterable[str], config: PretrainedConfig) -> str:
-    """The likely cause of missing weights, and the way out."""
+    """Return the likely cause of missing weights, and the way out."""
     names = set(stored)
     for name in names:
         if name.endswith(missing[0]):
@@ -176,21 +186,35 @@ def _cause(missing: list[str], stored: Iterable[str], config: PretrainedConfig) 
             f"the files hold {held} layers and config.json has {config.num_hidden_layers}: config.json is of a model "
             f"of another size"
         )
+    if not any(name in names for name in ("model.embed_tokens.weight", "lm_head.weight")):
+        first = min(names, default="")[:80]
+        return f"the names, such as {first}, are those of another program: convert the model with save_pretrained"
     return f"a part of the model was not saved or not downloaded: {_AGAIN}"
 
 
-def _judge_left(path: Path, left: list[str], config: PretrainedConfig) -> None:
-    """Refuse weights that would have changed the scores, and log the others."""
-    first = next((name for name in left if name.startswith(_HEADS) and not _HARMLESS.search(name)), None)
+def _check_unexpected(
+    path: Path, stored: Mapping[str, Stored], unexpected: list[str], config: PretrainedConfig
+) -> None:
+    """Refuse tensors that would have changed the scores, and log the others."""
+    heads = [n for n in unexpected if _is_head(stored[n].shape, config.hidden_size) and not _VALUE_HEAD.search(n)]
+    inside = [n for n in unexpected if n.startswith(_HEADS) and not _HARMLESS.search(n)]
+    first = next(iter(inside + heads), None)
     if first:
         layer = _LAYER.match(first)
         cause = "config.json does not describe them"
         if layer and int(layer[1]) >= config.num_hidden_layers:
             cause = f"config.json has {config.num_hidden_layers} layers only: it is of a model of another size"
-        elif first.endswith(".bias"):
+        elif first.endswith(".bias") and ".self_attn." in first:
             cause = "the model has no biases by config.json (attention_bias)"
-        elif first.startswith(("score.", "classifier.")):
-            cause = "a head for classification is not computed: use a checkpoint that answers with yes and no"
-        raise ModelLoadError(f"{len(left)} weights in {path} would be ignored, the first is {first}: {cause}")
-    if left:
-        logger.warning("%d weights in %s are not part of the model and are ignored: %s", len(left), path, left[0])
+        elif not first.startswith("model."):
+            cause = "another head is not computed: use a checkpoint that answers with yes and no"
+        raise ModelLoadError(f"{len(unexpected)} weights in {path} would be ignored, the first is {first}: {cause}")
+    if unexpected:
+        logger.warning(
+            "%d weights in %s are not part of the model and are ignored: %s", len(unexpected), path, unexpected[0]
+        )
+
+
+def _is_head(shape: tuple[int, ...], hidden_size: int) -> bool:
+    """Whether a tensor of this shape makes one or two logits of a hidden state."""
+    return len(shape) == 2 and shape[0] <= 2 and shape[1] == hidden_size

@@ -77,7 +77,7 @@ class Admission:
 
     def encoded(self, request: RerankRequest, result: EncodedRequest) -> None:
         """Learn how many tokens a character is worth; large requests teach more than small ones."""
-        if not result.truncated:
+        if not (result.truncated or result.query_truncated):
             self._tokens = self._tokens * _MEMORY + result.tokens + result.kept  # what is kept has its characters too
             prompt = _PROMPT_CHARACTERS + _SUFFIX_CHARACTERS * len(request.documents)
             self._characters = self._characters * _MEMORY + prompt + request.characters
@@ -99,4 +99,5 @@ class Admission:
         chunks = min(request.max_chunks_per_doc or 1, MOST_CHUNKS)
         most = max(0, int(info.max_seq_length * chunks / rate) - _SUFFIX_CHARACTERS)
         read = sum(map(min, map(len, request.documents), repeat(most))) + _SUFFIX_CHARACTERS * len(request.documents)
-        return int(rate * (_PROMPT_CHARACTERS + len(request.query) + read)) + 1
+        query = min(len(request.query), int(info.max_seq_length / rate))  # of a longer one no more is read
+        return int(rate * (_PROMPT_CHARACTERS + query + read)) + 1

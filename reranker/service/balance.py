@@ -131,6 +131,12 @@ class Siblings:
         transport.abort()  # closes this process's descriptor, not the connection
         return True
 
+    def others_serve(self) -> bool:
+        """Return whether a sibling accepts requests now."""
+        now = time.monotonic()
+        cells = enumerate(_CELL.iter_unpack(self._cells))
+        return any(abs(now - seen) < _FRESH for slot, (seen, _, _) in cells if slot != self.slot)
+
     def _least(self) -> tuple[int, int] | None:
         """The slot of the sibling with the fewest requests, if that is fewer than here, and how many it has taken over.
 

@@ -79,6 +79,8 @@ class Batcher:
 
             self._cache = ScoreCache(cache_entries, self._observer)
         self._on_failure = on_failure
+        self.on_unhealthy: Callable[[], None] = lambda: None
+        """Called before any pending request fails; set by worker.py, which then stops accepting connections."""
         self._encoder = Encoder()
         self._packer = ThreadPoolExecutor(1, thread_name_prefix="packer")  # its own: never behind what is tokenised
         self._compute = ComputeThread(load, load_timeout=load_timeout, pass_timeout=pass_timeout)
@@ -321,10 +323,12 @@ class Batcher:
 
     def _give_up(self, error: Exception) -> None:
         """No scorer, or none any more: whoever waits is told at once, and the process ends."""
+        first, self.status = self.status != "unhealthy", "unhealthy"
+        if first:
+            self.on_unhealthy()
         self.queue.clear()
         self._observer.queue_changed(0)
         for job in list(self._jobs):
             job.fail(error)
-        if self.status != "unhealthy":
-            self.status = "unhealthy"
+        if first:
             self._on_failure(error)

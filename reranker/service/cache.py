@@ -17,8 +17,9 @@ from cachetools import LRUCache
 from reranker.service.observer import Observer
 from reranker.types import Chunk, DocumentScore, RerankRequest
 
-# Logit, prompt tokens, truncated; of the best chunk its place (-1: the document was not split), start and stop.
-_ENTRY = struct.Struct("<dI?bII")
+# Logit, prompt tokens, truncated, query truncated; of the best chunk its place (-1: the document was not split), start
+# and stop.
+_ENTRY = struct.Struct("<dI??bII")
 
 
 class ScoreCache:
@@ -49,6 +50,8 @@ class ScoreCache:
         """
         keys = self._keys(request)
         known = {key: _unpack(entry) for key in keys if (entry := self._entries.get(key)) is not None}
+        if not request.truncate_query:  # a query that does not fit is an error to this client, and one to the scorer
+            known = {key: found for key, found in known.items() if not found.query_truncated}
         rest: dict[bytes, int] = {}
         for i, key in enumerate(keys):
             if key not in known:
@@ -77,9 +80,10 @@ class ScoreCache:
 
 def _pack(score: DocumentScore) -> bytes:
     chunk = score.best_chunk or Chunk(-1, 0, 0)
-    return _ENTRY.pack(score.logit, score.prompt_tokens, score.truncated, chunk.index, chunk.start, chunk.stop)
+    cut = score.truncated, score.query_truncated
+    return _ENTRY.pack(score.logit, score.prompt_tokens, *cut, chunk.index, chunk.start, chunk.stop)
 
 
 def _unpack(entry: bytes) -> DocumentScore:
-    logit, tokens, truncated, *chunk = _ENTRY.unpack(entry)
-    return DocumentScore(logit, tokens, truncated, Chunk(*chunk) if chunk[0] >= 0 else None)
+    logit, tokens, truncated, query_truncated, *chunk = _ENTRY.unpack(entry)
+    return DocumentScore(logit, tokens, truncated, Chunk(*chunk) if chunk[0] >= 0 else None, query_truncated)

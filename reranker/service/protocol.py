@@ -6,7 +6,8 @@ too many connections are open. Here every wait for a client has a deadline, and 
 
     says nothing                        closed after KEEP_ALIVE
     head not complete                   408 after BODY_TIMEOUT; 431 above MAX_HEADER_BYTES
-    body not complete                   limits.py: 408, 413; after an early answer: closed after BODY_TIMEOUT
+    body not complete                   limits.py: 408, 413; after an early response: read and dropped until
+                                        BODY_TIMEOUT, then closed
     answer not read                     cut off when nothing of it left within BODY_TIMEOUT
     more requests at once on one line   refused above MAX_PIPELINED
     too many connections                the one that made the service wait the longest makes room
@@ -21,6 +22,7 @@ import fcntl
 import logging
 import sys
 import termios
+from collections.abc import Callable
 from contextlib import suppress
 from enum import Enum
 from typing import Any
@@ -71,6 +73,20 @@ class Connections:
             next(iter(self.waiting)).cut()
 
 
+class ResponseTransport:
+    """The three methods of a transport that uvicorn's request cycle calls; `close` may linger.
+
+    There is one per connection. It holds bound methods because every response calls them.
+    """
+
+    __slots__ = ("close", "is_closing", "write")
+
+    def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
+        self.write = transport.write
+        self.is_closing = transport.is_closing
+        self.close = close
+
+
 class HttpProtocol(HttpToolsProtocol):
     """One connection. Made by uvicorn; what is not uvicorn's own is bound by the worker.
 
@@ -107,13 +123,17 @@ class HttpProtocol(HttpToolsProtocol):
         self.bytes_in_vain = 0
         """That came since a head or a piece of a body was complete: a head, a trailer, the extension of a chunk."""
         self.refusal: RerankError | None = None
-        """Given or about to be; from then on nothing is read."""
+        """Given or about to be; all data received from then on is dropped."""
+        self.responses: ResponseTransport
+        self.lingering = False
+        """The last response was sent before its request was complete; the rest is read and dropped."""
 
     # What uvicorn calls
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client is here."""
         super().connection_made(transport)
+        self.responses = ResponseTransport(transport, self._close)
         if len(self.connections) > self.among.most:
             self.among.make_room(self.loop.time())
         self._watch()
@@ -128,6 +148,7 @@ class HttpProtocol(HttpToolsProtocol):
                 timer.cancel()
         self._count(False)
         super().connection_lost(exc)
+        self.responses.close = self.transport.close  # breaks the reference cycle with this protocol
 
     def data_received(self, data: bytes) -> None:
         """Bytes came."""
@@ -150,6 +171,8 @@ class HttpProtocol(HttpToolsProtocol):
         self.in_head = False
         self.bytes_in_vain = 0
         method = self.parser.get_method()
+        if self.lingering:  # a pipelined request after the last response
+            raise _malformed()
         refusal = check(self.parser.get_http_version(), method, self.url, self.headers)
         if refusal is None and len(self.pipeline) >= MAX_PIPELINED:
             refusal = QueueFullError(f"more than {MAX_PIPELINED} requests at once on one connection", retry_after=1)
@@ -158,6 +181,7 @@ class HttpProtocol(HttpToolsProtocol):
             raise refusal  # makes the parser stop
         if not self.parser.should_upgrade():  # else see _feed
             super().on_headers_complete()
+            self.cycle.transport = self.responses  # type: ignore[assignment]  # has all that a cycle uses
 
     def on_body(self, body: bytes) -> None:
         """A piece of a body."""
@@ -171,14 +195,14 @@ class HttpProtocol(HttpToolsProtocol):
             # uvicorn leaves it out when the answer was given already, and takes the body for incomplete for ever.
             self.cycle.more_body = False
             super().on_message_complete()
+            if self.lingering:  # the client sends no more, so no reset can destroy the response
+                self.transport.close()
 
     def on_response_complete(self) -> None:
         """An answer is complete."""
         super().on_response_complete()
         self._unset_keepalive_if_required()  # our own clock tells a head that began from silence
         self._watch()
-        if self.transport.is_closing():  # the answer said so; an end of it too short for pause_writing may wait still
-            self._watch_reader()
 
     def shutdown(self) -> None:
         """The worker ends."""
@@ -206,7 +230,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         self._feed(data)
         if self.refusal is None and self.bytes_in_vain > MAX_HEADER_BYTES:
-            self._refuse(_TOO_LARGE)
+            self._refuse(_too_large())
         self._watch()
 
     def _feed(self, data: bytes) -> None:
@@ -222,12 +246,12 @@ class HttpProtocol(HttpToolsProtocol):
             self.parser = httptools.HttpRequestParser(self)
             self._feed(b"".join([*head, b"\r\n", data[upgrade.args[0] :]]))
         except httptools.HttpParserError:
-            self._refuse(self.refusal or _MALFORMED)
+            self._refuse(self.refusal or _malformed())
 
     def _refuse(self, error: RerankError) -> None:
         """Answer what cannot become a request, and read no more. What was asked before is answered first."""
         self.refusal = error
-        if self.transport.is_closing():
+        if self.lingering or self.transport.is_closing():
             return
         answer = error_response(error)
         request_id = new_id()
@@ -271,6 +295,8 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _owed(self) -> Owed | None:
         """None: it is the service's turn."""
+        if self.lingering:
+            return Owed.UNWANTED
         if self.cycle is not None and not self.cycle.response_complete:
             return Owed.BODY if self.cycle.more_body else None
         if self.in_head:
@@ -281,11 +307,27 @@ class HttpProtocol(HttpToolsProtocol):
         if self.owed is Owed.HEAD:
             self._refuse(HeadTimeoutError(f"the head of the request did not arrive within {self.patience:g} s"))
         else:
-            self._close()
+            self.transport.close()
+            self._watch_reader()
 
     def _close(self) -> None:
-        """Close behind what is still to be sent."""
-        self.transport.close()
+        """Close the connection after the last response, immediately if its request is complete.
+
+        Otherwise close only the sending half. Many clients send the whole request before they read, and the reset of a
+        closed socket would destroy the response. The other half closes at the end of the request or at its deadline.
+        """
+        incomplete = self.cycle is not None and self.cycle.more_body
+        if self.refusal is None and not incomplete:
+            self.transport.close()
+        elif not self.lingering:
+            self.lingering = True
+            self.pipeline.clear()
+            if self.cycle is not None and not self.cycle.response_complete:
+                self.cycle.disconnected = True
+                self.cycle.message_event.set()
+            if self.transport.can_write_eof():  # not over TLS, where Content-Length alone ends the response
+                self.transport.write_eof()
+        self._watch()
         self._watch_reader()
 
     def _watch_reader(self) -> None:
@@ -315,8 +357,13 @@ class HttpProtocol(HttpToolsProtocol):
         self.transport.abort()
 
 
-_TOO_LARGE = HeadersTooLargeError(f"the address and headers are larger than {MAX_HEADER_BYTES} bytes")
-_MALFORMED = MalformedRequestError("the request is not valid HTTP")
+# New ones each time: an exception object that is raised again keeps the frames of every time before.
+def _too_large() -> HeadersTooLargeError:
+    return HeadersTooLargeError(f"the address and headers are larger than {MAX_HEADER_BYTES} bytes")
+
+
+def _malformed() -> MalformedRequestError:
+    return MalformedRequestError("the request is not valid HTTP")
 
 
 def check(version: str, method: bytes, url: bytes, headers: list[tuple[bytes, bytes]]) -> RerankError | None:
@@ -324,7 +371,7 @@ def check(version: str, method: bytes, url: bytes, headers: list[tuple[bytes, by
     codings = [value.lower() for name, value in headers if name == b"transfer-encoding"]
     hosts = sum(name == b"host" for name, _ in headers)
     if len(url) > MAX_HEADER_BYTES:
-        return _TOO_LARGE
+        return _too_large()
     if version not in ("1.0", "1.1"):
         return MalformedRequestError("only versions 1.0 and 1.1 of HTTP are spoken here")
     if method == b"CONNECT":

@@ -35,6 +35,7 @@ _OTHER_FILES = 256
 # Seconds that a worker which was told to stop still answers on the connections that are open.
 _LINGER = 5.0
 _QUICK_LINGER = 1.0  # Ctrl-C
+_CLOSE = (b"connection", b"close")
 
 
 class RerankWorker(UvicornWorker):  # type: ignore[misc]  # neither package is typed
@@ -71,7 +72,7 @@ class RerankWorker(UvicornWorker):  # type: ignore[misc]  # neither package is t
             patience=self.wsgi.state.body_timeout,
             siblings=siblings,
         )
-        server = DrainingServer(self.config, siblings)
+        server = DrainingServer(self.config, siblings, workers=self.cfg.workers)
         server.loop = asyncio.get_running_loop()
         # uvicorn's worker ignores SIGQUIT, which gunicorn sends on Ctrl-C, and is killed after the grace period.
         server.loop.add_signal_handler(signal.SIGQUIT, server.handle_exit, signal.SIGQUIT, None)
@@ -96,6 +97,7 @@ class RerankWorker(UvicornWorker):  # type: ignore[misc]  # neither package is t
             await self.callback_notify()
             if server.siblings is not None:
                 server.siblings.show()
+            server.step_aside_if_unhealthy()  # again, because a sibling may be ready only now
             if server.started and not server.should_exit and self.handover is not None:
                 self.handover.ready()
                 self.handover = None
@@ -109,18 +111,29 @@ class RerankWorker(UvicornWorker):  # type: ignore[misc]  # neither package is t
 
 
 class DrainingServer(Server):
-    """Stops without cutting anything off, and tells the application when it takes nothing more."""
+    """Stops without cutting anything off, and tells the application when it takes nothing more.
+
+    Args:
+        siblings: the other workers; None if connections cannot be handed over.
+        workers: the configured number of workers, this one included.
+    """
 
     loop: asyncio.AbstractEventLoop
     linger = _LINGER
 
-    def __init__(self, config: Config, siblings: Siblings | None) -> None:
+    def __init__(self, config: Config, siblings: Siblings | None, *, workers: int) -> None:
         super().__init__(config)
         self.siblings = siblings
+        self.workers = workers
+        self._sockets: list[socket.socket] = []
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, also for what siblings pass on."""
         await super().startup(sockets)
+        self._sockets = sockets or []
+        if self._batcher is not None:
+            self._batcher.on_unhealthy = self.step_aside_if_unhealthy
+        self.step_aside_if_unhealthy()
         if self.siblings is not None:
             make: Any = self.config.http_protocol_class
             connect = partial(make, self.config, self.server_state, self.lifespan.state)
@@ -147,25 +160,47 @@ class DrainingServer(Server):
         A client learns only from an answer that its connection will not stay. One that is closed without a word may
         carry the client's next request already, which would be lost.
         """
-        for server in self.servers:
-            server.close()
-        for sock in sockets or []:
-            sock.close()
+        self._stop_listening()
         if self.siblings is not None:
             await self.siblings.leave()
-        state = self.server_state
-        state.default_headers = [*state.default_headers, (b"connection", b"close")]
-        for connection in state.connections:  # requests that are being answered have taken their headers already
-            cycle = getattr(connection, "cycle", None)
-            if cycle is not None:
-                cycle.keep_alive = False
-        start = self.loop.time()
+        self._close_after_responses()
+        state, start = self.server_state, self.loop.time()
         while state.connections and self.loop.time() < start + self.linger:  # uvicorn has no event for it
             if self._batcher is None or self._batcher.status != "ok":  # what comes would be refused anyway
                 break
             await asyncio.sleep(0.05)
         self._drain()
         await super().shutdown(sockets)
+
+    def step_aside_if_unhealthy(self) -> None:
+        """Close connections after their responses and stop listening once the scorer is lost.
+
+        A client that retries immediately then reaches a sibling and gets no second 503. Without a sibling that serves,
+        the worker keeps listening so that /health can tell the reason.
+        """
+        if self._batcher is None or self._batcher.status != "unhealthy" or not self.started:
+            return
+        self._close_after_responses()
+        if self.siblings is not None:
+            self.siblings.show()
+        if self.workers > 1 if self.siblings is None else self.siblings.others_serve():
+            self._stop_listening()
+
+    def _stop_listening(self) -> None:
+        for server in self.servers:
+            server.close()
+        for sock in self._sockets:
+            sock.close()
+
+    def _close_after_responses(self) -> None:
+        state = self.server_state
+        if _CLOSE not in self.config.encoded_headers:  # from which uvicorn makes the default headers once a second
+            self.config.encoded_headers = [*self.config.encoded_headers, _CLOSE]
+            state.default_headers = [*state.default_headers, _CLOSE]
+        for connection in state.connections:  # requests that are being answered have taken their headers already
+            cycle = getattr(connection, "cycle", None)
+            if cycle is not None:
+                cycle.keep_alive = False
 
     @property
     def _batcher(self) -> Batcher | None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from tests.conftest import Server
 
 
@@ -102,6 +104,25 @@ def post(body: bytes, headers: bytes = b"", path: bytes = b"/v1/rerank") -> byte
 def workers(server: Server) -> list[int]:
     """Process ids of all workers that were ever started."""
     return [int(pid) for pid in re.findall(r"Booting worker with pid: (\d+)", server.log)]
+
+
+class Spent:
+    """Processor time of the worker, which a busy machine does not stretch: `with Spent(server) as spent`."""
+
+    def __init__(self, server: Server) -> None:
+        self.worker = psutil.Process(workers(server)[-1])
+        self.seconds = -1.0
+
+    def __enter__(self) -> Spent:
+        self.before = self._read()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds = self._read() - self.before
+
+    def _read(self) -> float:
+        times = self.worker.cpu_times()
+        return float(times.user + times.system)
 
 
 class Peak:

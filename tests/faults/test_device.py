@@ -84,27 +84,26 @@ def test_a_sticky_device_error_is_answered_and_the_worker_replaced(small: Server
 
 
 def test_a_device_that_hangs_is_given_up_after_twice_the_deadline(start: Start) -> None:
-    server = start(command=FAKE, REQUEST_TIMEOUT="1")
+    server = start(command=FAKE, REQUEST_TIMEOUT="4")
 
     def ask(word: str) -> httpx.Response:
         return httpx.post(
             f"{server.client.base_url}/v1/rerank", json={"query": "q", "documents": [word]}, timeout=30, trust_env=False
         )
 
-    begin = time.monotonic()
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         first = pool.submit(ask, "hang")
-        time.sleep(0.3)
+        once(server, lambda found: value(found, "reranker_requests_in_progress") == 2)  # and the one that asks
         behind = [pool.submit(ask, "fish") for _ in range(2)]
-        time.sleep(1.2)
+        assert first.result().status_code == 504
+        time.sleep(1)
         later = pool.submit(ask, "fish")  # the device is given up before its deadline
-        assert [it.result().status_code for it in (first, *behind)] == [504] * 3
+        assert [it.result().status_code for it in behind] == [504] * 2
         assert (later.result().status_code, later.result().json()["error_type"]) == (503, "device_lost")
         assert int(later.result().headers["retry-after"]) >= 1
-    assert time.monotonic() - begin < 15
     deadline = time.monotonic() + 30
     while server.log.count("Booting worker") < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     server.wait_for("ok")
     assert ask("fish").status_code == 200
-    assert "cannot serve: a forward pass did not end within 2 s" in server.log
+    assert "cannot serve: a forward pass did not end within 8 s" in server.log

@@ -15,10 +15,9 @@ import httpx
 import psutil
 import pytest
 
-from reranker.service.limits import MAX_HEADER_BYTES
 from reranker.service.protocol import MAX_PIPELINED
 from tests.conftest import FAKE, Server, Start
-from tests.faults.raw import Peak, connect, exchange, listen, once, post, send, workers
+from tests.faults.raw import Answers, Peak, Spent, connect, exchange, listen, once, post, send, workers
 
 BODY = json.dumps({"query": "q", "documents": ["a"]}).encode()
 RERANK = b"POST /v1/rerank HTTP/1.1\r\nHost: h\r\n"
@@ -28,6 +27,8 @@ LIVEZ = b"GET /livez HTTP/1.1\r\nHost: h\r\n\r\n"
 PATIENCE, KEEP_ALIVE = 2, 2
 # Our own deadlines, on a busy machine.
 LATE = 20
+# At most so many seconds of the worker's processor time for a probe.
+PROBE = 0.001
 
 
 @pytest.fixture(scope="module")
@@ -68,19 +69,17 @@ def _unharmed(request: pytest.FixtureRequest) -> Iterator[None]:
     ],
 )
 def test_a_huge_wrong_body_is_refused_briefly_by_the_same_worker(server: Server, body: bytes) -> None:
-    start = time.monotonic()
-    response = server.client.post("/v1/rerank", content=body)
-    seconds = time.monotonic() - start
+    with Spent(server) as spent:
+        response = server.client.post("/v1/rerank", content=body)
     assert (response.status_code, response.json()["error_type"]) == (422, "invalid_request")
     assert len(response.content) < 500
-    assert seconds < 5  # 0.3 s for the million, 35 s as FastAPI comes
+    assert spent.seconds < 5  # 0.3 s for the million, 35 s as FastAPI comes
 
 
 def test_500_mb_that_are_announced_are_refused_before_they_are_sent(wire: Server) -> None:
     with Peak(wire) as peak:
         answers = exchange(wire, RERANK + b"Content-Length: 500000000\r\n\r\n", answers=1)
         assert answers.statuses == [413]
-        assert answers.seconds < 5
         assert answers.error["error_type"] == "body_too_large"
     assert peak.megabytes < 10
 
@@ -90,22 +89,24 @@ def test_500_mb_that_are_announced_are_refused_before_they_are_sent(wire: Server
     [
         (b"Content-Length: 500000000\r\n\r\n", b"x" * (1 << 20)),
         (CHUNKED + b"\r\n", b"100000\r\n" + b"x" * (1 << 20) + b"\r\n"),
+        (b"Connection: close\r\nContent-Length: 500000000\r\n\r\n", b"x" * (1 << 20)),
+        (b"Connection: close\r\n" + CHUNKED + b"\r\n", b"100000\r\n" + b"x" * (1 << 20) + b"\r\n"),
+        (CHUNKED + b"\r\nno length\r\n", b"x" * (1 << 20)),
     ],
-    ids=["announced", "chunked"],
+    ids=["announced", "chunked", "announced, last", "chunked, last", "wrong chunks"],
 )
 def test_500_mb_that_are_sent_all_the_same_fill_no_memory_and_delay_nobody(
     wire: Server, head: bytes, piece: bytes
 ) -> None:
-    slowest, over = 0.0, threading.Event()
+    probed, over = 0, threading.Event()
 
     def probe() -> None:
-        nonlocal slowest
+        nonlocal probed
         while not over.is_set():
-            start = time.monotonic()
             assert wire.client.get("/health").status_code == 200
-            slowest = max(slowest, time.monotonic() - start)
+            probed += 1
 
-    with Peak(wire) as peak, connect(wire) as connection, ThreadPoolExecutor(1) as pool:
+    with Peak(wire) as peak, Spent(wire) as spent, connect(wire) as connection, ThreadPoolExecutor(1) as pool:
         probing = pool.submit(probe)
         send(connection, RERANK + head)
         # The service reads and drops for a while, so that the answer is not lost in a reset, and then closes.
@@ -115,10 +116,11 @@ def test_500_mb_that_are_sent_all_the_same_fill_no_memory_and_delay_nobody(
         probing.result()
     assert answers.closed
     if answers.data:  # it is lost when a reset overtakes it
-        assert answers.statuses == [413]
+        assert answers.statuses == [400 if b"no length" in head else 413]
     else:
         assert sent < 476
-    assert slowest < 5  # as uvicorn and FastAPI come: 9.3 s, and 1.5 GB
+    assert probed
+    assert spent.seconds - probed * PROBE < 5  # as uvicorn and FastAPI come: 9.3 s, and 1.5 GB
     assert peak.megabytes < 60  # MAX_BODY_BYTES is 16 MB
 
 
@@ -127,12 +129,11 @@ def test_an_endless_document_is_cut_before_it_is_read(server: Server, size: int)
     words = "how to compress files with gzip, and 压缩文件。 "
     document = (words * (size // len(words) + 1))[:size]
     body = json.dumps({"query": "q", "documents": [document]}, ensure_ascii=False).encode()
-    start = time.monotonic()
-    response = server.client.post("/v1/rerank", content=body)
+    with Spent(server) as spent:
+        response = server.client.post("/v1/rerank", content=body)
     assert response.status_code == 200
     assert response.headers["x-truncated-documents"] == "1"
-    assert float(response.headers["x-tokenization-time"]) < 20_000  # as transformers comes: 59.5 s for the larger one
-    assert time.monotonic() - start < 60
+    assert spent.seconds < 20  # as transformers comes: 59.5 s for the larger one
 
 
 def test_a_body_that_drips(wire: Server) -> None:
@@ -224,11 +225,21 @@ def test_idle_connections_are_closed(wire: Server) -> None:
         assert answer.count(b"HTTP/1.1") == bool(first)
 
 
-def test_the_rest_of_a_body_that_nobody_wants_is_not_waited_for(wire: Server) -> None:
-    """The answer, a 404, is given at once; the body drips on."""
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (b"", 404),
+        (b"Connection: close\r\n", 404),
+        (b"Host: another\r\n", 400),
+        (b"Expect: 100-continue\r\nConnection: close\r\n", 404),
+    ],
+    ids=["kept", "last", "no request", "expects to be told to go on"],
+)
+def test_the_rest_of_a_body_that_nobody_wants_is_not_waited_for(wire: Server, head: bytes, status: int) -> None:
+    """The answer is given at once; the body drips on."""
     with connect(wire) as connection:
-        send(connection, RERANK.replace(b"/v1/rerank", b"/nothing") + b"Content-Length: 1000\r\n\r\n")
-        assert listen(connection, LATE, answers=1).statuses == [404]
+        send(connection, RERANK.replace(b"/v1/rerank", b"/nothing") + head + b"Content-Length: 1000\r\n\r\n")
+        assert listen(connection, LATE, answers=1).statuses == [status]
         start = time.monotonic()
         while send(connection, b"x") and time.monotonic() - start < LATE:
             time.sleep(0.1)
@@ -327,9 +338,7 @@ def test_a_crowd_of_connections_locks_nobody_out(crowded: Server, opening: bytes
             sockets.append(crowd.enter_context(connect(crowded)))
             send(sockets[-1], opening)
         for path in ("/livez", "/health", "/metrics"):
-            start = time.monotonic()
             assert httpx.get(f"{crowded.client.base_url}{path}", timeout=30).status_code == 200
-            assert time.monotonic() - start < 5
         assert working.result().status_code == 200
         first, last = listen(sockets[0], 5), listen(sockets[-1], 0.2)
         assert first.closed
@@ -341,21 +350,14 @@ def test_a_crowd_of_connections_locks_nobody_out(crowded: Server, opening: bytes
 # Heads
 
 
-def flood(server: Server, begin: bytes, piece: bytes) -> tuple[int, Callable[[], None]]:
-    """Send until the service closes, 64 MB at most: how many pieces went, and a check of the answer, if one came."""
+def flood(server: Server, begin: bytes, piece: bytes) -> Answers:
+    """Send 64 MB, or less if the service closes meanwhile."""
     with connect(server) as connection:
         send(connection, begin)
-        count = (64 << 20) // len(piece)
-        sent = next((i for i in range(count) if not send(connection, piece)), count)
-        answers = listen(connection, LATE)
-
-    def check() -> None:
-        assert answers.closed
-        if answers.data:  # it is lost when the reset overtakes it
-            assert answers.statuses == [431]
-            assert answers.error["error_type"] == "headers_too_large"
-
-    return sent * len(piece), check
+        for _ in range((64 << 20) // len(piece)):
+            if not send(connection, piece):
+                break
+        return listen(connection, LATE)
 
 
 @pytest.mark.parametrize(
@@ -375,9 +377,11 @@ def flood(server: Server, begin: bytes, piece: bytes) -> tuple[int, Callable[[],
 def test_a_head_without_end_is_refused(wire: Server, begin: bytes, piece: bytes) -> None:
     before = wire.log.count("headers_too_large") + wire.log.count("malformed_request")
     with Peak(wire) as peak:
-        sent, check = flood(wire, begin, piece)
-    check()
-    assert sent < 16 << 20  # what the buffers of the system hold
+        answers = flood(wire, begin, piece)
+    assert answers.closed
+    if answers.data:  # lost if it takes longer than BODY_TIMEOUT to send all of it
+        assert answers.statuses == [431]
+        assert answers.error["error_type"] == "headers_too_large"
     assert peak.megabytes < 40
     assert wire.log.count("headers_too_large") + wire.log.count("malformed_request") == before + 1
 
@@ -399,9 +403,8 @@ def test_a_head_that_is_too_large_is_a_431(wire: Server, head: bytes) -> None:
         send(connection, head)
         answers = listen(connection, LATE)
     assert answers.closed
-    if answers.data or len(head) < MAX_HEADER_BYTES * 3:  # else the reset can overtake the answer
-        assert answers.statuses == [431]
-        assert answers.error["error_type"] == "headers_too_large"
+    assert answers.statuses == [431]
+    assert answers.error["error_type"] == "headers_too_large"
     wait_until(lambda: wire.log.count("headers_too_large") == before + 1)
 
 

@@ -37,6 +37,7 @@ class Traffic:
     Attributes:
         kept, fresh: how often each thing happened to the clients of either kind: a status, "wrong" for a 200 with
             other scores, or the error's name (ValueError: not JSON).
+        failed: the number of requests per client without a correct 200; clients without one are left out.
         slowest: seconds of the slowest answer.
     """
 
@@ -44,6 +45,7 @@ class Traffic:
         self.server, self.pause = server, pause
         self.kept: Counter[object] = Counter()
         self.fresh: Counter[object] = Counter()
+        self.failed: Counter[str] = Counter()
         self.slowest = 0.0
         self._stop = threading.Event()
         self._lock = threading.Lock()
@@ -102,6 +104,8 @@ class Traffic:
             told = type(error).__name__
         with self._lock:
             seen[told] += 1
+            if told != 200:
+                self.failed[threading.current_thread().name] += 1
             self.slowest = max(self.slowest, time.monotonic() - start)
 
 

@@ -176,7 +176,8 @@ def test_from_and_to_a_store_equal_to_the_command_line(cluster: Cluster, store: 
         assert (row["file"], row["line"]) == ("lines.jsonl", at)
         assert says in row["error"]
     last = {"file": "pairs.jsonl", "line": len(flat) + 1, "id": "x"}
-    assert bad[len(BAD) :] == [last | {"error": 'document must be a string or an object with a string "text"'}]
+    error = 'document: must be a string or an object with a string "text" (or "content", "page_content"); got a number'
+    assert bad[len(BAD) :] == [last | {"error": error}]
 
     again = cli(*args, cwd=tmp_path, command=COMMAND, env=store)
     assert f"{parts} parts, {parts} of them finished before" in again.stderr

@@ -21,10 +21,14 @@ from deploy.batch.actor import Job, fingerprint, score
 from deploy.batch.output import Output, Record
 from deploy.batch.parts import Part, cut, scan
 from reranker.cli.errors import FailedError, InputError
+from reranker.cli.groups import Row
 from reranker.cli.ranker import Scored
+from reranker.cli.rows import request_of
 from reranker.errors import InvalidRequestError, RerankError
+from reranker.notes import Notes
 from reranker.types import RerankRequest
 from tests.conftest import free_port, make_model
+from tests.rows import ROWS
 
 
 def parts_of(path: Path, size: int) -> list[Part]:
@@ -32,7 +36,7 @@ def parts_of(path: Path, size: int) -> list[Part]:
     return cut({address: scan(address, size)})
 
 
-def read(path: Path, size: int) -> list[reading.Row]:
+def read(path: Path, size: int) -> list[Row]:
     return [row for part in parts_of(path, size) for row in reading.rows(part, None, None)]
 
 
@@ -145,6 +149,60 @@ def test_pairs_of_one_query_share_a_request(tmp_path: Path) -> None:
     assert sorted(number for number, _ in found.bad) == [4, 5, 6]
     assert {row["error"] for number, row in found.bad if number > 4} == {"no room"}
     assert (found.documents, found.truncated) == (6, 4)
+
+
+def test_a_row_over_ray_means_what_a_body_means(tmp_path: Path) -> None:
+    """JSON lines and Parquet, whose absent values are nulls."""
+    for name in ("in.jsonl", "in.parquet"):
+        path, values = tmp_path / name, ROWS
+        if name == "in.jsonl":
+            path.write_text("".join(json.dumps(value) + "\n" for value in values))
+        else:
+            values = [row for row in ROWS if all(isinstance(d, str) for d in row.get("documents") or row["texts"])]
+            values = [{n: v for n, v in row.items() if not (n in NUMBERS and isinstance(v, str))} for row in values]
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(values, schema=SCHEMA), path)
+        found = read(path, 1 << 20)
+        assert [row.error for row in found] == [""] * len(values)
+        for row, value in zip(found, values, strict=True):
+            expected = request_of(value, None, None)
+            assert (row.request, row.top_k, row.warnings) == (expected.request, expected.top_k, expected.warnings)
+
+
+NUMBERS = ("top_k", "top_n", "max_tokens_per_doc", "max_chunks_per_doc", "max_chunk_per_doc")
+SCHEMA = pyarrow.schema(
+    [(name, pyarrow.string()) for name in ("query", "instruction", "instruct", "model")]
+    + [(name, pyarrow.list_(pyarrow.string())) for name in ("documents", "texts")]
+    + [(name, pyarrow.float64()) for name in NUMBERS]
+    + [("truncate", pyarrow.bool_())]
+)
+
+
+def test_what_is_not_read_is_noted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(reading, "NOTES", Notes(said.append))
+    row = {"id": 1, "query": "q", "documents": ["d"], "topk": 3, "lang": "en"}
+    (tmp_path / "in.jsonl").write_text(f"{json.dumps(row)}\n" * 3)
+    read(tmp_path / "in.jsonl", 1)
+    assert said == ["in.jsonl line 1: topk is not read; did you mean top_k?", "in.jsonl line 1: lang is not read"]
+    said.clear()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row] * 3), tmp_path / "in.parquet")
+    read(tmp_path / "in.parquet", 1)
+    assert said == ["in.parquet: the column topk is not read", "in.parquet: the column lang is not read"]
+
+
+def test_pairs_that_may_not_be_truncated_fail_alone(tmp_path: Path) -> None:
+    values = [{"id": i, "query": "q", "document": "d", "truncate": False} for i in range(2)]
+    values += [{"id": i, "query": "q", "document": "d", "max_tokens_per_doc": 1 + i // 4} for i in range(2, 6)]
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps(value) + "\n" for value in values))
+    ranker = Words()
+    score(ranker, iter(read(path, 1 << 20)))
+    assert [(len(r.documents), r.truncate, r.max_tokens_per_doc) for r in ranker.asked] == [
+        (1, False, None),
+        (1, False, None),
+        (2, True, 1),
+        (2, True, 2),
+    ]
 
 
 PARTS = [Part(i, "file:///a.jsonl", "a.jsonl", i, i + 1, i + 1) for i in range(3)]

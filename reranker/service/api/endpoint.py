@@ -16,8 +16,8 @@ from pydantic_core import to_json
 from starlette.responses import Response
 
 from reranker.engine.scores import sigmoid
-from reranker.errors import InvalidRequestError, NotReadyError
-from reranker.service.api.body import RerankBody
+from reranker.errors import NotReadyError
+from reranker.request import ParsedRequest
 from reranker.service.batcher import Batcher
 from reranker.types import RerankRequest, RerankResult
 
@@ -26,33 +26,35 @@ from reranker.types import RerankRequest, RerankResult
 class Ranking:
     """All that a dialect needs to render its answer."""
 
-    asked: RerankBody
+    asked: ParsedRequest
     result: RerankResult
     best: list[tuple[int, float]]
     """(document index, score), best first, `top_k` of them; the score is a probability, or the logit if asked for."""
     model: str
     request_id: str
 
+    @property
+    def warnings(self) -> list[str]:
+        """Sentences about fields that were not read and texts that were truncated."""
+        warnings = list(self.asked.warnings)
+        if self.result.query_truncated:
+            warnings.append("the query did not fit and was truncated; a larger MAX_SEQ_LENGTH reads more of it")
+        if self.result.truncated_documents:
+            warnings.append(
+                f"{self.result.truncated_documents} of {len(self.asked.request.documents)} documents did not fit and "
+                f"were cut; a larger max_chunks_per_doc scores more of them"
+            )
+        return warnings
 
-def refuse_too_many(request: Request, name: str, documents: object) -> None:
-    """Check the number of documents, which the body calls `name`, before anything is done for each of them.
 
-    Raises:
-        InvalidRequestError: more than MAX_DOCUMENTS.
-    """
-    most: int = request.app.state.max_documents
-    if isinstance(documents, list) and len(documents) > most:
-        raise InvalidRequestError(f"{name}: at most {most} in one request; send {len(documents)} in several requests")
-
-
-async def rank(request: Request, asked: RerankBody) -> Ranking:
+async def rank(request: Request, asked: ParsedRequest) -> Ranking:
     """Score what a body asks for and sort it.
 
     Raises:
         RerankError: see `Batcher.rerank`.
     """
     model = request.app.state.batcher.check_ready().info.name
-    result = await _score(request, asked.request())
+    result = await _score(request, asked.request)
     score = float if asked.raw_scores else sigmoid
     best = [(i, score(result.logits[i])) for i in order(result.logits, asked.limit)]
     return Ranking(asked, result, best, model, request.scope["state"]["request_id"])
@@ -76,6 +78,7 @@ async def _score(request: Request, query: RerankRequest) -> RerankResult:
     facts |= {
         "tokens": result.prompt_tokens,
         "truncated": result.truncated_documents,
+        **({"query_truncated": 1} if result.query_truncated else {}),
         "queue_ms": round(result.timings.queue * 1000, 1),
         "inference_ms": round(result.timings.inference * 1000, 1),
     }
@@ -96,21 +99,28 @@ def order(logits: list[float], top_k: int | None) -> list[int]:
     return sorted(range(len(logits)), key=logits.__getitem__, reverse=True)[:top_k]  # which keeps equals in order
 
 
-def answer(content: object, result: RerankResult) -> Response:
+def answer(content: object, ranking: Ranking) -> Response:
     """The 200 answer: JSON with the headers that every rerank carries; times in milliseconds."""
-    return Response(to_json(content), headers=_headers(result), media_type="application/json")
+    return Response(to_json(content), headers=_headers(ranking), media_type="application/json")
 
 
-def _headers(result: RerankResult) -> Mapping[str, str]:
-    times = result.timings
-    return {
-        "x-prompt-tokens": str(result.prompt_tokens),
-        "x-truncated-documents": str(result.truncated_documents),
+def _headers(ranking: Ranking) -> Mapping[str, str]:
+    times = ranking.result.timings
+    headers = {
+        "x-prompt-tokens": str(ranking.result.prompt_tokens),
+        "x-truncated-documents": str(ranking.result.truncated_documents),
         "x-tokenization-time": f"{times.tokenization * 1000:.1f}",
         "x-queue-time": f"{times.queue * 1000:.1f}",
         "x-inference-time": f"{times.inference * 1000:.1f}",
         "x-total-time": f"{times.total * 1000:.1f}",
     }
+    if ranking.asked.ignored:
+        headers["x-ignored-fields"] = ", ".join(ranking.asked.ignored)
+    if ranking.result.query_truncated:
+        headers["x-truncated-query"] = "true"
+    if warnings := ranking.warnings:
+        headers["x-warnings"] = " | ".join(warnings)
+    return headers
 
 
 HEADERS: dict[str, dict[str, object]] = {
@@ -123,6 +133,9 @@ HEADERS: dict[str, dict[str, object]] = {
         ("x-queue-time", "Milliseconds", "number"),
         ("x-inference-time", "Milliseconds", "number"),
         ("x-total-time", "Milliseconds", "number"),
+        ("x-ignored-fields", "Names of fields that are not read, comma-separated; absent if there are none", "string"),
+        ("x-truncated-query", "`true` where the query did not fit and was truncated; else absent", "string"),
+        ("x-warnings", "What `meta.warnings` says, joined with ` | `; absent if there is nothing to say", "string"),
     )
 }
 """OpenAPI's description of the headers."""

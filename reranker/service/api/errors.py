@@ -77,6 +77,10 @@ def install(app: FastAPI) -> None:
         assert isinstance(error, HTTPException)
         kind = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
         detail = str(error.detail)
+        if kind == "method_not_allowed":
+            posts = "POST" in (error.headers or {}).get("Allow", "")
+            way = "POST with a JSON body" if posts else "GET"
+            detail = f"{request.method} is not served at this path: use {way}, see /docs"
         if kind == "not_found":
             slash = "leave out the slash at its end, or see" if request.scope["path"].endswith("/") else "see"
             detail = f"there is nothing at this path; {slash} /docs for all there are"

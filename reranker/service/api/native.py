@@ -37,13 +37,13 @@ class TextResults(BaseModel):
 
 def array(ranking: Ranking) -> list[dict[str, object]]:
     """`[{"index", "score"}]`, with "text" when the documents are asked for; TEI answers the same."""
-    if ranking.asked.wants_documents:
-        documents = ranking.asked.documents
+    if ranking.asked.return_documents:
+        documents = ranking.asked.request.documents
         return [{"index": i, "score": score, "text": documents[i]} for i, score in ranking.best]
     return [{"index": i, "score": score} for i, score in ranking.best]
 
 
 def texts(ranking: Ranking) -> dict[str, object]:
     """`{"results": [{"index", "relevance_score", "text"}]}`"""
-    documents = ranking.asked.documents
+    documents = ranking.asked.request.documents
     return {"results": [{"index": i, "relevance_score": s, "text": documents[i]} for i, s in ranking.best]}

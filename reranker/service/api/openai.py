@@ -54,7 +54,8 @@ async def models(request: Request) -> Response:
     "/v1/models/{name:path}",
     summary="The served model, whatever name it is asked for by",
     response_model=ServedModel,
-    responses=_NOT_LOADED,
+    # Else FastAPI describes a 422 for the name, which any text fits.
+    responses={**_NOT_LOADED, "4XX": {"model": ErrorBody, "description": "Not served"}},
 )
 async def model(request: Request, name: str) -> Response:
     """The same for every name, as a rerank takes every `model`."""

@@ -69,7 +69,9 @@ class Meta(BaseModel):
     api_version: ApiVersion
     billed_units: BilledUnits
     tokens: Tokens
-    warnings: list[str] | None = Field(None, description="When documents were cut")
+    warnings: list[str] | None = Field(
+        None, description="One sentence for each field or text that was not read as it was sent"
+    )
 
 
 class About(BaseModel):
@@ -95,25 +97,22 @@ def envelope(ranking: Ranking) -> dict[str, object]:
 def about(ranking: Ranking) -> dict[str, object]:
     """Everything of the envelope but the results."""
     result = ranking.result
-    documents = len(ranking.asked.documents)
+    documents = len(ranking.asked.request.documents)
     meta: dict[str, object] = {
         "api_version": {"version": "2"},
         "billed_units": {"search_units": -(-documents // _DOCUMENTS_PER_UNIT)},
         "tokens": {"input_tokens": result.prompt_tokens, "output_tokens": 0},
     }
-    if result.truncated_documents:
-        meta["warnings"] = [
-            f"{result.truncated_documents} of {documents} documents did not fit and were cut; a larger "
-            f"max_chunks_per_doc scores more of them"
-        ]
+    if warnings := ranking.warnings:
+        meta["warnings"] = warnings
     usage = {"prompt_tokens": result.prompt_tokens, "total_tokens": result.prompt_tokens}
     return {"id": ranking.request_id, "model": ranking.model, "usage": usage, "meta": meta}
 
 
 def _row(ranking: Ranking, index: int, score: float) -> dict[str, object]:
     row: dict[str, object] = {"index": index, "relevance_score": score}
-    if ranking.asked.wants_documents:
-        text = ranking.asked.documents[index]
+    if ranking.asked.return_documents:
+        text = ranking.asked.request.documents[index]
         row["document"] = {"text": text}
         chunk = ranking.result.best_chunks.get(index)
         if chunk is not None:

@@ -8,6 +8,7 @@ client sends a model as well), else `model` asks for the results object on /v1/r
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -18,11 +19,14 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from reranker.errors import NotReadyError
+from reranker.notes import Notes
+from reranker.request import ParsedRequest, json_schema, parse_request
 from reranker.service.api import native, results
-from reranker.service.api.body import RerankBody, parse, read_json
-from reranker.service.api.endpoint import HEADERS, Ranking, answer, rank, refuse_too_many
+from reranker.service.api.body import read_json
+from reranker.service.api.endpoint import HEADERS, Ranking, answer, rank
 from reranker.service.api.errors import RESPONSES
-from reranker.service.api.tei import TeiBody
+
+logger = logging.getLogger(__name__)
 
 
 class Direct(APIRoute):
@@ -44,25 +48,28 @@ async def _rerank(request: Request, plain: Callable[[Ranking], object], model: C
     """Read, rank, render: `plain` renders the answer to a native body, `model` the one to a body with a model."""
     request.app.state.batcher.check_room(request.app.state.request_timeout)
     try:
-        asked, named = await _asked(request)
+        asked = await _asked(request)
         ranking = await rank(request, asked)
     except asyncio.CancelledError:  # the server gives up on a graceful shutdown: still an answer, not a cut line
         raise NotReadyError("the service is shutting down; try again", retry_after=5) from None
-    render = native.array if isinstance(asked, TeiBody) else model if named else plain
-    return answer(render(ranking), ranking.result)
+    render = native.array if asked.is_tei else model if asked.has_model else plain
+    return answer(render(ranking), ranking)
 
 
-async def _asked(request: Request) -> tuple[RerankBody, bool]:
-    """The body, checked, and whether it has the key `model`.
+async def _asked(request: Request) -> ParsedRequest:
+    """The body, checked.
 
     What else was in it does not outlive this function: unknown keys may be larger than all that is asked for, and the
     request may wait for long.
     """
-    body = await read_json(request)
-    texts = "texts" in body
-    name = "texts" if texts else "documents"
-    refuse_too_many(request, name, body.get(name))
-    return parse(TeiBody if texts else RerankBody, body), "model" in body
+    asked = parse_request(await read_json(request), max_documents=request.app.state.max_documents)
+    if asked.warnings:
+        _notes.add(asked.warnings, "in a request (noted once): ")
+    return asked
+
+
+_notes = Notes(logger.warning)
+"""Of this process, for its operator: clients read the same in their answers."""
 
 
 def _texts_and_about(ranking: Ranking) -> dict[str, object]:
@@ -110,8 +117,7 @@ _RESULTS = {"results": [{"index": 1, "relevance_score": 0.97}], **_ABOUT}
 
 def _describe(model: object, asks: dict[str, object], answers: dict[str, object]) -> dict[str, Any]:
     """OpenAPI's description of a rerank route: arguments of `router.post`. `asks` and `answers` are examples."""
-    documents = RerankBody.model_json_schema() | {"not": {"required": ["texts"]}}
-    bodies = {"oneOf": [documents, TeiBody.model_json_schema()]}
+    bodies = {"oneOf": [json_schema("documents"), json_schema("texts")]}
     ask, ok = ({name: {"value": value} for name, value in each.items()} for each in (asks, answers))
     answer = {"model": model, "headers": HEADERS, "content": {"application/json": {"examples": ok}}}
     return {

@@ -1,4 +1,4 @@
-"""The dialect of text-embeddings-inference: `texts` in, the native array out, and GET /info.
+"""GET /info of text-embeddings-inference. Its rerank dialect, `texts` in, is in `reranker.request` and `routes`.
 
 Dify's TEI plugin reads /info before it saves a model: 200, the first key of `model_type` must be "reranker", and
 `max_input_length` and `max_client_batch_size` are taken over.
@@ -6,32 +6,14 @@ Dify's TEI plugin reads /info before it saves a model: 200, the first key of `mo
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 from starlette.responses import JSONResponse, Response
 
 from reranker import __version__
-from reranker.service.api.body import Documents, RerankBody
 from reranker.service.api.errors import ErrorBody
-from reranker.types import RerankRequest
 
 router = APIRouter(tags=["models"])
-
-
-class TeiBody(RerankBody):
-    """Rank `texts` by relevance to `query`. Unknown keys and nulls are ignored."""
-
-    documents: Documents = Field(
-        validation_alias="texts",
-        description='Strings, or objects {"text": string}',
-        examples=[["a small animal", "a bread"]],
-    )
-
-    def request(self) -> RerankRequest:
-        """As ever, but texts are always cut: litellm sends `truncate: false` whether its user wants it or not."""
-        return replace(super().request(), truncate=True)
 
 
 class Labels(BaseModel):
