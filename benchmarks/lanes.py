@@ -5,8 +5,8 @@
 
 The first table is measured with the real model: the same requests in passes of the same budget. In the second, every
 lane computes next to nothing: its model has as many layers and calls and a width of 16, so that Python and torch's
-dispatch are what they are, and it sleeps in its products for as long as the real pass takes a core here. What is lost against an equal share is then the GIL's and
-that of what is not dealt: it says how many lanes are worth having where there are as many cores.
+dispatch are what they are, and it sleeps in its products for as long as the real pass takes a core here. The loss
+against an equal share is then the GIL's: it says how many lanes are worth having where there are as many cores.
 """
 
 from __future__ import annotations

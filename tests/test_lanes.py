@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from reranker import Scorer
+from reranker.engine import lanes as lanes_module
 from reranker.engine.lanes import DealtBatch, Lanes, deal
 from reranker.engine.packing import PackedBatch
 from reranker.types import EncodedRequest, Slice
@@ -66,7 +67,9 @@ def test_one_request_is_split_longest_documents_first() -> None:
 
 
 @pytest.fixture
-def scorer(model_path: Path) -> Scorer:
+def scorer(model_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Scorer:
+    if "256_tokens" not in request.node.name:
+        monkeypatch.setattr(lanes_module, "_LEAST_TOKENS", 1)  # small batches, that many shapes are tried
     return Scorer.load(model_path, device="cpu", precision="float32")
 
 
@@ -93,11 +96,29 @@ def test_how_a_batch_is_dealt_changes_no_score(scorer: Scorer) -> None:
         assert packed(scorer, group) == [pytest.approx(logits, abs=2e-5) for logits in plain]
 
 
-def test_a_batch_of_one_document_or_of_few_tokens_is_one_pass(scorer: Scorer) -> None:
-    scorer.lanes = Lanes(4, 4)
-    rng = random.Random(2)
-    [one] = [scorer.encode(r) for r in requests(rng, 1, documents=2, words=400)]
-    assert isinstance(scorer.pack([Slice(one, 0, 1)]), PackedBatch)
+def test_a_batch_has_at_most_a_lane_for_each_document_and_256_tokens(scorer: Scorer) -> None:
+    lanes = scorer.lanes = Lanes(4, 4)
+    for documents, tokens, expected_lanes in (
+        (1, 5000, 1),
+        (2, 5000, 2),
+        (9, 5000, 4),
+        (9, 700, 2),
+        (9, 300, 1),
+        (3, 40, 1),
+    ):
+        size = (tokens - 10) // documents
+        part = Slice(EncodedRequest([1] * 10, [[2] * size] * documents), 0, documents)
+        assert lanes.wanted([part]) == expected_lanes
+        assert isinstance(scorer.pack([part]), PackedBatch if expected_lanes == 1 else DealtBatch)
+
+
+def test_int8_in_lanes_gives_the_same_scores(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lanes_module, "_LEAST_TOKENS", 1)
+    scorer = Scorer.load(model_path, device="cpu", precision="int8")
+    group = requests(random.Random(5), 4, documents=9)
+    plain = packed(scorer, group)
+    scorer.lanes = Lanes(3, 3)
+    assert packed(scorer, group) == [pytest.approx(logits, abs=1e-4) for logits in plain]
 
 
 def test_lanes_share_the_cores_and_leave_the_number_of_threads_alone(scorer: Scorer) -> None:
