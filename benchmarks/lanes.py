@@ -147,7 +147,7 @@ def _sleeping(module: nn.Linear, seconds: float) -> None:
         time.sleep(seconds)
         return compute(x)
 
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward  # type: ignore[method-assign, assignment]
 
 
 if __name__ == "__main__":

@@ -42,7 +42,9 @@ def batch_of(rng: random.Random, scorer: Scorer) -> PackedBatch:
         kept = rng.choice((0, 3, len(scorer.model.preamble)))
         request = EncodedRequest([*scorer.model.preamble[:kept], *prefix], documents, kept=kept)
         slices.append(Slice(request, 0, len(documents)))
-    return scorer.pack(slices)
+    batch = scorer.pack(slices)
+    assert isinstance(batch, PackedBatch)
+    return batch
 
 
 def test_padding_to_a_bucket_changes_no_score(scorer: Scorer) -> None:
@@ -65,6 +67,7 @@ def test_padding_to_a_bucket_changes_no_score(scorer: Scorer) -> None:
 
 def test_a_batch_that_fills_its_bucket_is_padded_with_nothing(scorer: Scorer) -> None:
     batch = scorer.pack([Slice(EncodedRequest([5] * 28, [list(range(60)), list(range(40))]), 0, 2)])
+    assert isinstance(batch, PackedBatch)
     assert batch.tokens == 128
     got = scorer.model.forward(pad(batch, bucket(128)))[:2]
     torch.testing.assert_close(got, scorer.model.forward(batch), atol=1e-5, rtol=0)
@@ -275,6 +278,7 @@ def test_a_pass_synchronises_once(model_path: Path) -> None:
         scorer.score(batch)
         torch.cuda.set_sync_debug_mode("error")
         try:
+            assert isinstance(batch, PackedBatch)
             logits = scorer.model.forward(batch)
         finally:
             torch.cuda.set_sync_debug_mode("default")
