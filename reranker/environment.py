@@ -51,6 +51,8 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 _ASSIGNMENT = re.compile(r"\s*(?:export\s+)?([\w.-]+)\s*(=?)\s*(['\"]?)")
 _NEXT = re.compile(r"\s*(?:export\s+)?([A-Z][A-Z0-9_]*)\s*=(.?)")
 _MAX_SHOWN = 80
+_FREE_TEXT = ("DEFAULT_INSTRUCTION", "LOG_FORMAT")
+_SECOND = re.compile(r"[\s;,]([A-Z][A-Z0-9_]*_[A-Z0-9_]*)=")
 
 
 class SettingsError(Exception):
@@ -130,12 +132,33 @@ def load(env_file: str | Path = ".env") -> dict[str, Value]:
         else:
             source = ENVIRONMENT
         if text:
+            _check_value(name, text, source)
             values[name] = Value(text, source)
             os.environ[name] = quote(text)
         else:
             os.environ.pop(name, None)
     _export_others(file)
+    endpoint = os.environ.get("HF_ENDPOINT", "")
+    if endpoint and not re.match(r"https?://[^/]", endpoint):
+        raise SettingsError(f"HF_ENDPOINT={shorten(endpoint)} is no address: write it like https://hf-mirror.com")
     return values
+
+
+def _check_value(name: str, text: str, source: str) -> None:
+    """Refuse a value that is more, or less, than was meant.
+
+    Raises:
+        SettingsError: a second setting follows in the same line, or a quote closes that none has opened.
+    """
+    if name in _FREE_TEXT:
+        return
+    if second := _SECOND.search(text):
+        raise SettingsError(
+            f"{name} (set in {source}) is followed by {second[1]} in the same value: write each setting on a line of "
+            f"its own"
+        )
+    if text.endswith(_QUOTES) and text.count(text[-1]) == 1:
+        raise SettingsError(f"{name} (set in {source}) ends with a quote that none opens: remove it")
 
 
 def _fold_case(name: str) -> None:

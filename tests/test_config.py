@@ -194,7 +194,7 @@ def test_the_environment_wins_over_the_file_and_strangers_are_exported(tmp_path:
 
 def test_a_name_that_looks_like_a_setting_is_reported(tmp_path: Path) -> None:
     file = tmp_path / ".env"
-    file.write_text("MAX_BATCH_TOKEN=5\nHF_ENDPOINT=y\nPORT=1\nEDITOR=vi\n")
+    file.write_text("MAX_BATCH_TOKEN=5\nHF_ENDPOINT=https://y\nPORT=1\nEDITOR=vi\n")
     os.environ["MODEL_PRECISON"] = "fp16"
     load_settings(file)
     assert misspelt(file) == [

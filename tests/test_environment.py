@@ -536,3 +536,34 @@ def test_the_module_needs_neither_torch_nor_pydantic() -> None:
     code = "import sys, reranker.environment; print({'torch', 'pydantic', 'numpy'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("value", ["7000 ACCESS_TOKEN=s3cret", "7000;ACCESS_TOKEN=s3cret", "7000, HF_TOKEN=s3cret"])
+@pytest.mark.parametrize("name", ["PORT", "ACCESS_TOKEN", "MODEL_NAME_OR_PATH"])
+def test_two_settings_on_one_line_are_refused_and_show_no_token(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, value: str
+) -> None:
+    (tmp_path / ".env").write_text(f"{name}={value}\n")
+    monkeypatch.delenv(name, raising=False)
+    with pytest.raises(SettingsError) as caught:
+        load(tmp_path / ".env")
+    assert "s3cret" not in str(caught.value)
+    assert f"{name} (set in" in str(caught.value)
+    assert "_TOKEN in the same value" in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ['s3cret"', "s3cret'", 'models/demo"'])
+def test_a_quote_that_nothing_opens_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, value: str) -> None:
+    monkeypatch.setenv("ACCESS_TOKEN", value)
+    with pytest.raises(SettingsError, match=r"ACCESS_TOKEN .* ends with a quote that none opens"):
+        load(tmp_path / "none")
+    monkeypatch.delenv("ACCESS_TOKEN")
+    monkeypatch.setenv("DEFAULT_INSTRUCTION", "Find the dogs'")
+    assert load(tmp_path / "none")["DEFAULT_INSTRUCTION"].text == "Find the dogs'"
+
+
+@pytest.mark.parametrize("value", ["hf-mirror.com", "//hf-mirror.com", "https://"])
+def test_a_mirror_without_a_scheme_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, value: str) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", value)
+    with pytest.raises(SettingsError, match="write it like https://"):
+        load(tmp_path / "none")
