@@ -325,7 +325,10 @@ class Batcher:
         """No scorer, or none any more: whoever waits is told at once, and the process ends."""
         first, self.status = self.status != "unhealthy", "unhealthy"
         if first:
-            self.on_unhealthy()
+            try:
+                self.on_unhealthy()
+            except Exception:  # whatever it is: those who wait are answered all the same
+                logger.exception("connections are accepted although the scorer is lost")
         self.queue.clear()
         self._observer.queue_changed(0)
         for job in list(self._jobs):
