@@ -72,7 +72,7 @@ def test_a_pair_is_a_row_of_one_document() -> None:
             "top_k and top_n are not read beside document: its result is one score",
         )
     assert pair_of({"query": "q", "document": "d", "top_k": None}, None).warnings == ()
-    values = {"chat_template_kwargs": {"instruction": "own", "instruct": None}}
+    values: dict[str, object] = {"chat_template_kwargs": {"instruction": "own", "instruct": None}}
     assert pair_of({"query": "q", "document": "d"} | values, "i").request.instruction == "own"
     assert set(COLUMNS) == {"id", "document", *FIELDS, "chat_template_kwargs"}
 

@@ -327,8 +327,8 @@ class Batcher:
         if first:
             try:
                 self.on_unhealthy()
-            except Exception:  # whatever it is: those who wait are answered all the same
-                logger.exception("connections are accepted although the scorer is lost")
+            except Exception:  # must not leave the pending requests without a response
+                logger.exception("the worker still accepts connections although its scorer is lost")
         self.queue.clear()
         self._observer.queue_changed(0)
         for job in list(self._jobs):
