@@ -40,14 +40,11 @@ STOPSIGNAL SIGTERM
 # The first of the tokens comes from the environment, so no process list shows it. The start period is LOAD_TIMEOUT's
 # default, for the first start downloads the model. A connection to 0.0.0.0 or :: reaches this container itself.
 HEALTHCHECK --interval=30s --timeout=5s --start-period=30m --retries=3 CMD ["python", "-c", "\
-import http.client, os, re, sys\n\
-def setting(name):\n\
-    raw = os.environ.get(name, '')\n\
-    quoted = re.fullmatch(r'\\s*([\\x22\\x27])(.*?)\\1\\s*(#.*)?', raw)\n\
-    return (quoted[2] if quoted else re.sub(r'\\s+#.*', '', raw)).strip()\n\
-host, port, tokens = map(setting, ('HOST', 'PORT', 'ACCESS_TOKEN'))\n\
-token = next((t.strip() for t in tokens.split(',') if t.strip()), '')\n\
+import http.client, sys\n\
+from reranker.environment import get\n\
 try:\n\
+    host, port, tokens = map(get, ('HOST', 'PORT', 'ACCESS_TOKEN'))\n\
+    token = next((t.strip() for t in tokens.split(',') if t.strip()), '')\n\
     server = http.client.HTTPConnection(host or '0.0.0.0', int(port or 6006), timeout=4)\n\
     server.request('GET', '/health', headers={'Authorization': 'Bearer ' + token} if token else {})\n\
     answer = server.getresponse()\n\

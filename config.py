@@ -124,13 +124,15 @@ def _origins(value: str) -> str:
         raise ValueError("there is no origin between the commas; leave it empty to allow none")
     if "*" in origins and any(origin not in ("*", "") for origin in origins):
         raise ValueError("* allows every origin, so it stands alone")
-    for origin in filter(None, origins):
+    for i, origin in enumerate(origins):
         found = _ORIGIN.fullmatch(origin)
-        if origin != "*" and (found is None or int(found[4] or 0) > 65535):
+        if origin not in ("*", "") and (found is None or int(found[4] or 0) > 65535):
             raise ValueError(
                 "an origin is scheme://host or scheme://host:port in ASCII without a path, a slash at its end or "
                 "a wildcard, as in https://app.example,http://localhost:3000; * alone allows every origin"
             )
+        if found and found[4]:  # browsers write a port without leading zeros
+            origins[i] = f"{origin.removesuffix(found[3])}:{int(found[4])}"
     return ",".join(_DEFAULT_PORT.sub(r"\1\2", origin) for origin in origins if origin)
 
 
@@ -245,7 +247,7 @@ def load_settings(env_file: str | Path = ".env") -> Settings:
     Everything in `.env` is exported where it is not set yet, so that HF_ENDPOINT or HF_HOME work from there too.
 
     Raises:
-        SettingsError: `.env` cannot be read, a value cannot be used, or a name is close to ACCESS_TOKEN.
+        SettingsError: `.env` cannot be read, a value cannot be used, or a name is close to an unset ACCESS_TOKEN.
     """
     values = environment.load(env_file)
     for miss in environment.near_misses(env_file):

@@ -358,15 +358,16 @@ def _near_miss(name: str, source: str, unset: set[str]) -> NearMiss | None:
     upper, foreign = name.upper(), source == ENVIRONMENT
     if upper in SETTINGS or upper in LIBRARY_VARIABLES or (foreign and _SERVICE_LINK.search(name)):
         return None
-    meant = upper.removeprefix(_PREFIX) if upper.startswith(_PREFIX) else _MEANT.get(upper)
+    bare = upper.removeprefix(_PREFIX)
+    meant = bare if bare in SETTINGS else _MEANT.get(bare)
     if meant in unset and (not foreign or upper.startswith(_PLAIN_PREFIXES)):
         return NearMiss(name, meant, source, meant == _TOKEN and upper.startswith(("ACCESS", _PREFIX)))
-    setting = closest(name)
-    if setting is None or (foreign and (setting in _SHORT or _has_words_of(upper, setting))):
+    setting = None if bare in SETTINGS else closest(bare)
+    if setting is None or (foreign and (setting in _SHORT or _has_words_of(bare, setting))):
         return None
-    if setting == _TOKEN and _has_words_of(upper, setting):  # such as HF_ACCESS_TOKEN
+    if setting == _TOKEN and _has_words_of(bare, setting):  # such as HF_ACCESS_TOKEN
         return NearMiss(name, setting, source, fatal=False) if setting in unset else None
-    return NearMiss(name, setting, source, setting == _TOKEN)
+    return NearMiss(name, setting, source, setting == _TOKEN and setting in unset)
 
 
 def _has_words_of(name: str, setting: str) -> bool:

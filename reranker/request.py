@@ -17,7 +17,9 @@ from reranker.errors import InvalidRequestError
 from reranker.fields import COUNT_RULE, COUNTS, DOCUMENT, FIELDS, MAY_BE_EMPTY, OPTIONAL, TEXT_KEYS, refuse
 from reranker.template import looks_wrapped, unwrap_document, unwrap_query
 from reranker.types import MOST_CHUNKS, RerankRequest
-from reranker.unread import MAX_SEEN, Report, is_harmless, missing_hint, token
+from reranker.unread import MAX_SEEN, TEMPLATE_VALUES, Report, is_harmless, missing_hint, token
+
+_INSTRUCTIONS = ("instruction", "instruct")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +59,13 @@ def parse_request(body: Mapping[str, Any], *, max_documents: int | None = None) 
             raise InvalidRequestError(f"{name}: is required{missing_hint(name, unread)}")
     has_model, is_tei = "model" in values, texts == "texts"
     report = Report(unread, OPTIONAL)
+    instruction = _instruction(values, body.get(TEMPLATE_VALUES), report)
     if is_tei and body.get("documents") is not None:
         report.ignore("documents", "documents is not read beside texts")
     counts = _counts(values, has_model)
     documents = _documents(texts, values[texts], values.get("rank_fields"), max_documents, report)
     return ParsedRequest(
-        _rerank_request(values, counts, documents, is_tei, report),
+        _rerank_request(values, counts, instruction, documents, is_tei, report),
         report.first(counts, "top_k", "top_n"),
         return_documents=bool(values.get("return_documents") or values.get("return_text")),
         raw_scores=bool(values.get("raw_scores")) or values.get("use_activation") is False,
@@ -89,9 +92,13 @@ def _read(body: Mapping[str, Any], other: str) -> tuple[dict[str, Any], list[str
 
 
 def _rerank_request(
-    values: Mapping[str, Any], counts: Mapping[str, int], documents: list[str], is_tei: bool, report: Report
+    values: Mapping[str, Any],
+    counts: Mapping[str, int],
+    instruction: str | None,
+    documents: list[str],
+    is_tei: bool,
+    report: Report,
 ) -> RerankRequest:
-    instruction = report.first(values, "instruction", "instruct")
     query, instruction, documents = _unwrapped(values["query"], instruction, documents, report)
     chunks = report.first(counts, "max_chunks_per_doc", "max_chunk_per_doc")
     if chunks is not None and chunks > MOST_CHUNKS:
@@ -110,6 +117,22 @@ def _rerank_request(
     )
 
 
+def _instruction(values: Mapping[str, Any], template_values: Any, report: Report) -> str | None:
+    """Return the request's instruction; without one, that of the values for vLLM's chat template."""
+    instruction: str | None = report.first(values, *_INSTRUCTIONS)
+    if isinstance(template_values, dict):
+        for key in _INSTRUCTIONS:
+            name, value = f"{TEMPLATE_VALUES}.{key}", template_values.get(key)
+            if value is None or value == "":
+                continue
+            text = FIELDS[key].read(name, value)
+            if instruction is None:
+                instruction = text
+            elif text != instruction:
+                report.ignore(name, f"{name} is not read beside another instruction")
+    return instruction
+
+
 def json_schema(documents: str) -> dict[str, Any]:
     """JSON Schema of a request whose documents are called `documents` or `texts`.
 
@@ -118,6 +141,10 @@ def json_schema(documents: str) -> dict[str, Any]:
     """
     other = "documents" if documents == "texts" else "texts"
     properties = {name: field.schema for name, field in FIELDS.items() if name != other}
+    properties[TEMPLATE_VALUES] = {
+        "description": "Of an object, instruction and instruct are read where the request has neither, as vLLM does",
+        "properties": {name: FIELDS[name].schema for name in _INSTRUCTIONS},
+    }
     if documents == "documents":
         properties["texts"] = {"type": "null"}
     zero = {"not": {"enum": [0, "0"]}}
@@ -221,8 +248,11 @@ def _unwrapped(
         return query, instruction, documents
     if not wrapped.query.strip():
         raise InvalidRequestError("query: must not be empty inside the template")
+    bare = list(map(unwrap_document, documents))
+    worn = sum(text != document for text, document in zip(bare, documents, strict=True))
+    off = "query and documents" if worn == len(documents) else "the query and some documents" if worn else "the query"
     report.warnings.append(
-        "query: Qwen's prompt template was taken off query and documents; send the bare texts"
+        f"query: Qwen's prompt template was taken off {off}; send the bare texts"
         + ("; the instruction inside it is not read beside the request's" if instruction else "")
     )
-    return wrapped.query, instruction or wrapped.instruction or None, list(map(unwrap_document, documents))
+    return wrapped.query, instruction or wrapped.instruction or None, bare

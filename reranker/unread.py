@@ -21,11 +21,14 @@ _MAX_NAME = 40
 """Characters of a reported name."""
 _NO_TOKEN = re.compile(r"[^!#$%&'*+.^`|~\w-]", re.ASCII)
 
+TEMPLATE_VALUES = "chat_template_kwargs"
+"""Field in which clients of vLLM send the values of a chat template, an instruction among them."""
+
 # Clients send these and do not depend on an effect. docs/clients.md says which client sends which.
 _HARMLESS = frozenset(
-    "user priority encoding_format request_id cache_salt chat_template_kwargs model-id is_truncated overlap_tokens "
+    "user priority encoding_format request_id cache_salt model-id is_truncated overlap_tokens "
     "return_len kwargs property".split()
-)
+) | {TEMPLATE_VALUES}
 _HARMLESS_KEYS = frozenset(("id", "meta", "metadata"))
 """The same for object documents."""
 
@@ -94,7 +97,7 @@ def is_harmless(name: str, value: Any) -> bool:
 
 def token(name: str) -> str:
     """Return a client's name for a field as it may stand in a header, a log line and an error."""
-    return _NO_TOKEN.sub("_", name[:_MAX_NAME])
+    return _NO_TOKEN.sub("_", name[:_MAX_NAME]) or "_"
 
 
 def missing_hint(field: str, unread: Iterable[str]) -> str:

@@ -78,6 +78,22 @@ def test_a_port_that_needs_rights_is_the_port_s_fault() -> None:
     assert "1024 to 65535" in line
 
 
+@pytest.mark.parametrize("port", [1024, 8080])
+def test_a_bind_that_is_not_permitted_at_a_high_port_is_not_said_to_need_rights(port: int) -> None:
+    line = explain(PermissionError(13, "Permission denied"), "0.0.0.0", port, *HOST_AND_PORT)
+    assert line.startswith("HOST=h (there) cannot be used: Permission denied")
+    assert "1024" not in line
+
+
+@pytest.mark.parametrize("port", [65536, 70000, 1 << 70, -1])
+def test_a_number_that_is_no_port_is_the_port_s_fault(port: int) -> None:
+    error = bind_error("127.0.0.1", port)
+    assert error is not None
+    assert explain(error, "127.0.0.1", port, *HOST_AND_PORT) == (
+        "PORT=p (there) cannot be used: a port is a number from 0 to 65535"
+    )
+
+
 @pytest.mark.parametrize(
     ("listeners", "local", "target"),
     [
@@ -134,6 +150,10 @@ def test_an_address_of_the_command_line_is_named_as_such(start: Start, taken: in
     assert line.startswith(f"error: --bind '127.0.0.1:{taken}' (the command line) cannot be used: another program")
     line = refused(start, command=[*FAKE, "--pid", "it.pid", "-b", "192.0.2.7:80"])
     assert line.startswith("error: --bind '192.0.2.7:80' (the command line) cannot be used: it is no address")
+    line = refused(start, command=[*FAKE, "--bind", "127.0.0.1:70000"])
+    assert (
+        line == "error: --bind '127.0.0.1:70000' (the command line) cannot be used: a port is a number from 0 to 65535"
+    )
 
 
 def test_a_refused_address_leaves_no_pid_file(start: Start, taken: int) -> None:

@@ -358,6 +358,29 @@ def test_a_lost_device_answers_everybody_and_ends_the_worker_once() -> None:
     run(test, scorer, on_failure=failures.append)
 
 
+def test_whoever_waits_is_answered_although_the_worker_cannot_step_aside(caplog: pytest.LogCaptureFixture) -> None:
+    scorer, failures = FakeScorer(), list[Exception]()
+
+    async def test(batcher: Batcher) -> None:
+        batcher.on_unhealthy = lambda: [][1]
+        first = await held(batcher, scorer, ask())
+        waiting = await queued(batcher, ask(), ask())
+
+        def lost(batch: object) -> list[float]:
+            raise DeviceLostError("the device failed", retry_after=10)
+
+        scorer.score = lost  # type: ignore[method-assign]
+        scorer.hold.set()
+        await first
+        for task in waiting:
+            with pytest.raises(DeviceLostError):
+                await task
+        assert len(failures) == 1
+
+    run(test, scorer, on_failure=failures.append)
+    assert "IndexError" in caplog.text
+
+
 @pytest.mark.parametrize("error", [ModelLoadError("no such folder"), RuntimeError("anything")])
 def test_a_load_that_fails_is_reported(error: Exception) -> None:
     async def main() -> None:

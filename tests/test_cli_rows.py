@@ -67,7 +67,14 @@ def test_a_pair_is_a_row_of_one_document() -> None:
             pair_of({"query": "q", "document": document}, None)
     with pytest.raises(InputError, match=r"^query: is required"):
         pair_of({"document": "d"}, None)
-    assert set(COLUMNS) == {"id", "document", *FIELDS}
+    for more in ({"top_k": 3}, {"top_n": "1"}):
+        assert pair_of({"query": "q", "document": "d"} | more, None).warnings == (
+            "top_k and top_n are not read beside document: its result is one score",
+        )
+    assert pair_of({"query": "q", "document": "d", "top_k": None}, None).warnings == ()
+    values: dict[str, object] = {"chat_template_kwargs": {"instruction": "own", "instruct": None}}
+    assert pair_of({"query": "q", "document": "d"} | values, "i").request.instruction == "own"
+    assert set(COLUMNS) == {"id", "document", *FIELDS, "chat_template_kwargs"}
 
 
 @pytest.fixture(scope="module")
@@ -139,14 +146,15 @@ def test_what_a_service_warns_of_is_passed_on(tmp_path: Path) -> None:
     """An older service may not know a field that this command sends."""
     headers = {
         "x-ignored-fields": "max_chunks_per_doc",
-        "x-warnings": "max_chunks_per_doc is not read | 1 of 1 documents did not fit and were cut; more",
+        "x-warnings": "max_chunks_per_doc is not read\x9b2J | 1 of 1 documents did not fit and were cut; more",
         "x-truncated-documents": "1",
         "x-truncated-query": "true",
     }
     write_lines(tmp_path / "in.jsonl", [{"query": "q", "documents": ["a"], "max_chunks_per_doc": 2}] * 3)
     with stub(*[(200, headers, b'[{"index": 0, "score": 0.5}]')] * 3) as service:
         said = cli("batch", "in.jsonl", "out.jsonl", "--url", service.url, cwd=tmp_path).stderr
-    assert said.count(f"note: {service.url}: max_chunks_per_doc is not read") == 1
+    assert said.count(f"note: {service.url}: max_chunks_per_doc is not read\N{REPLACEMENT CHARACTER}2J") == 1
+    assert said.replace("\n", "").isprintable()
     assert "note: 1 of 1" not in said
     assert "3 documents did not fit" in said
     assert "3 queries did not fit and were truncated" in said

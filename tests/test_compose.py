@@ -265,11 +265,11 @@ def running() -> Iterator[Service]:
 
 
 def check(env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Run it isolated and without site-packages: it needs the standard library alone."""
+    """Run it as Docker does: in the folder of the service, and with nothing else in the environment."""
     program, *arguments = health_check()
     assert program == "python"
     return subprocess.run(
-        [sys.executable, "-I", "-S", *arguments], env=env, capture_output=True, text=True, timeout=30, check=False
+        [sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=30, check=False
     )
 
 
@@ -288,6 +288,7 @@ def check(env: dict[str, str]) -> subprocess.CompletedProcess[str]:
         ("'one, two'", "one"),
         ("  'new#1'  # the \"token\"", "new#1"),
         ('say"it', 'say"it'),
+        (r'"say\"it"', 'say"it'),
     ],
 )
 def test_health_check_sends_the_first_token(running: Service, setting: str | None, token: str) -> None:
@@ -311,7 +312,9 @@ def test_health_check_fails_unless_the_answer_is_200(running: Service) -> None:
     assert check(env | {"ACCESS_TOKEN": "wrong"}).returncode == 1
 
 
-@pytest.mark.parametrize("changes", [{"PORT": "1"}, {"PORT": "six"}, {"ACCESS_TOKEN": "sec\nret"}])
+@pytest.mark.parametrize(
+    "changes", [{"PORT": "1"}, {"PORT": "six"}, {"ACCESS_TOKEN": "sec\nret"}, {"ACCESS_TOKEN": "'sec"}]
+)
 def test_health_check_fails_in_one_line_without_the_token(running: Service, changes: dict[str, str]) -> None:
     done = check({"PORT": str(running.server_port), "ACCESS_TOKEN": "secret"} | changes)
     assert done.returncode == 1

@@ -104,7 +104,12 @@ def test_a_page_in_the_internet_may_call_a_private_address(guarded: Server) -> N
 )
 def test_other_preflights_are_refused(guarded: Server, header: str, value: str) -> None:
     answer = guarded.client.options("/v1/rerank", headers=PREFLIGHT | {header: value})
-    assert answer.status_code == 400
+    assert (answer.status_code, answer.json()["error_type"]) == (400, "cors_refused")
+    assert set(answer.json()) == {"detail", "error_type"}
+    assert ("CORS_ALLOW_ORIGINS" in answer.json()["detail"]) == (header == "Origin")
+    assert value not in answer.text
+    assert answer.headers["content-type"] == "application/json"
+    assert "Origin" in answer.headers["vary"]
     if header == "Origin":
         assert "access-control-allow-origin" not in answer.headers
         answer = guarded.client.post("/v1/rerank", json=BODY, headers={"Origin": value})
@@ -203,6 +208,18 @@ def test_by_default_nothing_is_allowed(start: Start, token: str, status: int) ->
         assert not [name for name in answer.headers if name.startswith("access-control") or name == "vary"]
 
 
+@pytest.mark.parametrize("path", ["/v1/rerank", "/rerank", "/v2/rerank"])
+@pytest.mark.parametrize("origin", [APP, OTHER, "null"])
+def test_a_page_s_request_without_a_content_type_is_refused(guarded: Server, path: str, origin: str) -> None:
+    """A browser sends it without a preflight."""
+    content = json.dumps(BODY).encode()
+    answer = guarded.client.post(path, content=content, headers={"Origin": origin})
+    assert (answer.status_code, answer.json()["error_type"]) == (415, "unsupported_media_type")
+    assert "send the header 'Content-Type: application/json'" in answer.json()["detail"]
+    for headers in ({}, {"Origin": origin, "Content-Type": "application/json"}):
+        assert guarded.client.post(path, content=content, headers=headers).status_code == 200
+
+
 # In a browser
 
 FETCH = """
@@ -268,3 +285,24 @@ def test_a_script_of_another_origin_gets_nothing(start: Start, everybody: Server
     assert fetch(page, start(command=FAKE)) == {"failed": "TypeError"}
     assert fetch(page, start(command=FAKE, CORS_ALLOW_ORIGINS=APP)) == {"failed": "TypeError"}
     assert fetch(page, everybody)["status"] == 200
+
+
+SEND = """
+async ([url, body, type]) => {
+  const blob = new Blob([body], type ? {type} : {});
+  try {
+    await fetch(url, {method: "POST", mode: "no-cors", body: blob});
+  } catch (error) {}
+}
+"""
+
+
+def test_a_script_of_another_origin_makes_the_service_compute_nothing(start: Start, page: Page) -> None:
+    """Without a token only the content type stands between such a page and the model."""
+    server = start(command=FAKE)
+    url = f"http://127.0.0.1:{server.port}/v1/rerank"
+    for kind in ("", "text/plain", "application/json"):
+        page.evaluate(SEND, [url, json.dumps(BODY), kind])
+    counts = server.client.get("/metrics").text
+    assert 'reranker_requests_total{route="/v1/rerank",status="415"} 3.0' in counts
+    assert 'route="/v1/rerank",status="200"' not in counts

@@ -360,7 +360,8 @@ def test_what_is_no_file_is_refused(file: Path) -> None:
 TYPING_ERRORS = (
     "ACCES_TOKEN ACESS_TOKEN ACCSS_TOKEN ACCESS_TOKENS ACCESS_TOKE ACCESS_TOEKN ACCESS_TOCKEN AXCESS_TOKEN ACCESSTOKEN "
     "ACCESS-TOKEN ACCESS.TOKEN access-token accessToken ACCESS__TOKEN ACCESS_TOKEN_ _ACCESS_TOKEN ACCES_TOKENS "
-    "ACCESS_TOKEN_2 ACCESS_TOKEN2 ACCESS_TOKEN_FILE RERANKER_ACCESS_TOKEN reranker_access_token"
+    "ACCESS_TOKEN_2 ACCESS_TOKEN2 ACCESS_TOKEN_FILE RERANKER_ACCESS_TOKEN reranker_access_token "
+    "RERANKER_API_KEY RERANKER_API_KEYS RERANKER_TOKEN reranker_auth_token RERANKER_ACCES_TOKEN RERANKER_ACCESS_TOKENS"
 ).split()
 
 
@@ -377,7 +378,22 @@ def test_a_name_close_to_the_token_s_is_fatal(file: Path, name: str, place: str)
     assert str(miss) == f"{name} in {source} is not a setting; did you mean ACCESS_TOKEN?"
 
 
-@pytest.mark.parametrize("name", ["ACCESS_TOKEN_FILE", "RERANKER_ACCESS_TOKEN"])
+@pytest.mark.parametrize(
+    "name", ["ACCESS_TOKENS", "ACCESS_TOKEN_2", "ACCESSTOKEN", "ACCES_TOKEN", "RERANKER_ACCES_TOKEN"]
+)
+@pytest.mark.parametrize("place", ["file", "environment"])
+def test_a_name_close_to_the_token_s_only_warns_where_a_token_is_set(file: Path, name: str, place: str) -> None:
+    """The service is not open to everybody."""
+    os.environ["ACCESS_TOKEN"] = "s3cret"
+    if place == "file":
+        file.write_text(f"{name}=other\n")
+    else:
+        os.environ[name] = "other"
+    [miss] = near_misses(file)
+    assert (miss.name, miss.setting, miss.fatal) == (name, "ACCESS_TOKEN", False)
+
+
+@pytest.mark.parametrize("name", ["ACCESS_TOKEN_FILE", "RERANKER_ACCESS_TOKEN", "RERANKER_API_KEY", "RERANKER_TOKEN"])
 def test_a_name_that_the_token_may_come_from_is_none_of_our_business_once_it_is_set(file: Path, name: str) -> None:
     """As with `ACCESS_TOKEN=${RERANKER_ACCESS_TOKEN}`."""
     os.environ |= {name: "s3cret", "ACCESS_TOKEN": "s3cret"}
@@ -432,6 +448,10 @@ def test_a_name_of_another_program_in_the_file_stops_nothing(file: Path, name: s
         ("KEEPALIVE", "KEEP_ALIVE", True),
         ("REQUEST-TIMEOUT", "REQUEST_TIMEOUT", True),
         ("RERANKER_WORKERS", "WORKERS", True),
+        ("RERANKER_WORKER", "WORKERS", True),
+        ("RERANKER_MODEL", "MODEL_NAME_OR_PATH", True),
+        ("RERANKER_DEVICE", "MODEL_DEVICE", True),
+        ("RERANKER_MAX_LENGTH", "MAX_SEQ_LENGTH", True),
         ("REQUEST_TIMEOUT_S", "REQUEST_TIMEOUT", False),
         ("PROT", "", False),
         ("PORTS", "PORT", False),

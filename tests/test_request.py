@@ -173,6 +173,35 @@ def test_of_two_names_the_first_is_read_and_another_value_is_reported(
     assert parse(**{alias: one, name: one}).warnings == ()
 
 
+@pytest.mark.parametrize("key", ["instruction", "instruct"])
+def test_the_instruction_of_vllm_s_clients_is_read(key: str) -> None:
+    values = {key: "i\ud800", "enable_thinking": False, "query": 3}
+    for body in (BODY, {"query": "q", "texts": ["a"]}):
+        parsed = parse_request(body | {"chat_template_kwargs": values})
+        assert (parsed.request.instruction, parsed.warnings) == ("i\ufffd", ())
+    for kept in ({"instruction": "j"}, {"instruct": "j"}):
+        parsed = parse(chat_template_kwargs={key: "i"}, **kept)
+        assert (parsed.request.instruction, parsed.ignored) == ("j", (f"chat_template_kwargs.{key}",))
+        assert parsed.warnings == (f"chat_template_kwargs.{key} is not read beside another instruction",)
+        same = parse(chat_template_kwargs={key: "j"}, **kept)
+        assert (same.request.instruction, same.warnings) == ("j", ())
+
+
+@pytest.mark.parametrize(
+    "values", [None, "", 3, [], "instruction", {}, {"instruction": None}, {"instruct": ""}, {"prompt": "i"}]
+)
+def test_a_chat_template_s_values_without_an_instruction_are_no_news(values: object) -> None:
+    parsed = parse(chat_template_kwargs=values)
+    assert (parsed.request.instruction, parsed.warnings) == (None, ())
+
+
+@pytest.mark.parametrize("value", [3, True, [], {}])
+def test_an_instruction_of_a_chat_template_must_be_a_string(value: object) -> None:
+    for key in ("instruction", "instruct"):
+        line = refused(chat_template_kwargs={key: value}, instruction="own")
+        assert line.startswith(f"chat_template_kwargs.{key}: must be a string; got ")
+
+
 def test_documents_beside_texts_are_reported() -> None:
     parsed = parse(texts=["t"], documents=[1])
     assert (parsed.request.documents, parsed.ignored) == (["t"], ("documents",))
@@ -217,7 +246,7 @@ def test_a_direction_of_truncation_that_is_not_ours_is_reported() -> None:
     assert parse(truncation_direction="Left").ignored == ("truncation_direction",)
 
 
-TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{0,56}", re.ASCII)
+TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,56}", re.ASCII)
 
 
 NAME = st.text(st.characters(exclude_categories=()), max_size=80).filter(lambda name: name not in FIELDS)
@@ -230,6 +259,11 @@ def test_reported_names_are_few_short_and_harmless(names: dict[str, int]) -> Non
     assert all(TOKEN.fullmatch(name) for name in parsed.ignored)
     assert all(text.isprintable() and text.isascii() and len(text) < 200 for text in parsed.warnings)
     assert bool(parsed.ignored) == bool(names.keys() - set(HARMLESS))
+
+
+def test_an_empty_name_is_reported_as_something() -> None:
+    parsed = parse(**{"": 1})
+    assert (parsed.ignored, parsed.warnings) == (("_",), ("_ is not read",))
 
 
 def test_a_hundred_thousand_names_cost_no_more_than_some() -> None:
@@ -373,6 +407,17 @@ def test_the_published_template_is_taken_off(query: str) -> None:
     assert "the instruction inside it is not read beside the request's" in given.warnings[0]
 
 
+def test_the_warning_says_what_the_template_was_taken_off() -> None:
+    worn = wear("q", ["a", "b"])
+    for documents, off in (
+        (worn["documents"], "query and documents"),
+        ([worn["documents"][0], "b"], "the query and some documents"),
+        (["a", "b"], "the query"),
+    ):
+        [warning] = parse_request(worn | {"documents": documents}).warnings
+        assert warning == f"query: Qwen's prompt template was taken off {off}; send the bare texts"
+
+
 def test_a_document_wears_it_or_not_the_query_decides() -> None:
     worn = wear("q", ["a"])
     parsed = parse_request(worn | {"documents": ["plain", {"text": worn["documents"][0]}, f"<Document>: {SUFFIX} x"]})
@@ -438,7 +483,7 @@ def test_other_errors(more: dict[str, Any], says: str) -> None:
 def test_the_schema_has_every_field_under_its_name() -> None:
     for name, other in (("documents", "texts"), ("texts", "documents")):
         schema = json_schema(name)
-        assert set(schema["properties"]) | {other} == set(FIELDS)
+        assert set(schema["properties"]) | {other} == {*FIELDS, "chat_template_kwargs"}
         assert schema["required"] == ["query", name]
         assert all(schema["properties"][field].get("description") for field in FIELDS if field not in (other, "texts"))
 

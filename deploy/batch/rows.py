@@ -6,7 +6,6 @@ import io
 import itertools
 import sys
 from collections.abc import Iterator
-from functools import partial
 from typing import IO, Any
 
 import pyarrow.parquet
@@ -17,13 +16,14 @@ from reranker.cli.errors import InputError
 from reranker.cli.groups import Row, row_of
 from reranker.cli.lines import decode, parse
 from reranker.cli.rows import COLUMNS
+from reranker.cli.terminal import harmless
 from reranker.notes import Notes
 
 _LONGEST = 64 << 20
 """Bytes of a line; one that is longer is no row, and is never held in memory."""
 _ROWS = 128
 """Rows of a Parquet file in memory at once."""
-NOTES = Notes(partial(print, file=sys.stderr, flush=True))
+NOTES = Notes(lambda text: print(harmless(text), file=sys.stderr, flush=True))
 """Of this process: Ray shows an actor's lines where the batch was started."""
 
 

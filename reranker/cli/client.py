@@ -11,7 +11,6 @@ import http.client
 import json
 import random
 import re
-import sys
 import threading
 import time
 import urllib.error
@@ -24,6 +23,7 @@ from typing import Any
 from reranker import __version__
 from reranker.cli.errors import FailedError
 from reranker.cli.ranker import Scored
+from reranker.cli.terminal import note
 from reranker.errors import InvalidRequestError, RerankError
 from reranker.notes import Notes
 from reranker.types import RerankRequest
@@ -67,7 +67,7 @@ class Client:
             self._headers["Authorization"] = f"Bearer {token}"
         self._opener = urllib.request.build_opener(_NoRedirect)
         self._told = False
-        self._notes = Notes(lambda text: print(f"note: {text}", file=sys.stderr))
+        self._notes = Notes(note)  # which makes a server's text harmless
         self._lock = threading.Lock()
         self._open("/livez", None).close()
 
@@ -137,7 +137,7 @@ class Client:
                 raise FailedError(f"{self.url} is {why}, for {self.patience:g} s now; try again later")
             if not self._told:
                 self._told = True
-                print(f"note: {self.url} is {why}; waiting up to {self.patience:g} s", file=sys.stderr)
+                note(f"{self.url} is {why}; waiting up to {self.patience:g} s")
             if closing.wait(pause):
                 raise FailedError("interrupted")
         raise AssertionError("unreachable")

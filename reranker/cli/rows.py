@@ -11,8 +11,9 @@ from reranker.errors import InvalidRequestError
 from reranker.fields import FIELDS, json_kind
 from reranker.request import ParsedRequest, parse_request
 from reranker.types import RerankRequest
+from reranker.unread import TEMPLATE_VALUES
 
-COLUMNS = ("id", "document", *FIELDS)
+COLUMNS = ("id", "document", *FIELDS, TEMPLATE_VALUES)
 """All names that a row may have."""
 
 
@@ -61,7 +62,10 @@ def pair_of(body: Mapping[str, Any], instruction: str | None) -> ParsedRow:
         row = request_of(rest | {"documents": [body["document"]]}, None, instruction)
     except InputError as error:
         raise InputError(str(error).replace("documents[0]", "document")) from None
-    return replace(row, warnings=tuple(text.replace("documents: ", "document: ") for text in row.warnings))
+    warnings = [text.replace("documents: ", "document: ") for text in row.warnings]
+    if row.top_k:
+        warnings.append("top_k and top_n are not read beside document: its result is one score")
+    return replace(row, top_k=None, warnings=tuple(warnings))
 
 
 def _not_in_a_batch(parsed: ParsedRequest) -> tuple[str, ...]:

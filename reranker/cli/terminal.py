@@ -91,6 +91,7 @@ class Meter:
 
     def say(self, line: str) -> None:
         """A line above the bar."""
+        line = harmless(line)
         if self.progress.console.is_terminal:
             self.progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
         else:

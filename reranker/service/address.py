@@ -22,6 +22,8 @@ def bind_error(host: str, port: int, *, reuse_port: bool = False) -> OSError | N
             probe.bind((host, port))
     except OSError as error:
         return error
+    except OverflowError:  # an address of the command line
+        return OSError(errno.EINVAL, "not a port")
     except UnicodeError:  # a label that is empty or too long
         return socket.gaierror(socket.EAI_NONAME, "not a host name")
     return None
@@ -42,7 +44,9 @@ def explain(error: OSError, host: str, port: int, host_given: str, port_given: s
         return (
             f"{port_given} cannot be used: another program listens on {where}; stop it (ss -ltnp) or set another port"
         )
-    if error.errno in (errno.EACCES, errno.EPERM):
+    if not 0 <= port <= 65535:
+        return f"{port_given} cannot be used: a port is a number from 0 to 65535"
+    if error.errno in (errno.EACCES, errno.EPERM) and 0 < port < 1024:
         return f"{port_given} cannot be used: a port below 1024 needs more rights; set one from 1024 to 65535"
     if isinstance(error, socket.gaierror):
         return f"{host_given} cannot be used: it does not resolve ({error.strerror}); {_ANY}"

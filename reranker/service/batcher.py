@@ -325,7 +325,10 @@ class Batcher:
         """No scorer, or none any more: whoever waits is told at once, and the process ends."""
         first, self.status = self.status != "unhealthy", "unhealthy"
         if first:
-            self.on_unhealthy()
+            try:
+                self.on_unhealthy()
+            except Exception:  # must not leave the pending requests without a response
+                logger.exception("the worker still accepts connections although its scorer is lost")
         self.queue.clear()
         self._observer.queue_changed(0)
         for job in list(self._jobs):

@@ -176,7 +176,8 @@ class DrainingServer(Server):
         """Close connections after their responses and stop listening once the scorer is lost.
 
         A client that retries immediately then reaches a sibling and gets no second 503. Without a sibling that serves,
-        the worker keeps listening so that /health can tell the reason.
+        the worker keeps listening so that /health can tell the reason. Where workers cannot see each other, a worker
+        of several steps aside all the same; if all are lost, new connections wait for the next load.
         """
         if self._batcher is None or self._batcher.status != "unhealthy" or not self.started:
             return

@@ -264,9 +264,15 @@ def test_an_unhealthy_worker_leaves_new_requests_to_its_sibling(
         if harm == "hang" and shared:
             assert told[0] != (200, None), "it was not handed over"
         assert [ask(connection, "red fish") for connection in kept] == [(200, None)] * 12
-    while not any(map(gone, booted(server)[:2])):
+
+    def ended() -> bool:
+        if any(map(gone, booted(server)[:2])):
+            return True
         health = httpx.get(f"{server.client.base_url}/health", timeout=60, trust_env=False)
         assert (health.status_code, post(server).status_code) == (200, 200)
+        return False
+
+    until(ended, "the unhealthy worker has ended")
     all_ready(server, 3)
 
 

@@ -190,6 +190,13 @@ def test_what_is_not_read_is_noted_once(tmp_path: Path, monkeypatch: pytest.Monk
     assert said == ["in.parquet: the column topk is not read", "in.parquet: the column lang is not read"]
 
 
+def test_the_name_of_a_column_cannot_command_a_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    row = {"query": "q", "documents": ["d"], "a\x1b[2Jb": 1}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "in.parquet")
+    read(tmp_path / "in.parquet", 1)
+    assert capfd.readouterr().err == "in.parquet: the column a\N{REPLACEMENT CHARACTER}[2Jb is not read\n"
+
+
 def test_pairs_that_may_not_be_truncated_fail_alone(tmp_path: Path) -> None:
     values = [{"id": i, "query": "q", "document": "d", "truncate": False} for i in range(2)]
     values += [{"id": i, "query": "q", "document": "d", "max_tokens_per_doc": 1 + i // 4} for i in range(2, 6)]

@@ -23,11 +23,14 @@ async def read_json(request: Request) -> dict[str, Any]:
     """The body as a JSON object.
 
     Raises:
-        UnsupportedMediaTypeError: another content type than JSON.
+        UnsupportedMediaTypeError: another content type than JSON, or none in a request of a web page.
         MalformedBodyError: not JSON.
         InvalidRequestError: JSON, but not an object, or with NaN or Infinity, or with too many values.
     """
-    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    declared = request.headers.get("content-type")
+    if declared is None:  # a browser sends a body without a type to any service, and asks for no preflight
+        declared = "" if "origin" in request.headers else "application/json"
+    kind = declared.partition(";")[0].strip().lower()
     if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
         raise UnsupportedMediaTypeError("the body must be JSON: send the header 'Content-Type: application/json'")
     if request.headers.get("content-encoding", "identity").lower() != "identity":
