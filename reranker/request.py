@@ -67,8 +67,8 @@ def parse_request(body: Mapping[str, Any], *, max_documents: int | None = None) 
     return ParsedRequest(
         _rerank_request(values, counts, instruction, documents, is_tei, report),
         report.first(counts, "top_k", "top_n"),
-        return_documents=bool(values.get("return_documents") or values.get("return_text")),
-        raw_scores=bool(values.get("raw_scores")) or values.get("use_activation") is False,
+        return_documents=bool(report.first(values, "return_documents", "return_text")),
+        raw_scores=_raw_scores(values, report),
         has_model=has_model,
         is_tei=is_tei,
         ignored=tuple(report.ignored),
@@ -168,6 +168,15 @@ def json_schema(documents: str) -> dict[str, Any]:
     }
 
 
+def _raw_scores(values: Mapping[str, Any], report: Report) -> bool:
+    """Whether logits are asked for; `use_activation` is the opposite of `raw_scores`."""
+    raw, activation = values.get("raw_scores"), values.get("use_activation")
+    if raw is not None and raw is activation:  # each asks for what the other does not want: logits, as either alone
+        name, other = ("use_activation", "raw_scores") if raw else ("raw_scores", "use_activation")
+        report.ignore(name, f"{name} is not read beside {other}")
+    return bool(raw) or activation is False
+
+
 def _counts(values: Mapping[str, Any], has_model: bool) -> dict[str, int]:
     """Return the counts that are set. Beside a model 0 is "not set", as clients in Go and vLLM's own send it."""
     counts: dict[str, int] = {name: values[name] for name in COUNTS if name in values}
@@ -194,7 +203,7 @@ def _documents(
     if rank_fields and not report.objects:
         report.ignore("rank_fields", "rank_fields is not read: no document is an object")
     for key in report.keys:
-        report.ignore(f"{name}.{key}", f"{name}: {token(key)} is not read; rank_fields names the fields that are")
+        report.ignore(f"{name}.{key}", f"{name}: {token(key)} is not read; to have it read, name it in rank_fields")
     return texts
 
 

@@ -56,8 +56,14 @@ class Report:
     __slots__ = ("ignored", "keys", "objects", "warnings")
 
     def __init__(self, unread: Sequence[str], fields: tuple[str, ...]) -> None:
-        self.ignored = [token(name) for name in unread[:MAX_NAMES]]
+        names = [token(name) for name in unread[: 3 * MAX_NAMES]]
+        if len(unread) > MAX_NAMES:  # those that may be meant for a field first
+            names.sort(key=lambda name: "did you mean" not in _note(name, fields))
+        self.ignored = names[:MAX_NAMES]
         self.warnings = [_note(name, fields) for name in self.ignored]
+        if len(unread) > MAX_NAMES:
+            more = " or more" if len(unread) == MAX_SEEN else ""
+            self.warnings.append(f"{len(unread) - MAX_NAMES}{more} other fields are not read either")
         self.objects = 0
         """Documents that are objects."""
         self.keys: dict[str, None] = {}

@@ -61,7 +61,7 @@ def test_a_pair_is_a_row_of_one_document() -> None:
     more = {"max_tokens_per_doc": 3, "truncate": False, "title": "t"}
     pair = pair_of({"id": 1, "query": "q", "document": {"text": "d", "lang": "en"}} | more, "i")
     assert pair.request == request_of({"query": "q", "documents": ["d"]} | more, None, "i").request
-    assert pair.warnings == ("title is not read", "document: lang is not read; rank_fields names the fields that are")
+    assert pair.warnings == ("title is not read", "document: lang is not read; to have it read, name it in rank_fields")
     for document in (None, 3, ["a"], {"title": "t"}):
         with pytest.raises(InputError, match=r"^document: must be a string or an object"):
             pair_of({"query": "q", "document": document}, None)
@@ -101,7 +101,7 @@ def test_the_service_and_both_batches_agree(short: Server, tmp_path: Path) -> No
             assert [r["score"] for r in results] == pytest.approx([score for _, score in expected], abs=1e-5)
     assert sum("error" in row for row in found[0]) == len(REFUSED)
     for said in (local.stderr, served.stderr):
-        assert "line 12: documents: title is not read; rank_fields names the fields that are" in said
+        assert "line 12: documents: title is not read; to have it read, name it in rank_fields" in said
         assert said.count("Qwen's prompt template was taken off") == 1
         assert "2 queries did not fit and were truncated" in said
 

@@ -323,7 +323,7 @@ def test_other_keys_of_objects_are_reported_once_each() -> None:
     documents = [{"text": "a", "title": 1, "none": None}, "s", {"content": "b", "title": 2, "x y": 3, "id": 4}]
     parsed = parse(documents=documents)
     assert parsed.ignored == ("documents.title", "documents.x_y")
-    assert parsed.warnings[0] == "documents: title is not read; rank_fields names the fields that are"
+    assert parsed.warnings[0] == "documents: title is not read; to have it read, name it in rank_fields"
     assert parse_request({"query": "q", "texts": documents}).ignored == ("texts.title", "texts.x_y")
     assert parse(documents=[{"text": "a", "content": "b"}]).ignored == ("documents.content",)
 
@@ -495,3 +495,32 @@ def test_every_pair_of_fields_and_values_is_read_or_refused_by_name() -> None:
             parse_request(BODY | {name: value})
             continue
         assert re.match(rf"{name}(\[\d\])?: [a-z]", refused(**{name: value})), (name, value)
+
+
+def test_names_that_may_be_meant_for_a_field_come_first_and_the_rest_is_counted() -> None:
+    strangers = {f"stranger{i}": 1 for i in range(14)}
+    parsed = parse_request(BODY | strangers | {"topk": 1})
+    assert parsed.ignored[0] == "topk"
+    assert len(parsed.ignored) == 10
+    assert parsed.warnings[0] == "topk is not read; did you mean top_k?"
+    assert parsed.warnings[-1] == "5 other fields are not read either"
+
+
+@pytest.mark.parametrize(
+    ("fields", "texts", "logits", "ignored"),
+    [
+        ({"return_documents": False, "return_text": True}, False, False, ("return_text",)),
+        ({"return_documents": True, "return_text": True}, True, False, ()),
+        ({"return_text": True}, True, False, ()),
+        ({"raw_scores": True, "use_activation": True}, False, True, ("use_activation",)),
+        ({"raw_scores": False, "use_activation": False}, False, True, ("raw_scores",)),
+        ({"raw_scores": True, "use_activation": False}, False, True, ()),
+        ({"use_activation": False}, False, True, ()),
+        ({"use_activation": True}, False, False, ()),
+    ],
+)
+def test_flags_of_two_names_that_contradict_are_said(
+    fields: dict[str, bool], texts: bool, logits: bool, ignored: tuple[str, ...]
+) -> None:
+    parsed = parse_request(BODY | fields)
+    assert (parsed.return_documents, parsed.raw_scores, parsed.ignored) == (texts, logits, ignored)

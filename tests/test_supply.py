@@ -179,7 +179,7 @@ def test_an_index_of_shards_that_names_a_pickle_is_refused(folder: Path, sign: P
 def test_a_broken_index_is_named(folder: Path, text: str) -> None:
     (folder / "model.safetensors").rename(folder / "shard.safetensors")
     (folder / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(ModelLoadError, match="is not an index of shards"):
+    with pytest.raises(ModelLoadError, match=r"index\.json is not (JSON|a JSON object|an index of shards)"):
         Scorer.load(folder, device="cpu")
 
 

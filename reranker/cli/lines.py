@@ -50,7 +50,7 @@ def parse(text: str, where: str) -> Any:
         return json.loads(text, parse_constant=refuse)
     except json.JSONDecodeError as error:
         place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno} column {error.colno}"
-        raise InputError(f"{where} is not JSON: {error.msg} at {place}") from None
+        raise InputError(f"{where} is not JSON: {error.msg.removesuffix(' at')} at {place}") from None
     except RecursionError:
         raise InputError(f"{where} is nested too deep") from None
     except ValueError:  # the one left: an integer of thousands of digits

@@ -50,8 +50,11 @@ async def read_json(request: Request) -> dict[str, Any]:
     except RecursionError:
         raise MalformedBodyError("the body is nested too deep") from None
     except json.JSONDecodeError as error:
+        if not content.strip():
+            raise MalformedBodyError("the body is empty: send a JSON object with query and documents") from None
+        reason = error.msg.removesuffix(" at")
         raise MalformedBodyError(
-            f"the body is not JSON: {error.msg} at line {error.lineno} column {error.colno}"
+            f"the body is not JSON: {reason} at line {error.lineno} column {error.colno}"
         ) from None
     except ValueError:  # the one left: an integer of thousands of digits
         raise MalformedBodyError("the body holds a number with too many digits") from None
