@@ -67,8 +67,8 @@ def test_a_pair_is_a_row_of_one_document() -> None:
             pair_of({"query": "q", "document": document}, None)
     with pytest.raises(InputError, match=r"^query: is required"):
         pair_of({"document": "d"}, None)
-    for more in ({"top_k": 3}, {"top_n": "1"}):
-        assert pair_of({"query": "q", "document": "d"} | more, None).warnings == (
+    for limit in ({"top_k": 3}, {"top_n": "1"}):
+        assert pair_of({"query": "q", "document": "d"} | limit, None).warnings == (
             "top_k and top_n are not read beside document: its result is one score",
         )
     assert pair_of({"query": "q", "document": "d", "top_k": None}, None).warnings == ()
