@@ -165,7 +165,7 @@ def check_text(head: str, form: Form, name: str, kinds: Sequence[str] = KINDS) -
         wrong = not lines[0].startswith("[")
         if wrong and "lines" in kinds and _REQUEST.search(head) and lines[0].startswith("{"):
             raise InputError(
-                f"{name} is a request with its documents; batch reads requests, one a line; rank reads an array"
+                f"{name} is a request with its documents, for batch, one a line; this command reads an array of texts"
             )
         looks = looks or ("jsonl" if isinstance(_json(lines[0]), str) else None)
     else:
