@@ -12,7 +12,7 @@ import pytest
 
 from config import Settings
 from reranker.cli.options import OPTIONS
-from tests.cli import cli, stub
+from tests.cli import COMMAND, cli, environment, read_lines, stub, write_lines
 from tests.conftest import DEMO, ROOT
 from tests.test_imports import COMPUTE, imports, top
 
@@ -74,6 +74,12 @@ def test_help_names_every_command(tmp_path: Path) -> None:
         (["rank", "q", "d", "--token", "t"], {}, "--url"),
         (["batch", "nowhere.jsonl", "out.jsonl"], {}, "nowhere.jsonl does not exist"),
         (["evaluate"], {}, "--beir"),
+        (["rank", "q", "--file", ""], {}, "--file='' names no file"),
+        (["rank", "q", "d", "--file", ""], {}, "--file='' names no file"),
+        (["rank", "q", "--file", "a", "--file", "b"], {}, "--file is given twice; give it once"),
+        (["rank", "q", "d", "--top-k", "1", "--top-k=2"], {}, "--top-k is given twice"),
+        (["rank", "q", "d", "--dev", "cpu", "--device", "cpu"], {}, "--device is given twice"),
+        (["rank", "q", "d", "--field", ""], {}, "--field is for --file and standard input"),
         (["evaluate", "--beir", "nowhere"], {}, "is it a BEIR folder?"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -83,6 +89,63 @@ def test_bad_input_is_one_line_and_exit_code_2(args: list[str], env: dict[str, s
     assert says in err
     assert err.startswith("error: ")
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("place", range(1, 5))
+@pytest.mark.parametrize("command", ["rank q d --instruction=i", "batch a.jsonl b.jsonl --field=x"])
+def test_an_argument_that_is_no_text_is_refused(command: str, place: int, tmp_path: Path) -> None:
+    words: list[bytes] = [word.encode() for word in command.split()]
+    words[place - 1] += "压缩".encode("gbk")
+    done = subprocess.run([*COMMAND, *words], cwd=tmp_path, env=environment(), capture_output=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.decode().startswith(f"error: argument {place} is not UTF-8; convert it, or write it to a file")
+    assert done.stderr.count(b"\n") == 1
+
+
+def test_an_argument_outside_the_encoding_of_the_locale_is_refused(tmp_path: Path) -> None:
+    changes = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    err = cli("rank", "压缩", "d", cwd=tmp_path, code=2, env=changes).stderr
+    assert err.startswith("error: argument 2 is not ASCII, the encoding of this locale; set LC_ALL=C.UTF-8")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("args", "redirect", "code", "says"),
+    [
+        ("rank q", "<&-", 2, "error: standard input is closed; name a file"),
+        ("rank q --file -", "<&-", 2, "error: standard input is closed; name a file"),
+        ("rank q d", ">&-", 1, "error: standard output is closed; the result has no place to go"),
+        ("check", ">&-", 1, "error: standard output is closed; the result has no place to go"),
+        ("rank q d --url", ">/dev/full", 1, "error: cannot write standard output: No space left on device"),
+        ("rank q --file long.txt --url", ">/dev/full", 1, "error: cannot write standard output: No space left"),
+        ("rank q d --output table --url", ">/dev/full", 1, "error: cannot write standard output: No space left"),
+        ("check --url", ">/dev/full", 1, "error: cannot write standard output: No space left on device"),
+        ("--help", ">/dev/full", 1, "error: cannot write standard output: No space left on device"),
+        ("--version", ">/dev/full", 1, "error: cannot write standard output: No space left on device"),
+    ],
+)
+def test_a_closed_or_full_stream_is_one_line(
+    args: str, redirect: str, code: int, says: str, unbuffered: str, tmp_path: Path
+) -> None:
+    (tmp_path / "long.txt").write_text("word " * 20_000)
+    with stub() as service:
+        command = f"{' '.join(COMMAND)} {args}{f' {service.url}' if args.endswith('--url') else ''} {redirect}"
+        env = environment(PYTHONUNBUFFERED=unbuffered)
+        done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=env, capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr.count(b"\n")) == (code, 1)
+    assert done.stderr.decode().startswith(says)
+
+
+def test_what_is_meant_for_a_closed_standard_error_goes_nowhere(tmp_path: Path) -> None:
+    write_lines(tmp_path / "d.jsonl", [{"text": "d", "title": "t"}])
+    write_lines(tmp_path / "in.jsonl", [{"query": "q", "document": "d"}])
+    with stub() as service:
+        for args in ("rank q --file d.jsonl", "batch in.jsonl out.jsonl"):
+            command = f"{' '.join(COMMAND)} {args} --url {service.url} {'>&-' if 'batch' in args else ''} 2>&-"
+            done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment(), capture_output=True)
+            assert done.returncode == 0
+            assert not done.stdout or [row["text"] for row in json.loads(done.stdout)] == ["d"]
+    assert read_lines(tmp_path / "out.jsonl") == [{"line": 1, "id": None, "score": 0.5}]
 
 
 def test_the_environment_file_gives_defaults_and_the_command_line_overrides_them(tmp_path: Path) -> None:

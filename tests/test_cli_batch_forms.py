@@ -128,6 +128,11 @@ def test_a_key_of_json_lines_by_field(tmp_path: Path) -> None:
         ("in.csv", 'query,document\n,"b\n"\n', "row 1 (line 2): query"),
         ("in.csv", "query,documents\na,['b']\n", "row 1 (line 2): documents: must be a JSON array"),
         ("in.json", '[{"query": "q"}]', "row 1: documents"),
+        ("in.csv", "query,document,document\nq,a,b\n", "in.csv has the column 'document' twice; rename one"),
+        ("in.csv", "query,document,Document\nq,a,b\n", "in.csv has the column 'document' twice; rename one"),
+        ("in.tsv", "query\tQuery \tdocument\nq\tp\ta\n", "in.tsv has the column 'query' twice; rename one"),
+        ("in.csv", "id,id,query,document\n1,2,q,a\n", "in.csv has the column 'id' twice; rename one"),
+        ("in.csv", "top_k,TOP_K,query,documents\n1,2,q,[]\n", "in.csv has the column 'top_k' twice; rename one"),
         ("in.json", '{"query": "q", "documents": ["d"]}\n', "looks like JSON lines: --input-format jsonl"),
         ("in.jsonl", "query,document\na,b\n", "in.jsonl looks like CSV: --input-format csv"),
         ("in.jsonl", "words\n", "looks like plain text, and this command reads jsonl, json, csv, tsv or parquet"),
@@ -149,6 +154,21 @@ def test_input_that_is_no_batch_is_one_line(name: str, content: str, says: str, 
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_blank_document_is_an_empty_text_and_every_other_blank_cell_is_absent(tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text("id,query,document,instruction\n,q,,\n")
+    with stub() as service:
+        cli("batch", "in.csv", "out.jsonl", "--url", service.url, cwd=tmp_path)
+    assert service.bodies == [{"query": "q", "documents": [""]}]
+    assert read_lines(tmp_path / "out.jsonl") == [{"row": 1, "id": None, "score": 0.5}]
+
+
+def test_an_encoding_of_parquet_has_no_effect(tmp_path: Path) -> None:
+    write(tmp_path / "in.parquet", PAIRS)
+    for args in (("rank", "q", "--file", "in.parquet"), ("batch", "in.parquet", "out.jsonl")):
+        err = cli(*args, "--encoding", "gb18030", cwd=tmp_path, code=2).stderr
+        assert err == "error: --encoding has no effect: in.parquet is Parquet, always UTF-8; leave it out\n"
 
 
 def test_what_batch_cannot_read_again(tmp_path: Path) -> None:

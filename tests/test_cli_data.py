@@ -238,6 +238,14 @@ def test_a_mixed_collection_and_what_is_said_of_it(tmp_path: Path) -> None:
     ]
 
 
+def test_an_encoding_has_no_effect_where_all_is_parquet(tmp_path: Path) -> None:
+    parquet(tmp_path / "c.parquet", [{"_id": "1", "text": "a"}])
+    parquet(tmp_path / "q.parquet", [{"qid": "1", "docid": "1", "score": 1}])
+    args = ("--corpus", "c.parquet", "--queries", "c.parquet", "--qrels", "q.parquet", "--encoding", "gbk")
+    err = cli("evaluate", *args, cwd=tmp_path, code=2).stderr
+    assert err == "error: --encoding gbk has no effect: Parquet is always UTF-8; leave it out\n"
+
+
 def test_a_form_that_every_name_tells(tmp_path: Path) -> None:
     folder(tmp_path, "qid,docid,label\n1,12,1\n")
     assert "--input-format has no effect" in evaluated(tmp_path, 2, "--input-format", "csv")[1]

@@ -119,6 +119,11 @@ def test_a_beir_folder_with_bm25(service: Server, tmp_path: Path) -> None:
         ("run.txt", "q1 Q0 d1 1 1.0 r\nq1 Q0 d1 2 0.5 r\n", "run.txt line 2: d1 is there twice for query q1"),
         ("run.txt", "q8 Q0 d1 1 1.0 r\n", "run.txt ranks no query of qrels.txt"),
         ("queries.tsv", "q1 no tab\n", "queries.tsv line 1 needs an id, a tab and a text"),
+        ("queries.tsv", "", "queries.tsv is empty"),
+        ("corpus.tsv", "\n", "corpus.tsv is empty"),
+        ("corpus.tsv", "id\tabstract\nd1\tx\n", "its columns are abstract: name one text"),
+        ("corpus.tsv", "id\ttext\tText\nd1\tx\ty\n", "corpus.tsv has the column 'text' twice"),
+        ("corpus.tsv", "id\ttext\tid\nd1\tx\ty\n", "corpus.tsv has the column 'id' twice"),
     ],
 )
 def test_data_that_does_not_fit_together(file: str, content: str, says: str, tmp_path: Path) -> None:
@@ -135,6 +140,79 @@ def test_a_wrong_split_or_measure_is_named(tmp_path: Path) -> None:
     )
     err = cli("evaluate", "--beir", ".", "--measures", "nDCG@10 foo", cwd=tmp_path, code=2).stderr
     assert "--measures: measure not found: foo" in err
+
+
+OUTPUTS = ("--per-query", "--plot", "--save-run")
+INPUTS = ("corpus.tsv", "queries.tsv", "qrels.txt", "run.txt")
+
+
+@pytest.mark.parametrize("option", OUTPUTS)
+@pytest.mark.parametrize("name", [*INPUTS, "./run.txt", "link.txt", "hard.txt"])
+def test_an_output_that_is_an_input_is_refused(option: str, name: str, tmp_path: Path) -> None:
+    args = trec(tmp_path)
+    (tmp_path / "link.txt").symlink_to("qrels.txt")
+    (tmp_path / "hard.txt").hardlink_to(tmp_path / "qrels.txt")
+    before = {path: (tmp_path / path).read_bytes() for path in INPUTS}
+    err = cli("evaluate", *args, option, name, "--url", "http://127.0.0.1:9", cwd=tmp_path, code=2).stderr
+    assert f"error: {option}={name} would replace the input " in err
+    assert before == {path: (tmp_path / path).read_bytes() for path in INPUTS}
+
+
+@pytest.mark.parametrize("pair", [OUTPUTS[:2], OUTPUTS[1:], OUTPUTS[::2]], ids=" ".join)
+def test_two_outputs_of_one_name_are_refused(pair: tuple[str, str], tmp_path: Path) -> None:
+    args = [*trec(tmp_path), pair[0], "out.png", pair[1], "./out.png", "--url", "http://127.0.0.1:9"]
+    err = cli("evaluate", *args, cwd=tmp_path, code=2).stderr
+    assert err == f"error: {pair[1]}=./out.png would replace the output of {pair[0]}; name another file\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        *((f"{option} nowhere/a.png", "the folder nowhere does not exist") for option in OUTPUTS),
+        *((f"{option} .", "names no file") for option in OUTPUTS),
+        ("--plot a.docx", "docx is no format of a picture"),
+        ("--split dev", "--split has no effect"),
+        ("--split test", "--split has no effect"),
+        ("--measures ,", "--measures names no measure"),
+        ("--run again.txt", "--run is given twice"),
+    ],
+)
+def test_what_an_hour_of_scoring_would_be_lost_to_is_said_first(args: str, says: str, tmp_path: Path) -> None:
+    given = [*trec(tmp_path), *args.split(), "--url", "http://127.0.0.1:9"]
+    err = cli("evaluate", *given, cwd=tmp_path, code=2).stderr
+    assert says in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", [*OUTPUTS, "--run", "--measures"])
+def test_an_empty_value_is_not_taken_as_none(option: str, tmp_path: Path) -> None:
+    beir(tmp_path)
+    err = cli("evaluate", "--beir", ".", option, "", "--url", "http://127.0.0.1:9", cwd=tmp_path, code=2).stderr
+    assert err.startswith(f"error: {option}")
+
+
+def test_the_result_is_printed_even_where_a_file_cannot_be_written(service: Server, tmp_path: Path) -> None:
+    args = [*trec(tmp_path), "--save-run", "/dev/full", "--url", url(service)]
+    done = cli("evaluate", *args, cwd=tmp_path, code=1)
+    assert json.loads(done.stdout)["queries"] == 3
+    assert done.stderr.endswith("error: cannot write /dev/full: No space left on device\n")
+
+
+def test_a_folder_with_a_part_in_two_forms_says_which_is_read(service: Server, tmp_path: Path) -> None:
+    beir(tmp_path)
+    (tmp_path / "corpus.csv").write_text("_id,text\nd0,another\n")
+    said = cli("evaluate", "--beir", ".", "--url", url(service), cwd=tmp_path).stderr
+    assert "note: . holds corpus.jsonl, corpus.csv; corpus.jsonl is read, the others are not\n" in said
+
+
+@pytest.mark.parametrize(("grades", "idle"), [({"q1": 0, "q2": 0, "q3": -1}, 3), ({"q1": 1, "q2": 0}, 1)])
+def test_queries_without_a_relevant_document_are_said(
+    grades: dict[str, int], idle: int, service: Server, tmp_path: Path
+) -> None:
+    args = trec(tmp_path)
+    (tmp_path / "qrels.txt").write_text("".join(f"{q} 0 d1 {g}\n" for q, g in grades.items()))
+    said = cli("evaluate", *args, "--url", url(service), cwd=tmp_path).stderr
+    assert f"judges no document relevant (1 or more) for {idle} of {len(grades)} queries; every measure" in said
 
 
 def test_chinese_is_cut_into_characters_and_pairs() -> None:

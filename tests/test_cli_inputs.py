@@ -22,7 +22,7 @@ from reranker.cli import documents, forms
 from reranker.cli.errors import CommandError, InputError
 from reranker.cli.inputs import open_input
 from reranker.cli.terminal import note
-from tests.cli import COMMAND, cli, environment, stub
+from tests.cli import COMMAND, cli, environment, stub, write_lines
 from tests.conftest import ROOT
 
 TEXTS = ["gzip 压缩文件", 'a "quoted", text', "two\nlines\n\nand a blank one", "tab\there", "", "1"]
@@ -163,9 +163,18 @@ REFUSED: list[tuple[str, bytes | str, str]] = [
     ("a.jsonl", "id,text\n1,a\n", "looks like CSV: --input-format csv"),
     ("a.jsonl", "some words\nand more\n", "looks like plain text: --input-format lines"),
     ("a.json", '{"text": "a"}\n{"text": "b"}\n', "looks like JSON lines: --input-format jsonl"),
-    ("a.json", OBJECT, "a JSON object over several lines"),
+    ("a.json", OBJECT, "a.json is a request with its documents, for batch, one a line"),
+    ("a.json", json.dumps({"text": "a"}, indent=1), "a JSON object over several lines"),
     ("a.json", "id,text\n1,a\n", "looks like CSV"),
     ("a.json", "words", "looks like plain text"),
+    ("a.json", '"a"\n"b"\n', "looks like JSON lines: --input-format jsonl"),
+    (
+        "a.json",
+        json.dumps({"query": "q", "texts": ["a"]}),
+        "a.json is a request with its documents, for batch, one a line",
+    ),
+    ("a.json", json.dumps([{"documents": ["a"]}]), 'a.json row 1 is a request with "documents"; batch reads requests'),
+    ("a.jsonl", json.dumps({"query": "q", "documents": ["a"]}), 'a.jsonl line 1 is a request with "documents"'),
     ("a.csv", PRETTY, "looks like a JSON array"),
     ("a.csv", "id\tabstract\n1\ta\n", "looks like TSV: --input-format tsv"),
     ("a.tsv", "id,abstract\n1,a\n", "looks like CSV: --input-format csv"),
@@ -207,7 +216,10 @@ REFUSED: list[tuple[str, bytes | str, str]] = [
     ("a.tsv", "id\ttext\n1\ta\n2\n", "row 2 (line 3) has too few columns"),
     ("a.jsonl", '{"id": 1, "abstract": "x"}', "its keys are id, abstract: name one with --field"),
     ("a.jsonl", '{"text": "x"}\n{"content": "y"}\n', 'line 2 is neither a string nor an object with a string "text"'),
-    ("a.json", "[1, 2]", "a.json row 1 is neither a string nor an object"),
+    ("a.json", "[1, 2]", 'a.json row 1 is neither a string nor an object with a string "text": it holds a number'),
+    ("a.json", '["a", null]', 'row 2 is neither a string nor an object with a string "text": it holds null'),
+    ("a.jsonl", '{"text": 1}', 'its "text" holds a number'),
+    ("a.jsonl", '{"text": null}', 'its "text" holds null'),
     ("a.jsonl", '{"text": "x"}\n3\n', "line 2 is neither a string nor an object"),
     ("a.parquet", parquet({"id": [1], "text": [None]}), 'row 1 is neither a string nor an object with a string "text"'),
     ("a.parquet", parquet({"id": [1], "abstract": ["x"]}), "its columns are id, abstract"),
@@ -238,10 +250,15 @@ def test_what_cannot_be_read_is_one_line(
     [
         ("压缩文件，猫是一种小动物", "gb18030", "is UTF-8; leave --encoding gb18030 out"),
         ("\ufeffabc", "gbk", "byte order mark of UTF-8; leave --encoding gb18030 out"),
+        ("words\nand more\n", "utf-16", "is UTF-8; leave --encoding utf-16 out"),
+        ("words\tand more\n", "utf-16-le", "is UTF-8; leave --encoding utf-16-le out"),
+        ("压缩文件\n" * 40_000, "utf-16-be", "is UTF-8; leave --encoding utf-16-be out"),
+        ("a", "", "--encoding='' is not known"),
         ("a", "ebcdic-of-mine", "--encoding='ebcdic-of-mine' is not known; such as utf-8, gb18030"),
         ("a", "base64", "is not known"),
         ("a", "cp037", "is not known"),
-        ("abc", "utf-16", "is not UTF-16"),
+        ("abc", "utf-16", "is UTF-8; leave --encoding utf-16 out"),
+        ("\x01bc", "utf-16", "is not UTF-16 at byte 2"),
     ],
 )
 def test_an_encoding_that_is_not_that_of_the_file(content: str, encoding: str, says: str, tmp_path: Path) -> None:
@@ -342,6 +359,19 @@ def test_a_process_substitution_is_as_standard_input(tmp_path: Path) -> None:
         command = f"{' '.join(COMMAND)} rank q --url {service.url} --file <(printf 'one\\ntwo\\n')"
         subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment(), check=True, timeout=60)
     assert service.bodies[0]["documents"] == ["one", "two"]
+
+
+def test_keys_that_are_not_ranked_are_said_once_each(tmp_path: Path) -> None:
+    rows = [{"_id": 1, "title": "t", "text": "a", "url": None}, {"text": "b", "title": "t", "url": "u"}]
+    write_lines(tmp_path / "d.jsonl", rows)
+    assert ranked(tmp_path, "--file", "d.jsonl") == (
+        ["a", "b"],
+        "note: 'title' is not read in d.jsonl\nnote: 'url' is not read in d.jsonl\n",
+    )
+    write_lines(tmp_path / "d.jsonl", [{"text": "a", f"key {i}": i} for i in range(200)])
+    said = ranked(tmp_path, "--file", "d.jsonl")[1].splitlines()
+    assert len(said) == 21
+    assert said[-1] == "note: more keys are not read in d.jsonl; no more notes follow"
 
 
 def test_what_has_no_effect_is_refused(tmp_path: Path) -> None:

@@ -170,6 +170,12 @@ def test_the_first_access_token_is_sent_and_a_wrong_one_named(tmp_path: Path) ->
     assert "refuses the token: the token is wrong; set --token or ACCESS_TOKEN" in err
 
 
+def test_the_address_of_an_endpoint_is_named_as_no_base_address(server: Server, tmp_path: Path) -> None:
+    err = cli("rank", "q", "d", "--url", f"{url(server)}/v1/rerank", cwd=tmp_path, code=1).stderr
+    assert "/v1/rerank answers 404: " in err
+    assert err.endswith("; --url is the base address, without /v1/rerank\n")
+
+
 def test_nothing_at_the_address(tmp_path: Path) -> None:
     err = cli("rank", "q", "d", "--url", "http://127.0.0.1:9", cwd=tmp_path, code=1).stderr
     assert err == "error: cannot reach http://127.0.0.1:9: Connection refused; is the service running?\n"

@@ -44,6 +44,7 @@ def batch(args: argparse.Namespace) -> None:
     output = Path(args.output)
     _check_paths(Path(args.input), output)
     with open_input(args.input, args.input_format, args.encoding, KINDS) as rows:
+        rows.check_encoding()
         options = {"input": rows.digest(), "top_k": args.top_k, "instruction of requests": args.instruction}
         options |= {name: getattr(args, name) for name in ("field", "encoding", "input_format") if getattr(args, name)}
         with Journal(output, options | where.identity, overwrite=args.overwrite, unit=rows.unit) as journal:

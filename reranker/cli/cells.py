@@ -8,7 +8,8 @@ from typing import Any
 
 from reranker.cli.errors import InputError
 from reranker.cli.inputs import Input
-from reranker.cli.tables import text_column
+from reranker.cli.rows import COLUMNS
+from reranker.cli.tables import demand_once, text_column
 from reranker.cli.terminal import name_list, note
 
 
@@ -59,6 +60,7 @@ class Cells:
         folded = {column.strip().casefold(): column for column in columns}
         if "query" not in folded:
             raise InputError(f"{name} has no column query; its columns are {name_list(columns)}: rename one")
+        demand_once(columns, COLUMNS, name)
         names = {column: fold for fold, column in folded.items() if fold}  # pandas names its index ""
         if self.field is None and folded.keys() & {"documents", "document"}:
             return names

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 
 from reranker.cli.errors import CommandError, FailedError
 from reranker.cli.options import source
 from reranker.cli.ranker import open_ranker, rank_one
+from reranker.cli.terminal import print_json, printing
 from reranker.errors import ModelLoadError, RerankError
 from reranker.types import RerankRequest
 
@@ -42,7 +42,8 @@ def check(args: argparse.Namespace) -> None:
         "score": scored.scores[0],
     }
     if sys.stdout.isatty():
-        print("\n".join(f"{name:17} {value}" for name, value in facts.items()))
-        print("ok")
+        with printing():
+            print("\n".join(f"{name:17} {value}" for name, value in facts.items()))
+            print("ok")
     else:
-        print(json.dumps(facts | {"status": "ok"}, ensure_ascii=False))
+        print_json(facts | {"status": "ok"})

@@ -163,7 +163,8 @@ class Client:
             raise FailedError(f"{self.url} refuses the token: {detail}; set --token or ACCESS_TOKEN")
         if error.code in (400, 413, 422):
             raise InvalidRequestError(detail)
-        raise FailedError(f"{self.url} answers {error.code}: {detail}")
+        base = "; --url is the base address, without /v1/rerank" if error.code in (404, 405) else ""
+        raise FailedError(f"{self.url} answers {error.code}: {detail}{base}")
 
     def _open(self, path: str, data: bytes | None) -> Any:
         request = urllib.request.Request(self.url + path, data, self._headers)

@@ -12,8 +12,9 @@ from reranker.cli.errors import InputError
 from reranker.cli.forms import TEXT_NAMES, told
 from reranker.cli.ids import ID, column, read_id
 from reranker.cli.inputs import Input, open_input, values
-from reranker.cli.tables import read_tsv, text_column
+from reranker.cli.tables import demand_once, read_tsv, text_column
 from reranker.cli.terminal import name_list, note, plural
+from reranker.fields import json_kind
 
 _ENDS = (".jsonl", ".ndjson", ".json", ".tsv", ".csv", ".parquet")
 
@@ -45,7 +46,10 @@ def beir(folder: str, split: str) -> Paths:
 
 def _part(folder: Path, stem: str) -> Path | None:
     names = (f"{stem}{end}{packed}" for end in _ENDS for packed in ("", ".gz"))
-    return next((folder / name for name in names if (folder / name).is_file()), None)
+    found = [name for name in names if (folder / name).is_file()]
+    if len(found) > 1:
+        note(f"{folder} holds {name_list(found)}; {found[0]} is read, the others are not")
+    return folder / found[0] if found else None
 
 
 def read_texts(path: Path, kind: str | None, encoding: str | None, wanted: Container[str] | None) -> dict[str, str]:
@@ -61,13 +65,17 @@ def read_texts(path: Path, kind: str | None, encoding: str | None, wanted: Conta
         InputError: a line has no id or no text, or an id has two texts.
     """
     kept: dict[str, str] = {}
+    where = ""
     with open_input(str(path), told(str(path)) or kind, encoding) as source:
         for where, value, text in _rows(source):
             name = read_id(value)
             if not name or not isinstance(text, str):
-                raise InputError(f'{where} needs "_id" and a string "text"')
+                holds = "" if isinstance(text, str) else f"; its text is {json_kind(text)}"
+                raise InputError(f'{where} needs "_id" and a string "text"{holds}')
             if (wanted is None or name in wanted) and kept.setdefault(name, text) != text:
                 raise InputError(f"{where}: the id {name!r} is there twice, with another text")
+    if not where:
+        raise InputError(f"{path} is empty: it holds no texts")
     return kept
 
 
@@ -139,10 +147,12 @@ class _Keys:
         if found is None:
             raise InputError(f"{name} has no column for the id; its columns are {name_list(columns)}: name one _id")
         others = [c for c in columns if c != found]
-        text = column(others, ("text", "query", "question")) or text_column(others, None, name)
+        text = column(others, ("text", "query", "question")) or text_column(others, None, name, cure="name one text")
         if text.casefold() != "text":
             note(f"the texts are {text!r} of {name}")
-        return cls(found, text, column(others, ("title",)))
+        title = column(others, ("title",))
+        demand_once(columns, filter(None, (found, text, title)), name)
+        return cls(found, text, title)
 
     def values(self, row: dict[str, Any]) -> tuple[Any, Any]:
         """Id and text of a row."""

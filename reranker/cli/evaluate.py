@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import sys
 import time
 from collections.abc import Mapping
@@ -21,8 +20,9 @@ from reranker.cli.forms import told
 from reranker.cli.judgements import Grades, Ranking
 from reranker.cli.lines import writing
 from reranker.cli.options import source
+from reranker.cli.outputs import check_outputs
 from reranker.cli.ranker import Ranker, open_ranker
-from reranker.cli.terminal import meter, note, plural
+from reranker.cli.terminal import meter, note, plural, print_json, printing
 from reranker.errors import RerankError
 from reranker.types import RerankRequest
 
@@ -36,19 +36,16 @@ def evaluate(args: argparse.Namespace) -> None:
     """
     where = source(args)
     _require("ir_measures", *(() if args.run else ("bm25s",)), *(("matplotlib",) if args.plot else ()))
-    measures = gain.parse_measures(args.measures or f"nDCG@10 RR@10 R@10 R@{args.candidates}")
-    grades, queries, corpus, before = _load(args)
+    default = f"nDCG@10 RR@10 R@10 R@{args.candidates}"
+    measures = gain.parse_measures(default if args.measures is None else args.measures)
+    paths = _paths(args)
+    _check_files(args, paths)
+    grades, queries, corpus, before = _load(args, paths)
     ranker = open_ranker(where)
     start = time.monotonic()
     after = _rerank(ranker, queries, corpus, before, args.instruction)
     seconds = time.monotonic() - start
     gains = gain.measure(measures, grades, before, after)
-    if args.per_query:
-        gain.write_per_query(Path(args.per_query), gains)
-    if args.plot:
-        gain.write_plot(Path(args.plot), gains[0])
-    if args.save_run:
-        _save_run(Path(args.save_run), after)
     facts = {
         "queries": len(grades),
         "without_candidates": sum(not before.get(query) for query in grades),
@@ -57,9 +54,36 @@ def evaluate(args: argparse.Namespace) -> None:
         "seconds": round(seconds, 1),
     }
     if args.output == "table" or (args.output == "auto" and sys.stdout.isatty()):
-        _print(facts, gains)
+        with printing():
+            _print(facts, gains)
     else:
-        print(json.dumps(facts | {"measures": {g.name: g.summary for g in gains}}, ensure_ascii=False))
+        print_json(facts | {"measures": {g.name: g.summary for g in gains}})
+    if args.per_query:  # the files come last: the result is printed even where the disk is full
+        gain.write_per_query(Path(args.per_query), gains)
+    if args.plot:
+        gain.write_plot(Path(args.plot), gains[0])
+    if args.save_run:
+        _save_run(Path(args.save_run), after)
+
+
+def _check_files(args: argparse.Namespace, paths: collection.Paths) -> None:
+    """Hold the names of all files against each other.
+
+    Raises:
+        InputError: an output would replace a file that is needed, or an option has no effect.
+        FailedError: an output cannot be written.
+    """
+    if args.run == "":
+        raise InputError("--run='' names no file")
+    inputs = [paths.corpus, paths.queries, paths.qrels, *([args.run] if args.run else [])]
+    check_outputs({"--per-query": args.per_query, "--plot": args.plot, "--save-run": args.save_run}, inputs)
+    if args.plot:
+        gain.check_plot(args.plot)
+    told_kinds = [told(str(path)) for path in inputs]
+    if args.input_format and told_kinds[0] and told_kinds[1]:
+        raise InputError("--input-format has no effect: the names of corpus and queries tell their forms")
+    if args.encoding is not None and set(told_kinds) == {"parquet"}:
+        raise InputError(f"--encoding {args.encoding} has no effect: Parquet is always UTF-8; leave it out")
 
 
 def _require(*modules: str) -> None:
@@ -68,16 +92,13 @@ def _require(*modules: str) -> None:
         raise FailedError(f"{' and '.join(missing)} missing; pip install -r requirements-eval.txt")
 
 
-def _load(args: argparse.Namespace) -> tuple[Grades, dict[str, str], dict[str, str], Ranking]:
+def _load(args: argparse.Namespace, paths: collection.Paths) -> tuple[Grades, dict[str, str], dict[str, str], Ranking]:
     """Judgements, texts of judged queries, texts of candidates, and the candidates.
 
     Raises:
         InputError: a part is missing, or an id has no text.
     """
-    paths = _paths(args)
     kind, encoding = args.input_format, args.encoding
-    if kind and told(str(paths.corpus)) and told(str(paths.queries)):
-        raise InputError("--input-format has no effect: the names of corpus and queries tell their forms")
     grades = judgements.read_grades(paths.qrels, encoding)
     queries = collection.read_texts(paths.queries, kind, encoding, None)
     _demand(grades, queries, paths.queries, "query")
@@ -103,7 +124,9 @@ def _paths(args: argparse.Namespace) -> collection.Paths:
     if args.beir:
         if any(parts):
             raise InputError("give --beir, or --corpus, --queries and --qrels, not both")
-        return collection.beir(args.beir, args.split)
+        return collection.beir(args.beir, "test" if args.split is None else args.split)
+    if args.split is not None:
+        raise InputError("--split has no effect: it chooses the qrels of a folder that --beir names")
     if not all(parts):
         raise InputError("no data: give --beir DIR, or --corpus, --queries and --qrels")
     return collection.Paths(Path(args.corpus), Path(args.queries), Path(args.qrels))

@@ -53,6 +53,7 @@ _SIGNATURES = (
     (re.compile(rb"\xfd7zXZ\x00"), "is compressed with xz; unpack it, or compress it with gzip"),
 )
 _MARKS = ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
+_REQUEST = re.compile(r'"(documents|texts)"\s*:\s*\[')
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +163,11 @@ def check_text(head: str, form: Form, name: str, kinds: Sequence[str] = KINDS) -
         wrong = looks == "json" or lines[0] == "{" or (whole and all(_json(line) is None for line in lines))
     elif form.kind == "json":
         wrong = not lines[0].startswith("[")
+        if wrong and "lines" in kinds and _REQUEST.search(head) and lines[0].startswith("{"):
+            raise InputError(
+                f"{name} is a request with its documents, for batch, one a line; this command reads an array of texts"
+            )
+        looks = looks or ("jsonl" if isinstance(_json(lines[0]), str) else None)
     else:
         looks = looks or _other_table(lines[0], form.kind)
         wrong = looks is not None and looks != form.kind

@@ -61,6 +61,8 @@ def parse_measures(names: str) -> list[Any]:
     """
     import ir_measures
 
+    if not names.replace(",", " ").split():
+        raise InputError("--measures names no measure; examples: nDCG@10 RR@10 R@100 AP")
     try:
         parsed = [ir_measures.parse_measure(_spelt(name)) for name in names.replace(",", " ").split()]
         return list({str(measure): measure for measure in parsed}.values())
@@ -105,6 +107,19 @@ def write_per_query(path: Path, gains: Sequence[Gain]) -> None:
         rows.writerow(["query", *(f"{g.name} {when}" for g in gains for when in ("before", "after"))])
         for query in gains[0].before:
             rows.writerow([query, *(round(values[query], 6) for g in gains for values in (g.before, g.after))])
+
+
+def check_plot(name: str) -> None:
+    """Refuse a name whose end is no format of a picture.
+
+    Raises:
+        InputError: matplotlib does not write it.
+    """
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    end, known = Path(name).suffix[1:].lower(), FigureCanvasBase.get_supported_filetypes()
+    if end and end not in known:  # without an end, matplotlib adds .png
+        raise InputError(f"--plot={name}: {end} is no format of a picture; write .png, .svg or .pdf")
 
 
 def write_plot(path: Path, gain: Gain) -> None:

@@ -86,6 +86,15 @@ class Input:
         """The noun that a record's number counts."""
         return "line" if self.form.kind in ("lines", "jsonl") else "row"
 
+    def check_encoding(self) -> None:
+        """Refuse an encoding that has no effect.
+
+        Raises:
+            InputError: it was given, and Parquet has one of its own.
+        """
+        if self.form.kind == "parquet" and self._given is not None:
+            raise InputError(f"--encoding has no effect: {self.name} is Parquet, always UTF-8; leave it out")
+
     def digest(self) -> str:
         """SHA-256 of the whole content, decompressed. For files only: it is read again afterwards.
 
@@ -162,6 +171,8 @@ class Input:
             return io.BufferedReader(_Rejoined(head, stream), 1 << 20)
         self._encoding = encoding_of(head, self._given, self.name)
         if self._encoding.startswith(("utf-16", "utf-32")):
+            if not head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and _is_plain(head):
+                raise InputError(f"{self.name} is UTF-8; leave --encoding {self._given} out")
             head, stream = self._recoded(head + stream.read())
         elif b"\0" in head:
             raise InputError(f"{self.name} holds NUL bytes: it is no text, or UTF-16 (--encoding utf-16-le)")
@@ -285,6 +296,15 @@ def _is_utf8(head: bytes) -> bool:
     return sum(not c.isascii() for c in text) >= 10 and text.encode() == head[: len(text.encode())]
 
 
+def _is_plain(head: bytes) -> bool:
+    """Whether this is UTF-8 without control characters: the line ends and blanks of UTF-16 hold NUL bytes."""
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return bool(text) and all(c >= " " or c in "\t\r\n" for c in text)
+
+
 class _Rejoined(io.RawIOBase):
     """A stream with its first bytes put back; a pipe can be read once only."""
 
@@ -315,8 +335,10 @@ def open_input(path: str, given: str | None, encoding: str | None, kinds: Sequen
     Raises:
         InputError: it cannot be opened, or its form is not known.
     """
-    encoding = encoding and encoding_name(encoding)
+    encoding = None if encoding is None else encoding_name(encoding)
     if path == "-":
+        if sys.stdin is None:
+            raise InputError("standard input is closed; name a file")
         yield Input(sys.stdin.buffer, "standard input", form_of(path, given, kinds), encoding, kinds)
         return
     try:

@@ -12,6 +12,7 @@ from reranker.cli.errors import InputError
 from reranker.cli.forms import told
 from reranker.cli.ids import read_id
 from reranker.cli.inputs import open_input, values
+from reranker.cli.tables import demand_once
 from reranker.cli.terminal import name_list, note, plural
 
 Grades = dict[str, dict[str, int]]
@@ -45,6 +46,12 @@ def read_grades(path: Path, encoding: str | None) -> Grades:
         found[names[1]] = int(grade)
     if not grades:
         raise InputError(f"{path} holds no judgements")
+    idle = sum(max(found.values()) < 1 for found in grades.values())
+    if idle:
+        note(
+            f"{path} judges no document relevant (1 or more) for {idle} of {plural(len(grades), 'query', 'queries')}; "
+            f"every measure of such a query is 0"
+        )
     if changed:
         note(f"{path} judges {plural(changed, 'document')} twice with another relevance; the last one counts")
     return grades
@@ -132,6 +139,7 @@ def _columns(columns: Sequence[str], where: str) -> tuple[str, str, str]:
         raise InputError(
             f"{where} has the columns {name_list(columns)}, not query-id, corpus-id and score: rename them"
         )
+    demand_once(columns, (query, document, grade), where)
     return query, document, grade
 
 

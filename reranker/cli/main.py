@@ -11,17 +11,41 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from contextlib import suppress
+from typing import Any, NoReturn
 
 from reranker import __version__
-from reranker.cli.errors import CommandError, InputError
+from reranker.cli.errors import CommandError, FailedError, InputError
 from reranker.cli.forms import KINDS
 from reranker.cli.options import add_model_options, load_env_file
+from reranker.cli.terminal import discard_output, harmless, printing
 from reranker.errors import InvalidRequestError, ModelLoadError, RerankError
+
+
+class _Once(argparse._StoreAction):
+    """An option with a value: the second of two would replace the first in silence."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *rest: Any) -> None:
+        """Store the value."""
+        given = namespace.__dict__.setdefault("_given", set())
+        if self.option_strings and self.dest in given:
+            parser.error(f"{self.option_strings[-1]} is given twice; give it once")
+        given.add(self.dest)
+        super().__call__(parser, namespace, *rest)
 
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in a line."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        for name in (None, "store"):
+            self.register("action", name, _Once)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Help or the version; argparse itself hides that it cannot be written."""
+        with printing():
+            print(message, end="", file=file)
 
     def error(self, message: str) -> NoReturn:
         """One line instead of the whole usage."""
@@ -75,7 +99,7 @@ def parser() -> argparse.ArgumentParser:
     add = commands.add_parser("evaluate", help="measure the gain on your own data (needs requirements-eval.txt)")
     data = add.add_argument_group("data: a BEIR folder, or texts and TREC qrels")
     data.add_argument("--beir", metavar="DIR", help="corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv; or in other forms")
-    data.add_argument("--split", default="test", help="which qrels of a BEIR folder (default: test)")
+    data.add_argument("--split", help="which qrels of a BEIR folder (default: test)")
     data.add_argument("--corpus", metavar="FILE", help="_id, text and title?; .txt: lines of id, tab, text")
     data.add_argument("--queries", metavar="FILE", help="the same")
     data.add_argument(
@@ -96,13 +120,39 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _check_text(words: Sequence[str]) -> None:
+    """Refuse arguments whose bytes Python could not read as text: a model would score rubbish.
+
+    Raises:
+        InputError: says which argument, and where another encoding or locale helps.
+    """
+    for number, word in enumerate(words, 1):
+        if not any("\udc80" <= c <= "\udcff" for c in word):
+            continue
+        encoding = sys.getfilesystemencoding()
+        try:
+            word.encode(encoding, "surrogateescape").decode()
+        except UnicodeError:
+            raise InputError(
+                f"argument {number} is not UTF-8; convert it, or write it to a file and name it with --encoding"
+            ) from None
+        raise InputError(
+            f"argument {number} is not {encoding.upper()}, the encoding of this locale; "
+            f"set LC_ALL=C.UTF-8, or PYTHONUTF8=1"
+        )
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run one command.
 
     Raises:
         CommandError, ModelLoadError, RerankError: `run` turns each into a line.
     """
-    args, rest = parser().parse_known_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    _check_text(words)
+    args, rest = parser().parse_known_args(words)
+    if sys.stdout is None and args.command != "batch":
+        raise FailedError("standard output is closed; the result has no place to go")
     if args.command == "rank" and not any(word.startswith("-") for word in rest):
         args.document += rest  # argparse takes positionals up to the first option only
     elif rest:
@@ -122,19 +172,34 @@ def main(argv: list[str] | None = None) -> None:
     command(args)
 
 
+def _fill_streams() -> None:
+    """Give the numbers of closed standard streams to the null device.
+
+    Else the next file that is opened takes the number, and receives what a library prints. `print` would also write
+    to standard output what is meant for a closed standard error.
+    """
+    for stream in (sys.stdin, sys.stdout):
+        if stream is None:
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # for the whole process
+
+
 def run(command: Callable[[], None] = main) -> NoReturn:
     """The program: exit code 0, 1 (failed) or 2 (bad input); an interruption ends it by its signal."""
     code = 0
+    _fill_streams()
     try:
-        command()
-        sys.stdout.flush()
+        with suppress(SystemExit):  # --help and --version; errors are InputError
+            command()
+        if sys.stdout is not None:
+            with printing():
+                pass
     except (CommandError, ModelLoadError, RerankError) as error:
-        from reranker.cli.terminal import harmless
-
         print(f"error: {harmless(str(error))}", file=sys.stderr)  # it may quote a file
         code = error.code if isinstance(error, CommandError) else 2 if isinstance(error, InvalidRequestError) else 1
     except BrokenPipeError:  # `... | head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         # By the signal itself: the shell then knows, and no thread that still reads or waits holds the end up.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 
@@ -15,7 +14,7 @@ from reranker.cli import documents
 from reranker.cli.errors import InputError
 from reranker.cli.options import source
 from reranker.cli.ranker import Scored, open_ranker, rank_one
-from reranker.cli.terminal import harmless, note, truncated
+from reranker.cli.terminal import harmless, note, print_json, printing, truncated
 from reranker.types import RerankRequest
 
 # A table row shows one line: more of a text would only be cut again.
@@ -31,11 +30,13 @@ def rank(args: argparse.Namespace) -> None:
     where = source(args)
     if not args.query.strip():
         raise InputError("the query must not be empty")
+    if args.file == "":
+        raise InputError("--file='' names no file; - is standard input")
     if args.document and args.file:
         raise InputError("give documents as arguments or with --file, not both")
     given = {"--input-format": args.input_format, "--field": args.field, "--encoding": args.encoding}
-    if args.document and any(given.values()):
-        option = next(name for name, value in given.items() if value)
+    if args.document and any(value is not None for value in given.values()):
+        option = next(name for name, value in given.items() if value is not None)
         raise InputError(f"{option} is for --file and standard input; documents that are arguments have no form")
     found = args.document or documents.read(args.file or "-", args.input_format, args.field, args.encoding)
     scored = rank_one(open_ranker(where), RerankRequest(args.query, found, args.instruction))
@@ -44,13 +45,10 @@ def rank(args: argparse.Namespace) -> None:
         note(truncated(scored.truncated, args.url))
     if args.output == "table" or (args.output == "auto" and sys.stdout.isatty()):
         console = Console()
-        console.print(_table(found, scored, best, console.width))
+        with printing():
+            console.print(_table(found, scored, best, console.width))
     else:
-        rows = [{"index": i, "score": scored.scores[i], "text": found[i]} for i in best]
-        try:
-            print(json.dumps(rows, ensure_ascii=False))
-        except UnicodeEncodeError:  # half a surrogate pair, or a terminal that is not UTF-8
-            print(json.dumps(rows))
+        print_json([{"index": i, "score": scored.scores[i], "text": found[i]} for i in best])
 
 
 def _table(found: Sequence[str], scored: Scored, best: Sequence[int], columns: int) -> Table:

@@ -6,7 +6,7 @@ import csv
 import re
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import chain
 
@@ -107,8 +107,17 @@ def _bare(cell: str) -> str:
     return whole[1].replace('""', '"') if whole else cell
 
 
-def text_column(columns: Sequence[str], field: str | None, name: str, what: str = "column") -> str:
+def text_column(
+    columns: Sequence[str], field: str | None, name: str, what: str = "column", cure: str = "name one with --field"
+) -> str:
     """The column, or key, that holds the text: `field`, else the first of the known names.
+
+    Args:
+        columns: names of columns or keys.
+        field: the wanted one; None: a known name.
+        name: the file, for messages.
+        what: the noun for a column.
+        cure: what to do where none is known.
 
     Raises:
         InputError: there is none; names those that there are.
@@ -121,8 +130,20 @@ def text_column(columns: Sequence[str], field: str | None, name: str, what: str 
     if not found:
         if field is not None:
             raise InputError(f"{name} has no {what} {field!r}; {there}: name one with --field")
-        raise InputError(f"{name} does not tell which {what} holds the text; {there}: name one with --field")
+        raise InputError(f"{name} does not tell which {what} holds the text; {there}: {cure}")
     chosen = str(found[0])
-    if not exact and folded.count(chosen.strip().casefold()) > 1:
-        raise InputError(f"{name} has the {what} {chosen!r} twice; rename one")
+    if not exact:
+        demand_once(columns, (chosen,), name, what)
     return chosen
+
+
+def demand_once(columns: Sequence[str], wanted: Iterable[str], name: str, what: str = "column") -> None:
+    """Refuse a heading that has one of the wanted columns twice, in any case: the last would be read in silence.
+
+    Raises:
+        InputError: names the column.
+    """
+    folded = [column.strip().casefold() for column in columns]
+    for one in wanted:
+        if folded.count(one.strip().casefold()) > 1:
+            raise InputError(f"{name} has the {what} {one!r} twice; rename one")

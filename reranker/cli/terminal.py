@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -11,6 +13,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from reranker.cli.errors import FailedError
 
 _LINE_SECONDS = 30.0
 _NAME = 40
@@ -28,6 +32,43 @@ def harmless(text: str) -> str:
 def note(text: str) -> None:
     """Say on standard error what was decided for the user; the same only once."""
     print(f"note: {harmless(text)}", file=sys.stderr)
+
+
+@contextmanager
+def printing() -> Iterator[None]:
+    """Write standard output inside, to its end.
+
+    Raises:
+        FailedError: it cannot be written, such as on a full disk; a reader that has enough is no such error.
+    """
+    if sys.stdout is None:
+        raise FailedError("standard output is closed; the result has no place to go")
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        discard_output()
+        raise FailedError(f"cannot write standard output: {error.strerror or error}") from None
+
+
+def discard_output() -> None:
+    """Send what is left in the buffer of standard output nowhere: at the end Python would fail over it again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def print_json(value: object) -> None:
+    """Write a value as a line of JSON; readable, where the encoding of standard output allows it.
+
+    Raises:
+        FailedError: see `printing`.
+    """
+    with printing():
+        try:
+            print(json.dumps(value, ensure_ascii=False))
+        except UnicodeEncodeError:  # half a surrogate pair, or a terminal that is not UTF-8
+            print(json.dumps(value))
 
 
 def name_list(columns: Sequence[str]) -> str:
