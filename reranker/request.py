@@ -248,6 +248,11 @@ def _unwrapped(
     The query decides: the client formats it itself, whereas a document may come from anywhere.
     """
     if not looks_wrapped(query):
+        if unwrap_document(documents[0]) != documents[0]:
+            report.warnings.append(
+                "documents: the first one is in Qwen's prompt template and the query is not, so all are read as text; "
+                "send the bare documents"
+            )
         return query, instruction, documents
     wrapped = unwrap_query(query)
     if wrapped is None:

@@ -48,4 +48,4 @@ def unwrap_document(text: str) -> str:
 
 def looks_wrapped(text: str) -> bool:
     """Whether a text begins as prompt templates of this model do."""
-    return text.startswith(_LIKELY)
+    return text.lstrip().startswith(_LIKELY) if text[:1].isspace() else text.startswith(_LIKELY)

@@ -422,8 +422,7 @@ def test_a_document_wears_it_or_not_the_query_decides() -> None:
     worn = wear("q", ["a"])
     parsed = parse_request(worn | {"documents": ["plain", {"text": worn["documents"][0]}, f"<Document>: {SUFFIX} x"]})
     assert parsed.request.documents == ["plain", "a", f"<Document>: {SUFFIX} x"]
-    alone = parse(documents=worn["documents"])
-    assert (alone.request.documents, alone.warnings) == (worn["documents"], ())
+    assert parse(documents=worn["documents"]).request.documents == worn["documents"]
 
 
 GOOD = wear("q", ["a"])["query"]
@@ -524,3 +523,17 @@ def test_flags_of_two_names_that_contradict_are_said(
 ) -> None:
     parsed = parse_request(BODY | fields)
     assert (parsed.return_documents, parsed.raw_scores, parsed.ignored) == (texts, logits, ignored)
+
+
+def test_documents_in_the_template_beside_a_bare_query_are_text_and_said() -> None:
+    worn = wear("q", ["a", "b"])
+    parsed = parse_request({"query": "q", "documents": worn["documents"]})
+    assert parsed.request.documents == worn["documents"]
+    [warning] = parsed.warnings
+    assert "the first one is in Qwen's prompt template and the query is not" in warning
+
+
+def test_white_space_before_a_template_hides_it_from_no_warning() -> None:
+    worn = wear("q", ["a"])
+    [warning] = parse_request(worn | {"query": "\n" + worn["query"]}).warnings
+    assert "begins like a prompt template" in warning

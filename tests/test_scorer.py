@@ -383,3 +383,19 @@ def test_a_document_scores_alone_as_beside_others(tmp_path: Path, rope: str) -> 
     [together] = packed(scorer, [RerankRequest("a query", documents)])
     alone = [packed(scorer, [RerankRequest("a query", [document])])[0][0] for document in documents]
     assert together == pytest.approx(alone, abs=1e-4)
+
+
+def test_the_library_refuses_what_is_no_list_of_texts_and_says_what_is_truncated(
+    model_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    scorer = Scorer.load(model_path, device="cpu", max_seq_length=200)
+    documents: Any
+    for documents in ("abc", [None], ["a", 3], [{"text": "a"}]):
+        with pytest.raises(InvalidRequestError, match="documents: must be a list of strings"):
+            scorer.rerank("q", documents)
+    for query in ("", " ", None):
+        with pytest.raises(InvalidRequestError, match="query: must be a string that is not empty"):
+            scorer.rerank(query, ["a"])  # type: ignore[arg-type]
+    with caplog.at_level(logging.WARNING):
+        scorer.rerank("q", ["short", "word " * 1000])
+    assert "1 of 2 documents did not fit and were truncated" in caplog.text

@@ -231,13 +231,24 @@ class Scorer:
         return [logit for part in parts for logit in self.score(self.pack(part))]
 
     def rerank(self, query: str, documents: Sequence[str], instruction: str | None = None) -> list[float]:
-        """Relevance scores (probabilities of "yes") in the order of the documents.
+        """Return relevance scores (probabilities of "yes") in the order of the documents.
 
         Raises:
-            InvalidRequestError: query and instruction leave no room for a document.
+            InvalidRequestError: the query is empty, a document is no string, or query and instruction leave no room for
+                a document.
             ScoringError: the model gave a score that is not a number.
         """
+        if not isinstance(query, str) or not query.strip():
+            raise InvalidRequestError("query: must be a string that is not empty")
+        if isinstance(documents, str) or not all(isinstance(document, str) for document in documents):
+            raise InvalidRequestError('documents: must be a list of strings, such as ["a", "b"]')
         request = self.encode(RerankRequest(query, documents, instruction))
+        if request.truncated:
+            logger.warning(
+                "%d of %d documents did not fit and were truncated (max_seq_length)",
+                len(request.truncated),
+                request.count,
+            )
         logits: list[float] = []
         for part in split(request, self.max_batch_tokens, self.max_batch_documents):
             logits += self.score(self.pack([part]))
