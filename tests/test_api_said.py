@@ -268,3 +268,17 @@ def test_a_connection_takes_all_of_it_at_once(fake_server: Server) -> None:
     head = raw.partition(b"\r\n\r\n")[0].split(b"\r\n")
     assert b"x-ignored-fields: t_pk__x-evil__1" in head
     assert not any(line.startswith(b"x-evil") for line in head)
+
+
+def test_parameters_of_the_address_are_said_and_none_that_may_hold_a_token(fake_server: Server) -> None:
+    address = "/v2/rerank?top_k=1&model=m&access_token=s3cret&s3cret&s3cret%20x=1&access_token;s3cret=1&top_k=2"
+    response = fake_server.client.post(address, json={"query": "red", "documents": ["red", "blue"]})
+    assert response.headers["x-ignored-fields"] == "top_k, model"
+    assert response.json()["meta"]["warnings"][0] == "top_k in the address is not read: send it in the body"
+    assert len(response.json()["results"]) == 2
+    assert "s3cret" not in str(response.headers) + response.text
+    many = "&".join(f"p{i}=1" for i in range(500))
+    response = fake_server.client.post(f"/v1/rerank?{many}", json={"query": "red", "documents": ["red"], "topk": 1})
+    assert response.headers["x-ignored-fields"].split(", ") == ["topk", *(f"p{i}" for i in range(9))]
+    plain = fake_server.client.post("/v1/rerank?access_token=x", json={"query": "red", "documents": ["red"]})
+    assert "x-ignored-fields" not in plain.headers

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -25,6 +27,7 @@ from reranker.service.api import native, results
 from reranker.service.api.body import read_json
 from reranker.service.api.endpoint import HEADERS, Ranking, answer, rank
 from reranker.service.api.errors import RESPONSES
+from reranker.unread import MAX_NAMES
 
 logger = logging.getLogger(__name__)
 
@@ -63,11 +66,24 @@ async def _asked(request: Request) -> ParsedRequest:
     request may wait for long.
     """
     asked = parse_request(await read_json(request), max_documents=request.app.state.max_documents)
+    if query := request.scope.get("query_string"):
+        asked = _with_parameters(asked, query)
     if asked.warnings:
         _notes.add(asked.warnings, "in a request (noted once): ")
     return asked
 
 
+def _with_parameters(asked: ParsedRequest, query: bytes) -> ParsedRequest:
+    """Report the parameters of the address, of which only the token is read. Odd names may hold a token themselves."""
+    parts = (part.partition(b"=") for part in query.split(b"&", MAX_NAMES)[:MAX_NAMES])
+    names = dict.fromkeys(name.decode() for name, equals, _ in parts if equals and _PARAMETER.fullmatch(name))
+    room = MAX_NAMES - len(asked.ignored)
+    unread = tuple(name for name in names if "token" not in name.lower())[: max(0, room)]
+    warnings = tuple(f"{name} in the address is not read: send it in the body" for name in unread)
+    return replace(asked, ignored=asked.ignored + unread, warnings=asked.warnings + warnings)
+
+
+_PARAMETER = re.compile(rb"[A-Za-z_][A-Za-z0-9_-]{0,39}")
 _notes = Notes(logger.warning)
 """Of this process, for its operator: clients read the same in their answers."""
 
