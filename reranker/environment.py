@@ -106,10 +106,13 @@ def get(name: str) -> str:
     """Return a setting of the environment, without quotes and comment; empty where it is not set.
 
     Raises:
-        SettingsError: a quote opens the value and does not close it.
+        SettingsError: a quote opens the value and does not close it, or its bytes are no UTF-8.
     """
+    raw = os.environ.get(name, "")
+    if not raw.isascii() and any("\udc80" <= character <= "\udcff" for character in raw):
+        raise SettingsError(f"{name} in {ENVIRONMENT} is not UTF-8: set it in a terminal or a file that is UTF-8")
     try:
-        return clean(os.environ.get(name, "")).strip()
+        return clean(raw).strip()
     except ValueError as error:
         raise SettingsError(f"{name} in {ENVIRONMENT} cannot be used; {error}") from None
 

@@ -587,3 +587,12 @@ def test_a_mirror_without_a_scheme_is_refused(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setenv("HF_ENDPOINT", value)
     with pytest.raises(SettingsError, match="write it like https://"):
         load(tmp_path / "none")
+
+
+@pytest.mark.parametrize("name", ["DEFAULT_INSTRUCTION", "MODEL_NAME_OR_PATH", "ACCESS_TOKEN"])
+def test_a_value_that_is_not_utf_8_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+    monkeypatch.setenv(name, "压缩".encode("gb18030").decode("utf-8", "surrogateescape"))
+    with pytest.raises(SettingsError, match=f"{name} in the environment is not UTF-8"):
+        load(tmp_path / "none")
+    monkeypatch.setenv(name, "压缩")
+    assert load(tmp_path / "none")[name].text == "压缩"
