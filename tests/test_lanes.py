@@ -12,7 +12,7 @@ import torch
 
 from reranker import Scorer
 from reranker.engine import lanes as lanes_module
-from reranker.engine.lanes import DealtBatch, Lanes, deal
+from reranker.engine.lanes import LEAST_TOKENS, DealtBatch, Lanes, deal
 from reranker.engine.packing import PackedBatch
 from reranker.types import EncodedRequest, Slice
 from tests.card import Card
@@ -69,7 +69,7 @@ def test_one_request_is_split_longest_documents_first() -> None:
 @pytest.fixture
 def scorer(model_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Scorer:
     if "256_tokens" not in request.node.name:
-        monkeypatch.setattr(lanes_module, "_LEAST_TOKENS", 1)  # small batches, that many shapes are tried
+        monkeypatch.setattr(lanes_module, "LEAST_TOKENS", 1)  # small batches, that many shapes are tried
     return Scorer.load(model_path, device="cpu", precision="float32")
 
 
@@ -113,7 +113,7 @@ def test_a_batch_has_at_most_a_lane_for_each_document_and_256_tokens(scorer: Sco
 
 
 def test_int8_in_lanes_gives_the_same_scores(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lanes_module, "_LEAST_TOKENS", 1)
+    monkeypatch.setattr(lanes_module, "LEAST_TOKENS", 1)
     scorer = Scorer.load(model_path, device="cpu", precision="int8")
     group = requests(random.Random(5), 4, documents=9)
     plain = packed(scorer, group)
@@ -208,12 +208,23 @@ def test_out_of_memory_in_a_lane_changes_no_score(scorer: Scorer) -> None:
         (8, {1: 1.0, 2: 0.7, 4: 0.6, 8: 0.7}, 4),
         (8, {1: 1.0, 2: 0.7, 4: 0.6, 8: 0.5}, 8),
         (6, {1: 1.0, 2: 0.7, 4: 0.6, 6: 0.5}, 6),
+        (8, {1: 9.0, 8: 5.0}, 8),
+        (8, {1: 9.0, 8: 9.0}, None),
     ],
 )
 def test_as_many_lanes_as_are_fastest(
     scorer: Scorer, monkeypatch: pytest.MonkeyPatch, cores: int, seconds: dict[int, float], chosen: int | None
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
-    monkeypatch.setattr(Scorer, "_fastest", lambda self, documents: seconds[self.lanes.count if self.lanes else 1])
-    scorer._choose_lanes(8, scorer._measure(scorer._warm_up_batch(1))[0])
+
+    def fastest(self: Scorer, documents: int) -> float:
+        if self.lanes:  # what is measured is what is asked about
+            batch = self._warm_up_batch(documents)
+            assert isinstance(batch, DealtBatch)
+            assert len(batch.parts) == self.lanes.count
+        return seconds[self.lanes.count if self.lanes else 1]
+
+    monkeypatch.setattr(lanes_module, "LEAST_TOKENS", LEAST_TOKENS)
+    monkeypatch.setattr(Scorer, "_fastest", fastest)
+    scorer._choose_lanes(1, scorer._measure(scorer._warm_up_batch(1))[0])
     assert (scorer.lanes.count if scorer.lanes else None) == chosen

@@ -20,7 +20,7 @@ from reranker.types import Slice
 
 # A deal whose largest lane is so near to an equal share is good enough: every further prefix that is split costs more.
 _EVEN = 1.05
-_LEAST_TOKENS = 256
+LEAST_TOKENS = 256
 """Of a lane: with fewer, computing a prefix twice and small products cost more than the lane brings (measured: two
 lanes break even at about 500 tokens)."""
 
@@ -136,7 +136,7 @@ class Lanes:
     def wanted(self, slices: Sequence[Slice]) -> int:
         """How many lanes a batch is worth: one for each document at most, and none for a handful of tokens."""
         documents = sum(part.stop - part.start for part in slices)
-        return max(1, min(self.count, documents, sum(part.tokens for part in slices) // _LEAST_TOKENS))
+        return max(1, min(self.count, documents, sum(part.tokens for part in slices) // LEAST_TOKENS))
 
     def run(self, forward: Callable[[PackedBatch], Tensor], batch: DealtBatch) -> list[float]:
         """Logits of the batch's documents, in order.

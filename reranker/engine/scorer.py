@@ -21,7 +21,7 @@ import torch
 from reranker.engine import device as devices
 from reranker.engine.budget import halves, split
 from reranker.engine.checkpoint import Checkpoint, read
-from reranker.engine.lanes import DealtBatch, Lanes, deal
+from reranker.engine.lanes import LEAST_TOKENS, DealtBatch, Lanes, deal
 from reranker.engine.layout import default_instruction
 from reranker.engine.locate import locate
 from reranker.engine.model import Model, load
@@ -45,6 +45,8 @@ DEMO = Path(__file__).resolve().parents[2] / "models" / "demo"
 _BATCH_SECONDS = 0.5
 _LEAST_BATCH_TOKENS = 1024
 _MOST_BATCH_TOKENS = 262_144
+_SLOW_SECONDS = 5.0
+"""A model that takes longer for the batch that lanes are tried with is tried with one lane for each core, or none."""
 _LANES_PAY = 0.97
 """Lanes are taken, and doubled, where a batch takes at most this share of the time."""
 _WARM_UP = "The warm-up document says nothing of interest, but it has about as many words as a short passage. "
@@ -284,10 +286,14 @@ class Scorer:
     def _choose_lanes(self, documents: int, rate: _Rate) -> _Rate:
         """Set `lanes` to the number that scores a batch fastest, if it is faster than one pass; return its rate."""
         cores = torch.get_num_threads()
-        documents = max(documents, 2 * cores)
+        if cores == 1:
+            return rate
+        a_document = self._warm_up_batch(2).tokens - self._warm_up_batch(1).tokens
+        documents = max(documents, 2 * cores, -(-cores * LEAST_TOKENS // a_document))  # enough for all lanes
         tokens = self._warm_up_batch(documents).tokens
         best = one = self._fastest(documents)
-        for count in sorted({2**i for i in range(1, cores.bit_length()) if 2**i <= cores} | {cores} - {1}):
+        counts = {2**i for i in range(1, cores.bit_length()) if 2**i < cores} if one < _SLOW_SECONDS else set()
+        for count in sorted(counts | {cores}):
             before, self.lanes = self.lanes, Lanes(count, cores)
             seconds = self._fastest(documents)
             if seconds >= best * _LANES_PAY:
