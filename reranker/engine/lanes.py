@@ -21,8 +21,7 @@ from reranker.types import Slice
 # A deal whose largest lane is so near to an equal share is good enough: every further prefix that is split costs more.
 _EVEN = 1.05
 LEAST_TOKENS = 256
-"""Of a lane: with fewer, computing a prefix twice and small products cost more than the lane brings (measured: two
-lanes break even at about 500 tokens)."""
+"""Of a lane: with fewer, computing a prefix twice and small products cost more than the lane brings."""
 
 
 @dataclass(frozen=True, slots=True)
