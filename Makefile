@@ -18,7 +18,7 @@ serve: $(VENV)/.serve
 
 # New code, settings and model in what `make serve` started, and no request fails.
 restart:
-	$(BIN)/python deploy/restart.py $(VENV)/gunicorn.pid
+	$(BIN)/python reranker/server/restart.py $(VENV)/gunicorn.pid
 
 # Two tests at a time, of different modules for the most part; `python -m pytest tests/test_x.py` takes one after another.
 test: $(VENV)/.dev

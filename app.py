@@ -23,15 +23,18 @@ from fastapi.routing import iter_route_contexts
 from config import Settings, SettingsError, load_settings, log_config, misspelt
 from reranker import __version__
 from reranker.errors import ModelLoadError, NotReadyError
-from reranker.service import cors
-from reranker.service.access import AccessLog
-from reranker.service.address import curl_target, is_local
-from reranker.service.api import errors, health, metrics, openai, page, routes, tei
-from reranker.service.auth import TokenAuth, describe
-from reranker.service.batcher import Batcher
-from reranker.service.compute import ScorerLike
-from reranker.service.limits import Limits
-from reranker.service.metrics import Metrics
+from reranker.http import cors, errors, health
+from reranker.http import metrics_route as metrics
+from reranker.http import pages as page
+from reranker.http import rerank as routes
+from reranker.http.access import AccessLog
+from reranker.http.auth import TokenAuth, describe
+from reranker.http.dialects import openai, tei
+from reranker.http.limits import Limits
+from reranker.http.metrics import Metrics
+from reranker.scheduler.batcher import Batcher
+from reranker.scheduler.compute import ScorerLike
+from reranker.server.address import curl_target, is_local
 
 logger = logging.getLogger("reranker")
 

@@ -25,7 +25,7 @@ from reranker.environment import SettingsError, shorten
 __all__ = ["OWN_WORKER_CLASS", "Settings", "SettingsError", "load_settings", "log_config", "misspelt"]
 
 WORKER_CLASSES = ("uvicorn.workers.UvicornWorker", "uvicorn_worker.UvicornWorker")
-OWN_WORKER_CLASS = "reranker.service.worker.RerankWorker"
+OWN_WORKER_CLASS = "reranker.server.worker.RerankWorker"
 
 
 MAX_TOKEN_LENGTH = 16_384
@@ -301,7 +301,7 @@ def _allowed(field: FieldInfo) -> str:
 def log_config(settings: Settings) -> dict[str, Any]:
     """A `logging.config.dictConfig` for the whole process: one handler and one format for all."""
     json = settings.log_format == "json"
-    formatter = {"()": "reranker.service.logs.JsonFormatter"} if json else {"format": settings.log_format}
+    formatter = {"()": "reranker.server.logs.JsonFormatter"} if json else {"format": settings.log_format}
     return {
         "version": 1,
         "disable_existing_loggers": False,

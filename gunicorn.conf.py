@@ -12,9 +12,9 @@ from typing import Any
 
 from config import OWN_WORKER_CLASS, SettingsError, load_settings, log_config
 from reranker.environment import shorten
-from reranker.service import address, folder
-from reranker.service.cores import allowed, cores
-from reranker.service.handover import Handover
+from reranker.server import address, folder
+from reranker.server.cpu import allowed, cores
+from reranker.server.handover import Handover
 
 try:
     _settings = load_settings()

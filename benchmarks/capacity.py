@@ -1,6 +1,6 @@
 """What a GPU can do, what it costs and how many are needed: the tables of docs/scale.md, computed.
 
-    python -m benchmarks.capacity             prints the tables; tests/test_capacity.py finds them in the document
+    python -m benchmarks.capacity             prints the tables; tests/benchmarks/test_capacity.py compares the document
     python -m benchmarks.capacity --measure   the engine against bare matrix products on this machine's CPU
 
 Everything follows from the models' shapes, from tokens.json (what the tokenizer makes of short.json and long.json) and

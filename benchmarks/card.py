@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.card import INSTRUCTION, PREFIX, SUFFIX
+from tests.engine.card import INSTRUCTION, PREFIX, SUFFIX
 
 
 class Card:

@@ -4,8 +4,7 @@
 
 Three readings of the same texts: the card's sample as it is printed; the engine; and the card's computation on tokens
 that are text by construction, because the pre-tokenizer and the byte-pair model are called without the step that looks
-for control tokens. docs/prompt-escape.md quotes the figures for the bundled model, and tests/test_escape.py holds it
-to them.
+for control tokens. docs/prompt-escape.md quotes the figures for the demo model; tests/engine/test_escape.py compares them.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from benchmarks.card import Card
 from benchmarks.report import header, table
 from reranker import RerankRequest, Scorer
 from reranker.engine.scores import sigmoid
-from tests.card import INSTRUCTION, PREFIX, SUFFIX
+from tests.engine.card import INSTRUCTION, PREFIX, SUFFIX
 
 DEMO = Path(__file__).resolve().parents[1] / "models" / "demo"
 QUERY = "how to compress files"

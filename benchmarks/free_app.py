@@ -12,11 +12,11 @@ from typing import Any
 
 from app import create_app
 from config import load_settings
-from reranker.engine.checkpoint import load_tokenizer
-from reranker.engine.packing import pack
+from reranker.engine.batch import pack
+from reranker.engine.checkpoint.config import load_tokenizer
 from reranker.engine.prompt import Prompt
 from reranker.engine.scorer import DEMO
-from reranker.service.compute import ScorerLike
+from reranker.scheduler.compute import ScorerLike
 from reranker.types import EncodedRequest, ModelInfo, RerankRequest, Slice
 
 
@@ -49,11 +49,11 @@ class TokenisingScorer(FreeScorer):
 
     def encode(self, request: RerankRequest) -> EncodedRequest:
         """As the engine does."""
-        return self.prompt.encode(request, self.prompt.preamble)
+        return self.prompt.encode(request, self.prompt.static_prefix)
 
     def pack(self, slices: Sequence[Slice]) -> Any:
         """As the engine does."""
-        return pack(slices, preamble=len(self.prompt.preamble))
+        return pack(slices, static_prefix=len(self.prompt.static_prefix))
 
 
 def load() -> ScorerLike:

@@ -8,7 +8,7 @@ that the true one gives (tokens.json). Prints a section for RESULTS.md; what fai
 measured. Runs the tests marked `cuda` first where pytest and what the tests need is installed; scores are compared with
 the card's computation in any case. Exit status 1 where tests or scores are wrong, a section was not measured, or the
 GPU was left without compiled layers or graphs. With `--device cpu --shape tiny` it runs anywhere, which
-tests/test_bench_gpu.py does.
+tests/benchmarks/test_gpu.py does.
 """
 
 from __future__ import annotations
@@ -42,18 +42,23 @@ from benchmarks.traffic import TOKENS, ten_documents
 from reranker import Scorer
 from reranker.engine import device as devices
 from reranker.engine.attention import choose
-from reranker.engine.checkpoint import load_tokenizer
+from reranker.engine.checkpoint.config import load_tokenizer
+from reranker.engine.families.qwen3 import PLAIN, fuse
 from reranker.engine.model import Model
 from reranker.engine.prompt import Prompt
 from reranker.engine.quantized import FLOAT8, quantize
-from reranker.engine.qwen3 import PLAIN, fuse
 from reranker.engine.scorer import DEMO
-from reranker.service.batcher import Batcher
+from reranker.scheduler.batcher import Batcher
 from reranker.types import EncodedRequest, RerankRequest, Slice
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = (96, 160, 3, 6, 2, 32, True)
-TESTS = ["tests/test_attention.py", "tests/test_graphs.py", "tests/test_quantized.py", "tests/test_scorer.py"]
+TESTS = [
+    "tests/engine/test_attention.py",
+    "tests/engine/test_graphs.py",
+    "tests/engine/test_quantized.py",
+    "tests/engine/test_scorer.py",
+]
 NEEDED_BY_TESTS = ("pytest", "httpx", "accelerate", "psutil")
 WORK = json.loads((Path(__file__).parent / "short.json").read_text(encoding="utf-8"))
 
@@ -65,9 +70,9 @@ class WrongError(Exception):
 class TrueLengths(Prompt):
     """The demo's tokenizer, whose tokens are cut or repeated to as many as the true one makes of the same texts."""
 
-    def __init__(self, tokenizer: Any, preamble: int, lengths: dict[str, tuple[int, list[int]]]) -> None:
+    def __init__(self, tokenizer: Any, static_prefix: int, lengths: dict[str, tuple[int, list[int]]]) -> None:
         super().__init__(tokenizer)
-        self.preamble = _fit(self.preamble, preamble)
+        self.static_prefix = _fit(self.static_prefix, static_prefix)
         self.lengths = lengths
         """Of the prefix and of each document, by the first document of the request."""
 
@@ -78,9 +83,9 @@ class TrueLengths(Prompt):
             return encoded
         prefix, documents = self.lengths[request.documents[0]]
         return EncodedRequest(
-            [*self.preamble, *_fit(encoded.prefix, prefix - len(self.preamble))],
+            [*self.static_prefix, *_fit(encoded.prefix, prefix - len(self.static_prefix))],
             [_fit(tokens, count) for tokens, count in zip(encoded.documents, documents, strict=True)],
-            kept=len(kept),
+            cached_prefix_len=len(kept),
         )
 
 
@@ -91,7 +96,7 @@ def true_lengths() -> TrueLengths:
     lengths = {ten_documents().documents[0]: (ten["prefixes"][0], ten["documents"][0])}
     for request, prefix, documents in zip(WORK, short["prefixes"], short["documents"], strict=True):
         lengths[request["documents"][0]] = prefix, documents
-    return TrueLengths(load_tokenizer(DEMO), counted["preamble"], lengths)
+    return TrueLengths(load_tokenizer(DEMO), counted["static_prefix"], lengths)
 
 
 def _fit(tokens: list[int], count: int) -> list[int]:
@@ -230,7 +235,7 @@ class Bench:
             f"{tokens / seconds:.0f} packed tokens/s, {flop / self.rate:.0%} of the floor "
             f"({self.flop_per_token / 1e9:.3g} GFLOP a token at the best rate above; "
             f"{flop / self.sustained:.0%} at the other). "
-            f"Of each prompt the {len(self.scorer.model.preamble)} tokens that the model keeps are not counted."
+            f"Of each prompt the {len(self.scorer.model.static_prefix)} tokens that the model keeps are not counted."
         )
 
     def card(self) -> str:
@@ -305,9 +310,9 @@ class Bench:
 
         assert self.scorer is not None
         most = rng.choice((10, 100, 600)) if self.device.type == "cuda" else 30
-        kept = self.scorer.model.preamble[: rng.choice((0, 20, None))]
+        kept = self.scorer.model.static_prefix[: rng.choice((0, 20, None))]
         documents = [tokens(most) for _ in range(rng.choice((1, 2, 9)))]
-        return EncodedRequest([*kept, *tokens(most)], documents, kept=len(kept))
+        return EncodedRequest([*kept, *tokens(most)], documents, cached_prefix_len=len(kept))
 
     def _pair(self, made: Any, tokens: list[int]) -> float:
         """The card's logit: of "yes" minus of "no" at the last token, in float32 as the service has it."""

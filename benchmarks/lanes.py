@@ -24,11 +24,11 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
 from benchmarks.models import SHAPES, model
 from benchmarks.report import header, table
+from reranker.engine.batch import PackedBatch
 from reranker.engine.budget import split
+from reranker.engine.families.qwen3 import fuse
 from reranker.engine.lanes import DealtBatch, Lanes
 from reranker.engine.model import Model
-from reranker.engine.packing import PackedBatch
-from reranker.engine.qwen3 import fuse
 from reranker.engine.scorer import Scorer
 from reranker.types import RerankRequest, Slice
 
@@ -136,7 +136,7 @@ def _thin(whole: Model) -> Model:
     decoder = Qwen3Model(config).eval()
     fuse(decoder)
     thin = Model(decoder, torch.zeros(16), whole.device, whole.dtype, whole.kernel)
-    thin.keep(list(whole.preamble))
+    thin.keep(list(whole.static_prefix))
     return thin
 
 

@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 
 from benchmarks.openmp import OWN, environment
-from tests.card import INSTRUCTION, PREFIX, SUFFIX
+from tests.engine.card import INSTRUCTION, PREFIX, SUFFIX
 
 Work = list[dict[str, Any]]
 """Requests: {"query": text, "documents": texts}"""

@@ -24,8 +24,8 @@ from pathlib import Path
 
 from benchmarks.models import SHAPES, model
 from benchmarks.report import header, table
-from deploy.batch.output import Record
 from deploy.ray_batch import rates
+from reranker.batch.output import Record
 
 ROOT = Path(__file__).resolve().parents[1]
 

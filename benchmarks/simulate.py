@@ -2,8 +2,8 @@
 
     python -m benchmarks.simulate [--gpus 1000] [--requests 80] [--plot docs/routing.png]
 
-Each GPU is the service's own queue (reranker/service/queue.py, the code that serves) and the batcher's rule: a pass is
-whatever waits, up to the token budget; when half of it is over, one full batch is taken ahead. Only the forward pass is
+Each GPU is the service's own queue (reranker/scheduler/queue.py, the code that serves) and the batcher's rule: a pass
+is what waits, up to the token budget; when half of it is over, one full batch is taken ahead. Only the forward pass is
 a model: `overhead + tokens / rate` seconds. benchmarks/replay.py holds the simulation against a real gunicorn.
 """
 
@@ -24,7 +24,7 @@ import simpy
 from benchmarks.routing import Choose, Loads, at_random, by_prefix, least, round_robin, stale, two_choices
 from benchmarks.simulated import Answer, Gpu, Speed
 from benchmarks.traffic import Arrival, heavy_tailed
-from reranker.service.queue import Job
+from reranker.scheduler.queue import Job
 
 LOADS = (0.5, 0.7, 0.8, 0.9, 0.95)
 

@@ -1,6 +1,6 @@
 """One simulated worker: the service's own queue and the batcher's rule around a device that takes time.
 
-Only the forward pass is a model; what goes into it is decided by reranker/service/queue.py, the code that serves.
+Only the forward pass is a model; what goes into it is decided by reranker/scheduler/queue.py, the code that serves.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import simpy
 
-from reranker.service.queue import Job, TokenQueue
+from reranker.scheduler.queue import Job, TokenQueue
 from reranker.types import Slice
 
 Batch = list[tuple[Job, Slice]]

@@ -7,7 +7,7 @@ from typing import Any
 
 from app import create_app, load_scorer
 from config import load_settings
-from reranker.service.compute import ScorerLike
+from reranker.scheduler.compute import ScorerLike
 
 settings = load_settings()
 spent = {"wall": 0.0, "processor": 0.0}

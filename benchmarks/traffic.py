@@ -129,7 +129,7 @@ def _range(n: int) -> range:
 def main() -> None:
     """Count tokens and bytes of both files."""
     from benchmarks.models import tokenizer
-    from reranker.engine.checkpoint import load_tokenizer
+    from reranker.engine.checkpoint.config import load_tokenizer
     from reranker.engine.prompt import Prompt
 
     prompt = Prompt(load_tokenizer(tokenizer()), max_seq_length=MAX_TOKENS)
@@ -148,7 +148,7 @@ def main() -> None:
             "answer_bytes": [len(json.dumps(answer).encode()) for answer in answers],
         }
     ten = prompt.encode(ten_documents())
-    made["preamble"] = len(prompt.preamble)
+    made["static_prefix"] = len(prompt.static_prefix)
     made["ten"] = {"prefixes": [len(ten.prefix)], "documents": [[len(d) for d in ten.documents]]}
     TOKENS.write_text(json.dumps(made) + "\n")
 

@@ -4,7 +4,7 @@
 
 INPUT    Parquet or JSON lines: files, folders or patterns, on the disk or on a store (s3://bucket/folder). Rows are
          {"query", "documents", "id"?, "top_k"?, "instruction"?} or {"query", "document", "id"?, "instruction"?}
-OUTPUT   a folder, on the disk or on a store; deploy/batch/output.py says what will be in it
+OUTPUT   a folder, on the disk or on a store; reranker/batch/output.py says what will be in it
 
 The input is cut into parts, and Ray Data hands parts, not rows, to a pool of actors: its own readers would lose the
 number of a line, fail a file for one bad row, and cut elsewhere on another cluster.
@@ -24,13 +24,13 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from reranker.cli.errors import FailedError, InputError
 from reranker.cli.main import Parser, count, run
 from reranker.cli.options import Source, add_model_options, load_env_file, source
+from reranker.errors import FailedError, InputError
 
 if TYPE_CHECKING:
-    from deploy.batch.output import Record
-    from deploy.batch.parts import Part, Scan
+    from reranker.batch.output import Record
+    from reranker.batch.parts import Part, Scan
 
 _PART_BYTES = 4 << 20
 
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     for warning in load_env_file():
         _say(f"warning: {warning}")
     where = source(args)
-    from deploy.batch import cluster
+    from reranker.batch import cluster
 
     files = _files(args.input, args.output)
     with cluster.connected(args.address, verbose=args.verbose):
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _files(given: list[str], output: str) -> list[str]:
     """Addresses of the input's files, each once."""
-    from deploy.batch import parts, store
+    from reranker.batch import parts, store
 
     found = sorted({address for one in given for address in store.find(one, parts.ENDINGS)})
     for address in found:
@@ -116,10 +116,10 @@ def _files(given: list[str], output: str) -> list[str]:
 
 
 def _run(args: argparse.Namespace, where: Source, scans: dict[str, Scan]) -> None:
-    from deploy.batch import cluster
-    from deploy.batch.actor import Job
-    from deploy.batch.output import Output
-    from deploy.batch.parts import cut
+    from reranker.batch import cluster
+    from reranker.batch.actor import Job
+    from reranker.batch.output import Output
+    from reranker.batch.parts import cut
 
     parts = cut(scans)
     output = Output(args.output)

@@ -13,7 +13,7 @@ from typing import Any
 
 from ray.serve.metrics import Gauge
 
-from reranker.service.metrics import Metrics
+from reranker.http.metrics import Metrics
 
 _SECONDS = 5
 

@@ -11,8 +11,8 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from reranker.errors import DeadlineError, NotReadyError, RerankError
-from reranker.service.access import id_of
-from reranker.service.api.errors import error_response
+from reranker.http.access import id_of
+from reranker.http.errors import error_response
 
 # By these Ray would route, and fail on bytes that are no text: they are not the client's to set.
 _RAYS_HEADERS = frozenset({b"x-request-id", b"serve_multiplexed_model_id"})

@@ -22,7 +22,7 @@ from reranker.environment import SETTINGS, closest, read_env_file
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from reranker.service.compute import ScorerLike
+    from reranker.scheduler.compute import ScorerLike
 
 logger = logging.getLogger("reranker")
 

@@ -143,3 +143,19 @@ class DeadlineError(RerankError):
 
 class ModelLoadError(Exception):
     """The model cannot be served; the message is one line that says why and how to mend it."""
+
+
+class CommandError(Exception):
+    """A command or a batch cannot go on: one line on standard error and an exit code, never a traceback."""
+
+    code: ClassVar[int] = 1
+
+
+class InputError(CommandError):
+    """Arguments, the environment, a file or a line of it cannot be used."""
+
+    code = 2
+
+
+class FailedError(CommandError):
+    """The input is valid, but the work could not be done: no model, no service, no disk space."""

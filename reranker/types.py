@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-MOST_CHUNKS = 64
+MAX_CHUNKS = 64
 """A document is split into at most so many chunks: with 8192 tokens each, a second of tokenising."""
 
 
@@ -60,7 +60,7 @@ class EncodedRequest:
     chunks: list[list[int]] | None = None
     """None: nothing may be split. Else for each document the characters at which its chunks begin and the last one
     ends: n + 1 numbers for n chunks."""
-    kept: int = 0
+    cached_prefix_len: int = 0
     """Tokens at the prefix's start that no pass computes again: the model keeps their keys and values."""
     query_truncated: bool = False
     """Whether only the start of the query is in the prefix."""
@@ -76,7 +76,7 @@ class EncodedRequest:
             [document for part in parts for document in part.documents],
             frozenset(start + i for start, part in zip(before, parts, strict=False) for i in part.truncated),
             None if parts[0].chunks is None else [borders for part in parts for borders in part.chunks or []],
-            parts[0].kept,
+            parts[0].cached_prefix_len,
             parts[0].query_truncated,
         )
 
@@ -88,7 +88,7 @@ class EncodedRequest:
     @property
     def tokens(self) -> int:
         """The cost of the request: the prefix's own part once, every document once. The unit of queue and budget."""
-        return len(self.prefix) - self.kept + sum(map(len, self.documents))
+        return len(self.prefix) - self.cached_prefix_len + sum(map(len, self.documents))
 
     @property
     def prompt_tokens(self) -> int:
@@ -112,7 +112,7 @@ class Slice:
     @property
     def tokens(self) -> int:
         """Cost in a forward pass: the prefix's own part once, these documents once."""
-        return len(self.request.prefix) - self.request.kept + sum(map(len, self.documents))
+        return len(self.request.prefix) - self.request.cached_prefix_len + sum(map(len, self.documents))
 
     @property
     def prompt_tokens(self) -> int:

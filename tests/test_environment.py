@@ -29,7 +29,7 @@ from reranker.environment import (
     shorten,
     url_problem,
 )
-from tests.cli import environment
+from tests.cli.command import environment
 from tests.conftest import ROOT
 
 

@@ -50,35 +50,74 @@ def top(names: set[str]) -> set[str]:
     return {name.partition(".")[0] for name in names}
 
 
-ENGINE = sorted((ROOT / "reranker" / "engine").glob("*.py"))
-SERVICE = sorted((ROOT / "reranker" / "service").rglob("*.py"))
+ALLOWED: dict[str, str] = {
+    "types": "",
+    "errors": "",
+    "text": "",
+    "notes": "",
+    "environment": "",
+    "terminal": "errors",
+    "request": "errors text types",
+    "engine": "errors request text types",
+    "rankers": "engine errors notes terminal types",
+    "rows": "errors request terminal types",
+    "batch": "engine errors notes rankers request rows terminal types",
+    "evaluate": "errors rankers request rows terminal types",
+    "cli": "batch environment errors evaluate rankers request rows terminal types",
+    "scheduler": "errors types",
+    "http": "errors notes request scheduler types",
+    "server": "errors http",
+}
+"""For each module or package of `reranker`, those that it imports; __init__ and __main__ aside."""
+FREE_OF_TORCH = {"reranker.engine.budget", "reranker.engine.scores"}
+"""The modules of the engine that every package may import."""
+LIBRARIES: dict[str, set[str]] = {
+    **{name: set() for name in ("types", "errors", "text", "notes", "request")},
+    "engine": COMPUTE | {"huggingface_hub", "psutil"},
+    "scheduler": {"cachetools"},
+}
+"""The libraries that a package imports, where it is not free to import any."""
 
 
-@pytest.mark.parametrize("path", ENGINE, ids=lambda p: p.name)
-def test_the_engine_knows_no_service_and_no_web(path: Path) -> None:
+def rooms() -> list[tuple[str, Path]]:
+    """Each module of `reranker` with the name of its package."""
+    files = [path for path in sorted((ROOT / "reranker").rglob("*.py")) if "__pycache__" not in path.parts]
+    named = [(path.relative_to(ROOT / "reranker").parts[0].removesuffix(".py"), path) for path in files]
+    return [(room, path) for room, path in named if not room.startswith("__")]
+
+
+def test_every_package_has_its_arrows() -> None:
+    assert {room for room, _ in rooms()} == set(ALLOWED)
+
+
+@pytest.mark.parametrize(("room", "path"), rooms(), ids=lambda value: str(value).removeprefix(f"{ROOT}/"))
+def test_a_module_imports_only_from_the_packages_below_its_own(room: str, path: Path) -> None:
     names = imports(path)
-    assert not any(name.startswith("reranker.service") for name in names)
-    assert not top(names) & (WEB | {"config", "app"})
+    ours = {name for name in names if name.startswith("reranker.")} - FREE_OF_TORCH
+    assert {name.split(".")[1] for name in ours} <= {room, *ALLOWED[room].split()}
+    assert not top(names) & {"config", "app", "deploy", "tests"}
+    if room in LIBRARIES:
+        assert top(names) - {"reranker"} <= sys.stdlib_module_names | LIBRARIES[room]
+    if room not in ("engine", "batch"):
+        assert not top(names) & (COMPUTE - {"numpy"})
 
 
-@pytest.mark.parametrize("path", SERVICE, ids=lambda p: p.name)
-def test_the_service_reaches_the_engine_only_where_it_is_free_of_torch(path: Path) -> None:
-    names = imports(path)
-    assert not top(names) & (COMPUTE | {"config", "app"})
-    engine = {name for name in names if name.startswith("reranker.engine")}
-    assert engine <= {"reranker.engine.budget", "reranker.engine.scores", "reranker.engine.text"}
+def test_no_modules_import_each_other() -> None:
+    graph = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): imports(path)
+        for _, path in rooms()
+    }
+    seen: set[str] = set()
 
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, f"an import cycle: {' -> '.join((*above, name))}"
+        if name not in seen:
+            for other in sorted(graph.get(name, set()) & set(graph)):
+                visit(other, (*above, name))
+            seen.add(name)
 
-def test_the_request_schema_serves_the_service_and_the_command_line_alike() -> None:
-    names = {name for file in ("request", "fields") for name in imports(ROOT / "reranker" / f"{file}.py")}
-    assert top(names) <= sys.stdlib_module_names | {"reranker"}
-    leaves = {f"reranker.{name}" for name in ("engine.text", "errors", "template", "types", "unread", "fields")}
-    assert {name for name in names if name.startswith("reranker")} == leaves
-
-
-@pytest.mark.parametrize("name", ["types", "errors", "template", "notes", "unread"])
-def test_types_and_errors_are_leaves(name: str) -> None:
-    assert top(imports(ROOT / "reranker" / f"{name}.py")) <= sys.stdlib_module_names
+    for name in graph:
+        visit(name, ())
 
 
 def test_the_application_starts_without_torch() -> None:

@@ -22,8 +22,8 @@ from config import Settings
 from tests.conftest import DEMO, ROOT, Server, Start
 from tests.fake import FakeScorer
 from tests.faults.traffic import Traffic, all_ready, until
-from tests.rows import wear
-from tests.test_metrics import once, value
+from tests.http.test_metrics import once, value
+from tests.request.bodies import wear
 
 QUERY = "how to compress files"
 DOCUMENTS = [
@@ -305,7 +305,7 @@ def test_a_start_with_everything_in_the_legacy_file(start: Start) -> None:
     assert re.search(
         r"^\d{4}-\d\d-\d\d [\d:,]+ - reranker.engine.scorer - INFO - precision: bfloat16", server.log, re.M
     )
-    assert "Using worker: reranker.service.worker.RerankWorker" in server.log
+    assert "Using worker: reranker.server.worker.RerankWorker" in server.log
 
 
 def test_the_log_tells_the_choices_and_how_to_try(server: Server) -> None:

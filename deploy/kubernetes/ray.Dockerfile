@@ -11,6 +11,5 @@ RUN echo 'PATH=/opt/venv/bin:$PATH' > /etc/profile.d/venv.sh \
 COPY requirements-ray.txt deploy/
 RUN pip install --no-cache-dir -r deploy/requirements-ray.txt
 COPY *.py deploy/
-COPY batch/*.py deploy/batch/
 ENV PYTHONPATH=/app
 USER 10001:10001

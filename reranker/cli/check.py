@@ -6,11 +6,10 @@ import argparse
 import sys
 import time
 
-from reranker.cli.errors import CommandError, FailedError
 from reranker.cli.options import source
-from reranker.cli.ranker import open_ranker, rank_one
-from reranker.cli.terminal import print_json, printing
-from reranker.errors import ModelLoadError, RerankError
+from reranker.errors import CommandError, FailedError, ModelLoadError, RerankError
+from reranker.rankers.ranker import open_ranker, rank_one
+from reranker.terminal import print_json, printing
 from reranker.types import RerankRequest
 
 _PAIR = ("how to compress files", "gzip compresses files to save disk space")

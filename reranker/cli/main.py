@@ -15,11 +15,10 @@ from contextlib import suppress
 from typing import Any, NoReturn
 
 from reranker import __version__
-from reranker.cli.errors import CommandError, FailedError, InputError
-from reranker.cli.forms import KINDS
 from reranker.cli.options import add_model_options, load_env_file
-from reranker.cli.terminal import discard_output, harmless, printing
-from reranker.errors import InvalidRequestError, ModelLoadError, RerankError
+from reranker.errors import CommandError, FailedError, InputError, InvalidRequestError, ModelLoadError, RerankError
+from reranker.rows.forms import KINDS
+from reranker.terminal import discard_output, harmless, printing
 
 
 class _Once(argparse._StoreAction):
@@ -164,9 +163,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.command == "rank":
         from reranker.cli.rank import rank as command
     elif args.command == "batch":
-        from reranker.cli.batch import batch as command
+        from reranker.batch.local import batch as command
     elif args.command == "evaluate":
-        from reranker.cli.evaluate import evaluate as command
+        from reranker.evaluate.evaluation import evaluate as command
     else:
         from reranker.cli.check import check as command
     command(args)

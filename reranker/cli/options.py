@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from reranker import environment
-from reranker.cli.errors import InputError
 from reranker.environment import SettingsError, shorten, url_problem
+from reranker.errors import InputError
 
 T = TypeVar("T")
 

@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from reranker.cli import documents
-from reranker.cli.errors import InputError
 from reranker.cli.options import source
-from reranker.cli.ranker import Scored, open_ranker, rank_one
-from reranker.cli.terminal import harmless, note, print_json, printing, truncated
+from reranker.errors import InputError
+from reranker.rankers.ranker import Scored, open_ranker, rank_one
+from reranker.rows import documents
+from reranker.terminal import harmless, note, print_json, printing, truncated
 from reranker.types import RerankRequest
 
 # A table row shows one line: more of a text would only be cut again.

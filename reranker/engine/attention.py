@@ -1,7 +1,7 @@
-"""Attention over a packed batch: one interface, two kernels, held equal by tests/test_attention.py.
+"""Attention over a packed batch: one interface, two kernels, held equal by tests/engine/test_attention.py.
 
 An attention object is made once per batch and called once per layer. Shapes: H query heads, G key/value heads, D head
-dimension; T tokens, N documents, P keys kept of the preamble, K gathered keys (see packing.py).
+dimension; T tokens, N documents, P keys kept of the static prefix, K gathered keys (see batch.py).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reranker.engine.packing import PackedBatch
+from reranker.engine.batch import PackedBatch
 
 varlen_attn: Callable[..., Any] | None
 try:

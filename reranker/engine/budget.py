@@ -16,7 +16,7 @@ _KEYS_PER_TOKEN = 8
 def fit(request: EncodedRequest, start: int, max_tokens: int, max_documents: int) -> int:
     """Where a slice of `request` from document `start` must stop to stay within both limits (`start`: none fits)."""
     prefix = len(request.prefix)
-    left, keys = max_tokens - prefix + request.kept, max_tokens * _KEYS_PER_TOKEN
+    left, keys = max_tokens - prefix + request.cached_prefix_len, max_tokens * _KEYS_PER_TOKEN
     stop = start
     for tokens in map(len, request.documents[start : start + max_documents]):
         left -= tokens
@@ -64,7 +64,7 @@ def fill(requests: Iterable[EncodedRequest], limits: Callable[[], tuple[int, int
         yield batch
 
 
-def halves(slices: Sequence[Slice]) -> tuple[list[Slice], list[Slice]] | None:
+def split_in_half(slices: Sequence[Slice]) -> tuple[list[Slice], list[Slice]] | None:
     """The same documents in two parts of about the same count, or None when there is only one document."""
     documents = sum(s.stop - s.start for s in slices)
     if documents < 2:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reranker.engine.packing import PackedBatch, Shape, pad
+from reranker.engine.batch import PackedBatch, Shape, pad
 
 # Matrix products work in tiles of 128 rows: a finer step would save no time.
 _STEP = 128

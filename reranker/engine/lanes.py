@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from reranker.engine.packing import PackedBatch
+from reranker.engine.batch import PackedBatch
 from reranker.types import Slice
 
 # A deal whose largest lane is so near to an equal share is good enough: every further prefix that is split costs more.
@@ -95,7 +95,7 @@ def _dealt(
         load, lane = loads[0]
         if (i, lane) not in known:
             known.add((i, lane))
-            load += len(slices[i].request.prefix) - slices[i].request.kept
+            load += len(slices[i].request.prefix) - slices[i].request.cached_prefix_len
         heapq.heapreplace(loads, (load + tokens, lane))
         dealt[lane].append((i, j))
     return max(load for load, _ in loads), dealt

@@ -17,12 +17,12 @@ from transformers.utils.logging import disable_progress_bar
 
 from reranker.engine import device as devices
 from reranker.engine.attention import Attention, choose
-from reranker.engine.checkpoint import Checkpoint, first_line
+from reranker.engine.batch import PackedBatch
+from reranker.engine.checkpoint.config import Checkpoint, first_line
+from reranker.engine.checkpoint.weights import check_weights, parameters
+from reranker.engine.families.qwen3 import PLAIN, LayerFns, fuse, keep, last_hidden
 from reranker.engine.graphs import Graphs
-from reranker.engine.packing import PackedBatch
 from reranker.engine.quantized import quantize
-from reranker.engine.qwen3 import PLAIN, Stages, fuse, keep, last_hidden
-from reranker.engine.weights import check_weights, parameters
 from reranker.errors import ModelLoadError, ScoringError
 
 logger = logging.getLogger(__name__)
@@ -40,17 +40,17 @@ class Model:
     dtype: torch.dtype
     """Precision of the layers' products."""
     kernel: type[Attention]
-    stages: Stages = PLAIN
+    stages: LayerFns = PLAIN
     """What runs around each layer's attention; speedup.py puts compiled ones here."""
     graphs: Graphs | None = None
     """Recorded passes for small batches; speedup.py puts them here."""
-    preamble: Sequence[int] = ()
+    static_prefix: Sequence[int] = ()
     """[P] tokens whose keys and values every layer keeps: requests are encoded, and batches packed, for them."""
 
     def keep(self, tokens: list[int]) -> None:
         """Compute what every prompt begins with once and for all, before anything is compiled or recorded."""
         keep(self.decoder, tokens, self.kernel)
-        self.preamble = tokens
+        self.static_prefix = tokens
 
     @torch.inference_mode()
     def forward(self, batch: PackedBatch) -> Tensor:
@@ -68,7 +68,7 @@ class Model:
             return self.hidden(batch.to(self.device), self.stages) @ self.head
 
     @torch.inference_mode()
-    def hidden(self, batch: PackedBatch, stages: Stages = PLAIN) -> Tensor:
+    def hidden(self, batch: PackedBatch, stages: LayerFns = PLAIN) -> Tensor:
         """[N, hidden_size] float32: last hidden states, normalised; `batch` is on the device."""
         hidden = last_hidden(self.decoder, batch, self.kernel, stages).float()
         norm = self.decoder.norm

@@ -2,7 +2,7 @@
 
 Source: the transformers sample of the Qwen3-Reranker model card. The card tokenises `<Instruct>...<Document>: {text}`
 in one piece; the Qwen pre-tokenizer never merges the `:` of `<Document>:` with the space behind it, so the piece can be
-split there without changing a token (tests/test_prompt.py proves it on random text).
+split there without changing a token (tests/engine/test_prompt.py proves it on random text).
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from itertools import takewhile
 from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from reranker.engine.text import printable
 from reranker.errors import InvalidRequestError, ModelLoadError
-from reranker.template import SUFFIX as SUFFIX
-from reranker.template import SYSTEM as SYSTEM
-from reranker.types import MOST_CHUNKS, EncodedRequest, RerankRequest
+from reranker.request.template import SUFFIX as SUFFIX
+from reranker.request.template import SYSTEM as SYSTEM
+from reranker.text import printable
+from reranker.types import MAX_CHUNKS, EncodedRequest, RerankRequest
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class Prompt:
         self.longest_entry = max(map(len, self.plain.get_vocab()))
         """Characters that one token can stand for at the most (byte-level entries: at most one character a byte)."""
         opening = self._bounded([_opening(instruction)], _MOST_PREAMBLE)[0].ids
-        self.preamble = (self.system + opening)[:_MOST_PREAMBLE]
+        self.static_prefix = (self.system + opening)[:_MOST_PREAMBLE]
         """With which every prompt of the default instruction begins; one of another instruction shares its start."""
 
     @staticmethod
@@ -122,7 +122,7 @@ class Prompt:
         prefix, query_truncated = self._prefix(request)
         room = self.max_seq_length - len(prefix) - len(self.suffix)
         size = min(room, request.max_tokens_per_doc or room)
-        most = size * min(request.max_chunks_per_doc or 1, MOST_CHUNKS)
+        most = size * min(request.max_chunks_per_doc or 1, MAX_CHUNKS)
         split = request.max_chunks_per_doc is not None
         texts = [" " + printable(document) for document in request.documents]
         documents: list[list[int]] = []

@@ -19,18 +19,18 @@ from typing import Any
 import torch
 
 from reranker.engine import device as devices
-from reranker.engine.budget import halves, split
-from reranker.engine.checkpoint import Checkpoint, read
+from reranker.engine.acceleration import accelerate
+from reranker.engine.batch import PackedBatch, pack
+from reranker.engine.budget import split, split_in_half
+from reranker.engine.checkpoint.config import Checkpoint, read
+from reranker.engine.checkpoint.layout import default_instruction
+from reranker.engine.checkpoint.locate import locate
+from reranker.engine.checkpoint.weights import not_finite
 from reranker.engine.lanes import LEAST_TOKENS, DealtBatch, Lanes, deal
-from reranker.engine.layout import default_instruction
-from reranker.engine.locate import locate
 from reranker.engine.model import Model, load
-from reranker.engine.packing import PackedBatch, pack
 from reranker.engine.prompt import INSTRUCTION, Prompt
 from reranker.engine.scores import sigmoid
-from reranker.engine.selfcheck import self_check
-from reranker.engine.speedup import speed_up
-from reranker.engine.weights import not_finite
+from reranker.engine.self_check import self_check
 from reranker.errors import DeviceLostError, InvalidRequestError, ModelLoadError, OutOfMemoryError, ScoringError
 from reranker.types import EncodedRequest, ModelInfo, RerankRequest, Slice
 
@@ -185,16 +185,16 @@ class Scorer:
         Raises:
             InvalidRequestError: query and instruction leave no room for a document.
         """
-        return self.prompt.encode(request, self.model.preamble)
+        return self.prompt.encode(request, self.model.static_prefix)
 
     def pack(self, slices: Sequence[Slice]) -> Batch:
         """Lay slices of requests out for one forward pass. May run beside `score` in another thread."""
-        preamble, pinned = len(self.model.preamble), self.model.device.type == "cuda"
+        static_prefix, pinned = len(self.model.static_prefix), self.model.device.type == "cuda"
         lanes = 1 if self.lanes is None else self.lanes.wanted(slices)
         if lanes == 1:
-            return pack(slices, preamble=preamble, pinned=pinned)
+            return pack(slices, static_prefix=static_prefix, pinned=pinned)
         dealt = deal(slices, lanes)
-        parts = tuple(pack(lane.slices, preamble=preamble) for lane in dealt)
+        parts = tuple(pack(lane.slices, static_prefix=static_prefix) for lane in dealt)
         return DealtBatch(tuple(slices), parts, tuple(lane.places for lane in dealt))
 
     def score(self, batch: Batch) -> list[float]:
@@ -220,7 +220,7 @@ class Scorer:
                     ) from error
                 raise
         # Outside the handler: while it holds the exception, its frames hold the tensors that must go.
-        parts = halves(batch.slices)
+        parts = split_in_half(batch.slices)
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
         if parts is None:
@@ -265,8 +265,8 @@ class Scorer:
             ScoringError: a score is not finite, or the precision is not implemented on this device.
         """
         self._measure(self._warm_up_batch(1))  # the plain way must hold before anything is held against it or kept
-        self.model.keep(self.prompt.preamble)
-        speed_up(self.model)
+        self.model.keep(self.prompt.static_prefix)
+        accelerate(self.model)
         # A 4B model on a laptop needs seconds for 128 tokens; a GPU has not begun to work below some thousands.
         best = _Rate(0.0, 0.0)
         for count in (1, 8, 64):

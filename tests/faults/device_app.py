@@ -8,7 +8,7 @@ import torch
 
 from app import create_app, load_scorer
 from config import load_settings
-from reranker.engine.packing import PackedBatch
+from reranker.engine.batch import PackedBatch
 from reranker.engine.scorer import Scorer
 from reranker.types import EncodedRequest, RerankRequest
 

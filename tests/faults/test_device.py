@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import FAKE, GUNICORN, Server, Start
 from tests.faults.device_app import ERRORS, NAN
-from tests.test_metrics import once, samples, value
+from tests.http.test_metrics import once, samples, value
 
 DEVICE = [*GUNICORN[:-1], "tests.faults.device_app:app"]
 TEXTS = [f"gzip compresses files, and this is part {i} of what there is to say about it" for i in range(60)]

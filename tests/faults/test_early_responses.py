@@ -21,7 +21,7 @@ import requests
 from tests.conftest import FAKE, Server, Start
 from tests.faults.raw import connect, listen, send, workers
 from tests.faults.traffic import until
-from tests.test_metrics import once, value
+from tests.http.test_metrics import once, value
 
 TOKEN = "s3cret"
 MAX_BODY_BYTES = 30_000_000

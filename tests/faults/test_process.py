@@ -19,7 +19,7 @@ import pytest
 from tests.conftest import FAKE, GUNICORN, Server, Start
 from tests.faults.raw import connect, listen, send
 from tests.faults.traffic import BODY, Traffic, all_ready, until
-from tests.test_metrics import folders, once, value
+from tests.http.test_metrics import folders, once, value
 
 REFUSED = {"ConnectError", "ConnectionRefusedError"}
 # The kernel resets what it has connected and nobody has accepted when the last listener goes.

@@ -17,7 +17,7 @@ import pytest
 
 from tests.conftest import FAKE, GUNICORN, ROOT, Server, Start
 from tests.faults.traffic import BODY, Traffic, all_ready
-from tests.test_metrics import once, value
+from tests.http.test_metrics import once, value
 
 RESTART = [sys.executable, str(ROOT / "deploy" / "restart.py")]
 PID = ["--pid", "master.pid"]

@@ -15,7 +15,7 @@ import httpx
 import psutil
 import pytest
 
-from reranker.service.protocol import MAX_PIPELINED
+from reranker.server.protocol import MAX_PIPELINED
 from tests.conftest import FAKE, Server, Start
 from tests.faults.raw import Answers, Peak, Spent, connect, exchange, listen, once, post, send, workers
 

@@ -22,9 +22,9 @@ from moto.server import ThreadedMotoServer
 from ray.cluster_utils import Cluster
 
 from reranker import Scorer
-from tests.cli import cli, environment, read_lines, write_lines
+from tests.batch.test_local import BAD, GOOD, inputs
+from tests.cli.command import cli, environment, read_lines, write_lines
 from tests.conftest import ROOT
-from tests.test_cli_batch import BAD, GOOD, inputs
 
 COMMAND = [sys.executable, "-m", "deploy.ray_batch"]
 UNCOLLECTED = [

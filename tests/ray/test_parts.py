@@ -15,20 +15,19 @@ import pytest
 from ray.exceptions import ActorDiedError
 
 from deploy import ray_batch
-from deploy.batch import cluster, store
-from deploy.batch import rows as reading
-from deploy.batch.actor import Job, fingerprint, score
-from deploy.batch.output import Output, Record
-from deploy.batch.parts import Part, cut, scan
-from reranker.cli.errors import FailedError, InputError
-from reranker.cli.groups import Row
-from reranker.cli.ranker import Scored
-from reranker.cli.rows import request_of
-from reranker.errors import InvalidRequestError, RerankError
+from reranker.batch import cluster, store
+from reranker.batch import part_rows as reading
+from reranker.batch.actor import Job, fingerprint, score
+from reranker.batch.output import Output, Record
+from reranker.batch.parts import Part, cut, scan
+from reranker.errors import FailedError, InputError, InvalidRequestError, RerankError
 from reranker.notes import Notes
+from reranker.rankers.ranker import Scored
+from reranker.rows.groups import Row
+from reranker.rows.row import request_of
 from reranker.types import RerankRequest
 from tests.conftest import free_port, make_model
-from tests.rows import ROWS
+from tests.request.bodies import ROWS
 
 
 def parts_of(path: Path, size: int) -> list[Part]:
@@ -49,7 +48,7 @@ def test_lines_are_cut_at_their_ends_and_numbered(tmp_path: Path, end: bytes, mo
     whole = b"\n".join(LINES) + end
     path.write_bytes(whole)
     for chunk, size in itertools.product((1, 3, 7, 1000), range(1, 90)):
-        monkeypatch.setattr("deploy.batch.parts._CHUNK", chunk)
+        monkeypatch.setattr("reranker.batch.parts._CHUNK", chunk)
         parts = parts_of(path, size)
         assert b"".join(whole[part.start : part.stop] for part in parts) == whole
         for part, after in itertools.pairwise(parts):

@@ -1,1 +1,0 @@
-"""What `deploy/ray_batch.py` distributes: inputs cut into parts, a part's rows, their scores, the output folder."""

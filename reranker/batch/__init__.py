@@ -1,0 +1,1 @@
+"""Rank many rows, resumable: on this machine or on a Ray cluster."""

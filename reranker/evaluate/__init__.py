@@ -1,0 +1,1 @@
+"""Measure what reranking gains on labelled data."""

@@ -1,0 +1,47 @@
+"""The files that `evaluate` writes, checked before a model is loaded: an hour of scoring must not be lost to a name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from reranker.errors import FailedError, InputError
+
+
+def check_outputs(outputs: Mapping[str, str | None], inputs: Iterable[str | Path]) -> None:
+    """Refuse outputs that would replace an input or one another, or that cannot be written.
+
+    Args:
+        outputs: option -> path; None where the option was not given.
+        inputs: the files that are read.
+
+    Raises:
+        InputError: a path is empty, a folder, an input, or another output; or its folder does not exist.
+        FailedError: the permissions do not allow to write it.
+    """
+    taken = {_same(Path(path)): f"the input {path}" for path in inputs}
+    for option, name in outputs.items():
+        if name is None:
+            continue
+        path = Path(name)
+        if not name or path.is_dir():
+            raise InputError(f"{option}={name!r} names no file")
+        if not path.parent.is_dir():
+            raise InputError(f"{option}={name}: the folder {path.parent} does not exist")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise FailedError(f"cannot write {name} ({option}): Permission denied")
+        if path.exists() and not path.is_file():  # a device or a pipe keeps nothing that could be replaced
+            continue
+        if other := taken.get(_same(path)):
+            raise InputError(f"{option}={name} would replace {other}; name another file")
+        taken[_same(path)] = f"the output of {option}"
+
+
+def _same(path: Path) -> object:
+    """What two names of one file have in common: links and hard links are followed."""
+    try:
+        about = path.stat()
+    except OSError:
+        return path.resolve()
+    return about.st_dev, about.st_ino

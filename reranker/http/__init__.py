@@ -1,0 +1,1 @@
+"""HTTP requests to rankings, and rankings to responses."""

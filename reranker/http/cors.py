@@ -1,0 +1,59 @@
+"""Browsers on pages of other origins: preflights are answered, and responses say who may read them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from inspect import isawaitable
+from typing import Any
+
+from fastapi import FastAPI, Request
+from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from reranker.http.errors import ErrorResponse
+
+_METHODS = ("GET", "HEAD", "POST")
+
+
+class Cors(CORSMiddleware):
+    """Starlette's own, whose refusals are errors of this service."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """Answer a preflight; a refusal names the setting, or the methods."""
+        response = super().preflight_response(request_headers)
+        if response.status_code < 400:
+            return response
+        detail = f"pages of other origins may use {', '.join(_METHODS)} only"
+        if not self.is_allowed_origin(request_headers["origin"]):
+            detail = "pages of this origin may not call the service: the operator can add it to CORS_ALLOW_ORIGINS"
+        headers = {name: text for name, text in response.headers.items() if not name.startswith("content-")}
+        return ErrorResponse(detail, "cors_refused", response.status_code, headers)
+
+
+def install(app: FastAPI, origins: Sequence[str]) -> None:
+    """Allow pages of these origins to call the service.
+
+    Call it after the token guard is added, because a preflight never carries a token, and before the access log is.
+
+    Args:
+        app: has its handler of unexpected errors already.
+        origins: as browsers send them, or `*` for all.
+    """
+    options: dict[str, Any] = {
+        "allow_origins": origins,
+        "allow_methods": _METHODS,
+        "allow_headers": ["*"],  # clients written for Node send headers of their own
+        "expose_headers": ["*"],  # to scripts: x-request-id, Retry-After and all others
+        "allow_private_network": True,  # this service is usually in one
+    }
+    app.add_middleware(Cors, **options)
+    unexpected: Any = app.exception_handlers[Exception]
+
+    async def readable(request: Request, error: Exception) -> ASGIApp:
+        answer = unexpected(request, error)
+        return Cors(await answer if isawaitable(answer) else answer, **options)
+
+    # Starlette sends the response to an unexpected error outside of all middleware.
+    app.add_exception_handler(Exception, readable)  # type: ignore[arg-type]  # sent as an ASGI application

@@ -1,0 +1,1 @@
+"""One module per dialect: its wire models and the rendering of a ranking."""

@@ -1,0 +1,81 @@
+"""GET /info of text-embeddings-inference. Its rerank dialect, `texts` in, is in `reranker.request.parse` and `routes`.
+
+Dify's TEI plugin reads /info before it saves a model: 200, the first key of `model_type` must be "reranker", and
+`max_input_length` and `max_client_batch_size` are taken over.
+"""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel
+from starlette.responses import JSONResponse, Response
+
+from reranker import __version__
+from reranker.http.errors import ErrorBody
+
+router = APIRouter(tags=["models"])
+
+
+class Labels(BaseModel):
+    """The classes of the model: one, whose score is answered."""
+
+    id2label: dict[str, str]
+    label2id: dict[str, int]
+
+
+class ModelType(BaseModel):
+    """What the model does."""
+
+    reranker: Labels
+
+
+class Info(BaseModel):
+    """The served model and the limits of a request, as text-embeddings-inference answers them."""
+
+    model_id: str
+    model_sha: str | None
+    model_dtype: str
+    model_type: ModelType
+    max_concurrent_requests: int
+    max_input_length: int
+    max_batch_tokens: int
+    max_batch_requests: int | None
+    max_client_batch_size: int
+    auto_truncate: bool
+    tokenization_workers: int
+    version: str
+    sha: str | None
+    self_check: str
+    """`passed`, or `failed: ` and the languages whose obvious pair the model ranked wrong at the start."""
+    docker_label: str | None
+
+
+@router.get(
+    "/info",
+    summary="The served model and its limits, as TEI answers them",
+    response_model=Info,
+    responses={503: {"model": ErrorBody, "description": "The model is not loaded"}},
+)
+async def info(request: Request) -> Response:
+    """What Dify and other TEI clients read before they send anything."""
+    batcher = request.app.state.batcher
+    model = batcher.require_ready().info
+    return JSONResponse(
+        {
+            "model_id": model.name,
+            "model_sha": None,
+            "model_dtype": model.precision,
+            "model_type": {"reranker": {"id2label": {"0": "relevant"}, "label2id": {"relevant": 0}}},
+            "max_concurrent_requests": batcher.max_requests,
+            "max_input_length": model.max_seq_length,
+            "max_batch_tokens": model.max_batch_tokens,
+            "max_batch_requests": None,
+            "max_client_batch_size": request.app.state.max_documents,
+            "auto_truncate": True,
+            "tokenization_workers": 1,
+            "version": __version__,
+            "sha": None,
+            "self_check": model.self_check,
+            "docker_label": None,
+        }
+    )

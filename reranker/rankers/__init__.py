@@ -1,0 +1,1 @@
+"""A model in this process or a running service, behind one interface."""

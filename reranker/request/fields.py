@@ -1,0 +1,197 @@
+"""The fields of a rerank request: for each name its reader, with the error of a wrong value, and its JSON Schema."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from reranker.errors import InvalidRequestError
+from reranker.text import printable
+from reranker.types import MAX_CHUNKS
+
+MAX_RANK_FIELDS = 32
+"""Names in `rank_fields`: each costs a look into every document."""
+TEXT_KEYS = ("text", "content", "page_content")
+"""Keys of an object document for its text; the first one that is not null is read."""
+
+
+def json_kind(value: object) -> str:
+    """The kind of a JSON value, for error texts."""
+    return _KINDS.get(type(value), "another value")
+
+
+_KINDS = {
+    str: "a string",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    list: "a list",
+    dict: "an object",
+    type(None): "null",
+}
+
+
+def refuse(name: str, rule: str, value: Any) -> NoReturn:
+    """Raise the error of a field that breaks a rule; of the value it tells the kind alone.
+
+    Raises:
+        InvalidRequestError: always.
+    """
+    raise InvalidRequestError(f"{name}: {rule}; got {json_kind(value)}")
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        refuse(name, "must be a string", value)
+    return printable(value)
+
+
+def _query(name: str, value: Any) -> str:
+    text = _text(name, value)
+    if not text.strip():
+        raise InvalidRequestError(f"{name}: must not be empty")
+    return text
+
+
+def _list(name: str, value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        refuse(name, 'must be a list of texts, such as ["a", "b"]', value)
+    if not value:
+        raise InvalidRequestError(f'{name}: must hold at least one text, such as ["a", "b"]; the list is empty')
+    return value
+
+
+_DIGITS = re.compile("0|[1-9][0-9]{0,17}")
+
+
+def _count(name: str, value: Any) -> int:
+    """A whole number from 0; `_counts` decides what 0 means."""
+    if isinstance(value, str):
+        value = int(value) if _DIGITS.fullmatch(value) else -1
+    # JSON knows no integers, only numbers without a fraction: 3.0 and 1e20 are as good as 3.
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise InvalidRequestError(f"{name}: {COUNT_RULE}")
+    return value
+
+
+COUNT_RULE = "must be a whole number of at least 1, or null"
+
+# RAGFlow sends "true"; Python's str() makes "True"; 1 equals True as a key.
+_FLAGS: dict[float | str, bool] = {
+    flag: value
+    for value in (True, False)
+    for flag in (value, str(value), str(value).lower(), str(value).upper(), str(int(value)))
+}
+
+
+def _flag(name: str, value: Any) -> bool:
+    flag = _FLAGS.get(value) if isinstance(value, (int, float, str)) else None
+    if flag is None:
+        raise InvalidRequestError(f"{name}: must be true or false")
+    return flag
+
+
+def _rank_fields(name: str, value: Any) -> list[str]:
+    rule = 'must be a list of names of fields, such as ["title", "text"]'
+    if not isinstance(value, list):
+        refuse(name, rule, value)
+    if len(value) > MAX_RANK_FIELDS:
+        raise InvalidRequestError(f"{name}: at most {MAX_RANK_FIELDS} names")
+    for i, field in enumerate(value):
+        if not isinstance(field, str):
+            refuse(f"{name}[{i}]", "must be a string", field)
+    return list(dict.fromkeys(value))
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """A field: `read` checks and converts a value that is not null, given with the field's name."""
+
+    read: Callable[[str, Any], Any]
+    schema: dict[str, Any]
+
+
+def _optional(schema: dict[str, Any], description: str) -> dict[str, Any]:
+    return {"anyOf": [schema, {"enum": [None, ""]}], "description": description}
+
+
+def _count_field(description: str) -> Field:
+    digits = {"type": "string", "pattern": f"^({_DIGITS.pattern})$"}
+    return Field(_count, _optional({"anyOf": [{"type": "integer", "minimum": 0}, digits]}, description))
+
+
+def _flag_field(description: str) -> Field:
+    texts = sorted(flag for flag in _FLAGS if isinstance(flag, str))
+    return Field(_flag, _optional({"anyOf": [{"type": "boolean"}, {"enum": [*texts, 1, 0]}]}, description))
+
+
+def _text_field(description: str) -> Field:
+    return Field(_text, _optional({"type": "string"}, description))
+
+
+def _documents_field() -> Field:
+    items = {"anyOf": [{"type": "string"}, {"type": "object"}]}
+    text = 'Texts, or objects with their text in "text", "content" or "page_content", or in the fields of rank_fields'
+    examples = [["a small animal", "a bread"]]
+    return Field(_list, {"type": "array", "minItems": 1, "items": items, "description": text, "examples": examples})
+
+
+def _object_schema(*keys: str) -> dict[str, Any]:
+    """Schema of an object with its text in the last of the keys, and null in those before."""
+    kinds = {key: {"type": "null"} for key in keys[:-1]} | {keys[-1]: {"type": "string"}}
+    return {"type": "object", "required": [keys[-1]], "properties": kinds}
+
+
+DOCUMENT = {
+    "anyOf": [{"type": "string"}, *(_object_schema(*TEXT_KEYS[: i + 1]) for i in range(len(TEXT_KEYS)))],
+}
+FIELDS: dict[str, Field] = {
+    "query": Field(
+        _query,
+        {
+            "type": "string",
+            "minLength": 1,
+            "pattern": r"\S",
+            "description": "What is searched for",
+            "examples": ["what is a cat?"],
+        },
+    ),
+    "documents": _documents_field(),
+    "texts": _documents_field(),
+    "top_k": _count_field("How many results; null, or 0 beside a model: all"),
+    "top_n": _count_field("The same as top_k, which has precedence"),
+    "instruction": _text_field("Replaces the default instruction"),
+    "instruct": _text_field("The same as instruction, which has precedence"),
+    "return_documents": _flag_field("Answer the texts as well"),
+    "return_text": _flag_field("The same as return_documents"),
+    "rank_fields": Field(
+        _rank_fields,
+        _optional(
+            {"type": "array", "items": {"type": "string"}, "maxItems": MAX_RANK_FIELDS},
+            "Fields of object documents that are read, joined as lines `name: value`; every object must have them. "
+            'A null is left out. ["text"] alone is the text without its name',
+        ),
+    ),
+    "max_tokens_per_doc": _count_field("Tokens of a document that are read at once; null: what fits"),
+    "max_chunks_per_doc": _count_field(
+        f"A longer document is split into at most this many chunks (limit {MAX_CHUNKS}) and has the score of its best "
+        "one; null: it is truncated"
+    ),
+    "max_chunk_per_doc": _count_field("The same as max_chunks_per_doc, which has precedence"),
+    "raw_scores": _flag_field("Answer logits instead of probabilities"),
+    "use_activation": _flag_field("false: the same as raw_scores: true"),
+    "truncate": _flag_field(
+        "false: a document that does not fit is an error instead of truncated (not with texts). true: a query that "
+        "leaves no room for a document is truncated instead of an error (with texts always)"
+    ),
+    "model": _text_field("Any string; the answer names the model that is served"),
+}
+COUNTS = tuple(name for name, field in FIELDS.items() if field.read is _count)
+"""Names of the counts."""
+OPTIONAL = tuple(name for name in FIELDS if name not in ("query", "documents", "texts"))
+MAY_BE_EMPTY = frozenset(FIELDS) - frozenset(OPTIONAL) | {"model"}
+"""Fields in which an empty string is a value, right or wrong; in every other one it counts as absent."""

@@ -1,0 +1,1 @@
+"""Read rows and texts from files of any supported form."""

@@ -1,0 +1,78 @@
+"""Lines in and out: text and JSON, and errors that name their line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from reranker.errors import FailedError, InputError
+
+
+def decode(
+    raw: bytes, where: str, *, first: bool, encoding: str = "utf-8", advice: Callable[[bytes], str] | None = None
+) -> str:
+    """A line without its end; the first one without a byte order mark.
+
+    Args:
+        raw: the line.
+        where: its place, for the error.
+        first: it is the first of its file.
+        encoding: one in which a line feed is the byte 10.
+        advice: says how to read a line that is in another encoding.
+
+    Raises:
+        InputError: it is in another encoding, or binary.
+    """
+    try:
+        text = raw.decode(encoding).rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        fix = advice(raw) if advice else "save the file as UTF-8"
+        raise InputError(f"{where} is not {encoding.upper()} at byte {error.start}; {fix}") from None
+    if "\0" in text:
+        raise InputError(f"{where} holds a NUL byte")
+    return text.removeprefix("\ufeff") if first else text
+
+
+def parse(text: str, where: str) -> Any:
+    """The JSON value of a text.
+
+    Raises:
+        InputError: it is not JSON.
+    """
+
+    def refuse(constant: str) -> NoReturn:
+        raise InputError(f"{where}: {constant} is not JSON")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except json.JSONDecodeError as error:
+        place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno} column {error.colno}"
+        raise InputError(f"{where} is not JSON: {error.msg.removesuffix(' at')} at {place}") from None
+    except RecursionError:
+        raise InputError(f"{where} is nested too deep") from None
+    except ValueError:  # the one left: an integer of thousands of digits
+        raise InputError(f"{where} holds a number with too many digits") from None
+
+
+def dump(value: object) -> bytes:
+    """A value as a line of JSON; readable, unless it holds half a surrogate pair."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    except UnicodeEncodeError:
+        return json.dumps(value, allow_nan=False).encode() + b"\n"
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Turn an OSError inside into a FailedError that names `path`.
+
+    Raises:
+        FailedError: it cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise FailedError(f"cannot write {path}: {error.strerror or error}") from None

@@ -1,0 +1,1 @@
+"""Many concurrent requests in, fair batches out: asyncio, no torch, no HTTP."""

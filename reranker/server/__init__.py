@@ -1,0 +1,1 @@
+"""gunicorn and uvicorn: connections, signals, several workers."""

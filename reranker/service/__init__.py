@@ -1,1 +1,0 @@
-"""Many clients in, fair batches out: asynchronous, HTTP."""

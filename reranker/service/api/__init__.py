@@ -1,1 +1,0 @@
-"""One module a dialect: wire models, translate in, translate out; no scoring logic."""

@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import gc
+import random
+import threading
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from reranker import Scorer
+from reranker.engine import lanes as lanes_module
+from reranker.engine.batch import PackedBatch
+from reranker.engine.lanes import LEAST_TOKENS, DealtBatch, Lanes, deal
+from reranker.types import EncodedRequest, Slice
+from tests.engine.card import Card
+from tests.engine.test_scorer import expected, packed, requests
+
+
+def slices(rng: random.Random, count: int, documents: int) -> list[Slice]:
+    """Slices of random requests, some of which begin in the middle of theirs."""
+    made = []
+    for _ in range(count):
+        kept = rng.choice([0, 5])
+        texts = [
+            [rng.randrange(100)] * rng.choice([1, 5, rng.randrange(1, 300)]) for _ in range(rng.randrange(1, documents))
+        ]
+        start = rng.randrange(len(texts))
+        request = EncodedRequest([1] * (kept + rng.randrange(1, 60)), texts, cached_prefix_len=kept)
+        made.append(Slice(request, start, rng.randrange(start, len(texts)) + 1))
+    return made
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_every_document_is_dealt_once_and_lanes_are_even(seed: int) -> None:
+    rng = random.Random(seed)
+    batch = slices(rng, rng.randrange(1, 12), rng.choice([2, 5, 60]))
+    lanes = rng.choice([2, 3, 8])
+    dealt = deal(batch, lanes)
+    flat = [document for part in batch for document in part.documents]
+    assert 1 <= len(dealt) <= min(lanes, len(flat))
+    assert sorted(place for lane in dealt for place in lane.places) == list(range(len(flat)))
+    for lane in dealt:
+        assert [document for part in lane.slices for document in part.documents] == [flat[p] for p in lane.places]
+        assert all(part.start < part.stop for part in lane.slices)
+    # No worse than the bound of longest-first dealing: an equal share, and one more document with its prefix.
+    loads = [sum(part.tokens for part in lane.slices) for lane in dealt]
+    largest = max(len(d) + len(part.request.prefix) for part in batch for d in part.documents)
+    assert max(loads) <= sum(part.tokens for part in batch) / min(lanes, len(flat)) + largest * min(lanes, len(batch))
+
+
+def test_requests_stay_whole_where_that_is_even() -> None:
+    batch = [Slice(EncodedRequest([1] * 20, [[2] * 30] * 10), 0, 10) for _ in range(6)]
+    dealt = deal(batch, 3)
+    assert [len(lane.slices) for lane in dealt] == [2, 2, 2]
+    assert all(part in batch for lane in dealt for part in lane.slices)
+
+
+def test_one_request_is_split_longest_documents_first() -> None:
+    documents = [[2] * n for n in (100, 90, 10, 20, 30, 50)]
+    first, second = deal([Slice(EncodedRequest([1] * 5, documents), 0, 6)], 2)
+    assert {first.places, second.places} == {(0, 4, 3), (1, 5, 2)} or sum(
+        map(len, first.slices[0].documents)
+    ) == pytest.approx(150, abs=10)
+
+
+@pytest.fixture
+def scorer(model_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Scorer:
+    if "256_tokens" not in request.node.name:
+        monkeypatch.setattr(lanes_module, "LEAST_TOKENS", 1)  # small batches, that many shapes are tried
+    return Scorer.load(model_path, device="cpu", precision="float32")
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_lanes_equal_the_card_on_random_shapes(scorer: Scorer, card: Card, count: int) -> None:
+    """The licence of the whole module."""
+    scorer.lanes = Lanes(count, count)
+    rng = random.Random(count)
+    dealt = 0
+    for _ in range(8):
+        group = requests(rng, rng.randrange(1, 5))
+        batch = scorer.pack([Slice(e, 0, len(e.documents)) for e in map(scorer.encode, group)])
+        dealt += isinstance(batch, DealtBatch)
+        assert packed(scorer, group) == [pytest.approx(expected(card, request), abs=1e-4) for request in group]
+    assert dealt > 4
+
+
+def test_how_a_batch_is_dealt_changes_no_score(scorer: Scorer) -> None:
+    rng = random.Random(1)
+    group = requests(rng, 4, documents=9)
+    plain = packed(scorer, group)
+    for count in (2, 3, 4, 7):
+        scorer.lanes = Lanes(count, 1)
+        assert packed(scorer, group) == [pytest.approx(logits, abs=2e-5) for logits in plain]
+
+
+def test_a_batch_has_at_most_a_lane_for_each_document_and_256_tokens(scorer: Scorer) -> None:
+    lanes = scorer.lanes = Lanes(4, 4)
+    for documents, tokens, expected_lanes in (
+        (1, 5000, 1),
+        (2, 5000, 2),
+        (9, 5000, 4),
+        (9, 700, 2),
+        (9, 300, 1),
+        (3, 40, 1),
+    ):
+        size = (tokens - 10) // documents
+        part = Slice(EncodedRequest([1] * 10, [[2] * size] * documents), 0, documents)
+        assert lanes.wanted([part]) == expected_lanes
+        assert isinstance(scorer.pack([part]), PackedBatch if expected_lanes == 1 else DealtBatch)
+
+
+def test_int8_in_lanes_gives_the_same_scores(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lanes_module, "LEAST_TOKENS", 1)
+    scorer = Scorer.load(model_path, device="cpu", precision="int8")
+    group = requests(random.Random(5), 4, documents=9)
+    plain = packed(scorer, group)
+    scorer.lanes = Lanes(3, 3)
+    assert packed(scorer, group) == [pytest.approx(logits, abs=1e-4) for logits in plain]
+
+
+def test_lanes_share_the_cores_and_leave_the_number_of_threads_alone(scorer: Scorer) -> None:
+    seen: list[tuple[str, int]] = []
+
+    def forward(batch: PackedBatch) -> torch.Tensor:
+        seen.append((threading.current_thread().name, torch.get_num_threads()))
+        return torch.zeros(batch.shape.documents)
+
+    before = torch.get_num_threads()
+    for cores, parts, width in ((4, 2, 2), (4, 4, 1), (2, 4, 1)):
+        seen.clear()
+        lanes = Lanes(4, cores)
+        part = scorer.pack([Slice(EncodedRequest([1, 2], [[3]]), 0, 1)])
+        assert isinstance(part, PackedBatch)
+        assert lanes.run(forward, DealtBatch((), (part,) * parts, tuple((i,) for i in range(parts)))) == [0.0] * parts
+        assert [threads for _, threads in seen] == [width] * parts
+        assert all(name.startswith("lane") for name, _ in seen)
+        assert torch.get_num_threads() == before
+        fresh: list[int] = []
+        thread = threading.Thread(target=lambda: fresh.append(torch.get_num_threads()))  # noqa: B023
+        thread.start()
+        thread.join()
+        assert fresh == [before]
+        lanes.close()
+
+
+class Failing:
+    """A model whose forward pass fails where a test wants it, and says which passes are under way."""
+
+    def __init__(self, scorer: Scorer, error: Exception, when: Any) -> None:
+        self.model, self.error, self.when = scorer.model, error, when
+        self.alive: list[weakref.ref[torch.Tensor]] = []
+        self.running = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def forward(self, batch: PackedBatch) -> torch.Tensor:
+        self.running += 1
+        try:
+            held = torch.ones(4)
+            self.alive.append(weakref.ref(held))
+            if self.when(batch):
+                raise type(self.error)(*self.error.args)  # a new one: kept, it would keep its frames
+            return self.model.forward(batch)
+        finally:
+            self.running -= 1
+
+
+def test_a_lane_that_fails_waits_for_the_others_and_keeps_nothing(scorer: Scorer) -> None:
+    scorer.lanes = Lanes(2, 2)
+    first: list[PackedBatch] = []
+    failing = Failing(scorer, RuntimeError("a kernel failed"), lambda batch: not first and not first.append(batch))  # type: ignore[func-returns-value]
+    scorer.model = failing  # type: ignore[assignment]
+    rng = random.Random(3)
+    group = requests(rng, 3, words=100)
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(RuntimeError, match="a kernel failed"):
+            packed(scorer, group)
+        assert failing.running == 0
+        assert [reference() for reference in failing.alive] == [None] * len(failing.alive)
+    finally:
+        gc.enable()
+
+
+def test_out_of_memory_in_a_lane_changes_no_score(scorer: Scorer) -> None:
+    rng = random.Random(4)
+    group = requests(rng, 3, documents=9)
+    plain = packed(scorer, group)
+    scorer.lanes = Lanes(2, 2)
+    budget = scorer.max_batch_tokens
+    error = torch.OutOfMemoryError("DefaultCPUAllocator: not enough memory")
+    scorer.model = Failing(scorer, error, lambda batch: batch.shape.documents > 2)  # type: ignore[assignment]
+    assert packed(scorer, group) == [pytest.approx(logits, abs=2e-5) for logits in plain]
+    assert scorer.max_batch_tokens < budget
+
+
+@pytest.mark.parametrize(
+    ("cores", "seconds", "chosen"),
+    [
+        (1, {1: 1.0}, None),
+        (2, {1: 1.0, 2: 0.6}, 2),
+        (2, {1: 1.0, 2: 0.99}, None),
+        (8, {1: 1.0, 2: 0.7, 4: 0.6, 8: 0.7}, 4),
+        (8, {1: 1.0, 2: 0.7, 4: 0.6, 8: 0.5}, 8),
+        (6, {1: 1.0, 2: 0.7, 4: 0.6, 6: 0.5}, 6),
+        (8, {1: 9.0, 8: 5.0}, 8),
+        (8, {1: 9.0, 8: 9.0}, None),
+    ],
+)
+def test_as_many_lanes_as_are_fastest(
+    scorer: Scorer, monkeypatch: pytest.MonkeyPatch, cores: int, seconds: dict[int, float], chosen: int | None
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+
+    def fastest(self: Scorer, documents: int) -> float:
+        if self.lanes:  # what is measured is what is asked about
+            batch = self._warm_up_batch(documents)
+            assert isinstance(batch, DealtBatch)
+            assert len(batch.parts) == self.lanes.count
+        return seconds[self.lanes.count if self.lanes else 1]
+
+    monkeypatch.setattr(lanes_module, "LEAST_TOKENS", LEAST_TOKENS)
+    monkeypatch.setattr(Scorer, "_fastest", fastest)
+    scorer._choose_lanes(1, scorer._measure(scorer._warm_up_batch(1))[0])
+    assert (scorer.lanes.count if scorer.lanes else None) == chosen

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from reranker import ModelLoadError, Scorer
+from reranker.engine import model
+from reranker.engine.batch import PackedBatch
+from reranker.engine.model import Model
+from reranker.errors import ScoringError
+from tests.conftest import make_model
+from tests.engine.checkpoints import config, tensors
+
+
+def refused(path: Path | str, **options: object) -> str:
+    with pytest.raises(ModelLoadError) as caught:
+        Scorer.load(path, device="cpu", **options)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_remote_code_beside_a_right_checkpoint_does_not_run(tmp_path: Path) -> None:
+    path = make_model(tmp_path / "m", layers=1)
+    (path / "evil.py").write_text("raise SystemExit('remote code ran')")
+    config(path, auto_map={"AutoModelForCausalLM": "evil.Model", "AutoConfig": "evil.Config"})
+    assert "never run" in refused(path)
+    config(path, auto_map=None)
+    assert len(Scorer.load(path, device="cpu").rerank("a", ["b"])) == 1
+
+
+def test_the_attention_of_the_config_is_not_what_decides(tmp_path: Path) -> None:
+    """It names a package that a checkpoint was trained with; the engine has attention of its own."""
+    path = make_model(tmp_path / "m", layers=1)
+    scores = Scorer.load(path, device="cpu").rerank("a", ["b", "c"])
+    for name in ("attn_implementation", "_attn_implementation"):
+        config(path, **{name: "flash_attention_2"})
+        assert Scorer.load(path, device="cpu").rerank("a", ["b", "c"]) == scores
+
+
+def test_weights_that_do_not_fit_are_an_error_with_figures(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "parameters", lambda path: 4 * 10**12)
+    message = refused(model_path, precision="bfloat16", max_memory_percentage=50)
+    assert "7450.6 GiB in bfloat16" in message
+    assert "MAX_MEMORY_PERCENTAGE=50" in message
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_only_weights_that_are_not_finite_are_damaged(tmp_path: Path, precision: str) -> None:
+    path = make_model(tmp_path / "m", layers=2)
+    tensors(path, lambda found: found | {"model.layers.1.mlp.up_proj.weight": torch.full((160, 96), torch.nan)})
+    message = refused(path, precision=precision)
+    assert "the weights are damaged: model.layers.1.mlp.up_proj.weight in" in message
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        NotImplementedError("Could not run 'aten::mm' with arguments from the 'Fake' backend"),
+        RuntimeError("expected m1 and m2 to have the same dtype, but got: float != c10::BFloat16"),
+    ],
+)
+def test_what_a_machine_cannot_compute_is_named_as_what_it_is(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(made: Model, batch: PackedBatch) -> torch.Tensor:
+        raise error
+
+    monkeypatch.setattr(Model, "forward", fail)
+    with pytest.raises(ModelLoadError) as caught:
+        Scorer.load(model_path, device="cpu", precision="float16")
+    message = str(caught.value)
+    assert "damaged" not in message
+    assert f"float16: warm-up failed: {error}; float32: warm-up failed: {error}" in message
+    assert isinstance(caught.value.__cause__, ScoringError)
+    assert str(caught.value.__cause__).startswith("float16: ")
+
+
+def test_a_precision_that_is_not_honoured_is_a_warning(model_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        scorer = Scorer.load(model_path, device="cpu", precision="float8")
+    assert scorer.info.precision != "float8"
+    assert "float8 was asked for, which is for NVIDIA GPUs only" in caplog.text

@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from reranker import Scorer
+from reranker.engine import device as devices
+from reranker.engine import model, quantized
+from reranker.engine.quantized import Float8Linear, Int8Linear, difference, quantize
+from tests.conftest import DEMO, ROOT
+from tests.engine.card import Card
+from tests.engine.test_scorer import expected, packed, requests, worst
+
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def linear(inputs: int, outputs: int, bias: bool = False) -> nn.Linear:
+    torch.manual_seed(5)
+    return nn.Linear(inputs, outputs, bias=bias)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("inputs", "outputs"), [(512, 1024), (96, 160)])
+def test_products_are_near_those_of_the_weights(inputs: int, outputs: int, bias: bool) -> None:
+    exact = linear(inputs, outputs, bias)
+    assert 0.001 < difference(Int8Linear(exact), exact) < 0.03
+    exact = exact.bfloat16()
+    assert 0.001 < difference(Float8Linear(exact), exact) < 0.05
+
+
+@pytest.mark.parametrize("kind", [Int8Linear, Float8Linear])
+def test_a_tokens_product_does_not_depend_on_its_neighbours(kind: type[nn.Module]) -> None:
+    made = kind(linear(128, 64).to(torch.bfloat16 if kind is Float8Linear else torch.float32))
+    x = torch.randn(5, 128).to(torch.bfloat16 if kind is Float8Linear else torch.float32)
+    large = torch.cat([x, 1000 * x])
+    torch.testing.assert_close(made(large)[:5], made(x), atol=1e-6, rtol=1e-6)
+
+
+def test_a_zero_token_gives_zero() -> None:
+    assert torch.equal(Int8Linear(linear(64, 32))(torch.zeros(3, 64)), torch.zeros(3, 32))
+
+
+def test_a_product_that_overflows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantized, "difference", lambda made, exact: 0.5)
+    with pytest.raises(RuntimeError, match="off by 50%"):
+        quantize(linear(64, 64), torch.int8)
+
+
+@pytest.mark.skipif(torch.cpu._is_vnni_supported(), reason="this processor does not overflow")
+def test_the_proof_finds_the_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """8-bit activations on a processor that adds pairs of products in 16 bits."""
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    with pytest.raises(RuntimeError, match="off by"):
+        quantize(linear(512, 64), torch.int8)
+
+
+def test_int8_stays_near_the_card_and_does_not_depend_on_neighbours(model_path: Path, card: Card) -> None:
+    """Random weights of this spread make logits of about 4; the tolerance is what rounding does to them."""
+    scorer = Scorer.load(model_path, device="cpu", precision="int8")
+    assert scorer.info.precision == "int8"
+    rng = random.Random(16)
+    group = requests(rng, 4)
+    assert worst(packed(scorer, group), [expected(card, r) for r in group]) < 0.6
+    alone = packed(scorer, [group[2]])[0]
+    together = packed(scorer, group)[2]
+    assert worst([together], [alone]) < 1e-4
+    order = sorted(range(len(alone)), key=lambda i: -alone[i])
+    for better, worse in itertools.pairwise(order):
+        assert together[better] > together[worse] - 1e-4
+
+
+def test_float8_arithmetic_stays_near_the_card(model_path: Path, card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same layers on the CPU, whose `_scaled_mm` is slow and right."""
+    monkeypatch.setattr(devices, "_missing", lambda precision, device: "")
+    scorer = Scorer.load(model_path, device="cpu", precision="fp8")
+    assert scorer.info.precision == "float8"
+    group = requests(random.Random(16), 3)
+    assert worst(packed(scorer, group), [expected(card, r) for r in group]) < 2.0
+    assert worst([packed(scorer, group)[1]], packed(scorer, [group[1]])) < 1e-3
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+def test_float8_is_proved_as_it_is_used_however_the_weights_are_stored(
+    monkeypatch: pytest.MonkeyPatch, stored: torch.dtype
+) -> None:
+    """A GPU's product with a scale for each row gives bfloat16 and nothing else."""
+    scaled: Any = torch._scaled_mm
+
+    def only_bfloat16(*args: Any, out_dtype: torch.dtype, **options: Any) -> Any:
+        if out_dtype is not torch.bfloat16:
+            raise ValueError("Only bf16 high precision output types are supported for row-wise scaling.")
+        return scaled(*args, out_dtype=out_dtype, **options)
+
+    monkeypatch.setattr(torch, "_scaled_mm", only_bfloat16)
+    made = quantize(linear(128, 64, bias=True).to(stored), quantized.FLOAT8)
+    assert made(torch.randn(3, 128).bfloat16()).dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError, NotImplementedError, AttributeError])
+def test_whatever_a_kernel_says_float8_falls_back(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    def none(*args: object, **options: object) -> None:
+        raise kind("not on this device")
+
+    monkeypatch.setattr(devices, "_missing", lambda precision, device: "")
+    monkeypatch.setattr(torch, "_scaled_mm", none)
+    assert Scorer.load(model_path, device="cpu", precision="float8").info.precision == "float32"
+
+
+def test_float8_layers_can_be_compiled() -> None:
+    """Traced whole and for any number of tokens; the kernels themselves are the GPU's affair."""
+    made = Float8Linear(linear(128, 64).bfloat16())
+    traced = torch.compile(made, backend="aot_eager", dynamic=True, fullgraph=True)
+    for tokens in (5, 9):
+        x = torch.randn(tokens, 128).bfloat16()
+        torch.testing.assert_close(traced(x), made(x))
+
+
+def test_the_demo_ranks_as_well_in_int8() -> None:
+    part = json.loads((ROOT / "demo" / "heldout.json").read_text(encoding="utf-8"))["en"]
+    means = []
+    for precision in ("float32", "int8"):
+        scorer = Scorer.load(DEMO, device="cpu", precision=precision)
+        ranks = []
+        for task in part["tasks"][:12]:
+            scores = scorer.rerank(task["query"], [part["documents"][i] for i in task["documents"]])
+            ranks.append(1 + sum(score > scores[task["answer"]] for score in scores))
+        means.append(sum(1 / rank for rank in ranks) / len(ranks))
+    assert means[1] == pytest.approx(means[0], abs=0.05)  # 12 tasks; benchmarks/int8.py measures all of them
+
+
+def test_what_the_device_lacks_falls_back_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    for wanted, where, reason in (("float8", CPU, "is for NVIDIA GPUs only"), ("fp8", CPU, "fp8 was asked for")):
+        first = devices.choose_precisions(wanted, where)[0]
+        assert first.value is torch.float32
+        assert reason in first.reason
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    for wanted, reason in (("float8", "needs compute capability 8.9"), ("int8", "is for the CPU only")):
+        first = devices.choose_precisions(wanted, GPU)[0]
+        assert first.value is torch.bfloat16
+        assert reason in first.reason
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    choices = devices.choose_precisions("fp8", GPU)
+    assert [devices.short(c.value) for c in choices] == ["float8", "bfloat16", "float32"]
+    assert [devices.short(c.value) for c in devices.choose_precisions("int8", CPU)] == ["int8", "float32"]
+
+
+def test_a_machine_without_the_kernel_falls_back(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def none(linear: nn.Linear, precision: torch.dtype) -> nn.Module:
+        raise RuntimeError("Didn't find engine for operation quantized::linear_prepack\nand more")
+
+    monkeypatch.setattr(model, "quantize", none)
+    with caplog.at_level(logging.INFO):
+        assert Scorer.load(model_path, device="cpu", precision="int8").info.precision == "float32"
+    assert "precision int8 cannot be used: Didn't find engine" in caplog.text
+    assert "precision: float32 (int8 failed)" in caplog.text
+
+
+def test_a_processor_without_vnni_is_told(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    Scorer.load(model_path, device="cpu", precision="int8")
+    assert [m for m in caplog.messages if "no VNNI" in m]
+
+
+@pytest.mark.cuda
+@CUDA
+def test_float8_on_the_gpu_equals_its_plain_arithmetic(model_path: Path, card: Card) -> None:
+    scorer = Scorer.load(model_path, device="cuda", precision="float8")
+    if scorer.info.precision != "float8":
+        pytest.skip("this GPU has no float8 products")
+    group = requests(random.Random(16), 3)
+    assert worst(packed(scorer, group), [expected(card, r) for r in group]) < 2.0
+    assert worst([packed(scorer, group)[1]], packed(scorer, [group[1]])) < 0.6

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+
+from reranker import Scorer
+from reranker.engine.self_check import self_check
+from reranker.errors import InvalidRequestError
+from reranker.types import EncodedRequest, RerankRequest, Slice
+from tests.cli.command import cli
+from tests.conftest import DEMO, Start, make_model
+from tests.engine.checkpoints import tensors
+
+
+def inverted(path: Path) -> Path:
+    """The demo model with the sign of its last norm turned: what was relevant is not."""
+    shutil.copytree(DEMO, path)
+    tensors(path, lambda found: found | {"model.norm.weight": -found["model.norm.weight"]})
+    return path
+
+
+def test_the_demo_passes_in_both_languages(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert Scorer.load(device="cpu").info.self_check == "passed"
+    assert "self-check" not in caplog.text
+
+
+def test_a_model_that_ranks_the_wrong_way_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert Scorer.load(inverted(tmp_path / "m"), device="cpu").info.self_check == "failed: English, Chinese"
+    [line] = [r.getMessage() for r in caplog.records if "self-check" in r.getMessage()]
+    assert "does not behave like a reranker" in line
+
+
+def test_equal_scores_are_no_pass(tmp_path: Path) -> None:
+    """As where every layer was saved as zeros."""
+    path = make_model(tmp_path / "m", layers=1)
+    tensors(path, lambda found: {n: t * ("embed" in n or n == "model.norm.weight") for n, t in found.items()})
+    assert Scorer.load(path, device="cpu").info.self_check == "failed: English, Chinese"
+
+
+class Stub:
+    """A scorer that keeps what it is asked."""
+
+    def __init__(self, logits: list[float], error: Exception | None = None) -> None:
+        self.logits, self.error = logits, error
+        self.requests: list[RerankRequest] = []
+
+    def encode(self, request: RerankRequest) -> EncodedRequest:
+        self.requests.append(request)
+        if self.error:
+            raise self.error
+        return EncodedRequest([1], [[2], [3]])
+
+    def pack(self, slices: list[Slice]) -> list[Slice]:
+        return slices
+
+    def score(self, batch: list[Slice]) -> list[float]:
+        return self.logits
+
+
+def test_it_asks_by_the_instruction_of_the_checkpoint() -> None:
+    stub = Stub([1.0, 0.0])
+    assert self_check(stub, "Find code") == "passed"
+    assert [request.instruction for request in stub.requests] == ["Find code"] * 2
+
+
+@pytest.mark.parametrize("logits", [[0.0, 1.0], [1.0, 1.0], [math.nan, 0.0], [math.inf, 0.0], [1.0, math.nan]])
+def test_only_a_higher_finite_score_passes(logits: list[float]) -> None:
+    assert self_check(Stub(logits), "i") == "failed: English, Chinese"
+
+
+def test_without_room_it_is_not_run_and_the_start_goes_on() -> None:
+    assert self_check(Stub([], InvalidRequestError("no room")), "i").startswith("not run")
+    assert Scorer.load(device="cpu", max_seq_length=76).info.self_check.startswith("not run")
+
+
+def test_everybody_is_told(tmp_path: Path, start: Start) -> None:
+    path = inverted(tmp_path / "m")
+    server = start(MODEL_NAME_OR_PATH=str(path))
+    assert server.log.count("self-check failed (English, Chinese)") == 1
+    assert server.client.get("/info").json()["self_check"] == "failed: English, Chinese"
+    assert "reranker_self_check_failed_workers 1.0" in server.client.get("/metrics").text
+    done = cli("check", "--model", path, cwd=tmp_path)
+    assert json.loads(done.stdout)["self_check"] == "failed: English, Chinese"
+    assert "self-check failed" in done.stderr

@@ -1,0 +1,77 @@
+"""The OpenAPI document against the running service: schemathesis makes requests from it, good and bad.
+
+All of its checks, over every route that the application has: the pages and the document itself are not in the document,
+so they are added here.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from fastapi.routing import iter_route_contexts
+
+from app import app
+from reranker.http.auth import OPEN
+from tests.conftest import FAKE, Server, Start
+from tests.http.test_rerank import ALL
+
+# Deterministic: the same requests in every run. About 1,700 of them without a token, half as many with one.
+OPTIONS = "--phases=examples,coverage,fuzzing --generation-deterministic --no-shrink --no-color --checks=all"
+PAGES = {"/": "text/html", "/docs": "text/html", "/openapi.json": "application/json"}
+METHODS = ("get", "post")
+
+
+def described(server: Server) -> dict[str, Any]:
+    """The service's own document, and the routes that are not in it."""
+    document: dict[str, Any] = server.client.get("/openapi.json").json()
+    for path, kind in PAGES.items():
+        content = {kind: {"schema": {"type": "object" if kind.endswith("json") else "string"}}}
+        document["paths"][path] = {"get": {"responses": {"200": {"description": "A page", "content": content}}}}
+    for path in ALL:
+        [content] = document["paths"][path]["post"]["requestBody"]["content"].values()
+        for body, name in zip(content["schema"]["oneOf"], ("documents", "texts"), strict=True):
+            # JSON Schema cannot say that objects have the fields that rank_fields names, so none are made beside it.
+            [condition] = [part for part in body["allOf"] if "rank_fields" in part["if"]["required"]]
+            condition["then"] = {"properties": {name: {"items": {"type": "string"}}}}
+    return document
+
+
+def run(document: dict[str, Any], server: Server, folder: Path, *options: str) -> str:
+    """Schemathesis' report; the test fails where it finds anything."""
+    (folder / "openapi.json").write_text(json.dumps(document))
+    command = [str(Path(sys.executable).with_name("st")), "run", "openapi.json", "--url", str(server.client.base_url)]
+    done = subprocess.run(
+        [*command, *OPTIONS.split(), *options], cwd=folder, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr + server.log[-6000:]
+    operations = sum(method in METHODS for path in document["paths"].values() for method in path)
+    assert f"Tested: {operations}\n" in done.stdout
+    assert "Traceback" not in server.log
+    return done.stdout
+
+
+def test_no_route_is_left_out(fake_server: Server) -> None:
+    assert {str(context.path).replace("{name:path}", "{name}") for context in iter_route_contexts(app.routes)} == set(
+        described(fake_server)["paths"]
+    )
+
+
+def test_the_service_does_what_its_openapi_document_says(fake_server: Server, tmp_path: Path) -> None:
+    """No 500, only documented statuses, content types and bodies; what the document forbids is refused."""
+    run(described(fake_server), fake_server, tmp_path, "--max-examples=15")
+
+
+def test_with_a_token_as_well_and_never_without_it(start: Start, tmp_path: Path) -> None:
+    server = start(command=FAKE, ACCESS_TOKEN="t0k3n", token="t0k3n", LOG_LEVEL="DEBUG")
+    document = described(server)
+    for path in PAGES.keys() - OPEN:  # the service's document describes them no more than without tokens
+        [operation] = document["paths"][path].values()
+        operation["responses"]["401"] = document["paths"]["/health"]["get"]["responses"]["401"]
+        operation["security"] = document["paths"]["/health"]["get"]["security"]
+    header = ["--header", "Authorization: Bearer t0k3n"]
+    run(document, server, tmp_path, "--max-examples=5", *header)
+    assert "t0k3n" not in server.log

@@ -1,0 +1,660 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from reranker.errors import (
+    DeadlineError,
+    DeviceLostError,
+    InvalidRequestError,
+    ModelLoadError,
+    NotReadyError,
+    QueueFullError,
+    ScoringError,
+)
+from reranker.scheduler.batcher import Batcher
+from reranker.scheduler.events import ForwardPass
+from reranker.types import Chunk, EncodedRequest, RerankRequest, RerankResult, Slice
+from tests.fake import PREFIX, FakeScorer
+
+
+def ask(documents: int = 1, query: str = "red fish", words: str = "red") -> RerankRequest:
+    return RerankRequest(query, [words] * documents)
+
+
+def run(test: Callable[[Batcher], Coroutine[Any, Any, None]], scorer: FakeScorer, **options: Any) -> None:
+    """Run `test` with a started batcher around `scorer`."""
+
+    async def main() -> None:
+        batcher = Batcher(lambda: scorer, **options)
+        await batcher.start()
+        while batcher.status == "loading":
+            await asyncio.sleep(0.001)
+        try:
+            await test(batcher)
+        finally:
+            scorer.hold.set()
+            await batcher.stop()
+
+    asyncio.run(main())
+
+
+async def held(batcher: Batcher, scorer: FakeScorer, request: RerankRequest) -> asyncio.Task[RerankResult]:
+    """A request that is in a forward pass which does not end until `scorer.hold` is set."""
+    scorer.hold.clear()
+    passes = len(scorer.passes)
+    task = asyncio.create_task(batcher.rerank(request, 30))
+    while len(scorer.passes) == passes:
+        await asyncio.sleep(0.001)
+    return task
+
+
+async def queued(batcher: Batcher, *requests: RerankRequest, seconds: float = 30) -> list[asyncio.Task[RerankResult]]:
+    """Requests that wait in the queue."""
+    tasks = []
+    for request in requests:
+        tasks.append(asyncio.create_task(batcher.rerank(request, seconds)))
+        before = len(batcher.queue)
+        while len(batcher.queue) == before and not tasks[-1].done():
+            await asyncio.sleep(0.001)
+    return tasks
+
+
+def test_scores_come_in_document_order_with_counts_and_times() -> None:
+    scorer = FakeScorer(seconds=0.01)
+
+    async def test(batcher: Batcher) -> None:
+        result = await batcher.rerank(RerankRequest("red fish", ["a bird", "red fish", "a fish"]), 30)
+        assert result.logits == [0.0, 2.0, 1.0]
+        assert result.prompt_tokens == 3 * PREFIX + 6
+        times = result.timings
+        assert times.inference >= 0.01
+        assert times.total >= times.inference + times.queue + times.tokenization - 1e-3
+
+    run(test, scorer)
+
+
+def test_requests_that_wait_share_a_pass_and_nothing_runs_on_the_event_loop() -> None:
+    scorer = FakeScorer()
+
+    async def test(batcher: Batcher) -> None:
+        first = await held(batcher, scorer, ask())
+        others = await queued(batcher, *[ask(3, query=f"q{i} red") for i in range(5)])
+        scorer.hold.set()
+        for task in [first, *others]:
+            assert set((await task).logits) == {1.0}
+        assert [len(p) for p in scorer.passes] == [1, 5]
+        assert all(name.startswith(("host", "device")) for name in scorer.threads)
+
+    run(test, scorer)
+
+
+def test_a_small_request_overtakes_a_huge_one() -> None:
+    scorer = FakeScorer(max_batch_tokens=PREFIX + 20)
+
+    async def test(batcher: Batcher) -> None:
+        huge = await held(batcher, scorer, ask(200))
+        [small] = await queued(batcher, ask(2))
+        scorer.hold.set()
+        await small
+        # The pass that ran, the one that was packed ahead, and its own.
+        assert len(scorer.passes) <= 4
+        assert not huge.done()
+        assert (await huge).logits == [1.0] * 200
+
+    run(test, scorer)
+
+
+def test_a_full_batch_is_packed_while_the_device_runs() -> None:
+    scorer = FakeScorer(max_batch_tokens=PREFIX + 4)
+    packed: list[str] = []
+    pack = scorer.pack
+
+    def note(slices: Sequence[Slice]) -> list[Slice]:
+        packed.append(threading.current_thread().name)
+        return pack(slices)
+
+    scorer.pack = note  # type: ignore[method-assign]
+
+    async def test(batcher: Batcher) -> None:
+        first = await held(batcher, scorer, ask(4))
+        assert packed == ["device_0"]  # which had nothing else to do
+        [second] = await queued(batcher, ask(2))
+        await asyncio.sleep(0.02)
+        assert len(packed) == 1  # not full: what comes may still join it
+        third = asyncio.create_task(batcher.rerank(ask(4), 30))
+        while len(packed) < 2:
+            await asyncio.sleep(0.001)
+        assert packed == ["device_0", "packer_0"]
+        assert len(scorer.passes) == 1
+        scorer.hold.set()
+        await asyncio.gather(first, second, third)
+
+    run(test, scorer)
+
+
+def test_a_small_request_gets_into_the_next_pass_before_half_of_this_one_is_over() -> None:
+    scorer = FakeScorer(max_batch_tokens=4 * PREFIX)
+    score, gate = scorer.score, threading.Semaphore(0)
+    begun: list[list[Slice]] = []
+
+    def gated(batch: list[Slice]) -> list[float]:
+        begun.append(batch)
+        gate.acquire(timeout=30)
+        return score(batch)
+
+    scorer.score = gated  # type: ignore[method-assign]
+
+    async def test(batcher: Batcher) -> None:
+        batcher.admission.tokens_per_second = 0.1  # so every pass is expected to take long
+        batcher.admission.scored = lambda tokens, seconds: None  # type: ignore[method-assign]
+        huge = await queued(batcher, ask(200), ask(200), seconds=10_000)
+        for i in range(3):
+            while len(begun) == i:
+                await asyncio.sleep(0.001)
+            gate.release()
+        while len(begun) < 4:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.02)
+        [small] = await queued(batcher, ask(1, query="small red"))
+        gate.release(50)
+        assert (await small).logits == [1.0]
+        await asyncio.gather(*huge)
+        assert [scorer.words["small"] in [s.request.prefix[0] for s in p] for p in begun[:5]] == [False] * 4 + [True]
+
+    run(test, scorer)
+
+
+def test_a_full_queue_refuses_at_once_and_says_when_to_come_back() -> None:
+    scorer = FakeScorer()
+
+    async def test(batcher: Batcher) -> None:
+        first = await held(batcher, scorer, ask())
+        waiting = await queued(batcher, ask(50))
+        with pytest.raises(QueueFullError) as caught:
+            await batcher.rerank(ask(50), 30)
+        assert caught.value.status == 429
+        assert caught.value.retry_after is not None
+        assert caught.value.retry_after >= 1
+        waiting += await queued(batcher, ask(10))  # a smaller one still fits
+        scorer.hold.set()
+        await asyncio.gather(first, *waiting)
+        assert batcher.requests == 0
+        # Larger than the whole queue: accepted while nothing waits, or it could never be.
+        assert len((await batcher.rerank(ask(500), 30)).logits) == 500
+
+    run(test, scorer, max_queue_tokens=100)
+
+
+def test_a_refused_request_is_never_tokenised_and_an_accepted_one_never_refused() -> None:
+    scorer = FakeScorer()
+    encode, encoded = scorer.encode, threading.Semaphore(0)
+
+    def slow(request: RerankRequest) -> EncodedRequest:
+        encoded.release()
+        scorer.hold.wait(30)
+        return encode(request)
+
+    scorer.encode = slow  # type: ignore[method-assign]
+
+    async def test(batcher: Batcher) -> None:
+        scorer.hold.clear()
+        tasks = [asyncio.create_task(batcher.rerank(ask(20), 30)) for _ in range(100)]
+        await asyncio.sleep(0.05)  # all came before any was tokenised
+        scorer.hold.set()
+        answers = await asyncio.gather(*tasks, return_exceptions=True)
+        scored = [a.logits for a in answers if isinstance(a, RerankResult)]
+        assert 2 <= len(scored) < 20
+        assert all(logits == [1.0] * 20 for logits in scored)
+        assert sum(isinstance(a, QueueFullError) for a in answers) == 100 - len(scored)
+        for _ in scored:
+            assert encoded.acquire(blocking=False)
+        assert not encoded.acquire(blocking=False)
+
+    run(test, scorer, max_queue_tokens=1000)
+
+
+def test_nothing_is_accepted_that_cannot_be_answered_in_time() -> None:
+    scorer = FakeScorer(seconds=0.05, max_batch_tokens=10 * (PREFIX + 2))
+
+    async def test(batcher: Batcher) -> None:
+        await asyncio.gather(*[batcher.rerank(ask(2), 30) for _ in range(30)])  # it learns its speed: 10 in 0.05 s
+        answers = await asyncio.gather(*[batcher.rerank(ask(2), 2) for _ in range(1000)], return_exceptions=True)
+        assert {type(a) for a in answers} == {RerankResult, QueueFullError}
+        assert 50 < sum(isinstance(a, RerankResult) for a in answers) < 250  # of 400 that one could hope for
+
+    run(test, scorer, max_queue_tokens=1_000_000)
+
+
+def test_a_small_request_is_not_tokenised_behind_huge_ones() -> None:
+    scorer = FakeScorer(max_batch_tokens=10_000_000)
+    encode, blocked = scorer.encode, threading.Event()
+
+    def huge_ones_block(request: RerankRequest) -> EncodedRequest:
+        if "huge" in request.query:
+            blocked.wait(30)
+        return encode(request)
+
+    scorer.encode = huge_ones_block  # type: ignore[method-assign]
+
+    async def test(batcher: Batcher) -> None:
+        documents = ["red " * 60_000] * 2
+        huge = [asyncio.create_task(batcher.rerank(RerankRequest("huge", documents), 30)) for _ in range(8)]
+        await asyncio.sleep(0.05)
+        assert (await batcher.rerank(ask(), 10)).logits == [1.0]
+        assert not any(task.done() for task in huge)
+        blocked.set()
+        await asyncio.gather(*huge)
+
+    run(test, scorer, max_queue_tokens=100_000_000)
+
+
+def test_too_many_requests_in_progress_are_refused() -> None:
+    scorer = FakeScorer()
+
+    async def test(batcher: Batcher) -> None:
+        tasks = [await held(batcher, scorer, ask()), *(await queued(batcher, ask(), ask()))]
+        with pytest.raises(QueueFullError, match="3 requests are in progress"):
+            await batcher.rerank(ask(), 30)
+        scorer.hold.set()
+        await asyncio.gather(*tasks)
+        await batcher.rerank(ask(), 30)
+
+    run(test, scorer, max_requests=3)
+
+
+def test_a_client_that_leaves_takes_its_queued_work_along() -> None:
+    scorer = FakeScorer()
+
+    async def test(batcher: Batcher) -> None:
+        first = await held(batcher, scorer, ask())
+        gone = await queued(batcher, *[ask(5) for _ in range(20)])
+        [stays] = await queued(batcher, ask(1, words="fish"))
+        for task in gone:
+            task.cancel()
+        await asyncio.gather(*gone, return_exceptions=True)
+        assert batcher.queue.tokens == PREFIX + 1
+        scorer.hold.set()
+        await asyncio.gather(first, stays)
+        assert [len(p) for p in scorer.passes] == [1, 1]
+        assert batcher.requests == 0
+
+    run(test, scorer)
+
+
+def test_the_deadline_drops_queued_work() -> None:
+    scorer = FakeScorer()
+
+    async def test(batcher: Batcher) -> None:
+        first = await held(batcher, scorer, ask())
+        with pytest.raises(DeadlineError, match=r"not answered within 0\.05 s"):
+            await batcher.rerank(ask(5), 0.05)
+        assert (batcher.queue.tokens, batcher.requests) == (0, 1)
+        scorer.hold.set()
+        await first
+        assert len(scorer.passes) == 1
+
+    run(test, scorer)
+
+
+@pytest.mark.parametrize("words", ["poison", "nan"])
+def test_a_broken_request_harms_no_other(words: str) -> None:
+    scorer = FakeScorer()
+
+    async def test(batcher: Batcher) -> None:
+        first = await held(batcher, scorer, ask())
+        good = await queued(batcher, *[ask(3) for _ in range(3)])
+        [bad] = await queued(batcher, ask(2, words=f"red {words}"))
+        good += await queued(batcher, ask(3))
+        scorer.hold.set()
+        for task in [first, *good]:
+            assert set((await task).logits) == {1.0}
+        with pytest.raises(ScoringError) as caught:
+            await bad
+        assert caught.value.status == 500
+        assert "kernel" not in str(caught.value)
+        assert (await batcher.rerank(ask(), 30)).logits == [1.0]
+
+    run(test, scorer)
+
+
+def test_a_bad_request_is_told_so() -> None:
+    async def test(batcher: Batcher) -> None:
+        with pytest.raises(InvalidRequestError):
+            await batcher.rerank(ask(query="too long"), 30)
+        assert batcher.requests == 0
+
+    run(test, FakeScorer())
+
+
+def test_a_lost_device_answers_everybody_and_ends_the_worker_once() -> None:
+    scorer = FakeScorer()
+    failures: list[Exception] = []
+
+    async def test(batcher: Batcher) -> None:
+        first = await held(batcher, scorer, ask())
+        waiting = await queued(batcher, ask(), ask())
+
+        def lost(batch: object) -> list[float]:
+            raise DeviceLostError("the device failed", retry_after=10)
+
+        scorer.score = lost  # type: ignore[method-assign]
+        scorer.hold.set()
+        assert (await first).logits == [1.0]
+        for task in waiting:
+            with pytest.raises(DeviceLostError):
+                await task
+        assert batcher.status == "unhealthy"
+        assert len(failures) == 1
+        with pytest.raises(NotReadyError, match="unhealthy"):
+            await batcher.rerank(ask(), 30)
+
+    run(test, scorer, on_failure=failures.append)
+
+
+def test_whoever_waits_is_answered_although_the_worker_cannot_step_aside(caplog: pytest.LogCaptureFixture) -> None:
+    scorer, failures = FakeScorer(), list[Exception]()
+
+    async def test(batcher: Batcher) -> None:
+        batcher.on_unhealthy = lambda: [][1]
+        first = await held(batcher, scorer, ask())
+        waiting = await queued(batcher, ask(), ask())
+
+        def lost(batch: object) -> list[float]:
+            raise DeviceLostError("the device failed", retry_after=10)
+
+        scorer.score = lost  # type: ignore[method-assign]
+        scorer.hold.set()
+        await first
+        for task in waiting:
+            with pytest.raises(DeviceLostError):
+                await task
+        assert len(failures) == 1
+
+    run(test, scorer, on_failure=failures.append)
+    assert "IndexError" in caplog.text
+
+
+@pytest.mark.parametrize("error", [ModelLoadError("no such folder"), RuntimeError("anything")])
+def test_a_load_that_fails_is_reported(error: Exception) -> None:
+    async def main() -> None:
+        failures: list[Exception] = []
+
+        def load() -> FakeScorer:
+            raise error
+
+        batcher = Batcher(load, on_failure=failures.append)
+        await batcher.start()
+        while not failures:
+            await asyncio.sleep(0.001)
+        assert failures == [error]
+        assert batcher.status == "unhealthy"
+        await batcher.stop()
+
+    asyncio.run(main())
+
+
+def test_a_load_that_hangs_is_reported() -> None:
+    async def main() -> None:
+        failures: list[Exception] = []
+        batcher = Batcher(lambda: time.sleep(0.3) or FakeScorer(), load_timeout=0.05, on_failure=failures.append)  # type: ignore[func-returns-value]
+        await batcher.start()
+        with pytest.raises(NotReadyError, match="loading"):
+            await batcher.rerank(ask(), 30)
+        while not failures:
+            await asyncio.sleep(0.01)
+        assert "LOAD_TIMEOUT=0.05" in str(failures[0])
+        await batcher.stop()
+
+    asyncio.run(main())
+
+
+def test_draining_finishes_what_was_accepted_and_takes_nothing_new() -> None:
+    scorer = FakeScorer()
+
+    async def test(batcher: Batcher) -> None:
+        tasks = [await held(batcher, scorer, ask()), *(await queued(batcher, ask(), ask()))]
+        batcher.drain()
+        with pytest.raises(NotReadyError, match="draining"):
+            await batcher.rerank(ask(), 30)
+        scorer.hold.set()
+        for task in tasks:
+            assert (await task).logits == [1.0]
+
+    run(test, scorer)
+
+
+def test_draining_answers_what_is_still_being_tokenised() -> None:
+    scorer = FakeScorer()
+    encode, begun = scorer.encode, threading.Event()
+
+    def slow(request: RerankRequest) -> EncodedRequest:
+        begun.set()
+        scorer.hold.wait(30)
+        return encode(request)
+
+    scorer.encode = slow  # type: ignore[method-assign]
+
+    async def test(batcher: Batcher) -> None:
+        scorer.hold.clear()
+        task = asyncio.create_task(batcher.rerank(ask(), 30))
+        await asyncio.to_thread(begun.wait, 30)
+        batcher.drain()
+        scorer.hold.set()
+        assert (await task).logits == [1.0]
+
+    run(test, scorer)
+
+
+def test_packing_never_waits_behind_tokenising() -> None:
+    scorer = FakeScorer()
+    encode, blocked = scorer.encode, threading.Event()
+
+    def some_block(request: RerankRequest) -> EncodedRequest:
+        if "slow" in request.query:
+            blocked.wait(30)
+        return encode(request)
+
+    scorer.encode = some_block  # type: ignore[method-assign]
+
+    async def test(batcher: Batcher) -> None:
+        first = await held(batcher, scorer, ask())
+        [quick] = await queued(batcher, ask())
+        slow = [asyncio.create_task(batcher.rerank(ask(query="slow red"), 30)) for _ in range(4)]
+        await asyncio.sleep(0.05)
+        scorer.hold.set()
+        await asyncio.gather(first, quick)  # while both host threads are busy with the others
+        assert not any(task.done() for task in slow)
+        blocked.set()
+        await asyncio.gather(*slow)
+
+    run(test, scorer)
+
+
+def test_a_batch_that_was_packed_ahead_for_nobody_is_not_scored() -> None:
+    scorer = FakeScorer(max_batch_tokens=PREFIX + 4)
+    packed: list[int] = []
+    pack = scorer.pack
+    scorer.pack = lambda slices: packed.append(len(slices)) or pack(slices)  # type: ignore[method-assign,func-returns-value]
+
+    async def test(batcher: Batcher) -> None:
+        first = await held(batcher, scorer, ask(4))
+        gone = asyncio.create_task(batcher.rerank(ask(4), 30))
+        while len(packed) < 2:
+            await asyncio.sleep(0.001)
+        gone.cancel()
+        await asyncio.gather(gone, return_exceptions=True)
+        scorer.hold.set()
+        await first
+        await batcher.rerank(ask(), 30)
+        assert len(scorer.passes) == 2
+
+    run(test, scorer)
+
+
+def test_a_bug_in_the_loop_ends_the_worker_instead_of_hanging() -> None:
+    failures: list[Exception] = []
+
+    class Broken(FakeScorer):
+        @property
+        def memory(self) -> int:
+            if self.passes:
+                raise OSError("a bug behind a forward pass")
+            return 0
+
+    async def test(batcher: Batcher) -> None:
+        await batcher.rerank(ask(), 30)
+        while batcher.status == "ok":  # the loop ends behind the pass that it answered
+            await asyncio.gather(batcher.rerank(ask(), 0.2), return_exceptions=True)
+        assert batcher.status == "unhealthy"
+        assert isinstance(failures[0], NotReadyError)
+        assert "the batch loop failed" in str(failures[0])
+
+    run(test, Broken(), on_failure=failures.append)
+
+
+def test_a_bug_in_the_loop_answers_what_waits_and_what_is_half_done() -> None:
+    scorer = FakeScorer(max_batch_tokens=60)
+
+    def broken(forward_pass: ForwardPass) -> None:
+        raise OSError("a bug behind a forward pass")
+
+    async def test(batcher: Batcher) -> None:
+        batcher._observer.pass_ended = broken  # type: ignore[method-assign,assignment]
+        half = await held(batcher, scorer, ask(200))  # more than one batch's documents
+        waiting = await queued(batcher, ask(), ask())
+        scorer.hold.set()
+        for work in (half, *waiting):
+            with pytest.raises(NotReadyError, match="the batch loop failed"):
+                await work
+
+    run(test, scorer)
+
+
+def test_a_bug_is_noticed_though_nothing_else_waits() -> None:
+    failures: list[Exception] = []
+
+    def broken(wait: float) -> None:
+        raise OSError("a bug in front of a forward pass")
+
+    async def test(batcher: Batcher) -> None:
+        batcher._observer.request_started = broken  # type: ignore[method-assign]
+        with pytest.raises(NotReadyError, match="the batch loop failed"):
+            await batcher.rerank(ask(), 30)
+        assert failures
+
+    run(test, FakeScorer(), on_failure=failures.append)
+
+
+class Panic(BaseException):
+    """As the tokenizer's are."""
+
+
+def test_a_panic_while_packing_fails_its_batch_alone() -> None:
+    scorer = FakeScorer()
+    pack = scorer.pack
+
+    def panic(slices: Sequence[Slice]) -> list[Slice]:
+        scorer.pack = pack  # type: ignore[method-assign]
+        raise Panic("in packing")
+
+    async def test(batcher: Batcher) -> None:
+        scorer.pack = panic  # type: ignore[method-assign]
+        with pytest.raises(ScoringError):
+            await batcher.rerank(ask(), 30)
+        await batcher.rerank(ask(), 30)
+
+    run(test, scorer)
+
+
+def test_a_panic_while_loading_ends_the_process() -> None:
+    failures: list[Exception] = []
+
+    def load() -> FakeScorer:
+        raise Panic("in the tokenizer's file")
+
+    async def test() -> None:
+        batcher = Batcher(load, max_queue_tokens=1000, on_failure=failures.append)
+        await batcher.start()
+        while not failures:
+            await asyncio.sleep(0.01)
+        assert str(failures[0]) == "Panic: in the tokenizer's file"
+        assert batcher.status == "unhealthy"
+        await batcher.stop()
+
+    asyncio.run(test())
+
+
+def test_stopping_answers_what_still_waits() -> None:
+    scorer = FakeScorer()
+
+    async def test(batcher: Batcher) -> None:
+        await held(batcher, scorer, ask())
+        waiting = await queued(batcher, ask())
+        await batcher.stop()
+        with pytest.raises(NotReadyError, match="shutting down"):
+            await waiting[0]
+
+    run(test, scorer)
+
+
+def test_a_big_request_is_tokenised_by_turns() -> None:
+    scorer = FakeScorer(max_batch_tokens=10_000_000)
+    parts: list[int] = []
+    encode = scorer.encode
+    scorer.encode = lambda request: parts.append(len(request.documents)) or encode(request)  # type: ignore[method-assign,func-returns-value]
+
+    async def test(batcher: Batcher) -> None:
+        documents = [f"red w{i} " * 2000 for i in range(100)]
+        result = await batcher.rerank(RerankRequest("red", documents), 60)
+        assert result.logits == [1.0] * 100
+        assert len(parts) > 5
+        assert sum(parts) == 100
+
+    run(test, scorer, max_queue_tokens=10_000_000)
+
+
+def test_parts_of_a_big_request_keep_its_options_and_the_places_of_its_documents() -> None:
+    scorer = FakeScorer(max_batch_tokens=10_000_000)
+    parts: list[RerankRequest] = []
+
+    def encode(request: RerankRequest) -> EncodedRequest:
+        parts.append(request)
+        # Every document in two chunks, of which the second has the query's word.
+        entries = [ids for _ in request.documents for ids in ([0], [1])]
+        return EncodedRequest([1], entries, frozenset({0}), [[0, 1, 2] for _ in request.documents])
+
+    scorer.encode = encode  # type: ignore[method-assign]
+
+    async def test(batcher: Batcher) -> None:
+        request = RerankRequest("red", ["x" * 90_000] * 7, "find", 5, 3, truncate=False)
+        result = await batcher.rerank(request, 60)
+        assert result.logits == [1.0] * 7
+        assert result.best_chunks == {i: Chunk(1, 1, 2) for i in range(7)}
+        assert result.truncated_documents == len(parts) == 3
+        assert [part.position(0) for part in parts] == [0, 3, 6]
+        for part in parts:
+            assert replace(part, documents=request.documents, positions=None) == request
+
+    run(test, scorer)
+
+
+def test_many_clients_at_once_get_their_own_scores() -> None:
+    scorer = FakeScorer(max_batch_tokens=PREFIX * 4)
+
+    async def test(batcher: Batcher) -> None:
+        async def client(i: int) -> None:
+            result = await batcher.rerank(RerankRequest(f"w{i} x", [f"w{i} x", "x", f"w{i + 1}"] * (i % 7 + 1)), 60)
+            assert result.logits == [2.0, 1.0, 0.0] * (i % 7 + 1)
+
+        await asyncio.gather(*map(client, range(200)))
+        assert batcher.requests == 0
+        assert batcher.queue.tokens == 0
+
+    run(test, scorer)
