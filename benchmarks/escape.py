@@ -4,7 +4,7 @@
 
 Three readings of the same texts: the card's sample as it is printed; the engine; and the card's computation on tokens
 that are text by construction, because the pre-tokenizer and the byte-pair model are called without the step that looks
-for control tokens. docs/prompt-escape.md quotes the figures for the demo model; tests/engine/test_escape.py compares them.
+for control tokens. docs/prompt-escape.md quotes the figures for the demo model, held by tests/engine/test_escape.py.
 """
 
 from __future__ import annotations
