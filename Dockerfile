@@ -1,6 +1,6 @@
 # docker build -t reranker .                                       PyTorch with CUDA (several GB)
 # docker build -t reranker . --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu
-#                                                                  PyTorch without it
+#                                                                  PyTorch without CUDA
 # The base needs Python 3.11 or newer with venv; CUDA itself comes with PyTorch, the driver with the host.
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 FROM ${BASE_IMAGE}
@@ -11,18 +11,18 @@ RUN groupadd --gid 10001 reranker \
 ENV PATH=/opt/venv/bin:$PATH
 WORKDIR /app
 
-# Two layers that only a change of the pins makes anew. torch goes first and by its exact pin, as in the Makefile:
-# whatever depends on it then finds it there.
+# Two layers that are rebuilt only when a pin changes. torch is installed first, by its exact pin, as in the Makefile, so
+# that packages which depend on it do not choose another build.
 COPY requirements.txt ./
 ARG TORCH_INDEX=""
-# On a GPU the layers are compiled at the start, which takes a C compiler; without one they run as they are.
+# On a GPU the layers are compiled at start-up, which needs a C compiler; without one they run uncompiled.
 RUN if [ -z "$TORCH_INDEX" ]; then apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/*; fi
 RUN pip install --no-cache-dir ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} \
     "$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)"
 RUN pip install --no-cache-dir -r requirements.txt
 
-# The home is the volume: what libraries keep (models, compiled kernels) goes there; the rest may be read-only.
+# The home is the volume: libraries store models and compiled kernels there; the rest may be read-only.
 ENV HOME=/cache \
     HF_HOME=/cache/huggingface \
     TORCHINDUCTOR_CACHE_DIR=/cache/inductor \
@@ -31,14 +31,14 @@ ENV HOME=/cache \
 COPY app.py config.py gunicorn.conf.py LICENSE ./
 COPY reranker/ reranker/
 COPY models/demo/ models/demo/
-# A checkout under umask 027 or 077 gives files that only their owner may read.
+# A checkout under umask 027 or 077 has files that only their owner can read.
 RUN find /app ! -perm -o=r -exec chmod a+rX {} +
 
 USER 10001:10001
 EXPOSE 6006
 STOPSIGNAL SIGTERM
-# The first of the tokens comes from the environment, so no process list shows it. The start period is LOAD_TIMEOUT's
-# default, for the first start downloads the model. A connection to 0.0.0.0 or :: reaches this container itself.
+# The first token is read from the environment, so that no process list shows it. The start period is LOAD_TIMEOUT's
+# default, because the first start downloads the model. A connection to 0.0.0.0 or :: reaches this container itself.
 HEALTHCHECK --interval=30s --timeout=5s --start-period=30m --retries=3 CMD ["python", "-c", "\
 import http.client, sys\n\
 from reranker.environment import get\n\
