@@ -24,7 +24,7 @@ import yaml  # type: ignore[import-untyped]
 
 from config import Settings
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FILES = ["docker-compose.yml", "docker-compose.cpu.yml"]
 COMPOSE = shutil.which("docker-compose")
 NO_COMPOSE = "docker-compose is not installed (Debian: apt-get install docker-compose)"

@@ -83,6 +83,7 @@ def test_a_sticky_device_error_is_answered_and_the_worker_replaced(small: Server
     assert value(samples(small), "reranker_errors_total", error_type="device_lost") == 1
 
 
+@pytest.mark.slow
 def test_a_device_that_hangs_is_given_up_after_twice_the_deadline(start: Start) -> None:
     server = start(command=FAKE, REQUEST_TIMEOUT="4")
 

@@ -99,6 +99,7 @@ def test_open_connections_are_closed_with_an_answer(start: Start, sig: int) -> N
     assert server.process.wait(30) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_sighup_fails_no_request_but_new_connections_wait_for_the_load(start: Start, workers: int) -> None:
     server = start(command=FAKE, WORKERS=str(workers), MODEL_DEVICE="cpu", FAKE_LOAD_SECONDS="1")
@@ -130,6 +131,7 @@ def test_a_stop_while_it_loads_does_not_wait_for_the_load(start: Start) -> None:
     assert server.stop(seconds=20) == 0
 
 
+@pytest.mark.slow
 def test_a_worker_that_drains_for_long_still_beats(start: Start) -> None:
     """gunicorn kills a worker without a heartbeat; one that was told to stop may have answers to give for longer."""
     server = start(command=FAKE, WORKERS="2", MODEL_DEVICE="cpu", TIMEOUT="2", FAKE_SECONDS="6")
@@ -172,6 +174,7 @@ def test_a_killed_master_takes_its_workers_along_and_its_folder_goes_at_the_next
     assert not folder.exists(), "nobody was there to remove it"
 
 
+@pytest.mark.slow
 def test_a_later_load_that_fails_waits_and_harms_no_sibling(start: Start, tmp_path: Path) -> None:
     fails = tmp_path / "fails"
     server = start(command=FAKE, WORKERS="2", MODEL_DEVICE="cpu", FAKE_LOAD_FAILS=str(fails))
@@ -189,6 +192,7 @@ def test_a_later_load_that_fails_waits_and_harms_no_sibling(start: Start, tmp_pa
     assert server.process.poll() is None
 
 
+@pytest.mark.slow
 def test_a_later_load_that_hangs_is_given_up_and_harms_no_sibling(start: Start, tmp_path: Path) -> None:
     hangs = tmp_path / "hangs"
     server = start(command=FAKE, WORKERS="2", MODEL_DEVICE="cpu", FAKE_LOAD_HANGS=str(hangs), LOAD_TIMEOUT="2")
@@ -205,6 +209,7 @@ def test_a_later_load_that_hangs_is_given_up_and_harms_no_sibling(start: Start, 
     assert server.process.poll() is None
 
 
+@pytest.mark.slow
 def test_a_load_that_takes_longer_than_the_heartbeat_is_let_finish(start: Start) -> None:
     server = start(command=FAKE, TIMEOUT="2", FAKE_LOAD_SECONDS="6")
     assert post(server).status_code == 200
@@ -212,6 +217,7 @@ def test_a_load_that_takes_longer_than_the_heartbeat_is_let_finish(start: Start)
     assert "WORKER TIMEOUT" not in server.log
 
 
+@pytest.mark.slow
 def test_work_that_outlives_the_grace_period_is_answered_with_503(start: Start) -> None:
     """Its body is still on its way: cancelled in time for an answer, before gunicorn kills."""
     server = start(command=FAKE, REQUEST_TIMEOUT="1", BODY_TIMEOUT="60")
@@ -243,7 +249,7 @@ def test_a_bug_in_the_batch_loop_is_told_to_who_waits_and_costs_no_sibling(start
 
 
 @pytest.mark.parametrize("shared", [{}, {"PROMETHEUS_MULTIPROC_DIR": "/dev/null/metrics"}], ids=["folder", "none"])
-@pytest.mark.parametrize("harm", ["lost", "hang", "bug"])
+@pytest.mark.parametrize("harm", ["lost", pytest.param("hang", marks=pytest.mark.slow), "bug"])
 def test_an_unhealthy_worker_leaves_new_requests_to_its_sibling(
     start: Start, harm: str, shared: dict[str, str]
 ) -> None:
@@ -276,6 +282,7 @@ def test_an_unhealthy_worker_leaves_new_requests_to_its_sibling(
     all_ready(server, 3)
 
 
+@pytest.mark.slow
 def test_a_single_unhealthy_worker_keeps_listening(start: Start, tmp_path: Path) -> None:
     fails = tmp_path / "fails"
     server = start(command=FAKE, FAKE_LOAD_FAILS=str(fails))

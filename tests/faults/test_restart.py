@@ -19,7 +19,7 @@ from tests.conftest import FAKE, GUNICORN, ROOT, Server, Start
 from tests.faults.traffic import BODY, Traffic, all_ready
 from tests.http.test_metrics import once, value
 
-RESTART = [sys.executable, str(ROOT / "deploy" / "restart.py")]
+RESTART = [sys.executable, str(ROOT / "reranker" / "server" / "restart.py")]
 PID = ["--pid", "master.pid"]
 
 
@@ -62,7 +62,7 @@ def setting(server: Server, line: str) -> None:
     server.log_path.with_name(".env").write_text(line)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_rolling_restart_fails_no_request(start: Start, ended: list[Server], workers: int) -> None:
     # The demo model for one; for two a scorer without one, because loading it four times takes long.
     server = start(
@@ -84,6 +84,7 @@ def test_a_rolling_restart_fails_no_request(start: Start, ended: list[Server], w
     assert refused.status_code == 422, "the new generation has the new settings"
 
 
+@pytest.mark.slow
 def test_a_generation_that_cannot_load_changes_nothing_and_counts_go_on(
     start: Start, ended: list[Server], tmp_path: Path
 ) -> None:

@@ -285,6 +285,7 @@ def tour(server: Server, headers: bytes, parameter: bytes) -> dict[str, list[int
     return {name: answer.statuses for name, answer in answers.items()}
 
 
+@pytest.mark.slow
 def test_no_log_level_answer_or_metric_holds_a_token_whatever_the_status(start: Start) -> None:
     limits = {"BODY_TIMEOUT": "1", "MAX_BODY_BYTES": "50000", "MAX_DOCUMENTS": "50", "REQUEST_TIMEOUT": "2"}
     scorer = {"FAKE_SECONDS": "0.2", "FAKE_BATCH_TOKENS": "14", "MAX_QUEUE_TOKENS": "100"}

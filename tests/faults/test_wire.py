@@ -84,6 +84,7 @@ def test_500_mb_that_are_announced_are_refused_before_they_are_sent(wire: Server
     assert peak.megabytes < 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("head", "piece"),
     [
@@ -275,6 +276,7 @@ def test_a_client_that_does_not_read_is_cut_off(wire: Server) -> None:
     assert len(answers.data) < 8_000_000
 
 
+@pytest.mark.slow
 def test_the_short_end_of_a_last_answer_that_nobody_reads_holds_no_connection(wire: Server) -> None:
     """The system takes some megabytes; of one of these sizes, less than the transport minds is left over."""
     with contextlib.ExitStack() as unread:
@@ -296,7 +298,11 @@ def established(worker: psutil.Process) -> int:
     return sum(connection.status == psutil.CONN_ESTABLISHED for connection in worker.net_connections("tcp"))
 
 
-@pytest.mark.parametrize("most", [1 << 18, 1 << 15], ids=["megabytes a second", "less than the system's buffer"])
+@pytest.mark.parametrize(
+    "most",
+    [1 << 18, pytest.param(1 << 15, marks=pytest.mark.slow)],
+    ids=["megabytes a second", "less than the system's buffer"],
+)
 def test_a_client_that_reads_slowly_gets_everything(wire: Server, most: int) -> None:
     data = b""
     with socket.socket() as connection:
