@@ -10,14 +10,13 @@ from the two rates below, which were measured.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from dataclasses import dataclass
 
 from benchmarks.models import SHAPES
 from benchmarks.report import header, table
-from benchmarks.traffic import HERE, workloads
+from benchmarks.workloads import read, workloads
 
 H200 = 788e12
 """FLOP/s of large bfloat16 matrix products on an H200, measured. The service itself has not run on a GPU yet."""
@@ -185,7 +184,7 @@ def measure(rounds: int = 5) -> None:
     torch.set_num_threads(1)
     shape = Model(*SHAPES["mid"])
     scorer = Scorer.load(model("mid"), device="cpu", precision="float32")
-    request = json.loads((HERE / "short.json").read_text(encoding="utf-8"))[0]
+    request = read("short", 1)[0]
     tokens = workloads()["short"].prefixes[0] + sum(workloads()["short"].documents[0])
     x = torch.randn(1024, shape.hidden)
     up, down = torch.randn(shape.hidden, shape.intermediate), torch.randn(shape.intermediate, shape.hidden)

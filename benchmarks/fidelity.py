@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-from pathlib import Path
 
 from benchmarks.card import Card
 from benchmarks.models import SHAPES, model
 from benchmarks.report import header, table
+from benchmarks.workloads import read
 from reranker import Scorer
 from reranker.engine.budget import split
 from reranker.types import EncodedRequest, RerankRequest, Slice
@@ -34,8 +33,7 @@ def main() -> None:
     parser.add_argument("--half-requests", type=int, default=2, help="the same for the 16-bit types, slow on most CPUs")
     a = parser.parse_args()
     path = model(a.shape)
-    text = (Path(__file__).parent / f"{a.workload}.json").read_text(encoding="utf-8")
-    work = json.loads(text)[: a.requests]
+    work = read(a.workload, a.requests)
     card = Card(path)
     wanted = [card.logits(request["query"], request["documents"], batch=1) for request in work]
     spread = max(itertools.chain(*wanted)) - min(itertools.chain(*wanted))

@@ -38,7 +38,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
 from benchmarks.models import CACHE, SHAPES
 from benchmarks.report import header, table
-from benchmarks.traffic import TOKENS, ten_documents
+from benchmarks.workloads import TOKENS, read, ten_documents
 from reranker import Scorer
 from reranker.engine import device as devices
 from reranker.engine.attention import choose
@@ -60,7 +60,7 @@ TESTS = [
     "tests/engine/test_scorer.py",
 ]
 NEEDED_BY_TESTS = ("pytest", "httpx", "accelerate", "psutil")
-WORK = json.loads((Path(__file__).parent / "short.json").read_text(encoding="utf-8"))
+WORK = read("short")
 
 
 class WrongError(Exception):

@@ -26,7 +26,6 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 import uvloop
@@ -35,6 +34,7 @@ from benchmarks.launch import Service, serve
 from benchmarks.models import SHAPES, model
 from benchmarks.report import header, percentile, table
 from benchmarks.wire import Wire
+from benchmarks.workloads import read
 
 TOKEN = "secret"
 DOCUMENTS, WORDS = 10, 10
@@ -44,7 +44,6 @@ CONTESTANTS: dict[str, tuple[str, dict[str, object]]] = {
     TOKENISED: ("benchmarks.free_app:app", {"TOKENISED": 1}),
     BARE: ("benchmarks.bare_app:app", {}),
 }
-WORKLOAD = Path(__file__).parent / "short.json"
 LEAST_RATE = 1500
 MOST_SHARE = 0.05
 
@@ -171,8 +170,7 @@ async def load(port: int, request: bytes, clients: int, seconds: float) -> list[
 
 def content() -> bytes:
     """Ten documents of ten words, from the workload."""
-    asked = json.loads(WORKLOAD.read_text(encoding="utf-8"))
-    texts = (d.split() for r in asked for d in r["documents"] if d.isascii())
+    texts = (d.split() for r in read("short") for d in r["documents"] if d.isascii())
     documents = [" ".join(words[:WORDS]) for words in texts if len(words) >= WORDS][:DOCUMENTS]
     return json.dumps({"query": "how to compress files on Linux", "documents": documents}).encode()
 
@@ -249,8 +247,7 @@ async def around(port: int, bodies: Sequence[bytes], clients: int, serving: psut
 
 def beside(shape: str, requests: int, clients: Sequence[int]) -> dict[int, Spent]:
     """By the number of clients: what is spent around the model. Every client has at least one request."""
-    asked = json.loads(WORKLOAD.read_text(encoding="utf-8"))[:requests]
-    bodies = [json.dumps({"query": r["query"], "documents": r["documents"]}).encode() for r in asked]
+    bodies = [json.dumps(request).encode() for request in read("short", requests)]
     settings = {"MODEL_NAME_OR_PATH": model(shape), "MODEL_DEVICE": "cpu", "MODEL_PRECISION": "float32"}
     with serve("benchmarks.timed_app:app", ACCESS_TOKEN=TOKEN, REQUEST_TIMEOUT=1000, **settings) as service:
         serving = worker(service)

@@ -28,7 +28,8 @@ def header() -> str:
         device = torch.cuda.get_device_name()
     now = datetime.now(UTC).strftime("%Y-%m-%d")
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
-    command = f"python -m benchmarks.{Path(sys.argv[0]).stem} {shlex.join(sys.argv[1:])}".strip()
+    script = Path(sys.argv[0])
+    command = f"python -m {script.parent.name}.{script.stem} {shlex.join(sys.argv[1:])}".strip()
     return f"`{command}` · {now} · commit {commit or 'unknown'}\n\n{device}; {versions}"
 
 

@@ -1,4 +1,4 @@
-"""Models, servers and clients that the tests share. Servers listen on 127.0.0.1 and stop with their module or session."""
+"""Models, servers and clients that the tests share. Servers bind to 127.0.0.1 and stop with their module or session."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """How time and memory grow with the request: 10 to 10,000 documents, 20 to 8,000 tokens each; a table and a plot.
 
-    python -m benchmarks.growth [--shape mid] [--device cpu] [--threads 1] [--tokens 16000] [--plot PNG]
+    python -m studies.growth [--shape mid] [--device cpu] [--threads 1] [--tokens 16000] [--plot PNG]
 
 Time per packed token should stay flat with the number of documents, and nearly so with their length, where attention
 grows (each token attends to half of its document, on average); peak memory should stay flat in both, because a forward

@@ -1,10 +1,10 @@
 """Which GPU should a request go to? A discrete-event simulation of routing policies at 1,000 GPUs.
 
-    python -m benchmarks.simulate [--gpus 1000] [--requests 80] [--plot docs/routing.png]
+    python -m studies.simulate [--gpus 1000] [--requests 80] [--plot docs/routing.png]
 
 Each GPU is the service's own queue (reranker/scheduler/queue.py, the code that serves) and the batcher's rule: a pass
 is what waits, up to the token budget; when half of it is over, one full batch is taken ahead. Only the forward pass is
-a model: `overhead + tokens / rate` seconds. benchmarks/replay.py holds the simulation against a real gunicorn.
+a model: `overhead + tokens / rate` seconds. studies/replay.py holds the simulation against a real gunicorn.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from typing import Any, cast
 import numpy as np
 import simpy
 
-from benchmarks.routing import Choose, Loads, at_random, by_prefix, least, round_robin, stale, two_choices
-from benchmarks.simulated import Answer, Gpu, Speed
-from benchmarks.traffic import Arrival, heavy_tailed
 from reranker.scheduler.queue import Job
+from studies.arrivals import Arrival, heavy_tailed
+from studies.routing import Choose, Loads, at_random, by_prefix, least, round_robin, stale, two_choices
+from studies.simulated import Answer, Gpu, Speed
 
 LOADS = (0.5, 0.7, 0.8, 0.9, 0.95)
 

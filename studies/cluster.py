@@ -3,8 +3,8 @@
 A cluster of several nodes on one machine, with HTTP clients from outside. The device's time is real waiting, so that a
 few processors can stand for many devices: what is measured is everything but the device (routing, proxy, batcher).
 
-python -m benchmarks.cluster scale --plot benchmarks/cluster.png      in the environment of `make test-ray`
-python -m benchmarks.cluster faults
+python -m studies.cluster scale --plot studies/cluster.png      in the environment of `make test-ray`
+python -m studies.cluster faults
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How a router chooses the GPU for a request: what benchmarks/simulate.py compares and benchmarks/replay.py measures.
+"""How a router chooses the GPU for a request: what studies/simulate.py compares and studies/replay.py measures.
 
 A router sees no queue: it counts what it has sent and what was not yet answered, in requests or in tokens.
 """
@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from benchmarks.traffic import Arrival
+from studies.arrivals import Arrival
 
 Choose = Callable[[Arrival, "Loads"], int]
 
