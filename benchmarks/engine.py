@@ -111,7 +111,7 @@ def _layer_weights(shape: str) -> int:
 
 @torch.inference_mode()
 def _floor(shape: str, device: str, dtype: torch.dtype, tokens: int) -> tuple[float, float]:
-    """Wall and processor seconds that the linear layers of so many tokens take, and nothing else.
+    """Wall and processor seconds of the linear layers alone for `tokens` tokens.
 
     One layer is measured, with its own weights and in passes of the size that the engine uses, and multiplied.
     """

@@ -20,7 +20,7 @@ from reranker.types import EncodedRequest, RerankRequest, Slice
 
 
 def alone(scorer: Scorer, encoded: EncodedRequest) -> list[float]:
-    """Logits with nobody else in the batch."""
+    """Logits of a request that shares its batches with no other."""
     return [x for s in split(encoded, scorer.max_batch_tokens, 10**9) for x in scorer.score(scorer.pack([s]))]
 
 
@@ -44,7 +44,7 @@ def main() -> None:
         some = work if precision == "float32" else work[: a.half_requests]
         encoded = [scorer.encode(RerankRequest(request["query"], request["documents"])) for request in some]
         single = [alone(scorer, e) for e in encoded]
-        # All requests by turns, a few documents of each in every batch.
+        # Batches that hold a few documents of every request.
         mixed: list[list[float]] = [[] for _ in encoded]
         longest = max(len(e.documents) for e in encoded)
         for start in range(0, longest, 4):

@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def products() -> list[list[str]]:
-    """Each shape's four products at two sizes, quantising included: the shortest of several runs, by turns."""
+    """Each shape's four products at two sizes, quantising included: the shortest of several alternating runs."""
     rows = []
     for shape in ("mid", "0.6b"):
         hidden, intermediate, _, heads, groups, head, _ = SHAPES[shape]

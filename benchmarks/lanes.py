@@ -1,4 +1,4 @@
-"""One pass per core against one pass with all cores, by turns; and how far lanes would go on more cores than are here.
+"""One pass per core against one pass with all cores, in alternation; and an estimate of lanes on more cores.
 
     python -m benchmarks.lanes [--shape mid] [--workload short] [--requests 2] [--documents 50] [--rounds 5]
                                [--lanes 1 2 4 8 16]
@@ -127,7 +127,7 @@ def _asleep(scorer: Scorer, part: Slice, counts: list[int]) -> None:
 
 
 def _thin(whole: Model) -> Model:
-    """As many layers and calls, and next to nothing in each: what is left of a pass is Python and torch's dispatch."""
+    """The same layers and calls with almost no arithmetic: the rest of a pass is Python and torch's dispatch."""
     config = copy.deepcopy(whole.decoder.config)
     config.hidden_size, config.intermediate_size, config.head_dim = 16, 16, 8
     config.num_attention_heads, config.num_key_value_heads = 2, 1

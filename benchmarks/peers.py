@@ -89,7 +89,7 @@ CONTESTANTS: dict[str, tuple[Callable[..., Rerank], dict[str, Any]]] = {
 
 @dataclass
 class Round:
-    """What one contestant needed for the whole workload."""
+    """The time and the scores of one contestant for the whole workload."""
 
     seconds: float
     processor_seconds: float

@@ -1,10 +1,10 @@
-"""Where the time of a forward pass goes on this CPU, what a second thread brings, and how threads should wait.
+"""Time of a forward pass on this CPU by kind of operation, the gain of a second thread, and how threads should wait.
 
     python -m studies.breakdown [--shape mid] [--requests 2] [--rounds 3]
 
 torch's profiler around the engine's own pass over requests of short.json, one thread; tokenising and packing beside it.
-Then passes of one request of growing size with one thread and with two, by turns: wall time and processor seconds.
-Then one request with two threads in two processes by turns, which differ in what an OpenMP thread does that waits for
+Then passes of one request of growing size with one thread and with two in alternation: wall time and processor seconds.
+Then one request with two threads in two alternating processes, which differ in how an OpenMP thread waits for
 another (reranker/engine/__init__.py): alone, and beside a process that keeps one core busy.
 """
 
@@ -36,7 +36,7 @@ GROUPS = {
     "norms": ("_fused_rms_norm", "rms_norm", "pow", "mean", "rsqrt", "sum", "div_"),
     "rotary, SwiGLU, residuals": ("silu", "silu_", "mul", "mul_", "add", "add_", "addcmul_", "addcmul", "neg"),
 }
-"""Names of torch's operations by what the decoder does with them; a few are used for more than that."""
+"""torch's operations by their role in the decoder; a few have more than one."""
 REST = "views, allocation, Python"
 SIZES = (64, 256, 1024, 4096)
 """Tokens of a pass."""

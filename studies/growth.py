@@ -4,7 +4,7 @@
 
 Time per packed token should stay flat with the number of documents, and nearly so with their length, where attention
 grows (each token attends to half of its document, on average); peak memory should stay flat in both, because a forward
-pass is bounded by the token budget. Peak memory is the process's own, so far; on a GPU, what was allocated at most.
+pass is bounded by the token budget. Peak memory is that of the process until then; on a GPU, the maximum allocated.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python -m studies.replay [--seconds 40] [--load 0.8]
 
 A real gunicorn a GPU around benchmarks/sleeping_app.py, whose pass time is real waiting; a client routes by the same
-code as the simulation. What the simulator leaves out is what differs: HTTP, tokenising, packing, the client.
+code as the simulation. The difference is the part that the simulator leaves out: HTTP, tokenising, packing, the client.
 """
 
 from __future__ import annotations

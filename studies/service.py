@@ -59,7 +59,7 @@ class Running:
 
 @dataclass
 class Load:
-    """What one contestant did under one load."""
+    """The result of one server under one load."""
 
     seconds: float = 0.0
     processor_seconds: float = 0.0

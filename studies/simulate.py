@@ -3,7 +3,7 @@
     python -m studies.simulate [--gpus 1000] [--requests 80] [--plot docs/routing.png]
 
 Each GPU is the service's own queue (reranker/scheduler/queue.py, the code that serves) and the batcher's rule: a pass
-is what waits, up to the token budget; when half of it is over, one full batch is taken ahead. Only the forward pass is
+takes pending work up to the token budget; after half of it, one full batch is taken ahead. Only the forward pass is
 a model: `overhead + tokens / rate` seconds. studies/replay.py holds the simulation against a real gunicorn.
 """
 
@@ -59,7 +59,7 @@ def simulate(
     Args:
         arrivals: in order of time.
         choose: a policy of routing.py, fresh.
-        warm_up: so many first requests are not counted.
+        warm_up: the number of first requests that are not counted.
         remember: a prefix costs nothing where its query was seen before.
     """
     env = simpy.Environment()
@@ -128,7 +128,7 @@ most that prefix routing could ever win."""
 
 
 def rate_for(load: float, gpus: int, speed: Speed, seed: int) -> float:
-    """Requests a second that bring `load` of what the GPUs could do in full passes."""
+    """Requests a second that bring `load` times the GPUs' capacity in full passes."""
     sample = itertools.islice(heavy_tailed(1.0, seed), 50_000)
     mean = float(np.mean([arrival.tokens for arrival in sample]))
     return load * gpus / (mean / speed.rate + mean / speed.budget * speed.overhead)

@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from tests.conftest import Server
+from tests.conftest import MAX_WAIT, Server
 
 
 @dataclass
@@ -40,11 +40,11 @@ class Answers:
         return error
 
 
-def connect(server: Server, wait: float = 20) -> socket.socket:
+def connect(server: Server, wait: float = MAX_WAIT) -> socket.socket:
     return socket.create_connection(("127.0.0.1", server.port), timeout=wait)
 
 
-def listen(connection: socket.socket, wait: float = 20, answers: int | None = None) -> Answers:
+def listen(connection: socket.socket, wait: float = MAX_WAIT, answers: int | None = None) -> Answers:
     """What comes until the service closes, or so many answers are complete, or the deadline."""
     start = time.monotonic()
     data, closed = b"", False
@@ -85,7 +85,7 @@ def send(connection: socket.socket, data: bytes) -> bool:
     return True
 
 
-def exchange(server: Server, data: bytes, wait: float = 20, answers: int | None = None) -> Answers:
+def exchange(server: Server, data: bytes, wait: float = MAX_WAIT, answers: int | None = None) -> Answers:
     with connect(server, wait) as connection:
         send(connection, data)
         return listen(connection, wait, answers)

@@ -9,8 +9,9 @@ import time
 import httpx
 import pytest
 
-from tests.conftest import FAKE, GUNICORN, Server, Start
+from tests.conftest import FAKE, GUNICORN, MAX_WAIT, Server, Start
 from tests.faults.device_app import ERRORS, NAN
+from tests.faults.traffic import until
 from tests.http.test_metrics import once, samples, value
 
 DEVICE = [*GUNICORN[:-1], "tests.faults.device_app:app"]
@@ -75,9 +76,7 @@ def test_a_sticky_device_error_is_answered_and_the_worker_replaced(small: Server
     assert (lost.status_code, lost.json()["error_type"]) == (503, "device_lost")
     assert int(lost.headers["retry-after"]) >= 1
     assert len(re.findall("cannot serve: the device failed", small.log)) == 1
-    deadline = time.monotonic() + 60
-    while small.log.count("Booting worker") < 2 and time.monotonic() < deadline:
-        time.sleep(0.05)
+    until(lambda: small.log.count("Booting worker") == 2, "the worker was replaced")
     small.wait_for("ok")
     assert scores(small, *TEXTS[:5]) == pytest.approx(scores(server, *TEXTS[:5]), abs=1e-4)
     assert value(samples(small), "reranker_errors_total", error_type="device_lost") == 1
@@ -89,7 +88,10 @@ def test_a_device_that_hangs_is_given_up_after_twice_the_deadline(start: Start) 
 
     def ask(word: str) -> httpx.Response:
         return httpx.post(
-            f"{server.client.base_url}/v1/rerank", json={"query": "q", "documents": [word]}, timeout=30, trust_env=False
+            f"{server.client.base_url}/v1/rerank",
+            json={"query": "q", "documents": [word]},
+            timeout=MAX_WAIT,
+            trust_env=False,
         )
 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
@@ -102,9 +104,7 @@ def test_a_device_that_hangs_is_given_up_after_twice_the_deadline(start: Start) 
         assert [it.result().status_code for it in behind] == [504] * 2
         assert (later.result().status_code, later.result().json()["error_type"]) == (503, "device_lost")
         assert int(later.result().headers["retry-after"]) >= 1
-    deadline = time.monotonic() + 30
-    while server.log.count("Booting worker") < 2 and time.monotonic() < deadline:
-        time.sleep(0.05)
+    until(lambda: server.log.count("Booting worker") == 2, "the worker was replaced")
     server.wait_for("ok")
     assert ask("fish").status_code == 200
     assert "cannot serve: a forward pass did not end within 8 s" in server.log

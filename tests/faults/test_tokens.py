@@ -233,14 +233,14 @@ def tour(server: Server, headers: bytes, parameter: bytes) -> dict[str, list[int
         return json.dumps({"query": "q", "documents": documents, **more}).encode()
 
     def rerank(content: bytes, more: bytes = b"", path: bytes = b"/v1/rerank") -> Callable[[], Answers]:
-        return lambda: exchange(server, post(content, b"Connection: close\r\n" + headers + more, to(path)), 30)
+        return lambda: exchange(server, post(content, b"Connection: close\r\n" + headers + more, to(path)))
 
     def get(path: bytes, more: bytes = b"", method: bytes = b"GET") -> Callable[[], Answers]:
         head = b"%s %s HTTP/1.1\r\nHost: h\r\nConnection: close\r\n%s%s\r\n" % (method, to(path), headers, more)
-        return lambda: exchange(server, head, 30)
+        return lambda: exchange(server, head)
 
     def late(rest: bytes) -> Callable[[], Answers]:
-        return lambda: exchange(server, b"POST %s HTTP/1.1\r\nHost: h\r\n%s%s" % (to(b"/v1/rerank"), headers, rest), 30)
+        return lambda: exchange(server, b"POST %s HTTP/1.1\r\nHost: h\r\n%s%s" % (to(b"/v1/rerank"), headers, rest))
 
     def leave() -> Answers:
         with connect(server) as connection:

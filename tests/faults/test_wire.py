@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from reranker.server.protocol import MAX_PIPELINED
-from tests.conftest import FAKE, Server, Start
+from tests.conftest import FAKE, MAX_WAIT, Server, Start
 from tests.faults.raw import Answers, Peak, Spent, connect, exchange, listen, once, post, send, workers
 
 BODY = json.dumps({"query": "q", "documents": ["a"]}).encode()
@@ -25,10 +25,7 @@ LENGTH = b"Content-Length: %d\r\n" % len(BODY)
 CHUNKED = b"Transfer-Encoding: chunked\r\n"
 LIVEZ = b"GET /livez HTTP/1.1\r\nHost: h\r\n\r\n"
 PATIENCE, KEEP_ALIVE = 2, 2
-# Our own deadlines, on a busy machine.
-LATE = 20
-# At most so many seconds of the worker's processor time for a probe.
-PROBE = 0.001
+LATE = MAX_WAIT
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +100,7 @@ def test_500_mb_that_are_sent_all_the_same_fill_no_memory_and_delay_nobody(
 
     def probe() -> None:
         nonlocal probed
-        while not over.is_set():
+        while not over.wait(0.05):  # rarely enough that the worker spends its time on the body
             assert wire.client.get("/health").status_code == 200
             probed += 1
 
@@ -121,7 +118,7 @@ def test_500_mb_that_are_sent_all_the_same_fill_no_memory_and_delay_nobody(
     else:
         assert sent < 476
     assert probed
-    assert spent.seconds - probed * PROBE < 5  # as uvicorn and FastAPI come: 9.3 s, and 1.5 GB
+    assert spent.seconds < 5  # as uvicorn and FastAPI come: 9.3 s, and 1.5 GB
     assert peak.megabytes < 60  # MAX_BODY_BYTES is 16 MB
 
 
@@ -337,16 +334,16 @@ def crowded(start: Start) -> Server:
 def test_a_crowd_of_connections_locks_nobody_out(crowded: Server, opening: bytes) -> None:
     """Those that make the service wait the longest make room; who waits for the service is left alone."""
     with ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as crowd:
-        working = pool.submit(httpx.post, f"{crowded.client.base_url}/v1/rerank", content=BODY, timeout=60)
+        working = pool.submit(httpx.post, f"{crowded.client.base_url}/v1/rerank", content=BODY, timeout=MAX_WAIT)
         time.sleep(0.5)
         sockets = []
         for _ in range(300):
             sockets.append(crowd.enter_context(connect(crowded)))
             send(sockets[-1], opening)
         for path in ("/livez", "/health", "/metrics"):
-            assert httpx.get(f"{crowded.client.base_url}{path}", timeout=30).status_code == 200
+            assert httpx.get(f"{crowded.client.base_url}{path}", timeout=MAX_WAIT).status_code == 200
         assert working.result().status_code == 200
-        first, last = listen(sockets[0], 5), listen(sockets[-1], 0.2)
+        first, last = listen(sockets[0]), listen(sockets[-1], 0.2)
         assert first.closed
         assert not last.closed
     assert crowded.log.count("more than 100 connections") == 1
@@ -563,7 +560,7 @@ def test_noise_behind_a_request_takes_nothing_from_it(wire: Server) -> None:
 
 def test_thousands_of_requests_at_once_are_too_many(wire: Server) -> None:
     with Peak(wire) as peak:
-        answers = exchange(wire, LIVEZ * 100_000, wait=60)
+        answers = exchange(wire, LIVEZ * 100_000)
     assert answers.closed
     assert set(answers.statuses) == {200}
     assert len(answers.statuses) <= MAX_PIPELINED + 1
