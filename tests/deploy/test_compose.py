@@ -23,8 +23,8 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 
 from config import Settings
+from tests.conftest import MAX_WAIT, ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 FILES = ["docker-compose.yml", "docker-compose.cpu.yml"]
 COMPOSE = shutil.which("docker-compose")
 NO_COMPOSE = "docker-compose is not installed (Debian: apt-get install docker-compose)"
@@ -215,7 +215,7 @@ def config(folder: Path, file: str, **env: str) -> dict[str, Any]:
         env={"PATH": os.environ["PATH"], "HOME": str(folder)} | env,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=MAX_WAIT,
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
@@ -269,7 +269,7 @@ def check(env: dict[str, str]) -> subprocess.CompletedProcess[str]:
     program, *arguments = health_check()
     assert program == "python"
     return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=30, check=False
+        [sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=MAX_WAIT, check=False
     )
 
 

@@ -206,6 +206,7 @@ def test_random_paths_make_no_labels(server: Server) -> None:
     assert set(after) == set(before)
 
 
+@pytest.mark.slow
 def test_killed_workers_lose_no_counts_and_leave_no_gauges(start: Start) -> None:
     options = {"WORKERS": "2", "MODEL_DEVICE": "cpu", "FAKE_SECONDS": "0.5"}
     server = start(command=FAKE, token=TOKEN, ACCESS_TOKEN=TOKEN, **options)
