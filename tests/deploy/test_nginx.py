@@ -24,7 +24,7 @@ from tests.http.test_metrics import samples, value
 NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
 TOKEN = "s3cr3t-of-the-proxy"
 BODY = {"query": "q", "documents": ["a"]}
-# What a package's own nginx.conf has around ours, and paths that need no rights.
+# The surroundings of our file in a package's own nginx.conf, with paths that need no rights.
 AROUND = """
 daemon off;
 {user}
@@ -144,7 +144,7 @@ def test_of_two_hosts_the_one_with_fewer_requests_in_progress_is_asked(start: St
 
     with running(tmp_path, slow, quick) as proxy, ThreadPoolExecutor(1) as pool:
         answers = []
-        while not value(samples(slow), "reranker_requests_in_progress") > 1:  # one beside the one that asks
+        while not value(samples(slow), "reranker_requests_in_progress") > 1:  # 1: the metrics
             answers.append(pool.submit(proxy.client.post, "/v1/rerank", json=BODY))
             until(
                 lambda: answers[-1].done() or value(samples(slow), "reranker_requests_in_progress") > 1, "it is there"

@@ -1,4 +1,4 @@
-"""What is installed and what is read: pins above their floors, nothing unpickled, no code of a checkpoint run."""
+"""The supply chain: pins above their floors, nothing unpickled, no code of a checkpoint run."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ ONLY = {
 
 
 def unsafe(source: str) -> list[str]:
-    """What a source does that could run data as code: imports, calls and arguments, by line."""
+    """The constructs of a source that could run data as code: imports, calls and arguments, by line."""
     found = []
     for node in ast.walk(ast.parse(source)):
         names: list[str] = []

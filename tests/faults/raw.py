@@ -17,7 +17,7 @@ from tests.conftest import MAX_WAIT, Server
 
 @dataclass
 class Answers:
-    """All that came back on one connection."""
+    """The bytes received on one connection."""
 
     data: bytes
     closed: bool
@@ -45,7 +45,7 @@ def connect(server: Server, wait: float = MAX_WAIT) -> socket.socket:
 
 
 def listen(connection: socket.socket, wait: float = MAX_WAIT, answers: int | None = None) -> Answers:
-    """What comes until the service closes, or so many answers are complete, or the deadline."""
+    """Receive until the service closes, `answers` responses are complete, or the deadline has passed."""
     start = time.monotonic()
     data, closed = b"", False
     try:
@@ -64,7 +64,7 @@ def listen(connection: socket.socket, wait: float = MAX_WAIT, answers: int | Non
 
 
 def whole(data: bytes) -> int:
-    """How many answers with a length are complete."""
+    """The number of complete responses with a length."""
     count = 0
     while b"\r\n\r\n" in data:
         head, _, data = data.partition(b"\r\n\r\n")
@@ -92,7 +92,7 @@ def exchange(server: Server, data: bytes, wait: float = MAX_WAIT, answers: int |
 
 
 def once(server: Server, data: bytes) -> Answers:
-    """The answers to requests behind which the client itself says that it wants no more."""
+    """The response to a last request, sent with `Connection: close`."""
     return exchange(server, data.replace(b"Host: h\r\n", b"Host: h\r\nConnection: close\r\n", 1))
 
 

@@ -1,4 +1,4 @@
-"""What a device does wrong, in the forward pass of the real scorer inside a real gunicorn."""
+"""Faults of a device, in the forward pass of the real scorer inside a real gunicorn."""
 
 from __future__ import annotations
 
@@ -96,7 +96,9 @@ def test_a_device_that_hangs_is_given_up_after_twice_the_deadline(start: Start) 
 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         first = pool.submit(ask, "hang")
-        once(server, lambda found: value(found, "reranker_requests_in_progress") == 2)  # and the one that asks
+        once(
+            server, lambda found: value(found, "reranker_requests_in_progress") == 2
+        )  # with the request for the metrics
         behind = [pool.submit(ask, "fish") for _ in range(2)]
         assert first.result().status_code == 504
         time.sleep(1)

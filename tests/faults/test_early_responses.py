@@ -1,4 +1,4 @@
-"""Responses given before the request was sent reach stock clients, which send all of it before they read."""
+"""Responses sent before the request was complete reach stock clients, which send all of it before they read."""
 
 from __future__ import annotations
 
@@ -197,7 +197,9 @@ def full(start: Start) -> Iterator[Server]:
 
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         hanging = pool.submit(hang)
-        once(server, lambda found: value(found, "reranker_requests_in_progress") == 2)  # and the one that asks
+        once(
+            server, lambda found: value(found, "reranker_requests_in_progress") == 2
+        )  # with the request for the metrics
         yield server
         server.stop(signal.SIGKILL)
         os.kill(workers(server)[0], signal.SIGKILL)

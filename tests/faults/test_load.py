@@ -73,7 +73,7 @@ def stepped(start: Start, tmp_path: Path) -> Iterator[Callable[..., Stepped]]:
 
     yield run
     for gate in gates:
-        os.write(gate, b"x" * 1000)  # whatever still waits
+        os.write(gate, b"x" * 1000)  # releases pending passes
         os.close(gate)
 
 
@@ -104,7 +104,7 @@ def test_a_thousand_clients_at_once(start: Start, tmp_path: Path) -> None:
     assert len(probes) >= 3
     assert {probe.status for probe in probes} == {200}
     assert len(re.findall(r"Booting worker with pid", server.log)) == 1
-    # The refused ones cost nothing: as many were tokenised as were answered, and each of these was scored.
+    # Refused requests cost nothing: exactly the answered ones were tokenised and scored.
     told = [line.split() for line in journal.read_text().splitlines()]
     encoded = [query for what, *names in told if what == "encode" for query in names]
     scored = {query for what, *names in told if what == "pass" for query in names}
@@ -177,7 +177,7 @@ def test_huge_requests_cannot_hold_a_small_one_up_for_more_than_three_passes(
                 service.let_go(1)
                 begun += 1
                 service.until(lambda: len(service.told("pass")) == begun)  # noqa: B023
-            # The pass that ran when it came, one that was packed already, and its own.
+            # The pass in flight at its arrival, one that was packed already, and its own.
             assert begun - running + 1 <= 3
             service.let_go(1)
             assert len(asked.result().json()) == 2

@@ -1,4 +1,4 @@
-"""What happens to masters and workers: every signal under load, deaths, and loads and loops that fail or hang."""
+"""Faults of masters and workers: every signal under load, deaths, and loads and loops that fail or hang."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.faults.traffic import Traffic, all_ready, until
 from tests.http.test_metrics import folders, once, value
 
 REFUSED = {"ConnectError", "ConnectionRefusedError"}
-# The kernel resets what it has connected and nobody has accepted when the last listener goes.
+# The kernel resets connections that are not yet accepted when the last listener closes.
 NOT_ACCEPTED = REFUSED | {"ConnectionResetError", "RemoteDisconnected"}
 ENDED = (0, None)
 """No response, because the worker ended."""
@@ -41,7 +41,7 @@ def times(server: Server, text: str) -> list[datetime]:
 
 
 def gone(pid: int) -> bool:
-    """Ended; perhaps nobody has waited for it yet."""
+    """Whether the process has ended; it may still be a zombie."""
     try:
         return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
@@ -81,7 +81,7 @@ def listening(server: Server) -> bool:
 
 
 def busy(server: Server, requests: int) -> None:
-    """Wait until this many requests are in progress, beside the one that reads the metrics."""
+    """Wait until `requests` requests are in progress, besides the one for the metrics."""
     once(server, lambda found: value(found, "reranker_requests_in_progress") == requests + 1)
 
 
@@ -154,7 +154,7 @@ def test_a_stop_while_it_loads_does_not_wait_for_the_load(start: Start) -> None:
 
 @pytest.mark.slow
 def test_a_worker_that_drains_for_long_still_beats(start: Start) -> None:
-    """gunicorn kills a worker without a heartbeat; one that was told to stop may have answers to give for longer."""
+    """gunicorn kills a worker without a heartbeat; a stopping worker may need longer for its last responses."""
     server = start(command=FAKE, WORKERS="2", MODEL_DEVICE="cpu", TIMEOUT="2", FAKE_SECONDS="6")
     all_ready(server, 2)
     with concurrent.futures.ThreadPoolExecutor(8) as pool:

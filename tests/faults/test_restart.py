@@ -1,4 +1,4 @@
-"""A new generation beside the old one, under load: no request fails, whatever becomes of the new one."""
+"""A new generation beside the old one, under load: no request fails, even if the new one fails."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def end(server: Server) -> None:
 
 @pytest.fixture
 def ended() -> Iterator[list[Server]]:
-    """Servers that are ended behind the test."""
+    """Servers that are stopped after the test."""
     servers: list[Server] = []
     yield servers
     for server in servers:
@@ -57,7 +57,7 @@ def restart(server: Server, code: int = 0) -> str:
 
 
 def setting(server: Server, line: str) -> None:
-    """What the next generation reads."""
+    """Write the .env file of the next generation."""
     server.log_path.with_name(".env").write_text(line)
 
 

@@ -1,4 +1,4 @@
-"""Who gets in, and that a token gets nowhere else: attempts over raw sockets against a real gunicorn."""
+"""Authorisation, and the secrecy of tokens: attempts over raw sockets against a real gunicorn."""
 
 from __future__ import annotations
 
@@ -224,7 +224,7 @@ def test_the_attempts_left_no_token_in_the_log(guarded: Server) -> None:
 
 
 def tour(server: Server, headers: bytes, parameter: bytes) -> dict[str, list[int]]:
-    """Requests with the token that end in every way there is; the statuses by what was done."""
+    """Send requests with the token that end in every status; return the statuses by name."""
 
     def to(path: bytes) -> bytes:
         return path + (b"?" + parameter if parameter else b"")

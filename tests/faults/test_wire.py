@@ -1,4 +1,4 @@
-"""What a client can do to the bodies, the heads and the connections, done to a real gunicorn."""
+"""Hostile and broken bodies, heads and connections, sent to a real gunicorn."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ LATE = MAX_WAIT
 
 @pytest.fixture(scope="module")
 def wire(start: Start) -> Server:
-    """Quick to score, and short of patience."""
+    """A service with a quick scorer and short timeouts."""
     return start(command=FAKE, BODY_TIMEOUT=str(PATIENCE), KEEP_ALIVE=str(KEEP_ALIVE))
 
 
 @pytest.fixture(autouse=True)
 def _unharmed(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Whatever was done: the same worker serves on, and nothing in it failed."""
+    """After every test the same worker still serves, and nothing in it failed."""
     yield
     for name in {"wire", "server"} & set(request.fixturenames):
         server = request.getfixturevalue(name)
@@ -175,7 +175,7 @@ def wait_until(true: Callable[[], bool], seconds: float = LATE) -> None:
 
 
 def drip(server: Server, first: bytes, noise: bytes) -> tuple[bytes, float]:
-    """Send something, then something small again and again: what was answered, and when the service closed."""
+    """Send `first`, then `noise` repeatedly; return the response and the seconds until the service closed."""
     answer = b""
     with connect(server) as connection:
         send(connection, first)
@@ -332,7 +332,7 @@ def crowded(start: Start) -> Server:
     ids=["idle", "half heads", "half bodies", "kept alive"],
 )
 def test_a_crowd_of_connections_locks_nobody_out(crowded: Server, opening: bytes) -> None:
-    """Those that make the service wait the longest make room; who waits for the service is left alone."""
+    """The connections that the service has waited for the longest are closed; a pending request is not."""
     with ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as crowd:
         working = pool.submit(httpx.post, f"{crowded.client.base_url}/v1/rerank", content=BODY, timeout=MAX_WAIT)
         time.sleep(0.5)
@@ -528,7 +528,7 @@ WEBSOCKET = (
 @pytest.mark.parametrize("header", [UPGRADE, WEBSOCKET], ids=["h2c, as Java's client sends", "websocket"])
 @pytest.mark.parametrize("split", [False, True], ids=["in one piece", "head first"])
 def test_an_upgrade_is_not_made_and_hides_no_request(wire: Server, header: bytes, split: bool) -> None:
-    """Stock uvicorn loses the body, and takes it for the next request when it comes by itself."""
+    """Stock uvicorn loses the body, and reads it as the next request when it arrives separately."""
     request = post(b'{"query":"q","documents":["' + LIVEZ.replace(b"\r\n", b" ") + b'"]}', header)
     smuggling = post(LIVEZ, header)
     with connect(wire) as connection:

@@ -1,4 +1,4 @@
-"""Clients that ask without a pause worth the name while a test does harm to the service, and what they were told."""
+"""Clients that send requests all the time while a test injects a fault, and counts of their responses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def until(condition: Callable[[], bool], what: str, seconds: float = MAX_WAIT) -
 
 
 def all_ready(server: Server, workers: int) -> None:
-    """Until so many workers have loaded since the start."""
+    """Wait until `workers` workers have loaded since the start."""
     until(lambda: server.log.count("ready after") >= workers, f"{workers} workers are ready")
 
 
@@ -54,7 +54,7 @@ class Traffic:
 
     @property
     def seen(self) -> Counter[object]:
-        """What happened to all."""
+        """The counts of all clients."""
         return self.kept + self.fresh
 
     def __enter__(self) -> Traffic:
@@ -69,7 +69,7 @@ class Traffic:
             thread.join()
 
     def wait(self, count: int, seconds: float = MAX_WAIT) -> None:
-        """Until so many more requests were answered."""
+        """Wait until `count` more requests have been answered."""
         wanted, deadline = self.seen.total() + count, time.monotonic() + seconds
         while self.seen.total() < wanted:
             assert time.monotonic() < deadline, f"{self.seen} after {seconds} s"
