@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import FAKE, GUNICORN, MAX_WAIT, Server, Start
 from tests.faults.device_app import ERRORS, NAN
-from tests.faults.traffic import until
+from tests.faults.traffic import busy, until
 from tests.http.test_metrics import once, samples, value
 
 DEVICE = [*GUNICORN[:-1], "tests.faults.device_app:app"]
@@ -96,9 +96,7 @@ def test_a_device_that_hangs_is_given_up_after_twice_the_deadline(start: Start) 
 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         first = pool.submit(ask, "hang")
-        once(
-            server, lambda found: value(found, "reranker_requests_in_progress") == 2
-        )  # with the request for the metrics
+        busy(server, 1)
         behind = [pool.submit(ask, "fish") for _ in range(2)]
         assert first.result().status_code == 504
         time.sleep(1)

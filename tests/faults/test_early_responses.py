@@ -20,8 +20,7 @@ import requests
 
 from tests.conftest import FAKE, MAX_WAIT, Server, Start
 from tests.faults.raw import connect, listen, send, workers
-from tests.faults.traffic import until
-from tests.http.test_metrics import once, value
+from tests.faults.traffic import busy, until
 
 TOKEN = "s3cret"
 MAX_BODY_BYTES = 30_000_000
@@ -197,9 +196,7 @@ def full(start: Start) -> Iterator[Server]:
 
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         hanging = pool.submit(hang)
-        once(
-            server, lambda found: value(found, "reranker_requests_in_progress") == 2
-        )  # with the request for the metrics
+        busy(server, 1)
         yield server
         server.stop(signal.SIGKILL)
         os.kill(workers(server)[0], signal.SIGKILL)

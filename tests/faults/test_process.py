@@ -19,8 +19,8 @@ import pytest
 
 from tests.conftest import FAKE, GUNICORN, MAX_WAIT, Server, Start
 from tests.faults.raw import connect, listen, send
-from tests.faults.traffic import Traffic, all_ready, until
-from tests.http.test_metrics import folders, once, value
+from tests.faults.traffic import Traffic, all_ready, busy, until
+from tests.http.test_metrics import folders
 
 REFUSED = {"ConnectError", "ConnectionRefusedError"}
 # The kernel resets connections that are not yet accepted when the last listener closes.
@@ -78,11 +78,6 @@ def listening(server: Server) -> bool:
     with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", server.port)):
         return True
     return False
-
-
-def busy(server: Server, requests: int) -> None:
-    """Wait until `requests` requests are in progress, besides the one for the metrics."""
-    once(server, lambda found: value(found, "reranker_requests_in_progress") == requests + 1)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ from tests.conftest import ROOT, Server, Start
 from tests.deploy.test_compose import every
 
 # $1: a folder for the new root, $2: the checkout, $3: the environment with the packages and $4 the Python behind it,
-# $5: the files that the Dockerfile copies, and then the command. /app and /cache of the image are in /mnt, which is everywhere.
+# $5: the files that the Dockerfile copies; then the command. The image's /app and /cache are in /mnt, which always
+# exists.
 BOX = r"""
 set -eu
 new=$1 checkout=$2 packages=$3 python=$4 files=$5; shift 5
