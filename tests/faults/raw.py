@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 
 from tests.conftest import MAX_WAIT, Server
+from tests.http import test_metrics as metrics
 
 
 @dataclass
@@ -104,6 +105,11 @@ def post(body: bytes, headers: bytes = b"", path: bytes = b"/v1/rerank") -> byte
 def workers(server: Server) -> list[int]:
     """Process ids of all workers that were ever started."""
     return [int(pid) for pid in re.findall(r"Booting worker with pid: (\d+)", server.log)]
+
+
+def busy(server: Server, requests: int) -> None:
+    """Wait until `requests` requests are in progress, besides the one for the metrics."""
+    metrics.once(server, lambda found: metrics.value(found, "reranker_requests_in_progress") == requests + 1)
 
 
 class Spent:

@@ -11,7 +11,8 @@ import pytest
 
 from tests.conftest import FAKE, GUNICORN, MAX_WAIT, Server, Start
 from tests.faults.device_app import ERRORS, NAN
-from tests.faults.traffic import busy, until
+from tests.faults.raw import busy
+from tests.faults.traffic import until
 from tests.http.test_metrics import once, samples, value
 
 DEVICE = [*GUNICORN[:-1], "tests.faults.device_app:app"]

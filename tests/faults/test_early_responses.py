@@ -19,8 +19,8 @@ import pytest
 import requests
 
 from tests.conftest import FAKE, MAX_WAIT, Server, Start
-from tests.faults.raw import connect, listen, send, workers
-from tests.faults.traffic import busy, until
+from tests.faults.raw import busy, connect, listen, send, workers
+from tests.faults.traffic import until
 
 TOKEN = "s3cret"
 MAX_BODY_BYTES = 30_000_000

@@ -18,8 +18,8 @@ import psutil
 import pytest
 
 from tests.conftest import FAKE, GUNICORN, MAX_WAIT, Server, Start
-from tests.faults.raw import connect, listen, send
-from tests.faults.traffic import Traffic, all_ready, busy, until
+from tests.faults.raw import busy, connect, listen, send
+from tests.faults.traffic import Traffic, all_ready, until
 from tests.http.test_metrics import folders
 
 REFUSED = {"ConnectError", "ConnectionRefusedError"}
@@ -82,7 +82,14 @@ def listening(server: Server) -> bool:
 
 @pytest.mark.parametrize(
     ("sig", "workers"),
-    [(sig, workers) for sig in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT) for workers in (1, 2)],
+    [
+        (signal.SIGTERM, 1),
+        (signal.SIGTERM, 2),
+        (signal.SIGINT, 1),
+        (signal.SIGQUIT, 1),
+        pytest.param(signal.SIGINT, 2, marks=pytest.mark.slow),
+        pytest.param(signal.SIGQUIT, 2, marks=pytest.mark.slow),
+    ],
 )
 def test_a_stop_under_load_answers_every_accepted_request(start: Start, sig: int, workers: int) -> None:
     server = start(command=FAKE, WORKERS=str(workers), MODEL_DEVICE="cpu", FAKE_SECONDS="0.05")

@@ -14,7 +14,6 @@ from typing import Any
 import httpx
 
 from tests.conftest import MAX_WAIT, Server
-from tests.http.test_metrics import once, value
 
 BODY = {"query": "red fish", "documents": ["a red fish", "a blue bird", "red and blue"]}
 
@@ -30,11 +29,6 @@ def until(condition: Callable[[], bool], what: str, seconds: float = MAX_WAIT) -
 def all_ready(server: Server, workers: int) -> None:
     """Wait until `workers` workers have loaded since the start."""
     until(lambda: server.log.count("ready after") >= workers, f"{workers} workers are ready")
-
-
-def busy(server: Server, requests: int) -> None:
-    """Wait until `requests` requests are in progress, besides the one for the metrics."""
-    once(server, lambda found: value(found, "reranker_requests_in_progress") == requests + 1)
 
 
 class Traffic:
