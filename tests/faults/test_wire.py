@@ -17,7 +17,7 @@ import pytest
 
 from reranker.server.protocol import MAX_PIPELINED
 from tests.conftest import FAKE, MAX_WAIT, Server, Start
-from tests.faults.raw import Answers, Peak, Spent, connect, exchange, listen, once, post, send, workers
+from tests.faults.raw import Answers, Peak, Spent, busy, connect, exchange, listen, once, post, send, workers
 
 BODY = json.dumps({"query": "q", "documents": ["a"]}).encode()
 RERANK = b"POST /v1/rerank HTTP/1.1\r\nHost: h\r\n"
@@ -335,7 +335,7 @@ def test_a_crowd_of_connections_locks_nobody_out(crowded: Server, opening: bytes
     """The connections that the service has waited for the longest are closed; a pending request is not."""
     with ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as crowd:
         working = pool.submit(httpx.post, f"{crowded.client.base_url}/v1/rerank", content=BODY, timeout=MAX_WAIT)
-        time.sleep(0.5)
+        busy(crowded, 1)
         sockets = []
         for _ in range(300):
             sockets.append(crowd.enter_context(connect(crowded)))
