@@ -176,7 +176,7 @@ def test_ports_and_probes(start: Start) -> None:
     server.wait_for("loading")
 
     def ask(url: str) -> int:
-        return httpx.get(f"{server.client.base_url}{url}", trust_env=False).status_code
+        return httpx.get(f"{server.client.base_url}{url}", trust_env=False, timeout=300).status_code
 
     assert {kind: ask(probe["path"]) for kind, probe in probes.items()} == {
         "startupProbe": 503,  # while it loads, only liveness would succeed
