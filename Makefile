@@ -1,9 +1,10 @@
-# What a person, a commit hook and CI call:
-#   make serve | restart | test | test-clients | test-ray | tokenizer | check | format
+# Targets for people, commit hooks and CI:
+#   make serve | restart | test | test-slow | test-clients | test-ray | tokenizer | check | format
 #   make bench | bench-gpu | overhead | overload | soak | audit | sbom | clean
 #
-#   PYTHON=python3.12                                     another interpreter (3.11 or newer)
-#   TORCH_INDEX=https://download.pytorch.org/whl/cpu      PyTorch without CUDA (about 200 MB instead of several GB)
+#   PYTHON=python3.12        another interpreter (3.11 or newer)
+#   TORCH_INDEX=<address>    another package index for torch: PyTorch's CPU index gives a build without CUDA
+#                            (about 200 MB instead of several GB)
 
 PYTHON ?= python3
 TORCH_INDEX ?=
@@ -11,29 +12,33 @@ VENV := .venv
 BIN := $(VENV)/bin
 SITE_PACKAGES = $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
-.PHONY: serve restart test test-clients test-ray tokenizer check format bench bench-gpu overhead overload soak audit sbom clean
+.PHONY: serve restart test test-slow test-clients test-ray tokenizer check format bench bench-gpu overhead overload soak audit sbom clean
 
 serve: $(VENV)/.serve
 	$(BIN)/gunicorn -c gunicorn.conf.py --pid $(VENV)/gunicorn.pid app:app
 
-# New code, settings and model in what `make serve` started, and no request fails.
+# Load new code, settings and model into the service that `make serve` started, without a failed request.
 restart:
 	$(BIN)/python reranker/server/restart.py $(VENV)/gunicorn.pid
 
-# Two tests at a time, of different modules for the most part; `python -m pytest tests/test_x.py` takes one after another.
+# Three processes for two cores, because many tests wait for a timeout or a server. A plain `pytest` runs slow tests too.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -n 3 --dist worksteal -m "not slow" $(ARGS)
 
-# The real SDKs of every client, each in an environment that its makers' pins allow.
+# Faults under load, compilers, bodies of 500 MB, long waits: several minutes.
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow $(ARGS)
+
+# The real SDKs of every client, each in an environment that satisfies its version pins.
 test-clients: $(VENV)/clients/.ready $(VENV)/cohere/.ready
 	GUNICORN=$(abspath $(BIN)/gunicorn) $(VENV)/clients/bin/python -m pytest -c tests/clients/pytest.ini tests/clients
 	GUNICORN=$(abspath $(BIN)/gunicorn) $(VENV)/cohere/bin/python -m pytest -c tests/clients/pytest.ini tests/clients/test_cohere.py
 
-# Several machines, in an environment with Ray.
+# Tests on a cluster of several nodes, in an environment with Ray.
 test-ray: $(VENV)/ray/.ready
 	$(VENV)/ray/bin/python -m pytest -c tests/ray/pytest.ini tests/ray
 
-# The true vocabulary, for the tests that want it beside the demo's; they skip without it.
+# Qwen3's own vocabulary, for the tests marked [qwen3], which skip without it.
 tokenizer: $(VENV)/.dev
 	$(BIN)/python -c 'from benchmarks.models import tokenizer; print(tokenizer())'
 
@@ -50,11 +55,11 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.fidelity
 	$(BIN)/python -m benchmarks.engine
 
-# Needs a GPU, torch and transformers, and no network: the environment where there is one, else $(PYTHON) as it is.
+# Needs a GPU, torch and transformers, and no network. Uses the environment if it exists, else $(PYTHON) as it is.
 bench-gpu:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu
 
-# Each exits with 1 when a promise of the README is broken. ARGS="--minutes 60" for longer.
+# Each exits with 1 when a promise of the README is broken. ARGS="--minutes 60" runs a longer soak.
 overhead: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.overhead $(ARGS)
 
@@ -64,11 +69,11 @@ overload: $(VENV)/.bench
 soak: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.soak $(ARGS)
 
-# Known vulnerabilities of what runs; needs a network that has the advisories (pypi.org itself) and says so where it has not.
+# Known vulnerabilities of the installed packages. Needs access to the package index that publishes the advisories.
 audit: $(VENV)/.supply
 	$(VENV)/supply/bin/python deploy/supply/audit.py $(SITE_PACKAGES) requirements.txt
 
-# What runs, as CycloneDX 1.6; without a network once its tools are there.
+# The installed packages as CycloneDX 1.6; needs no network once its tools are installed.
 sbom: $(VENV)/.supply
 	@set -e; whole=$$(mktemp); trap 'rm -f "$$whole"' EXIT; \
 	$(VENV)/supply/bin/cyclonedx-py environment --spec-version 1.6 $(BIN)/python >"$$whole"; \
@@ -80,7 +85,7 @@ $(VENV)/.python:
 	@$(PYTHON) -m venv $(VENV) || { echo "error: no venv module; on Debian and Ubuntu: apt install python3-venv"; rm -rf $(VENV); exit 1; }
 	@touch $@
 
-# torch goes first and by its exact pin: whatever depends on it then finds it there.
+# torch is installed first and by its exact pin, so that no dependency draws another build in.
 $(VENV)/.serve: requirements.txt $(VENV)/.python
 	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)"
 	$(BIN)/python -m pip install --quiet -r requirements.txt
@@ -100,7 +105,7 @@ $(VENV)/cohere/.ready: tests/clients/requirements-cohere.txt $(VENV)/.serve
 	$(@D)/bin/python -m pip install --quiet -r $<
 	@touch $@
 
-# A second PyTorch: what Ray brings must not change what the service is tested with.
+# A second PyTorch: Ray's dependencies must not change the versions that the service is tested with.
 $(VENV)/ray/.ready: tests/ray/requirements.txt deploy/requirements-ray.txt requirements.txt $(VENV)/.python
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)"

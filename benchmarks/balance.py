@@ -37,7 +37,7 @@ AT_ONCE = 5
 """Requests in a full pass of a device, on average."""
 PASS_SECONDS = 0.2
 OVERHEAD = 0.05
-"""Seconds of a pass that do not depend on its tokens: what a request alone wastes."""
+"""Seconds of a pass that do not depend on its tokens: wasted when a request has a pass of its own."""
 RATE = AT_ONCE / PASS_SECONDS
 """Requests a second that one worker's device can score."""
 LOADS = (0.5, 0.7, 0.9)
@@ -56,7 +56,7 @@ Ask = Callable[[int], Coroutine[None, None, list[float]]]
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What came of some seconds of requests to one service."""
+    """The result of some seconds of requests to one service."""
 
     seconds: float
     times: list[float]
@@ -92,7 +92,7 @@ def in_turn(clients: int, seconds: float, seed: int) -> Ask:
 
 
 def at_random(rate: float, seconds: float, seed: int) -> Ask:
-    """So many requests a second, whether or not earlier ones were answered."""
+    """Send `rate` requests a second, whether or not earlier ones were answered."""
 
     async def ask(port: int) -> list[float]:
         chance = random.Random(seed)
@@ -147,7 +147,7 @@ async def looking(workers: int) -> float:
 
 
 def by_turns(services: dict[str, Service], rounds: int, make: Callable[[int], Ask]) -> dict[str, list[Run]]:
-    """The runs of each service; who goes first changes from round to round."""
+    """The runs of each service; the order changes from round to round."""
     runs: dict[str, list[Run]] = {mode: [] for mode in services}
     for i in range(rounds):
         for mode in list(services)[:: -1 if i % 2 else 1]:

@@ -1,4 +1,4 @@
-"""What FastAPI itself costs under the same worker: reads a request's JSON, checks nothing, answers as many scores."""
+"""FastAPI alone under the same worker: reads a request's JSON, checks nothing, returns one score per document."""
 
 from __future__ import annotations
 

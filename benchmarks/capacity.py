@@ -1,23 +1,22 @@
-"""What a GPU can do, what it costs and how many are needed: the tables of docs/scale.md, computed.
+"""Compute the tables of docs/scale.md: the rate and the cost of a GPU, and the number of GPUs for a workload.
 
     python -m benchmarks.capacity             prints the tables; tests/benchmarks/test_capacity.py compares the document
     python -m benchmarks.capacity --measure   the engine against bare matrix products on this machine's CPU
 
-Everything follows from the models' shapes, from tokens.json (what the tokenizer makes of short.json and long.json) and
+Everything follows from the models' shapes, from tokens.json (the token counts of short.json and long.json) and
 from the two rates below, which were measured.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from dataclasses import dataclass
 
 from benchmarks.models import SHAPES
 from benchmarks.report import header, table
-from benchmarks.traffic import HERE, workloads
+from benchmarks.workloads import read, workloads
 
 H200 = 788e12
 """FLOP/s of large bfloat16 matrix products on an H200, measured. The service itself has not run on a GPU yet."""
@@ -62,7 +61,7 @@ class Model:
         return 2.0 * self.layers * self.matrices
 
     def attention_flop(self, keys: float) -> float:
-        """Per packed token that sees so many keys: scores and weighted sum."""
+        """FLOP per packed token that attends to `keys` keys: scores and weighted sum."""
         return 4.0 * self.layers * self.heads * self.head_dim * keys
 
     @property
@@ -72,7 +71,7 @@ class Model:
         return 2 * (4 * self.hidden + 2 * self.intermediate + 2 * heads * self.head_dim)
 
     def rate(self, flops: float) -> float:
-        """Packed tokens a second at so many FLOP/s in the matrices."""
+        """Packed tokens a second at this rate of the matrix products."""
         return flops / self.flop
 
     def budget(self, flops: float) -> int:
@@ -86,7 +85,7 @@ def models() -> dict[str, Model]:
 
 
 def gpu_hours(model: Model, tokens: float, efficiency: float = EFFICIENCY) -> float:
-    """Of an H200 for a million documents of so many packed tokens."""
+    """GPU hours of an H200 for a million documents of `tokens` packed tokens each."""
     return 1e6 * tokens / model.rate(H200 * efficiency) / UTILISATION / 3600
 
 
@@ -176,7 +175,7 @@ def _size(machine: str, name: str, flops: float) -> list[str]:
 
 
 def measure(rounds: int = 5) -> None:
-    """The engine's FLOP/s on one core beside those of bare products of the same shapes, by turns."""
+    """Measure FLOP/s of the engine and of bare products of the same shapes on one core, in alternation."""
     import torch
 
     from benchmarks.models import model
@@ -185,7 +184,7 @@ def measure(rounds: int = 5) -> None:
     torch.set_num_threads(1)
     shape = Model(*SHAPES["mid"])
     scorer = Scorer.load(model("mid"), device="cpu", precision="float32")
-    request = json.loads((HERE / "short.json").read_text(encoding="utf-8"))[0]
+    request = read("short", 1)[0]
     tokens = workloads()["short"].prefixes[0] + sum(workloads()["short"].documents[0])
     x = torch.randn(1024, shape.hidden)
     up, down = torch.randn(shape.hidden, shape.intermediate), torch.randn(shape.intermediate, shape.hidden)

@@ -12,7 +12,6 @@ only each document's last token goes on, and more elsewhere: attention, norms, t
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -21,8 +20,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.models import SHAPES, model
-from benchmarks.peers import CONTESTANTS, Round, Work, start
+from benchmarks.peers import CONTESTANTS, Round, start
 from benchmarks.report import header, table
+from benchmarks.workloads import Requests, read
 from reranker.engine.checkpoint.config import load_tokenizer
 from reranker.engine.prompt import Prompt
 from reranker.types import RerankRequest
@@ -44,9 +44,7 @@ def main() -> None:
     torch.set_num_threads(a.threads)
     dtype: torch.dtype = getattr(torch, a.precision)
     path = model(a.shape)
-    text = (Path(__file__).parent / f"{a.workload}.json").read_text(encoding="utf-8")
-    work: Work = json.loads(text)[: a.requests]
-    work = [{"query": r["query"], "documents": r["documents"][: a.documents]} for r in work]
+    work = read(a.workload, a.requests, a.documents)
     documents = sum(len(r["documents"]) for r in work)
     packed, pairs = _tokens(path, work)
 
@@ -87,7 +85,7 @@ def main() -> None:
     print(f"\nMatrix rate {flop / floor / 1e9:,.0f} GFLOP/s; {ours}: {packed / wall[ours]:,.0f} packed tokens/s.")
 
 
-def _tokens(path: Path, work: Work) -> tuple[int, int]:
+def _tokens(path: Path, work: Requests) -> tuple[int, int]:
     """Tokens of a workload: each request's prefix once, and once for each document."""
     prompt = Prompt(load_tokenizer(path))
     encoded = [prompt.encode(RerankRequest(r["query"], r["documents"])) for r in work]
@@ -113,7 +111,7 @@ def _layer_weights(shape: str) -> int:
 
 @torch.inference_mode()
 def _floor(shape: str, device: str, dtype: torch.dtype, tokens: int) -> tuple[float, float]:
-    """Wall and processor seconds that the linear layers of so many tokens take, and nothing else.
+    """Wall and processor seconds of the linear layers alone for `tokens` tokens.
 
     One layer is measured, with its own weights and in passes of the size that the engine uses, and multiplied.
     """

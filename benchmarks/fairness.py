@@ -25,13 +25,13 @@ from benchmarks.wire import Wire
 RATE = 27_500
 """Tokens a second."""
 PASS_SECONDS = 0.5
-"""What the engine aims at when it chooses its token budget."""
+"""The engine's target when it chooses its token budget."""
 SMALL_A_SECOND = 4.0
 
 
 @dataclass
 class Crowd:
-    """The huge requests of one round, and what happened to the small ones beside them."""
+    """The huge requests of one round, and the times of the small ones beside them."""
 
     name: str
     documents: int
@@ -51,12 +51,12 @@ class Crowd:
 
 
 def body(documents: int, words: int) -> bytes:
-    """A request of so many documents of so many words."""
+    """A request of `documents` documents of `words` words each."""
     return json.dumps({"query": "what is a word", "documents": ["word" + " word" * (words - 1)] * documents}).encode()
 
 
 async def measure(wire: Wire, crowd: Crowd, clients: int, seconds: float) -> None:
-    """Send small requests for so many seconds, beside that many huge clients."""
+    """Send small requests for `seconds`, beside `clients` clients with huge ones."""
     content, small = body(crowd.documents, crowd.words), body(1, 50)
 
     async def huge() -> None:

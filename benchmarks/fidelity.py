@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-from pathlib import Path
 
 from benchmarks.card import Card
 from benchmarks.models import SHAPES, model
 from benchmarks.report import header, table
+from benchmarks.workloads import read
 from reranker import Scorer
 from reranker.engine.budget import split
 from reranker.types import EncodedRequest, RerankRequest, Slice
 
 
 def alone(scorer: Scorer, encoded: EncodedRequest) -> list[float]:
-    """Logits with nobody else in the batch."""
+    """Logits of a request that shares its batches with no other."""
     return [x for s in split(encoded, scorer.max_batch_tokens, 10**9) for x in scorer.score(scorer.pack([s]))]
 
 
@@ -34,8 +33,7 @@ def main() -> None:
     parser.add_argument("--half-requests", type=int, default=2, help="the same for the 16-bit types, slow on most CPUs")
     a = parser.parse_args()
     path = model(a.shape)
-    text = (Path(__file__).parent / f"{a.workload}.json").read_text(encoding="utf-8")
-    work = json.loads(text)[: a.requests]
+    work = read(a.workload, a.requests)
     card = Card(path)
     wanted = [card.logits(request["query"], request["documents"], batch=1) for request in work]
     spread = max(itertools.chain(*wanted)) - min(itertools.chain(*wanted))
@@ -46,7 +44,7 @@ def main() -> None:
         some = work if precision == "float32" else work[: a.half_requests]
         encoded = [scorer.encode(RerankRequest(request["query"], request["documents"])) for request in some]
         single = [alone(scorer, e) for e in encoded]
-        # All requests by turns, a few documents of each in every batch.
+        # Batches that hold a few documents of every request.
         mixed: list[list[float]] = [[] for _ in encoded]
         longest = max(len(e.documents) for e in encoded)
         for start in range(0, longest, 4):

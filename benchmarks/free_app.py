@@ -1,4 +1,4 @@
-"""The real application around a model that costs nothing, so that what a request takes is the service's own work.
+"""The real application around a model that costs nothing: the time of a request is the service's own work.
 
 With TOKENISED=1 a request is tokenised (the demo model's tokenizer) and packed as ever, and only the forward pass is
 free; else nothing of the scorer costs anything.
@@ -37,7 +37,7 @@ class FreeScorer:
         return slices
 
     def score(self, batch: Any) -> list[float]:
-        """At once."""
+        """Return immediately."""
         return [0.0] * sum(part.stop - part.start for part in getattr(batch, "slices", batch))
 
 

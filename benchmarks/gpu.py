@@ -2,13 +2,13 @@
 
     python -m benchmarks.gpu [--shape 4b] [--device cuda] [--seconds 430] [--skip-tests]
 
-Needs torch, transformers and what they bring, no network and no checkpoint: the model has random weights, made on the
-device. Where the true tokenizer is not at hand (`make tokenizer`), the demo's tokens are cut or repeated to the lengths
-that the true one gives (tokens.json). Prints a section for RESULTS.md; what failed or found no time is named as not
-measured. Runs the tests marked `cuda` first where pytest and what the tests need is installed; scores are compared with
-the card's computation in any case. Exit status 1 where tests or scores are wrong, a section was not measured, or the
-GPU was left without compiled layers or graphs. With `--device cpu --shape tiny` it runs anywhere, which
-tests/benchmarks/test_gpu.py does.
+Needs torch, transformers and their dependencies, no network and no checkpoint: the model has random weights, made on
+the device. Without Qwen3's own tokenizer (`make tokenizer`), the demo's tokens are truncated or repeated to its counts
+(tokens.json). Prints a section for RESULTS.md; a part that failed or ran out of time is named as not measured. Runs the
+tests marked `cuda` first where pytest and the tests' packages are installed; scores are compared with the card's
+computation in any case. Exit status 1 where tests or scores are wrong, a section was not measured, or the GPU was left
+without compiled layers or graphs. With `--device cpu --shape tiny` it runs anywhere, which tests/benchmarks/test_gpu.py
+does.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
 from benchmarks.models import CACHE, SHAPES
 from benchmarks.report import header, table
-from benchmarks.traffic import TOKENS, ten_documents
+from benchmarks.workloads import TOKENS, read, ten_documents
 from reranker import Scorer
 from reranker.engine import device as devices
 from reranker.engine.attention import choose
@@ -60,7 +60,7 @@ TESTS = [
     "tests/engine/test_scorer.py",
 ]
 NEEDED_BY_TESTS = ("pytest", "httpx", "accelerate", "psutil")
-WORK = json.loads((Path(__file__).parent / "short.json").read_text(encoding="utf-8"))
+WORK = read("short")
 
 
 class WrongError(Exception):
@@ -68,7 +68,7 @@ class WrongError(Exception):
 
 
 class TrueLengths(Prompt):
-    """The demo's tokenizer, whose tokens are cut or repeated to as many as the true one makes of the same texts."""
+    """The demo's tokenizer; its tokens are truncated or repeated to the counts of Qwen3's own tokenizer."""
 
     def __init__(self, tokenizer: Any, static_prefix: int, lengths: dict[str, tuple[int, list[int]]]) -> None:
         super().__init__(tokenizer)
@@ -104,7 +104,7 @@ def _fit(tokens: list[int], count: int) -> list[int]:
 
 
 class Bench:
-    """One run: what is measured once and used by later sections.
+    """One run, and the figures that later sections use.
 
     Args:
         shape: a key of SHAPES, or `tiny`.
@@ -137,7 +137,7 @@ class Bench:
         self.flop_per_token = 2 * layers * products
         self.rate = self.sustained = float("nan")
         self.lost: list[str] = []
-        """What a GPU should have taken and did not."""
+        """Accelerated paths that a GPU should have taken and did not."""
         self.scorer: Scorer | None = None
         self.documents_per_second = float("nan")
 
@@ -174,7 +174,7 @@ class Bench:
 
     def matmul(self) -> str:
         """The rate that the floor is made of: one large product on random data, at its best. Under seconds of load a
-        GPU may lower its clock: that rate is told as well.
+        GPU may lower its clock, so the sustained rate is reported too.
         """
         size, seconds = (8192, 2.0) if self.device.type == "cuda" else (256, 0.1)
         a, b, out = (torch.randn(size, size, device=self.device, dtype=self.dtype) for _ in range(3))
@@ -239,8 +239,8 @@ class Bench:
         )
 
     def card(self) -> str:
-        """The same documents in padded batches of equal lengths as near as there are; what sentence-transformers'
-        CrossEncoder computes, without its host.
+        """The same documents in padded batches sorted by length: the computation of sentence-transformers'
+        CrossEncoder, without its host code.
         """
         made = self.make(Qwen3ForCausalLM)
         requests = [self._encode(r) for r in self.work[:2]]
@@ -293,7 +293,7 @@ class Bench:
         )
 
     def _paths(self, scorer: Scorer) -> str:
-        """Which ways through the model were taken; what is lost on a GPU is a failure of the run."""
+        """The accelerated paths in use; a missing one on a GPU fails the run."""
         model = scorer.model
         compiled = "compiled" if model.stages is not PLAIN else "plain"
         recorded = f"{len(model.graphs)} recorded sizes" if model.graphs is not None else "none recorded"

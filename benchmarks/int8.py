@@ -20,6 +20,7 @@ from torch import nn
 
 from benchmarks.models import SHAPES, model
 from benchmarks.report import header, table
+from benchmarks.workloads import read
 from reranker import Scorer
 from reranker.engine.budget import split
 from reranker.engine.quantized import Int8Linear
@@ -48,7 +49,7 @@ def main() -> None:
 
 
 def products() -> list[list[str]]:
-    """Each shape's four products at two sizes, quantising included: the shortest of several runs, by turns."""
+    """Each shape's four products at two sizes, quantising included: the shortest of several alternating runs."""
     rows = []
     for shape in ("mid", "0.6b"):
         hidden, intermediate, _, heads, groups, head, _ = SHAPES[shape]
@@ -74,7 +75,7 @@ def products() -> list[list[str]]:
 
 def engine(shape: str, requests: int, rounds: int) -> str:
     """The whole engine on short.json, and how far the logits are apart."""
-    work = json.loads((Path(__file__).parent / "short.json").read_text(encoding="utf-8"))[:requests]
+    work = read("short", requests)
     path = model(shape)
     scorers = {precision: Scorer.load(path, device="cpu", precision=precision) for precision in PRECISIONS}
     budget = min(scorer.max_batch_tokens for scorer in scorers.values())

@@ -1,4 +1,4 @@
-"""One pass per core against one pass with all cores, by turns; and how far lanes would go on more cores than are here.
+"""One pass per core against one pass with all cores, in alternation; and an estimate of lanes on more cores.
 
     python -m benchmarks.lanes [--shape mid] [--workload short] [--requests 2] [--documents 50] [--rounds 5]
                                [--lanes 1 2 4 8 16]
@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import time
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +22,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
 from benchmarks.models import SHAPES, model
 from benchmarks.report import header, table
+from benchmarks.workloads import read
 from reranker.engine.batch import PackedBatch
 from reranker.engine.budget import split
 from reranker.engine.families.qwen3 import fuse
@@ -44,10 +43,9 @@ def main() -> None:
     parser.add_argument("--lanes", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="of the second table")
     a = parser.parse_args()
     scorer = Scorer.load(model(a.shape), device="cpu", precision="float32", max_batch_tokens=8192)
-    text = (Path(__file__).parent / f"{a.workload}.json").read_text(encoding="utf-8")
     parts: list[Slice] = []
-    for row in json.loads(text)[: a.requests]:
-        encoded = scorer.encode(RerankRequest(row["query"], row["documents"][: a.documents]))
+    for row in read(a.workload, a.requests, a.documents):
+        encoded = scorer.encode(RerankRequest(row["query"], row["documents"]))
         parts += split(encoded, scorer.max_batch_tokens, 1 << 30)
     documents = sum(part.stop - part.start for part in parts)
     print(header(), end="\n\n")
@@ -129,7 +127,7 @@ def _asleep(scorer: Scorer, part: Slice, counts: list[int]) -> None:
 
 
 def _thin(whole: Model) -> Model:
-    """As many layers and calls, and next to nothing in each: what is left of a pass is Python and torch's dispatch."""
+    """The same layers and calls with almost no arithmetic: the rest of a pass is Python and torch's dispatch."""
     config = copy.deepcopy(whole.decoder.config)
     config.hidden_size, config.intermediate_size, config.head_dim = 16, 16, 8
     config.num_attention_heads, config.num_key_value_heads = 2, 1

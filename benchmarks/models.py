@@ -1,6 +1,6 @@
 """Random-weight models of the true shapes beside the true tokenizer, made without a hub and kept in benchmarks/.cache.
 
-Weights say nothing of relevance, but speed, memory and the equality of scores do not depend on what they say. A
+Weights say nothing of relevance, but speed, memory and the equality of scores do not depend on their values. A
 standard deviation of 0.05 spreads the logits, so that a wrong computation shows. The 151,643 byte-pair ranks of Qwen's
 tokenizer come from the package `dashscope`, which carries them as a resource; merges are recovered by running BPE on
 every entry; Qwen3's 26 added tokens follow.

@@ -1,4 +1,4 @@
-"""How OpenMP's threads wait: asleep in whatever imports the engine; as OpenMP itself has it in the peers' processes."""
+"""How OpenMP threads wait: asleep in processes that import the engine, by OpenMP's default in the peers' processes."""
 
 from __future__ import annotations
 

@@ -1,13 +1,12 @@
-"""What the service costs beside the model: requests a second of a worker whose model is free, and the share of time
-outside the model of one whose model is not.
+"""The cost of the service: requests a second with a free model, and the share of time outside a real one.
 
     python -m benchmarks.overhead [--rounds 10] [--seconds 3] [--clients 1 16] [--shape mid] [--requests 8]
 
-First, requests of ten documents of ten words over connections that stay, with a token and the access log as it is by
-default: the service around a scorer that costs nothing, the same with real tokenising and packing (benchmarks/
-free_app.py), and FastAPI by itself under the same gunicorn (benchmarks/bare_app.py). They take turns in every round,
-and the ratio to the bare one is that of the same round, so that a busy machine slows both. The worker's processor time
-is steadier than any rate: the load generator, a process of its own, needs some of the machine as well.
+First, requests of ten documents of ten words over kept connections, with a token and the default access log: the
+service around a scorer that costs nothing, the same with real tokenising and packing (benchmarks/free_app.py), and
+FastAPI alone under the same gunicorn (benchmarks/bare_app.py). They alternate in every round, and the ratio to the bare
+one is that of the same round, so that a busy machine slows both. The worker's processor time is steadier than any rate,
+because the load generator, a process of its own, needs part of the machine too.
 
 Then the service around a real model: of the time while requests are in progress, and of the worker's processor time,
 the share that is not spent in forward passes (benchmarks/timed_app.py). Ends with a line for each promise and exits
@@ -26,7 +25,6 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 import uvloop
@@ -35,6 +33,7 @@ from benchmarks.launch import Service, serve
 from benchmarks.models import SHAPES, model
 from benchmarks.report import header, percentile, table
 from benchmarks.wire import Wire
+from benchmarks.workloads import read
 
 TOKEN = "secret"
 DOCUMENTS, WORDS = 10, 10
@@ -44,7 +43,6 @@ CONTESTANTS: dict[str, tuple[str, dict[str, object]]] = {
     TOKENISED: ("benchmarks.free_app:app", {"TOKENISED": 1}),
     BARE: ("benchmarks.bare_app:app", {}),
 }
-WORKLOAD = Path(__file__).parent / "short.json"
 LEAST_RATE = 1500
 MOST_SHARE = 0.05
 
@@ -158,7 +156,7 @@ class Client(asyncio.Protocol):
 
 
 async def load(port: int, request: bytes, clients: int, seconds: float) -> list[float]:
-    """So many clients, each with one request at a time; the seconds that each answer took.
+    """Run `clients` clients with one request at a time each; return the seconds of each response.
 
     Raises:
         RuntimeError: an answer was not a 200.
@@ -171,8 +169,7 @@ async def load(port: int, request: bytes, clients: int, seconds: float) -> list[
 
 def content() -> bytes:
     """Ten documents of ten words, from the workload."""
-    asked = json.loads(WORKLOAD.read_text(encoding="utf-8"))
-    texts = (d.split() for r in asked for d in r["documents"] if d.isascii())
+    texts = (d.split() for r in read("short") for d in r["documents"] if d.isascii())
     documents = [" ".join(words[:WORDS]) for words in texts if len(words) >= WORDS][:DOCUMENTS]
     return json.dumps({"query": "how to compress files on Linux", "documents": documents}).encode()
 
@@ -184,7 +181,7 @@ def post(body: bytes) -> bytes:
 
 
 def worker(service: Service) -> psutil.Process:
-    """The one that serves."""
+    """The worker process."""
     only: psutil.Process
     [only] = psutil.Process(service.pid).children()
     return only
@@ -224,7 +221,7 @@ HEAD = ["", "clients", "requests/s", "CPU ms a request", "by bare", "p50, ms", "
 
 
 async def around(port: int, bodies: Sequence[bytes], clients: int, serving: psutil.Process) -> Spent:
-    """What is spent while so many clients have all these requests answered.
+    """The time spent while `clients` clients send all of these requests.
 
     Raises:
         RuntimeError: an answer was not a 200.
@@ -248,9 +245,8 @@ async def around(port: int, bodies: Sequence[bytes], clients: int, serving: psut
 
 
 def beside(shape: str, requests: int, clients: Sequence[int]) -> dict[int, Spent]:
-    """By the number of clients: what is spent around the model. Every client has at least one request."""
-    asked = json.loads(WORKLOAD.read_text(encoding="utf-8"))[:requests]
-    bodies = [json.dumps({"query": r["query"], "documents": r["documents"]}).encode() for r in asked]
+    """The time spent around the model, by the number of clients. Every client has at least one request."""
+    bodies = [json.dumps(request).encode() for request in read("short", requests)]
     settings = {"MODEL_NAME_OR_PATH": model(shape), "MODEL_DEVICE": "cpu", "MODEL_PRECISION": "float32"}
     with serve("benchmarks.timed_app:app", ACCESS_TOKEN=TOKEN, REQUEST_TIMEOUT=1000, **settings) as service:
         serving = worker(service)

@@ -1,10 +1,10 @@
-"""The service under more load than it can serve: what is answered, what is refused and how fast.
+"""The service under more load than it can serve: scores, refusals and their latencies.
 
     python -m benchmarks.overload [--seconds 6] [--hold 60] [--capacity 50] [--plot docs/overload.png]
 
-Requests come at random moments (Poisson), whether or not earlier ones were answered, at 0.25 to 10 times of what the
-device can score; the largest load is held. The device waits instead of computing (benchmarks/sleeping_app.py). Ends
-with a line for each promise and exits with 1 when one is broken.
+Requests come at random moments (Poisson), whether or not earlier ones were answered, at 0.25 to 10 times the capacity
+of the device; the largest load is held. The device waits instead of computing (benchmarks/sleeping_app.py). Ends with a
+line for each promise and exits with 1 when one is broken.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ PROBES = ("/health", "/livez")
 
 @dataclass
 class Level:
-    """What happened at one load."""
+    """The responses at one load."""
 
     load: float
     seconds: float
@@ -87,7 +87,7 @@ def content(chance: random.Random) -> bytes:
 
 
 async def offer(wire: Wire, load: float, rate: float, seconds: float) -> Level:
-    """Send `rate` requests a second for so many seconds and wait for all answers."""
+    """Send `rate` requests a second for `seconds` and wait for all responses."""
     chance = random.Random(int(load * 100))
     level = Level(load, seconds)
     running: set[asyncio.Task[None]] = set()

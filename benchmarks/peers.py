@@ -19,10 +19,9 @@ from typing import Any, cast
 import torch
 
 from benchmarks.openmp import OWN, environment
+from benchmarks.workloads import Requests
 from tests.engine.card import INSTRUCTION, PREFIX, SUFFIX
 
-Work = list[dict[str, Any]]
-"""Requests: {"query": text, "documents": texts}"""
 Rerank = Callable[[str, list[str]], list[float]]
 """A query and its documents -> probabilities in document order."""
 
@@ -90,7 +89,7 @@ CONTESTANTS: dict[str, tuple[Callable[..., Rerank], dict[str, Any]]] = {
 
 @dataclass
 class Round:
-    """What one contestant needed for the whole workload."""
+    """The time and the scores of one contestant for the whole workload."""
 
     seconds: float
     processor_seconds: float
@@ -105,7 +104,7 @@ class Contestant:
     pipe: Connection
     process: Any
 
-    def run(self, work: Work) -> Round:
+    def run(self, work: Requests) -> Round:
         """Score a workload; returns when it is done."""
         self.pipe.send(work)
         return cast("Round", self.pipe.recv())

@@ -1,4 +1,4 @@
-"""What every result carries: the machine, the versions, the command and the commit."""
+"""The head of every result (machine, versions, command, commit) and its tables."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import transformers
 
 
 def header() -> str:
-    """A few lines of Markdown that say where and with what the figures were measured."""
+    """Markdown lines with the command, the commit, the machine and the versions."""
     commit = ""
     with contextlib.suppress(OSError):  # no git, on a machine that was given a checkout
         asked = ["git", "rev-parse", "--short", "HEAD"]
@@ -28,7 +28,8 @@ def header() -> str:
         device = torch.cuda.get_device_name()
     now = datetime.now(UTC).strftime("%Y-%m-%d")
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
-    command = f"python -m benchmarks.{Path(sys.argv[0]).stem} {shlex.join(sys.argv[1:])}".strip()
+    script = Path(sys.argv[0])
+    command = f"python -m {script.parent.name}.{script.stem} {shlex.join(sys.argv[1:])}".strip()
     return f"`{command}` · {now} · commit {commit or 'unknown'}\n\n{device}; {versions}"
 
 
@@ -39,7 +40,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The value that so many percent do not exceed; NaN of none."""
+    """The value that `percent` percent of the values do not exceed; NaN without values."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(percent / 100 * len(ordered)) - 1)] if ordered else math.nan
 

@@ -1,6 +1,6 @@
 """The real application around a device that waits: a pass of T tokens takes OVERHEAD + T / RATE seconds, no processor.
 
-So the two cores of a small machine are there for what is measured, the service around the model. One token a word.
+So the two cores of a small machine are free for the service around the model. One token a word.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PREFIX = 50
 
 
 class SleepingScorer:
-    """What the batcher needs of a scorer."""
+    """The scorer that the batcher sees."""
 
     memory = 0
     max_batch_documents = 1 << 30
@@ -30,7 +30,7 @@ class SleepingScorer:
 
     @property
     def info(self) -> ModelInfo:
-        """What /info answers."""
+        """The response of /info."""
         return ModelInfo("sleeping", "none", "float32", 8192, self.max_batch_tokens)
 
     def encode(self, request: RerankRequest) -> EncodedRequest:

@@ -90,7 +90,7 @@ class Record:
     """Broken promises."""
 
     def take(self, kind: str, answer: Answer, allowed: set[int]) -> Answer:
-        """Count an answer, and what is wrong with it."""
+        """Count a response and its broken promises."""
         self.statuses[kind, answer.status] += 1
         if answer.status not in allowed:
             self.broken[f"{kind}: status {answer.status}"] += 1
@@ -205,7 +205,7 @@ class Traffic:
         await asyncio.sleep(self.chance.uniform(0, 0.2))
 
     async def looks(self) -> None:
-        """Probes, scrapes, pages and what is not there."""
+        """Probes, scrapes, pages and unknown paths."""
         for path in GETS:
             self.record.take("pages", await self.wire.ask(path), {200})
         self.record.take("not there", await self.wire.ask(f"/{self.chance.random()}"), {404})
@@ -237,7 +237,7 @@ async def watch(service: Service, record: Record, start: float, end: float) -> N
 
 
 async def soak(service: Service, seconds: float) -> Record:
-    """All clients for so many seconds."""
+    """Run all clients for `seconds`."""
     record = Record()
     async with Wire(service.port, "soak") as wire, Wire(service.port, "wrong") as stranger:
         t = Traffic(wire, stranger, record)
@@ -280,7 +280,7 @@ def draw(record: Record, path: Path) -> None:
 
 
 def parts(record: Record, count: int) -> list[tuple[float, list[float]]]:
-    """(end, times of known requests) of so many equal parts of the time, those without requests left out."""
+    """(end, times of known requests) of `count` equal parts of the time, without empty parts."""
     length = record.samples[-1].seconds / count
     made = [((i + 1) * length, [s for at, s in record.times if i == int(at / length)]) for i in range(count)]
     return [part for part in made if part[1]]

@@ -11,7 +11,7 @@ from reranker.scheduler.compute import ScorerLike
 
 settings = load_settings()
 spent = {"wall": 0.0, "processor": 0.0}
-"""Seconds in `score`, which lays nothing out and waits for nobody; those of its thread alone, so OMP_NUM_THREADS=1."""
+"""Seconds in `score`, without packing or waiting, of its thread alone: hence OMP_NUM_THREADS=1."""
 
 
 def load() -> ScorerLike:

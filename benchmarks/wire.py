@@ -15,7 +15,7 @@ Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came back, and how long it took from the first byte sent."""
+    """A response, and the seconds since the first byte of its request."""
 
     status: int
     headers: dict[str, str]
@@ -67,7 +67,7 @@ class Wire:
             writer.write(self._head(method or ("GET" if content is None else "POST"), path, content, head))
             status, headers = await _read_head(reader)
             body = await reader.readexactly(int(headers.get("content-length", "0")))
-        except BaseException:  # a cancellation too: what was half read serves nobody
+        except BaseException:  # a cancellation too: half a response is of no use
             writer.transport.abort()
             raise
         if headers.get("connection") == "close":

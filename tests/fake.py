@@ -50,7 +50,7 @@ class FakeScorer:
     def score(self, batch: list[Slice]) -> list[float]:
         self.threads.add(threading.current_thread().name)
         self.passes.append(batch)
-        self.hold.wait(30)
+        self.hold.wait(300)
         time.sleep(self.seconds)
         text = {word for s in batch for d in s.documents for word in self._words(d)}
         if "poison" in text:

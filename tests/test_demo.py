@@ -1,4 +1,4 @@
-"""The bundled model is what its card says: small, loaded as any other, and good at the easy task it was made for."""
+"""The bundled model matches its card: small, loaded as any other, and good at the easy task it was made for."""
 
 from __future__ import annotations
 

@@ -334,7 +334,7 @@ def test_a_model_that_cannot_be_served_stops_the_service_with_the_reason(
     start: Start, env: dict[str, str], words: str
 ) -> None:
     server = start(wait=None, command=FAKE if "FAKE_LOAD_SECONDS" in env else None, **env)
-    assert server.process.wait(60) == 3
+    assert server.process.wait(300) == 3
     [line] = [line for line in server.log.splitlines() if "cannot serve" in line]
     assert words in line
     assert "Traceback" not in server.log
@@ -370,7 +370,7 @@ def guarded(start: Start) -> Server:
 
 def test_tokens_by_header_and_by_query(guarded: Server) -> None:
     url = f"http://127.0.0.1:{guarded.port}"
-    with httpx.Client(trust_env=False) as client:
+    with httpx.Client(trust_env=False, timeout=300) as client:
         for token in ("old", "s3cr3t-new"):
             assert client.get(f"{url}/health", headers={"Authorization": f"bearer {token}"}).status_code == 200
             assert client.post(f"{url}/v1/rerank?access_token={token}", json=BODY).status_code == 200
@@ -506,14 +506,14 @@ def test_a_shutdown_delivers_what_was_accepted(start: Start, sig: int) -> None:
         once(server, lambda found: value(found, "reranker_requests_in_progress") == 9)  # and the one that asks
         server.process.send_signal(sig)
         assert [future.result().status_code for future in futures] == [200] * 8
-    assert server.process.wait(20) == 0
+    assert server.process.wait(300) == 0
 
 
 def test_a_killed_worker_is_replaced_and_a_killed_master_takes_its_workers_along(start: Start) -> None:
     server = start(command=FAKE)
     [worker] = map(int, re.findall(r"Booting worker with pid: (\d+)", server.log))
     os.kill(worker, signal.SIGKILL)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while len(re.findall(r"Booting worker with pid", server.log)) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     server.wait_for("ok")
@@ -553,7 +553,7 @@ def test_uvicorn_alone_works_too(start: Start) -> None:
         token="s3cr3t",
     )
     assert server.client.post("/v1/rerank", json=BODY).json()[0]["index"] == 1
-    with httpx.Client(trust_env=False) as client:
+    with httpx.Client(trust_env=False, timeout=300) as client:
         url = f"http://127.0.0.1:{server.port}/health?access_token="
         assert client.get(url + "s3cr3t").status_code == 200
         assert client.get(url + "s3cr3t-wrong").status_code == 401

@@ -58,6 +58,7 @@ def wait_for_bytes(path: Path, count: int, process: subprocess.Popen[bytes]) -> 
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_with_the_model(tmp_path: Path) -> None:
     values = inputs(250)
     write_lines(tmp_path / "in.jsonl", values)

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu import NEEDED_BY_TESTS, WORK, true_lengths
-from benchmarks.traffic import ten_documents, workloads
+from benchmarks.workloads import ten_documents, workloads
 from reranker.types import RerankRequest
-from tests.conftest import ONE_THREAD, ROOT
+from tests.conftest import MAX_WAIT, ONE_THREAD, ROOT
 
 RUN = """
 import runpy, sys
@@ -45,6 +45,7 @@ def installed(folder: Path, *names: str) -> set[str]:
     return seen
 
 
+@pytest.mark.slow
 def test_every_section_of_the_gpu_benchmark_runs_with_torch_and_transformers_alone(tmp_path: Path) -> None:
     names = installed(tmp_path, "torch", "transformers", "psutil")
     assert {"torch", "transformers", "numpy", "tokenizers"} <= names
@@ -56,7 +57,7 @@ def test_every_section_of_the_gpu_benchmark_runs_with_torch_and_transformers_alo
         env=os.environ | ONE_THREAD | {"PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=MAX_WAIT,
         check=False,
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr[-3000:]

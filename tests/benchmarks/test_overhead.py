@@ -42,7 +42,7 @@ def test_the_request_has_ten_documents_of_ten_words() -> None:
 
 
 def loaded(pieces: list[bytes], clients: int) -> tuple[int, list[float]]:
-    """How many requests a server saw that answers each with these pieces, and what the load generator counted."""
+    """Requests seen by a server that responds with these pieces, and latencies counted by the load generator."""
     seen, open_ = 0, set[asyncio.Task[Any]]()
 
     async def connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

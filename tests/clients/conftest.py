@@ -1,4 +1,4 @@
-"""The service as it runs for users, and what every client must make of it: the same ranking.
+"""The service as it runs for users, and the ranking that every client must return.
 
 These tests run in an environment of the clients; GUNICORN is the service's own (see `make test-clients`). It serves the
 demo model and asks for a token.
@@ -35,7 +35,7 @@ def _start(folder: Path, token: str) -> Iterator[str]:
     with log.open("wb") as out:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=subprocess.STDOUT)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while True:
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5)

@@ -11,8 +11,8 @@ BODY = {"query": QUERY, "documents": DOCUMENTS}
 
 def test_native(url: str) -> None:
     headers = {"Authorization": f"Bearer {TOKEN}"}
-    array = requests.post(f"{url}/v1/rerank", json=BODY, headers=headers, timeout=30).json()
+    array = requests.post(f"{url}/v1/rerank", json=BODY, headers=headers, timeout=300).json()
     assert array[0]["index"] == BEST
-    results = requests.post(f"{url}/api/v1/rerank?access_token={TOKEN}", json=BODY, timeout=30).json()["results"]
+    results = requests.post(f"{url}/api/v1/rerank?access_token={TOKEN}", json=BODY, timeout=300).json()["results"]
     assert results[0] == {"index": BEST, "relevance_score": results[0]["relevance_score"], "text": DOCUMENTS[BEST]}
-    assert requests.post(f"{url}/v1/rerank", json=BODY, timeout=30).status_code == 401
+    assert requests.post(f"{url}/v1/rerank", json=BODY, timeout=300).status_code == 401

@@ -1,4 +1,4 @@
-"""The container: what Dockerfile and compose files promise, as far as it shows without a Docker engine.
+"""The promises of the Dockerfile and the compose files, as far as they can be tested without a Docker engine.
 
 The real docker-compose (1.28, 1.29 or 2) reads the compose files where it is installed.
 """
@@ -23,13 +23,13 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 
 from config import Settings
+from tests.conftest import MAX_WAIT, ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 FILES = ["docker-compose.yml", "docker-compose.cpu.yml"]
 COMPOSE = shutil.which("docker-compose")
 NO_COMPOSE = "docker-compose is not installed (Debian: apt-get install docker-compose)"
 
-# What users of earlier versions have, with comments behind values and blanks that mean "the default".
+# A file of an earlier version, with comments after values and blanks that mean "the default".
 LEGACY_ENV = """
 # service
 HOST=0.0.0.0
@@ -207,7 +207,7 @@ def test_the_shell_wins_over_env_for_both_ports_and_the_build(tmp_path: Path) ->
 
 
 def config(folder: Path, file: str, **env: str) -> dict[str, Any]:
-    """What `docker-compose config` makes of a file."""
+    """The output of `docker-compose config` for a file."""
     assert COMPOSE is not None
     done = subprocess.run(
         [COMPOSE, "-f", file, "config"],
@@ -215,7 +215,7 @@ def config(folder: Path, file: str, **env: str) -> dict[str, Any]:
         env={"PATH": os.environ["PATH"], "HOME": str(folder)} | env,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=MAX_WAIT,
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
@@ -232,7 +232,7 @@ def ports(resolved: dict[str, Any]) -> list[tuple[int, int]]:
 
 
 class Service(ThreadingHTTPServer):
-    """Answers like the service: /health with a status of choice to whoever sends the token."""
+    """A stand-in for the service: /health returns the chosen status to a request with the token."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Answer)
@@ -269,7 +269,7 @@ def check(env: dict[str, str]) -> subprocess.CompletedProcess[str]:
     program, *arguments = health_check()
     assert program == "python"
     return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=30, check=False
+        [sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=MAX_WAIT, check=False
     )
 
 

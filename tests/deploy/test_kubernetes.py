@@ -1,8 +1,8 @@
 """deploy/kubernetes/: valid by Kubernetes' own schemas, and true of this service: ports, paths, names, times, user.
 
 The schemas come with the package kubernetes-validate, because kubectl wants a cluster even for a dry run on the client.
-Of the custom kinds (ScaledObject, ServiceMonitor, RayService) there is no schema: what they hold of Kubernetes' own
-kinds is checked by those, and the rest against the service. How the model gets there is in test_kubernetes_model.py.
+The custom kinds (ScaledObject, ServiceMonitor, RayService) have no schema: the parts of Kubernetes' own kinds in them
+are checked by those, and the rest against the service. test_kubernetes_model.py tests the download of the model.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def containers(spec: Object) -> list[Object]:
 
 
 def environment(container: Object) -> dict[str, str]:
-    """What a container is told, secrets by the names of their keys, with $(NAME) put in as the kubelet does."""
+    """The environment of a container, secrets by the names of their keys, with $(NAME) expanded as the kubelet does."""
     env: dict[str, str] = {}
     for source in container.get("envFrom", []):
         env |= one("ConfigMap", source["configMapRef"]["name"])["data"]
@@ -176,7 +176,7 @@ def test_ports_and_probes(start: Start) -> None:
     server.wait_for("loading")
 
     def ask(url: str) -> int:
-        return httpx.get(f"{server.client.base_url}{url}", trust_env=False).status_code
+        return httpx.get(f"{server.client.base_url}{url}", trust_env=False, timeout=300).status_code
 
     assert {kind: ask(probe["path"]) for kind, probe in probes.items()} == {
         "startupProbe": 503,  # while it loads, only liveness would succeed

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import MAX_WAIT
 from tests.deploy.test_kubernetes import environment, one, pod
 
 # Writes a line per call, then the model in two steps; while `hold` is there, it waits between them.
@@ -59,7 +60,7 @@ class Node:
 
     def run(self, **changes: str) -> int:
         process = self.start(**changes)
-        process.communicate(timeout=60)
+        process.communicate(timeout=MAX_WAIT)
         return process.returncode
 
     def downloads(self) -> int:
@@ -70,7 +71,7 @@ class Node:
         return [line for line in lines if line.startswith(word)]
 
     def wait(self, downloads: int) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + MAX_WAIT
         while self.downloads() < downloads or not (self.model / "config.json").exists():
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -113,7 +114,7 @@ def test_a_killed_download_is_resumed_by_the_next_pod(node: Node) -> None:
     first = node.start()
     node.wait(1)
     os.killpg(first.pid, signal.SIGKILL)
-    first.communicate(timeout=60)
+    first.communicate(timeout=MAX_WAIT)
     node.hold.unlink()
     assert node.run() == 0
     assert (node.downloads(), len(node.called("resumed"))) == (2, 1)
@@ -132,7 +133,7 @@ def test_of_two_pods_one_downloads_and_the_other_waits(node: Node, fails: bool) 
         os.killpg(first.pid, signal.SIGKILL)
         node.wait(2)  # the lock is free, and the second takes over
     node.hold.unlink()
-    outputs = [process.communicate(timeout=60)[0] for process in (first, second)]
+    outputs = [process.communicate(timeout=MAX_WAIT)[0] for process in (first, second)]
     assert (first.returncode, second.returncode) == (-signal.SIGKILL if fails else 0, 0)
     assert node.downloads() == (2 if fails else 1)
     assert ("is complete" in outputs[1]) != fails

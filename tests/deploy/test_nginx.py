@@ -17,14 +17,14 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.conftest import FAKE, ROOT, Server, Start, free_port
+from tests.conftest import FAKE, MAX_WAIT, ROOT, Server, Start, free_port
 from tests.faults.traffic import until
 from tests.http.test_metrics import samples, value
 
 NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
 TOKEN = "s3cr3t-of-the-proxy"
 BODY = {"query": "q", "documents": ["a"]}
-# What a package's own nginx.conf has around ours, and paths that need no rights.
+# The surroundings of our file in a package's own nginx.conf, with paths that need no rights.
 AROUND = """
 daemon off;
 {user}
@@ -52,7 +52,7 @@ class Proxy:
 
     def connect(self) -> ssl.SSLSocket:
         trust = ssl.create_default_context(cafile=str(self.folder / "reranker.pem"))
-        connection = socket.create_connection(("127.0.0.1", self.port), timeout=10)
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=MAX_WAIT)
         return trust.wrap_socket(connection, server_hostname="127.0.0.1")
 
     @property
@@ -96,8 +96,10 @@ def running(folder: Path, *services: Server) -> Iterator[Proxy]:
     process = subprocess.Popen(command)
     trust = ssl.create_default_context(cafile=str(folder / "reranker.pem"))
     try:
-        with httpx.Client(base_url=f"https://127.0.0.1:{port}", verify=trust, trust_env=False, timeout=30) as client:
-            deadline = time.monotonic() + 20
+        with httpx.Client(
+            base_url=f"https://127.0.0.1:{port}", verify=trust, trust_env=False, timeout=MAX_WAIT
+        ) as client:
+            deadline = time.monotonic() + MAX_WAIT
             while True:
                 try:
                     client.get("/livez")
@@ -109,7 +111,7 @@ def running(folder: Path, *services: Server) -> Iterator[Proxy]:
             yield Proxy(folder, port, client, services[0])
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(MAX_WAIT)
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +144,7 @@ def test_of_two_hosts_the_one_with_fewer_requests_in_progress_is_asked(start: St
 
     with running(tmp_path, slow, quick) as proxy, ThreadPoolExecutor(1) as pool:
         answers = []
-        while not value(samples(slow), "reranker_requests_in_progress") > 1:  # one beside the one that asks
+        while not value(samples(slow), "reranker_requests_in_progress") > 1:  # 1: the metrics
             answers.append(pool.submit(proxy.client.post, "/v1/rerank", json=BODY))
             until(
                 lambda: answers[-1].done() or value(samples(slow), "reranker_requests_in_progress") > 1, "it is there"
@@ -179,7 +181,7 @@ def test_refusals_have_the_services_shape(proxy: Proxy) -> None:
 
 
 def test_no_plain_http_and_no_second_request_in_the_first(proxy: Proxy) -> None:
-    with socket.create_connection(("127.0.0.1", proxy.port), timeout=10) as plain:
+    with socket.create_connection(("127.0.0.1", proxy.port), timeout=MAX_WAIT) as plain:
         plain.sendall(b"GET /livez HTTP/1.1\r\nHost: h\r\n\r\n")
         assert plain.recv(100).startswith(b"HTTP/1.1 400")
     smuggling = (
@@ -194,7 +196,10 @@ def test_no_plain_http_and_no_second_request_in_the_first(proxy: Proxy) -> None:
 
 def test_too_many_and_down_say_when_to_come_back_and_no_log_holds_a_token(proxy: Proxy) -> None:
     with ThreadPoolExecutor(30) as pool:
-        answers = list(pool.map(lambda _: proxy.client.get("/health", params=QUERY), range(150)))
+        answers: list[httpx.Response] = []
+        while not any(answer.status_code == 429 for answer in answers):  # a busy machine may send too few at first
+            assert len(answers) < 3000
+            answers += pool.map(lambda _: proxy.client.get("/health", params=QUERY), range(150))
     refused = [answer for answer in answers if answer.status_code == 429]
     assert {answer.status_code for answer in answers} == {200, 429}
     assert {(a.json()["error_type"], a.headers["retry-after"]) for a in refused} == {("queue_full", "1")}
@@ -211,9 +216,7 @@ def test_too_many_and_down_say_when_to_come_back_and_no_log_holds_a_token(proxy:
     with proxy.connect() as bad:
         bad.sendall(f"GET /?access_token={TOKEN} HTTP/9.9\r\n\r\n".encode())
         bad.recv(100)
-    time.sleep(0.5)
-    assert " GET /health 429 " in proxy.logs
-    assert " POST /v1/rerank 503 " in proxy.logs
-    assert " GET /health&access_token=*** " in proxy.logs
+    lines = (" GET /health 429 ", " POST /v1/rerank 503 ", " GET /health&access_token=*** ")
+    until(lambda: all(line in proxy.logs for line in lines), "nginx has written its logs")
     assert TOKEN not in proxy.logs
     assert TOKEN not in proxy.service.log

@@ -1,4 +1,4 @@
-"""What Ray's proxy says by itself becomes what the service documents; what a replica says passes as it is.
+"""Ray's own error responses become the documented ones of the service; a replica's responses pass unchanged.
 
 The real proxy, with replicas that die, is in tests/ray; here stand-ins answer as Ray's source does.
 """
@@ -27,7 +27,7 @@ def answering(status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> A
 
 
 async def nothing(scope: Scope, receive: Receive, send: Send) -> None:
-    """What Ray sends when the replica died."""
+    """The response of Ray when the replica died: none."""
 
 
 def ask(app: ASGIApp, path: str = "/v1/rerank", request_id: bytes = b"mine") -> httpx.Response:

@@ -1,4 +1,4 @@
-"""What is installed and what is read: pins above their floors, nothing unpickled, no code of a checkpoint run."""
+"""The supply chain: pins above their floors, nothing unpickled, no code of a checkpoint run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from packaging.version import Version
 from safetensors.torch import load_file
 
 from reranker import ModelLoadError, Scorer, __version__
-from tests.conftest import ROOT, Start
+from tests.conftest import MAX_WAIT, ROOT, Start
 
 PINS = {
     requirement.name: next(iter(requirement.specifier))
@@ -72,7 +72,7 @@ ONLY = {
 
 
 def unsafe(source: str) -> list[str]:
-    """What a source does that could run data as code: imports, calls and arguments, by line."""
+    """The constructs of a source that could run data as code: imports, calls and arguments, by line."""
     found = []
     for node in ast.walk(ast.parse(source)):
         names: list[str] = []
@@ -203,6 +203,7 @@ pickle.loads({trial!r})
 """
 
 
+@pytest.mark.slow
 def test_the_running_service_unpickles_nothing_and_calls_nobody(start: Start, tmp_path: Path) -> None:
     """Python reports every class that a pickle names, and every connection: there is none from start to end."""
     seen = tmp_path / "seen"
@@ -259,7 +260,7 @@ def test_an_audit_says_whether_it_could_ask(tmp_path: Path, mode: str, code: int
         env=os.environ | {"MODE": mode, "PYTHONPATH": site},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=MAX_WAIT,
         check=False,
     )
     assert done.returncode == code, done.stderr

@@ -96,7 +96,7 @@ def test_the_command_that_writes_the_file_of_settings_puts_a_token_in(name: str,
     subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True)
     assert re.fullmatch(r"[0-9a-f]{64}", read_env_file(tmp_path / ".env")["ACCESS_TOKEN"].text)
     (tmp_path / ".env").unlink()
-    (tmp_path / "openssl").write_text("#!/bin/sh\n")  # one that prints nothing
+    (tmp_path / "openssl").write_text("#!/bin/sh\n")  # prints nothing
     (tmp_path / "openssl").chmod(0o755)
     env = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
     assert subprocess.run(["bash", "-c", command], cwd=tmp_path, env=env, capture_output=True).returncode != 0

@@ -23,6 +23,7 @@ from tests.engine.card import Card
 from tests.engine.test_scorer import expected, packed, requests, worst
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own compiler
 def test_compiled_layers_equal_the_card_and_compile_once(

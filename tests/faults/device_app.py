@@ -23,7 +23,7 @@ settings = load_settings()
 
 
 class Device:
-    """The model, but a forward pass above so many tokens does not fit, and some documents do harm."""
+    """The model, but a forward pass above DEVICE_TOKENS does not fit, and some documents make it fail."""
 
     def __init__(self, scorer: Scorer) -> None:
         self.model, self.encode = scorer.model, scorer.encode
@@ -33,7 +33,7 @@ class Device:
         return getattr(self.model, name)
 
     def note(self, request: RerankRequest) -> EncodedRequest:
-        """Encode, and remember the tokens of what does harm."""
+        """Encode, and record the tokens of harmful documents."""
         encoded = self.encode(request)
         for text, tokens in zip(request.documents, encoded.documents, strict=True):
             if text in ERRORS or text == NAN:
@@ -41,7 +41,7 @@ class Device:
         return encoded
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
-        """The real one, unless."""
+        """The real forward pass, unless a document makes it fail."""
         if batch.tokens > _MEMORY:
             raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {batch.tokens} tokens")
         said = [self.harmful.get(tuple(tokens)) for part in batch.slices for tokens in part.documents]

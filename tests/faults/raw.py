@@ -12,12 +12,13 @@ from typing import Any
 
 import psutil
 
-from tests.conftest import Server
+from tests.conftest import MAX_WAIT, Server
+from tests.http import test_metrics as metrics
 
 
 @dataclass
 class Answers:
-    """All that came back on one connection."""
+    """The bytes received on one connection."""
 
     data: bytes
     closed: bool
@@ -40,12 +41,12 @@ class Answers:
         return error
 
 
-def connect(server: Server, wait: float = 20) -> socket.socket:
+def connect(server: Server, wait: float = MAX_WAIT) -> socket.socket:
     return socket.create_connection(("127.0.0.1", server.port), timeout=wait)
 
 
-def listen(connection: socket.socket, wait: float = 20, answers: int | None = None) -> Answers:
-    """What comes until the service closes, or so many answers are complete, or the deadline."""
+def listen(connection: socket.socket, wait: float = MAX_WAIT, answers: int | None = None) -> Answers:
+    """Receive until the service closes, `answers` responses are complete, or the deadline has passed."""
     start = time.monotonic()
     data, closed = b"", False
     try:
@@ -64,7 +65,7 @@ def listen(connection: socket.socket, wait: float = 20, answers: int | None = No
 
 
 def whole(data: bytes) -> int:
-    """How many answers with a length are complete."""
+    """The number of complete responses with a length."""
     count = 0
     while b"\r\n\r\n" in data:
         head, _, data = data.partition(b"\r\n\r\n")
@@ -85,14 +86,14 @@ def send(connection: socket.socket, data: bytes) -> bool:
     return True
 
 
-def exchange(server: Server, data: bytes, wait: float = 20, answers: int | None = None) -> Answers:
+def exchange(server: Server, data: bytes, wait: float = MAX_WAIT, answers: int | None = None) -> Answers:
     with connect(server, wait) as connection:
         send(connection, data)
         return listen(connection, wait, answers)
 
 
 def once(server: Server, data: bytes) -> Answers:
-    """The answers to requests behind which the client itself says that it wants no more."""
+    """The response to a last request, sent with `Connection: close`."""
     return exchange(server, data.replace(b"Host: h\r\n", b"Host: h\r\nConnection: close\r\n", 1))
 
 
@@ -104,6 +105,11 @@ def post(body: bytes, headers: bytes = b"", path: bytes = b"/v1/rerank") -> byte
 def workers(server: Server) -> list[int]:
     """Process ids of all workers that were ever started."""
     return [int(pid) for pid in re.findall(r"Booting worker with pid: (\d+)", server.log)]
+
+
+def busy(server: Server, requests: int) -> None:
+    """Wait until `requests` requests are in progress, besides the one for the metrics."""
+    metrics.once(server, lambda found: metrics.value(found, "reranker_requests_in_progress") == requests + 1)
 
 
 class Spent:

@@ -1,4 +1,4 @@
-"""What a device does wrong, in the forward pass of the real scorer inside a real gunicorn."""
+"""Faults of a device, in the forward pass of the real scorer inside a real gunicorn."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import time
 import httpx
 import pytest
 
-from tests.conftest import FAKE, GUNICORN, Server, Start
+from tests.conftest import FAKE, GUNICORN, MAX_WAIT, Server, Start
 from tests.faults.device_app import ERRORS, NAN
+from tests.faults.raw import busy
+from tests.faults.traffic import until
 from tests.http.test_metrics import once, samples, value
 
 DEVICE = [*GUNICORN[:-1], "tests.faults.device_app:app"]
@@ -75,25 +77,27 @@ def test_a_sticky_device_error_is_answered_and_the_worker_replaced(small: Server
     assert (lost.status_code, lost.json()["error_type"]) == (503, "device_lost")
     assert int(lost.headers["retry-after"]) >= 1
     assert len(re.findall("cannot serve: the device failed", small.log)) == 1
-    deadline = time.monotonic() + 60
-    while small.log.count("Booting worker") < 2 and time.monotonic() < deadline:
-        time.sleep(0.05)
+    until(lambda: small.log.count("Booting worker") == 2, "the worker was replaced")
     small.wait_for("ok")
     assert scores(small, *TEXTS[:5]) == pytest.approx(scores(server, *TEXTS[:5]), abs=1e-4)
     assert value(samples(small), "reranker_errors_total", error_type="device_lost") == 1
 
 
+@pytest.mark.slow
 def test_a_device_that_hangs_is_given_up_after_twice_the_deadline(start: Start) -> None:
     server = start(command=FAKE, REQUEST_TIMEOUT="4")
 
     def ask(word: str) -> httpx.Response:
         return httpx.post(
-            f"{server.client.base_url}/v1/rerank", json={"query": "q", "documents": [word]}, timeout=30, trust_env=False
+            f"{server.client.base_url}/v1/rerank",
+            json={"query": "q", "documents": [word]},
+            timeout=MAX_WAIT,
+            trust_env=False,
         )
 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         first = pool.submit(ask, "hang")
-        once(server, lambda found: value(found, "reranker_requests_in_progress") == 2)  # and the one that asks
+        busy(server, 1)
         behind = [pool.submit(ask, "fish") for _ in range(2)]
         assert first.result().status_code == 504
         time.sleep(1)
@@ -101,9 +105,7 @@ def test_a_device_that_hangs_is_given_up_after_twice_the_deadline(start: Start) 
         assert [it.result().status_code for it in behind] == [504] * 2
         assert (later.result().status_code, later.result().json()["error_type"]) == (503, "device_lost")
         assert int(later.result().headers["retry-after"]) >= 1
-    deadline = time.monotonic() + 30
-    while server.log.count("Booting worker") < 2 and time.monotonic() < deadline:
-        time.sleep(0.05)
+    until(lambda: server.log.count("Booting worker") == 2, "the worker was replaced")
     server.wait_for("ok")
     assert ask("fish").status_code == 200
     assert "cannot serve: a forward pass did not end within 8 s" in server.log

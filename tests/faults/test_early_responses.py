@@ -1,4 +1,4 @@
-"""Responses given before the request was sent reach stock clients, which send all of it before they read."""
+"""Responses sent before the request was complete reach stock clients, which send all of it before they read."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ import httpx
 import pytest
 import requests
 
-from tests.conftest import FAKE, Server, Start
-from tests.faults.raw import connect, listen, send, workers
+from tests.conftest import FAKE, MAX_WAIT, Server, Start
+from tests.faults.raw import busy, connect, listen, send, workers
 from tests.faults.traffic import until
-from tests.http.test_metrics import once, value
 
 TOKEN = "s3cret"
 MAX_BODY_BYTES = 30_000_000
@@ -44,7 +43,7 @@ def by_urllib(server: Server, path: str, body: bytes, headers: Headers) -> tuple
     request = urllib.request.Request(f"{server.client.base_url}{path}", body, headers)
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(request, timeout=60) as answer:
+        with opener.open(request, timeout=MAX_WAIT) as answer:
             return answer.status, answer.read()
     except urllib.error.HTTPError as error:
         with error:
@@ -52,7 +51,7 @@ def by_urllib(server: Server, path: str, body: bytes, headers: Headers) -> tuple
 
 
 def by_http_client(server: Server, path: str, body: bytes | Iterator[bytes], headers: Headers) -> tuple[int, bytes]:
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=MAX_WAIT)
     try:
         connection.request("POST", path, body, {"Connection": "close", **headers})
         answer = connection.getresponse()
@@ -69,7 +68,7 @@ def by_requests(server: Server, path: str, body: bytes, headers: Headers) -> tup
     """Keeps its connection."""
     with requests.Session() as session:
         session.trust_env = False
-        answer = session.post(f"{server.client.base_url}{path}", body, headers=headers, timeout=60)
+        answer = session.post(f"{server.client.base_url}{path}", body, headers=headers, timeout=MAX_WAIT)
         return answer.status_code, answer.content
 
 
@@ -77,13 +76,15 @@ def by_requests_in_chunks(server: Server, path: str, body: bytes, headers: Heade
     with requests.Session() as session:
         session.trust_env = False
         headers = {"Connection": "close", **headers}
-        answer = session.post(f"{server.client.base_url}{path}", pieces(body), headers=headers, timeout=60)
+        answer = session.post(f"{server.client.base_url}{path}", pieces(body), headers=headers, timeout=MAX_WAIT)
         return answer.status_code, answer.content
 
 
 def by_httpx(server: Server, path: str, body: bytes, headers: Headers) -> tuple[int, bytes]:
     headers = {"Connection": "close", **headers}
-    answer = httpx.post(f"{server.client.base_url}{path}", content=body, headers=headers, timeout=60, trust_env=False)
+    answer = httpx.post(
+        f"{server.client.base_url}{path}", content=body, headers=headers, timeout=MAX_WAIT, trust_env=False
+    )
     return answer.status_code, answer.content
 
 
@@ -98,7 +99,7 @@ def by_curl(*options: str) -> Client:
             file.writelines(f"{name}: {text}\n" for name, text in headers.items())
             file.flush()
             command += ["-H", f"@{file.name}", f"{server.client.base_url}{path}"]
-            ran = subprocess.run(command, input=body, capture_output=True, timeout=60, check=False)
+            ran = subprocess.run(command, input=body, capture_output=True, timeout=MAX_WAIT, check=False)
         assert ran.returncode == 0, ran.stderr
         return int(ran.stdout[-3:]), ran.stdout[:-3]
 
@@ -159,9 +160,9 @@ def test_a_400_for_a_head_that_can_be_read_in_two_ways_arrives(guarded: Server) 
 def test_a_400_for_a_wrong_chunk_arrives(guarded: Server) -> None:
     head = b"POST /v1/rerank HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer %s\r\n" % TOKEN.encode()
     for _ in range(TIMES):
-        with connect(guarded, 60) as connection:
+        with connect(guarded) as connection:
             assert send(connection, head + b"Transfer-Encoding: chunked\r\n\r\nno length\r\n" + FITS)
-            answers = listen(connection, 60)
+            answers = listen(connection)
         assert (answers.statuses, answers.error["error_type"]) == ([400], "malformed_request")
 
 
@@ -195,7 +196,7 @@ def full(start: Start) -> Iterator[Server]:
 
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         hanging = pool.submit(hang)
-        once(server, lambda found: value(found, "reranker_requests_in_progress") == 2)  # and the one that asks
+        busy(server, 1)
         yield server
         server.stop(signal.SIGKILL)
         os.kill(workers(server)[0], signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Who gets in, and that a token gets nowhere else: attempts over raw sockets against a real gunicorn."""
+"""Authorisation, and the secrecy of tokens: attempts over raw sockets against a real gunicorn."""
 
 from __future__ import annotations
 
@@ -224,7 +224,7 @@ def test_the_attempts_left_no_token_in_the_log(guarded: Server) -> None:
 
 
 def tour(server: Server, headers: bytes, parameter: bytes) -> dict[str, list[int]]:
-    """Requests with the token that end in every way there is; the statuses by what was done."""
+    """Send requests with the token that end in every status; return the statuses by name."""
 
     def to(path: bytes) -> bytes:
         return path + (b"?" + parameter if parameter else b"")
@@ -233,14 +233,14 @@ def tour(server: Server, headers: bytes, parameter: bytes) -> dict[str, list[int
         return json.dumps({"query": "q", "documents": documents, **more}).encode()
 
     def rerank(content: bytes, more: bytes = b"", path: bytes = b"/v1/rerank") -> Callable[[], Answers]:
-        return lambda: exchange(server, post(content, b"Connection: close\r\n" + headers + more, to(path)), 30)
+        return lambda: exchange(server, post(content, b"Connection: close\r\n" + headers + more, to(path)))
 
     def get(path: bytes, more: bytes = b"", method: bytes = b"GET") -> Callable[[], Answers]:
         head = b"%s %s HTTP/1.1\r\nHost: h\r\nConnection: close\r\n%s%s\r\n" % (method, to(path), headers, more)
-        return lambda: exchange(server, head, 30)
+        return lambda: exchange(server, head)
 
     def late(rest: bytes) -> Callable[[], Answers]:
-        return lambda: exchange(server, b"POST %s HTTP/1.1\r\nHost: h\r\n%s%s" % (to(b"/v1/rerank"), headers, rest), 30)
+        return lambda: exchange(server, b"POST %s HTTP/1.1\r\nHost: h\r\n%s%s" % (to(b"/v1/rerank"), headers, rest))
 
     def leave() -> Answers:
         with connect(server) as connection:
@@ -285,6 +285,7 @@ def tour(server: Server, headers: bytes, parameter: bytes) -> dict[str, list[int
     return {name: answer.statuses for name, answer in answers.items()}
 
 
+@pytest.mark.slow
 def test_no_log_level_answer_or_metric_holds_a_token_whatever_the_status(start: Start) -> None:
     limits = {"BODY_TIMEOUT": "1", "MAX_BODY_BYTES": "50000", "MAX_DOCUMENTS": "50", "REQUEST_TIMEOUT": "2"}
     scorer = {"FAKE_SECONDS": "0.2", "FAKE_BATCH_TOKENS": "14", "MAX_QUEUE_TOKENS": "100"}

@@ -1,4 +1,4 @@
-"""What a client can do to the bodies, the heads and the connections, done to a real gunicorn."""
+"""Hostile and broken bodies, heads and connections, sent to a real gunicorn."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import psutil
 import pytest
 
 from reranker.server.protocol import MAX_PIPELINED
-from tests.conftest import FAKE, Server, Start
-from tests.faults.raw import Answers, Peak, Spent, connect, exchange, listen, once, post, send, workers
+from tests.conftest import FAKE, MAX_WAIT, Server, Start
+from tests.faults.raw import Answers, Peak, Spent, busy, connect, exchange, listen, once, post, send, workers
 
 BODY = json.dumps({"query": "q", "documents": ["a"]}).encode()
 RERANK = b"POST /v1/rerank HTTP/1.1\r\nHost: h\r\n"
@@ -25,21 +25,18 @@ LENGTH = b"Content-Length: %d\r\n" % len(BODY)
 CHUNKED = b"Transfer-Encoding: chunked\r\n"
 LIVEZ = b"GET /livez HTTP/1.1\r\nHost: h\r\n\r\n"
 PATIENCE, KEEP_ALIVE = 2, 2
-# Our own deadlines, on a busy machine.
-LATE = 20
-# At most so many seconds of the worker's processor time for a probe.
-PROBE = 0.001
+LATE = MAX_WAIT
 
 
 @pytest.fixture(scope="module")
 def wire(start: Start) -> Server:
-    """Quick to score, and short of patience."""
+    """A service with a quick scorer and short timeouts."""
     return start(command=FAKE, BODY_TIMEOUT=str(PATIENCE), KEEP_ALIVE=str(KEEP_ALIVE))
 
 
 @pytest.fixture(autouse=True)
 def _unharmed(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Whatever was done: the same worker serves on, and nothing in it failed."""
+    """After every test the same worker still serves, and nothing in it failed."""
     yield
     for name in {"wire", "server"} & set(request.fixturenames):
         server = request.getfixturevalue(name)
@@ -84,6 +81,7 @@ def test_500_mb_that_are_announced_are_refused_before_they_are_sent(wire: Server
     assert peak.megabytes < 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("head", "piece"),
     [
@@ -102,7 +100,7 @@ def test_500_mb_that_are_sent_all_the_same_fill_no_memory_and_delay_nobody(
 
     def probe() -> None:
         nonlocal probed
-        while not over.is_set():
+        while not over.wait(0.05):  # rarely enough that the worker spends its time on the body
             assert wire.client.get("/health").status_code == 200
             probed += 1
 
@@ -120,7 +118,7 @@ def test_500_mb_that_are_sent_all_the_same_fill_no_memory_and_delay_nobody(
     else:
         assert sent < 476
     assert probed
-    assert spent.seconds - probed * PROBE < 5  # as uvicorn and FastAPI come: 9.3 s, and 1.5 GB
+    assert spent.seconds < 5  # as uvicorn and FastAPI come: 9.3 s, and 1.5 GB
     assert peak.megabytes < 60  # MAX_BODY_BYTES is 16 MB
 
 
@@ -177,7 +175,7 @@ def wait_until(true: Callable[[], bool], seconds: float = LATE) -> None:
 
 
 def drip(server: Server, first: bytes, noise: bytes) -> tuple[bytes, float]:
-    """Send something, then something small again and again: what was answered, and when the service closed."""
+    """Send `first`, then `noise` repeatedly; return the response and the seconds until the service closed."""
     answer = b""
     with connect(server) as connection:
         send(connection, first)
@@ -275,6 +273,7 @@ def test_a_client_that_does_not_read_is_cut_off(wire: Server) -> None:
     assert len(answers.data) < 8_000_000
 
 
+@pytest.mark.slow
 def test_the_short_end_of_a_last_answer_that_nobody_reads_holds_no_connection(wire: Server) -> None:
     """The system takes some megabytes; of one of these sizes, less than the transport minds is left over."""
     with contextlib.ExitStack() as unread:
@@ -296,7 +295,11 @@ def established(worker: psutil.Process) -> int:
     return sum(connection.status == psutil.CONN_ESTABLISHED for connection in worker.net_connections("tcp"))
 
 
-@pytest.mark.parametrize("most", [1 << 18, 1 << 15], ids=["megabytes a second", "less than the system's buffer"])
+@pytest.mark.parametrize(
+    "most",
+    [1 << 18, pytest.param(1 << 15, marks=pytest.mark.slow)],
+    ids=["megabytes a second", "less than the system's buffer"],
+)
 def test_a_client_that_reads_slowly_gets_everything(wire: Server, most: int) -> None:
     data = b""
     with socket.socket() as connection:
@@ -329,18 +332,18 @@ def crowded(start: Start) -> Server:
     ids=["idle", "half heads", "half bodies", "kept alive"],
 )
 def test_a_crowd_of_connections_locks_nobody_out(crowded: Server, opening: bytes) -> None:
-    """Those that make the service wait the longest make room; who waits for the service is left alone."""
+    """The connections that the service has waited for the longest are closed; a pending request is not."""
     with ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as crowd:
-        working = pool.submit(httpx.post, f"{crowded.client.base_url}/v1/rerank", content=BODY, timeout=60)
-        time.sleep(0.5)
+        working = pool.submit(httpx.post, f"{crowded.client.base_url}/v1/rerank", content=BODY, timeout=MAX_WAIT)
+        busy(crowded, 1)
         sockets = []
         for _ in range(300):
             sockets.append(crowd.enter_context(connect(crowded)))
             send(sockets[-1], opening)
         for path in ("/livez", "/health", "/metrics"):
-            assert httpx.get(f"{crowded.client.base_url}{path}", timeout=30).status_code == 200
+            assert httpx.get(f"{crowded.client.base_url}{path}", timeout=MAX_WAIT).status_code == 200
         assert working.result().status_code == 200
-        first, last = listen(sockets[0], 5), listen(sockets[-1], 0.2)
+        first, last = listen(sockets[0]), listen(sockets[-1], 0.2)
         assert first.closed
         assert not last.closed
     assert crowded.log.count("more than 100 connections") == 1
@@ -525,7 +528,7 @@ WEBSOCKET = (
 @pytest.mark.parametrize("header", [UPGRADE, WEBSOCKET], ids=["h2c, as Java's client sends", "websocket"])
 @pytest.mark.parametrize("split", [False, True], ids=["in one piece", "head first"])
 def test_an_upgrade_is_not_made_and_hides_no_request(wire: Server, header: bytes, split: bool) -> None:
-    """Stock uvicorn loses the body, and takes it for the next request when it comes by itself."""
+    """Stock uvicorn loses the body, and reads it as the next request when it arrives separately."""
     request = post(b'{"query":"q","documents":["' + LIVEZ.replace(b"\r\n", b" ") + b'"]}', header)
     smuggling = post(LIVEZ, header)
     with connect(wire) as connection:
@@ -557,7 +560,7 @@ def test_noise_behind_a_request_takes_nothing_from_it(wire: Server) -> None:
 
 def test_thousands_of_requests_at_once_are_too_many(wire: Server) -> None:
     with Peak(wire) as peak:
-        answers = exchange(wire, LIVEZ * 100_000, wait=60)
+        answers = exchange(wire, LIVEZ * 100_000)
     assert answers.closed
     assert set(answers.statuses) == {200}
     assert len(answers.statuses) <= MAX_PIPELINED + 1

@@ -1,4 +1,4 @@
-"""Clients that ask without a pause worth the name while a test does harm to the service, and what they were told."""
+"""Clients that send requests all the time while a test injects a fault, and counts of their responses."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from typing import Any
 
 import httpx
 
-from tests.conftest import Server
+from tests.conftest import MAX_WAIT, Server
 
 BODY = {"query": "red fish", "documents": ["a red fish", "a blue bird", "red and blue"]}
 
 
-def until(condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
-    """Wait for a condition; fail behind the deadline."""
+def until(condition: Callable[[], bool], what: str, seconds: float = MAX_WAIT) -> None:
+    """Wait for a condition; fail after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.05)
+        time.sleep(0.02)
 
 
 def all_ready(server: Server, workers: int) -> None:
-    """Until so many workers have loaded since the start."""
+    """Wait until `workers` workers have loaded since the start."""
     until(lambda: server.log.count("ready after") >= workers, f"{workers} workers are ready")
 
 
@@ -54,7 +54,7 @@ class Traffic:
 
     @property
     def seen(self) -> Counter[object]:
-        """What happened to all."""
+        """The counts of all clients."""
         return self.kept + self.fresh
 
     def __enter__(self) -> Traffic:
@@ -68,15 +68,15 @@ class Traffic:
         for thread in self._threads:
             thread.join()
 
-    def wait(self, count: int, seconds: float = 30) -> None:
-        """Until so many more requests were answered."""
+    def wait(self, count: int, seconds: float = MAX_WAIT) -> None:
+        """Wait until `count` more requests have been answered."""
         wanted, deadline = self.seen.total() + count, time.monotonic() + seconds
         while self.seen.total() < wanted:
             assert time.monotonic() < deadline, f"{self.seen} after {seconds} s"
             time.sleep(0.02)
 
     def _kept(self) -> None:
-        with httpx.Client(base_url=self.server.client.base_url, timeout=60, trust_env=False) as client:
+        with httpx.Client(base_url=self.server.client.base_url, timeout=MAX_WAIT, trust_env=False) as client:
             while not self._stop.wait(random.uniform(0, 2 * self.pause)):
                 self._note(self.kept, lambda: _told(client.post("/v1/rerank", json=BODY)))
 
@@ -85,7 +85,7 @@ class Traffic:
             self._note(self.fresh, self._once)
 
     def _once(self) -> tuple[int, Any]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=MAX_WAIT)
         try:
             connection.request("POST", "/v1/rerank", json.dumps(BODY), {"Content-Type": "application/json"})
             response = connection.getresponse()

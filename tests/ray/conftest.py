@@ -32,7 +32,7 @@ def ray_folder() -> Iterator[str]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def serve_run(start: Start, ray_folder: str) -> Start:
     """`serve run` of the config file that ships, on a free port. Arguments as for `start`, and `args`: Serve's own."""
 

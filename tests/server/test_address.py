@@ -172,7 +172,7 @@ def served(server: Server, url: str) -> None:
     def serves() -> bool:
         assert server.process.poll() is None, server.log
         try:
-            return httpx.get(f"{url}/health", trust_env=False).text == '{"status":"ok"}'
+            return httpx.get(f"{url}/health", trust_env=False, timeout=300).text == '{"status":"ok"}'
         except httpx.TransportError:
             return False
 
@@ -217,7 +217,7 @@ def test_a_unix_socket_that_is_left_over_is_replaced(start: Start, tmp_path: Pat
         other.bind(str(path))
     server = start(command=[*FAKE, "-b", f"unix:{path}"], wait=None)
     transport = httpx.HTTPTransport(uds=str(path))
-    with httpx.Client(transport=transport, base_url="http://localhost") as client:
+    with httpx.Client(transport=transport, base_url="http://localhost", timeout=300) as client:
         until(lambda: "Listening at: " in server.log and client.get("/health").status_code == 200, "it serves")
     assert f"every program on this machine can use the service at unix:{path}" in server.log
     assert server.stop() == 0

@@ -366,6 +366,7 @@ def test_a_successor_gets_its_share_of_connections_that_were_there_before(start:
     assert set(traffic.seen) == {200}, traffic.seen
 
 
+@pytest.mark.slow
 def test_a_rolling_restart_and_the_end_of_each_worker_in_turn_fail_no_request(start: Start) -> None:
     server = start(command=[*FAKE, *PID], WORKERS="2", FAKE_SECONDS="0.02", **BY_PROCESS)
     all_ready(server, 2)

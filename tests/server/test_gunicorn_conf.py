@@ -224,6 +224,7 @@ def test_real_workers_of_a_reload_are_replaced_on_their_gpus(start: Start, gpus:
         assert workers_by_gpu(server, 3) == {"0": 1, "1": 1, "2": 1}
 
 
+@pytest.mark.slow
 def test_both_generations_of_a_rolling_restart_have_a_worker_on_every_gpu(start: Start, gpus: str) -> None:
     server = start(command=[*FAKE, *PID], WORKERS="auto", PYTHONPATH=gpus, LOG_FORMAT="[%(process)d] %(message)s")
     assert workers_by_gpu(server, 3) == {"0": 1, "1": 1, "2": 1}

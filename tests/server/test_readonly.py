@@ -1,7 +1,7 @@
 """The container's promises, kept by a real process: no root, no capabilities, nothing writable but /tmp and the volume.
 
-There is no Docker engine here. What docker-compose.yml asks of it (read_only, tmpfs, cap_drop, no-new-privileges, a
-volume) is made with the kernel's own means, and the Dockerfile's own files and command run in it.
+Without a Docker engine the test builds the box of docker-compose.yml (read_only, tmpfs, cap_drop, no-new-privileges,
+a volume) from kernel namespaces and mounts, and runs the Dockerfile's own files and command in it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from tests.conftest import ROOT, Server, Start
 from tests.deploy.test_compose import every
 
 # $1: a folder for the new root, $2: the checkout, $3: the environment with the packages and $4 the Python behind it,
-# $5: what the Dockerfile copies, and then the command. /app and /cache of the image are in /mnt, which is everywhere.
+# $5: the files that the Dockerfile copies; then the command. The image's /app and /cache are in /mnt, which always
+# exists.
 BOX = r"""
 set -eu
 new=$1 checkout=$2 packages=$3 python=$4 files=$5; shift 5

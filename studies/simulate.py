@@ -1,10 +1,10 @@
 """Which GPU should a request go to? A discrete-event simulation of routing policies at 1,000 GPUs.
 
-    python -m benchmarks.simulate [--gpus 1000] [--requests 80] [--plot docs/routing.png]
+    python -m studies.simulate [--gpus 1000] [--requests 80] [--plot docs/routing.png]
 
 Each GPU is the service's own queue (reranker/scheduler/queue.py, the code that serves) and the batcher's rule: a pass
-is what waits, up to the token budget; when half of it is over, one full batch is taken ahead. Only the forward pass is
-a model: `overhead + tokens / rate` seconds. benchmarks/replay.py holds the simulation against a real gunicorn.
+takes pending work up to the token budget; after half of it, one full batch is taken ahead. Only the forward pass is
+a model: `overhead + tokens / rate` seconds. studies/replay.py holds the simulation against a real gunicorn.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from typing import Any, cast
 import numpy as np
 import simpy
 
-from benchmarks.routing import Choose, Loads, at_random, by_prefix, least, round_robin, stale, two_choices
-from benchmarks.simulated import Answer, Gpu, Speed
-from benchmarks.traffic import Arrival, heavy_tailed
 from reranker.scheduler.queue import Job
+from studies.arrivals import Arrival, heavy_tailed
+from studies.routing import Choose, Loads, at_random, by_prefix, least, round_robin, stale, two_choices
+from studies.simulated import Answer, Gpu, Speed
 
 LOADS = (0.5, 0.7, 0.8, 0.9, 0.95)
 
@@ -59,7 +59,7 @@ def simulate(
     Args:
         arrivals: in order of time.
         choose: a policy of routing.py, fresh.
-        warm_up: so many first requests are not counted.
+        warm_up: the number of first requests that are not counted.
         remember: a prefix costs nothing where its query was seen before.
     """
     env = simpy.Environment()
@@ -128,7 +128,7 @@ most that prefix routing could ever win."""
 
 
 def rate_for(load: float, gpus: int, speed: Speed, seed: int) -> float:
-    """Requests a second that bring `load` of what the GPUs could do in full passes."""
+    """Requests a second that bring `load` times the GPUs' capacity in full passes."""
     sample = itertools.islice(heavy_tailed(1.0, seed), 50_000)
     mean = float(np.mean([arrival.tokens for arrival in sample]))
     return load * gpus / (mean / speed.rate + mean / speed.budget * speed.overhead)

@@ -1,10 +1,10 @@
-"""Do N replicas on Ray Serve answer N times as much, and what do clients see when machines come and go?
+"""Throughput of N replicas on Ray Serve against one, and the errors that clients see when machines come and go.
 
 A cluster of several nodes on one machine, with HTTP clients from outside. The device's time is real waiting, so that a
-few processors can stand for many devices: what is measured is everything but the device (routing, proxy, batcher).
+few processors can stand for many devices: routing, proxy and batcher are measured, the device is not.
 
-python -m benchmarks.cluster scale --plot benchmarks/cluster.png      in the environment of `make test-ray`
-python -m benchmarks.cluster faults
+python -m studies.cluster scale --plot studies/cluster.png      in the environment of `make test-ray`
+python -m studies.cluster faults
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ REPLICAS = (1, 2, 4, 8)
 CLIENTS = (3, 4)
 """Per replica. One is measured with the most of them; several with each, and at equal p95 the better one counts."""
 TOLERANCE = 1.05
-"""By so much the p95 of several may be above that of one and count as equal."""
+"""A p95 of at most this factor times that of one replica counts as equal."""
 
 
 def scale(seconds: float, plot: str | None) -> tuple[str, list[str]]:
@@ -70,7 +70,7 @@ def scale(seconds: float, plot: str | None) -> tuple[str, list[str]]:
 
 
 def faults(seconds: float) -> tuple[str, list[str]]:
-    """What clients see while a replica is killed, all are updated, a node is removed; and the promises broken."""
+    """Client errors while a replica is killed, all are updated, a node is removed; and the broken promises."""
     port = free_port()
     rows, broken = [], []
     with (

@@ -1,10 +1,10 @@
 """How time and memory grow with the request: 10 to 10,000 documents, 20 to 8,000 tokens each; a table and a plot.
 
-    python -m benchmarks.growth [--shape mid] [--device cpu] [--threads 1] [--tokens 16000] [--plot PNG]
+    python -m studies.growth [--shape mid] [--device cpu] [--threads 1] [--tokens 16000] [--plot PNG]
 
 Time per packed token should stay flat with the number of documents, and nearly so with their length, where attention
 grows (each token attends to half of its document, on average); peak memory should stay flat in both, because a forward
-pass is bounded by the token budget. Peak memory is the process's own, so far; on a GPU, what was allocated at most.
+pass is bounded by the token budget. Peak memory is that of the process until then; on a GPU, the maximum allocated.
 """
 
 from __future__ import annotations

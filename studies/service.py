@@ -1,12 +1,12 @@
 """The service under load, beside peers: documents per second, latency and failures, closed and open loop.
 
-    python -m benchmarks.service [--shape mid] [--workload short] [--requests 4] [--documents N] [--rounds 2]
-                                 [--clients 1 8 64] [--rates 0.5 0.8] [--vllm PATH/bin/vllm] [--peer NAME=URL ...]
+    python -m studies.service [--shape mid] [--workload short] [--requests 4] [--documents N] [--rounds 2]
+                               [--clients 1 8 64] [--rates 0.5 0.8] [--vllm PATH/bin/vllm] [--peer NAME=URL ...]
 
-Closed loop: so many clients, each with one request at a time. Open loop: requests come when they come (Poisson), at the
-given shares of the most that this service reached in the closed one, the same arrivals for all. Contestants take turns:
-one is under load at a time, the others are stopped. Every request has a fresh word in its query, so no cache answers
-from before; the prefix that the documents of one request share stays shared. `benchmarks/vllm.sh` installs vLLM.
+Closed loop: each client has one request at a time. Open loop: Poisson arrivals at the given shares of this service's
+best closed-loop rate, the same arrivals for all servers. One server is under load at a time; the others are stopped.
+Every query has a new word, so no score is cached; documents of one request still share their prefix. `studies/vllm.sh`
+installs vLLM.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import statistics
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,16 +28,38 @@ from typing import Any
 import httpx
 import torch
 
-from benchmarks import servers
+from benchmarks.launch import Service, free_port, run, serve
 from benchmarks.models import SHAPES, model
-from benchmarks.peers import Work
+from benchmarks.peers import CHAT_TEMPLATE
 from benchmarks.report import header, table
-from benchmarks.servers import Running
+from benchmarks.workloads import Requests, read
+
+MODEL = "qwen3-reranker"
+
+
+@dataclass
+class Running:
+    """A server under measurement."""
+
+    name: str
+    url: str
+    """Of its rerank route."""
+    service: Service | None = None
+    """None: started by somebody else, so only its responses can be measured."""
+
+    def processor_seconds(self) -> float:
+        """Of all its processes since their start."""
+        return self.service.processor_seconds() if self.service else 0.0
+
+    def pause(self, paused: bool) -> None:
+        """Stop or continue it."""
+        if self.service:
+            self.service.pause(paused)
 
 
 @dataclass
 class Load:
-    """What one contestant did under one load."""
+    """The result of one server under one load."""
 
     seconds: float = 0.0
     processor_seconds: float = 0.0
@@ -66,21 +88,71 @@ def main() -> None:
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=URL", help="a running server's rerank URL")
     a = parser.parse_args()
     path = model(a.shape)
-    text = (Path(__file__).parent / f"{a.workload}.json").read_text(encoding="utf-8")
-    work: Work = json.loads(text)[: a.requests]
-    work = [{"query": r["query"], "documents": r["documents"][: a.documents]} for r in work]
-    running = [servers.ours(path, a.threads, REQUEST_TIMEOUT="600")]  # peers refuse nothing for its time either
-    try:
+    work = read(a.workload, a.requests, a.documents)
+    with ExitStack() as stack:
+        running = [stack.enter_context(_ours(path, a.threads))]
         if a.vllm:
-            running.append(servers.vllm(a.vllm, path, a.threads))
+            running.append(stack.enter_context(_vllm(a.vllm, path, a.threads)))
         running += [Running(*peer.split("=", 1)) for peer in a.peer]
         _measure(a, work, running)
-    finally:
-        for server in running:
-            server.stop()
 
 
-def _measure(a: argparse.Namespace, work: Work, running: list[Running]) -> None:
+@contextmanager
+def _ours(path: Path, threads: int) -> Iterator[Running]:
+    """This service under gunicorn, as `make serve` starts it."""
+    settings: dict[str, object] = {"MODEL_NAME_OR_PATH": path, "OMP_NUM_THREADS": threads, "LOG_LEVEL": "WARNING"}
+    settings |= {"MODEL_DEVICE": "cpu", "MODEL_PRECISION": "float32", "REQUEST_TIMEOUT": 600}
+    settings |= {"TIMEOUT": 3600}  # the master would replace a worker that is stopped for a peer's turn
+    with serve("app:app", **settings) as service:
+        yield Running("this service", f"http://127.0.0.1:{service.port}/v1/rerank", service)
+
+
+@contextmanager
+def _vllm(binary: Path, path: Path, threads: int, block: int = 32) -> Iterator[Running]:
+    """vLLM with the overrides and the template without which its scores of this model are wrong.
+
+    Blocks of 32: the shared prefix is shorter than vLLM's default block of 128, which would share nothing.
+    """
+    port = free_port()
+    template = path / "qwen3_reranker.jinja"
+    template.write_text(CHAT_TEMPLATE)
+    overrides = {
+        "architectures": ["Qwen3ForSequenceClassification"],
+        "classifier_from_token": ["no", "yes"],
+        "is_original_qwen3_reranker": True,
+    }
+    options = {
+        "host": "127.0.0.1",
+        "port": str(port),
+        "served-model-name": MODEL,
+        "runner": "pooling",
+        "dtype": "float32",
+        "max-model-len": "8192",
+        "block-size": str(block),
+        "hf-overrides": json.dumps(overrides),
+        "chat-template": str(template),
+    }
+    command = [str(binary), "serve", str(path), "--enable-prefix-caching"]
+    for name, value in options.items():
+        command += [f"--{name}", value]
+    env = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1"}
+    env |= {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}  # the default reserves one core for the front end: half of two
+    env |= {"VLLM_LOGGING_LEVEL": "WARNING", "OMP_NUM_THREADS": str(threads)}
+    running = Running(f"vLLM, block {block}", f"http://127.0.0.1:{port}/v1/rerank")
+
+    def ready() -> bool:
+        try:
+            with httpx.Client(timeout=120, trust_env=False) as client:
+                _rerank(client, running, "warm-up", ["a document"] * 8)
+        except httpx.HTTPError:
+            return False
+        return True
+
+    with run(command, port, env, ready, seconds=600) as running.service:
+        yield running
+
+
+def _measure(a: argparse.Namespace, work: Requests, running: list[Running]) -> None:
     print(header(), end="\n\n")
     per_request = statistics.mean(len(r["documents"]) for r in work)
     print(f"Model {a.shape} (random weights, float32), {a.workload}.json: {len(work)} requests of {per_request:.0f}")
@@ -115,13 +187,17 @@ def _measure(a: argparse.Namespace, work: Work, running: list[Running]) -> None:
                 f"{rate[server.name]:.2f}",
                 f"{rate[running[0].name] / rate[server.name]:.2f}",
             ]
-            row += [f"{used:.1f}", f"{cores:.2f}"] if server.process else ["-", "-"]
+            row += [f"{used:.1f}", f"{cores:.2f}"] if server.service else ["-", "-"]
             rows.append([*row, *_times(of), f"{apart[server.name]:.1e}"])
             failures += [f"{server.name}, {clients} clients: {failure}" for load in of for failure in load.failures]
     head = ["server", "clients", "documents/s", "ours is faster", "CPU s / 100 documents", "cores used"]
     print(table([*head, "p50 s", "p95 s", "p99 s", "failed", "apart"], rows))
-    print("\nReady after: " + ", ".join(f"{s.name} {s.ready_after:.0f} s" for s in running if s.process), end=". ")
-    print("Resident: " + ", ".join(f"{s.name} {s.memory() / 2**30:.1f} GiB" for s in running if s.process) + ".\n")
+    print(
+        "\nReady after: " + ", ".join(f"{s.name} {s.service.ready_after:.0f} s" for s in running if s.service), end=". "
+    )
+    print(
+        "Resident: " + ", ".join(f"{s.name} {s.service.memory() / 2**30:.1f} GiB" for s in running if s.service) + ".\n"
+    )
 
     rows = []
     for share in a.rates:
@@ -157,7 +233,7 @@ def _times(loads: list[Load]) -> list[str]:
     return [*(f"{whole.percentile(p):.2f}" for p in (0.5, 0.95, 0.99)), str(len(whole.failures))]
 
 
-def _closed(server: Running, work: Work, clients: int) -> Load:
+def _closed(server: Running, work: Requests, clients: int) -> Load:
     """The workload, so often that every client has at least one request; the times are those of one workload."""
     load, waiting = Load(), queue.Queue[dict[str, Any]]()
     repeats = math.ceil(clients / len(work))
@@ -179,7 +255,7 @@ def _closed(server: Running, work: Work, clients: int) -> Load:
     return load
 
 
-def _open(server: Running, work: Work, arrivals: list[float]) -> Load:
+def _open(server: Running, work: Requests, arrivals: list[float]) -> Load:
     load, start = Load(), 0.0
 
     def arrive(at: float, request: dict[str, Any]) -> None:
@@ -216,7 +292,7 @@ def _ask(http: httpx.Client, server: Running, request: dict[str, Any], load: Loa
 
 
 def _rerank(http: httpx.Client, server: Running, query: str, documents: list[str]) -> list[float]:
-    answer = http.post(server.url, json={"model": servers.MODEL, "query": query, "documents": documents})
+    answer = http.post(server.url, json={"model": MODEL, "query": query, "documents": documents})
     answer.raise_for_status()
     scores = [math.nan] * len(documents)
     for row in answer.json()["results"]:

@@ -1,9 +1,9 @@
 """The simulator against a measured run: the same requests at the same moments to both.
 
-    python -m benchmarks.replay [--seconds 40] [--load 0.8]
+    python -m studies.replay [--seconds 40] [--load 0.8]
 
 A real gunicorn a GPU around benchmarks/sleeping_app.py, whose pass time is real waiting; a client routes by the same
-code as the simulation. What the simulator leaves out is what differs: HTTP, tokenising, packing, the client.
+code as the simulation. The difference is the part that the simulator leaves out: HTTP, tokenising, packing, the client.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import numpy as np
 
 from benchmarks.launch import Service, serve
 from benchmarks.report import header, table
-from benchmarks.routing import Choose, Loads, least, round_robin
-from benchmarks.simulate import Outcome, simulate
-from benchmarks.simulated import Speed
 from benchmarks.sleeping_app import PREFIX
-from benchmarks.traffic import Arrival, arrival
+from studies.arrivals import Arrival, arrival
+from studies.routing import Choose, Loads, least, round_robin
+from studies.simulate import Outcome, simulate
+from studies.simulated import Speed
 
 SPEED = Speed(rate=5000, overhead=0.02, budget=2500)
 

@@ -1,6 +1,6 @@
 """One simulated worker: the service's own queue and the batcher's rule around a device that takes time.
 
-Only the forward pass is a model; what goes into it is decided by reranker/scheduler/queue.py, the code that serves.
+Only the forward pass is a model; reranker/scheduler/queue.py, the code that serves, decides its content.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ Batch = list[tuple[Job, Slice]]
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """A forward pass takes `overhead + tokens / rate` seconds; `budget` is what scorer.py would choose."""
+    """A forward pass takes `overhead + tokens / rate` seconds; `budget` is scorer.py's choice at this rate."""
 
     rate: float = 54_000.0
-    """Tokens a second: half of what a 4B model could do at an H200's measured matmul rate (benchmarks/capacity.py)."""
+    """Tokens a second: half of a 4B model's rate at an H200's measured matmul rate (benchmarks/capacity.py)."""
     overhead: float = 0.015
     """Seconds of a pass that do not depend on its tokens: about 36 layers of 20 launches."""
     budget: int = 27_000

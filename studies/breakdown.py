@@ -1,17 +1,16 @@
-"""Where the time of a forward pass goes on this CPU, what a second thread brings, and how threads should wait.
+"""Time of a forward pass on this CPU by kind of operation, the gain of a second thread, and how threads should wait.
 
-    python -m benchmarks.breakdown [--shape mid] [--requests 2] [--rounds 3]
+    python -m studies.breakdown [--shape mid] [--requests 2] [--rounds 3]
 
 torch's profiler around the engine's own pass over requests of short.json, one thread; tokenising and packing beside it.
-Then passes of one request of growing size with one thread and with two, by turns: wall time and processor seconds.
-Then one request with two threads in two processes by turns, which differ in what an OpenMP thread does that waits for
+Then passes of one request of growing size with one thread and with two in alternation: wall time and processor seconds.
+Then one request with two threads in two alternating processes, which differ in how an OpenMP thread waits for
 another (reranker/engine/__init__.py): alone, and beside a process that keeps one core busy.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -26,7 +25,7 @@ import torch
 from benchmarks.models import SHAPES, model
 from benchmarks.openmp import OWN
 from benchmarks.report import header, table
-from benchmarks.traffic import HERE
+from benchmarks.workloads import read
 from reranker import Scorer
 from reranker.types import EncodedRequest, RerankRequest, Slice
 
@@ -37,7 +36,7 @@ GROUPS = {
     "norms": ("_fused_rms_norm", "rms_norm", "pow", "mean", "rsqrt", "sum", "div_"),
     "rotary, SwiGLU, residuals": ("silu", "silu_", "mul", "mul_", "add", "add_", "addcmul_", "addcmul", "neg"),
 }
-"""Names of torch's operations by what the decoder does with them; a few are used for more than that."""
+"""torch's operations by their role in the decoder; a few have more than one."""
 REST = "views, allocation, Python"
 SIZES = (64, 256, 1024, 4096)
 """Tokens of a pass."""
@@ -77,8 +76,7 @@ def main() -> None:
     a = parser.parse_args()
     torch.set_num_threads(1)
     scorer = Scorer.load(model(a.shape), device="cpu", precision="float32")
-    work = json.loads((HERE / "short.json").read_text(encoding="utf-8"))[: a.requests]
-    requests = [RerankRequest(r["query"], r["documents"]) for r in work]
+    requests = [RerankRequest(r["query"], r["documents"]) for r in read("short", a.requests)]
     if a.serve:
         serve(scorer, requests[0])
         return
@@ -107,7 +105,7 @@ WAITING: dict[str, dict[str, str]] = {"sleep: the engine's choice": {}, "spin a 
 
 def waiting(shape: str, rounds: int) -> list[list[str]]:
     """Rows of the third table."""
-    serve = [sys.executable, "-m", "benchmarks.breakdown", "--shape", shape, "--serve"]
+    serve = [sys.executable, "-m", "studies.breakdown", "--shape", shape, "--serve"]
     with ExitStack() as stack:
         asked = {name: stack.enter_context(_process(serve, **env)) for name, env in WAITING.items()}
         rows = []

@@ -1,6 +1,6 @@
-"""How a router chooses the GPU for a request: what benchmarks/simulate.py compares and benchmarks/replay.py measures.
+"""Policies by which a router chooses the GPU for a request; simulate.py compares them, replay.py measures some.
 
-A router sees no queue: it counts what it has sent and what was not yet answered, in requests or in tokens.
+A router sees no queue: it counts requests without a response, or their tokens.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from benchmarks.traffic import Arrival
+from studies.arrivals import Arrival
 
 Choose = Callable[[Arrival, "Loads"], int]
 
 
 class Loads:
-    """What is sent and not yet answered, by GPU."""
+    """Requests without a response, and their tokens, by GPU."""
 
     def __init__(self, gpus: int) -> None:
         self.requests = np.zeros(gpus)
@@ -33,7 +33,7 @@ class Loads:
 
 
 def at_random(seed: int) -> Choose:
-    """Any; what DNS and Kubernetes' own Service do."""
+    """Any GPU, as DNS and Kubernetes' own Service choose."""
     rng = np.random.default_rng(seed)
     return lambda arrival, loads: int(rng.integers(len(loads.tokens)))
 
