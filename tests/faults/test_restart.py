@@ -19,7 +19,7 @@ from tests.conftest import FAKE, GUNICORN, ROOT, Server, Start
 from tests.faults.traffic import BODY, Traffic, all_ready
 from tests.http.test_metrics import once, value
 
-RESTART = [sys.executable, str(ROOT / "deploy" / "restart.py")]
+RESTART = [sys.executable, str(ROOT / "reranker" / "server" / "restart.py")]
 PID = ["--pid", "master.pid"]
 
 

@@ -97,20 +97,20 @@ def test_a_number_that_is_no_port_is_the_port_s_fault(port: int) -> None:
 @pytest.mark.parametrize(
     ("listeners", "local", "target"),
     [
-        ("http://127.0.0.1:6006", True, "http://127.0.0.1:6006"),
-        ("http://127.0.0.2:6006", True, "http://127.0.0.2:6006"),
-        ("http://[::1]:6006", True, "http://[::1]:6006"),
-        ("unix:/run/my service", True, "--unix-socket '/run/my service' http://localhost"),
-        ("http://127.0.0.1:6006,unix:/run/s", True, "http://127.0.0.1:6006"),
-        ("http://0.0.0.0:7000", False, "http://127.0.0.1:7000"),
-        ("https://0.0.0.0:7000", False, "https://127.0.0.1:7000"),
-        ("http://[::]:7000", False, "http://[::1]:7000"),
-        ("http://10.0.0.1:7000", False, "http://10.0.0.1:7000"),
-        ("http://127.0.0.1:6006,http://10.0.0.1:6006", False, "http://127.0.0.1:6006"),
-        ("", False, "http://127.0.0.1:PORT"),
+        (["http://127.0.0.1:6006"], True, "http://127.0.0.1:6006"),
+        (["http://127.0.0.2:6006"], True, "http://127.0.0.2:6006"),
+        (["http://[::1]:6006"], True, "http://[::1]:6006"),
+        (["unix:/run/my service"], True, "--unix-socket '/run/my service' http://localhost"),
+        (["http://127.0.0.1:6006", "unix:/run/s"], True, "http://127.0.0.1:6006"),
+        (["http://0.0.0.0:7000"], False, "http://127.0.0.1:7000"),
+        (["https://0.0.0.0:7000"], False, "https://127.0.0.1:7000"),
+        (["http://[::]:7000"], False, "http://[::1]:7000"),
+        (["http://10.0.0.1:7000"], False, "http://10.0.0.1:7000"),
+        (["http://127.0.0.1:6006", "http://10.0.0.1:6006"], False, "http://127.0.0.1:6006"),
+        ([], False, "http://127.0.0.1:PORT"),
     ],
 )
-def test_listeners_are_named_as_a_client_reaches_them(listeners: str, local: bool, target: str) -> None:
+def test_listeners_are_named_as_a_client_reaches_them(listeners: list[str], local: bool, target: str) -> None:
     assert is_local(listeners) == local
     assert curl_target(listeners) == target
 

@@ -6,7 +6,7 @@ import resource
 
 import pytest
 
-from reranker.server.worker import room
+from reranker.server.worker import raise_fd_limit
 
 ENDLESS = resource.RLIM_INFINITY
 
@@ -29,5 +29,5 @@ def test_room_for_connections(
     limits: list[tuple[int, int]] = []
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (soft, hard))
     monkeypatch.setattr(resource, "setrlimit", lambda kind, new: limits.append(new))
-    assert room(3000) == taken
+    assert raise_fd_limit(3000) == taken
     assert limits == ([] if raised is None else [(raised, hard)])
