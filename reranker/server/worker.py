@@ -182,6 +182,7 @@ class DrainingServer(Server):
         if self.siblings is not None:
             self.siblings.publish()
         if self.workers > 1 if self.siblings is None else self.siblings.others_serve():
+            self._batcher.unhealthy_retry_after = 1
             self._stop_listening()
 
     def _stop_listening(self) -> None:
