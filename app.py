@@ -30,9 +30,9 @@ from reranker.http.limits import Limits
 from reranker.http.metrics import Metrics
 from reranker.scheduler.batcher import Batcher
 from reranker.scheduler.compute import ScorerLike
+from reranker.server import fleet
 from reranker.server.address import curl_target, is_local
-from reranker.server.fleet import context
-from reranker.server.fleet.context import end_process
+from reranker.server.fleet import end_process
 
 logger = logging.getLogger("reranker")
 
@@ -55,7 +55,7 @@ def create_app(
     logging.config.dictConfig(log_config(settings))
     logging.captureWarnings(True)
     tokens = list(filter(None, settings.access_token.split(",")))
-    worker = context.current
+    worker = fleet.context
     counts = Metrics(worker.folder, worker.metrics_key)
 
     @asynccontextmanager
@@ -153,7 +153,7 @@ def load_scorer(settings: Settings) -> ScorerLike:
     token = " -H 'Authorization: Bearer <token>'" if settings.access_token else ""
     logger.info(
         "try it: curl %s/v1/rerank%s -H 'Content-Type: application/json' -d '%s'",
-        curl_target(context.current.listeners),
+        curl_target(fleet.context.listeners),
         token,
         '{"query": "how to compress files", "documents": ["gzip compresses files", "a game of chess"]}',
     )

@@ -11,9 +11,8 @@ from typing import Any
 
 from config import OWN_WORKER_CLASS, SettingsError, load_settings, log_config
 from reranker.environment import shorten
-from reranker.server import address
+from reranker.server import address, fleet
 from reranker.server.cpu import allowed, cores
-from reranker.server.fleet import master
 
 try:
     _settings = load_settings()
@@ -73,7 +72,7 @@ def on_starting(server: Any) -> None:
     if server.cfg.worker_class_str != OWN_WORKER_CLASS:
         sys.exit(f"error: the worker class {server.cfg.worker_class_str} cannot serve this; leave out -k")
     _check_addresses(server)
-    master.current.start(server.master_pid, workers, worker_tmp_dir)
+    fleet.master.start(server.master_pid, workers, worker_tmp_dir)
 
 
 def pre_exec(server: Any) -> None:
@@ -84,7 +83,7 @@ def pre_exec(server: Any) -> None:
         )
         logging.shutdown()
         os._exit(1)
-    server.cfg.env_orig |= master.current.next_environment()
+    server.cfg.env_orig |= fleet.master.next_environment()
     args = server.START_CTX["args"]
     if Path(args[1]).name == "__main__.py":  # started with python -m gunicorn
         args[1:2] = ["-m", "gunicorn"]
@@ -92,13 +91,13 @@ def pre_exec(server: Any) -> None:
 
 def pre_fork(server: Any, worker: Any) -> None:
     """In the master: assign a slot to the new worker."""
-    master.current.assign_slot(worker.age, {other.age for other in server.WORKERS.values()}, len(_devices) or 1)
+    fleet.master.assign_slot(worker.age, {other.age for other in server.WORKERS.values()}, len(_devices) or 1)
 
 
 def post_fork(server: Any, worker: Any) -> None:
     """In the worker: set its context, and make only the GPU of its slot visible."""
     respawned = worker.age > workers
-    slot = master.current.enter_worker(
+    slot = fleet.master.enter_worker(
         worker.age,
         siblings_serve=bool(server.master_pid or (respawned and server.WORKERS)),
         respawned=respawned,
@@ -111,9 +110,9 @@ def post_fork(server: Any, worker: Any) -> None:
 
 def child_exit(server: Any, worker: Any) -> None:
     """In the master: clean up after an ended worker."""
-    master.current.worker_ended(worker.age)
+    fleet.master.worker_ended(worker.age)
 
 
 def on_exit(server: Any) -> None:
     """In the master: remove the shared folder."""
-    master.current.close()
+    fleet.master.close()

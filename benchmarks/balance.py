@@ -30,7 +30,7 @@ from benchmarks.launch import Service, serve
 from benchmarks.overload import TOKENS, content
 from benchmarks.report import header, percentile, table
 from benchmarks.wire import Wire
-from reranker.server.fleet.siblings import Siblings
+from reranker.server.siblings import Siblings
 
 APP = "benchmarks.sleeping_app:app"
 AT_ONCE = 5

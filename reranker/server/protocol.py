@@ -29,12 +29,13 @@ from typing import Any
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from reranker.errors import HeadersTooLargeError, HeadTimeoutError, MalformedRequestError, QueueFullError, RerankError
+from reranker.errors import HeadTimeoutError, QueueFullError, RerankError
 from reranker.http.access import new_id
 from reranker.http.errors import error_response
 from reranker.http.limits import MAX_HEADER_BYTES
 from reranker.http.metrics import Metrics
-from reranker.server.fleet.siblings import Siblings
+from reranker.server.head import head_error, malformed, too_large
+from reranker.server.siblings import Siblings
 
 logger = logging.getLogger(__name__)
 
@@ -43,23 +44,18 @@ MAX_PIPELINED = 64
 
 
 class ConnState(Enum):
-    """The next event on a connection. In all states but RESPONDING and CLOSED the service waits for the client."""
+    """Whose turn it is: in all states but RESPONDING and CLOSED the service waits for the client."""
 
     IDLE = auto()
     READING_HEAD = auto()
     READING_BODY = auto()
     RESPONDING = auto()
-    DISCARDING_BODY = auto()
-    """The response was sent before the request was complete."""
+    DISCARDING_BODY = auto()  # of a request whose response was sent early
     CLOSED = auto()
 
 
 class ConnectionPool:
-    """The connections of a worker that wait for their clients, longest wait first.
-
-    Args:
-        max_connections: in any state.
-    """
+    """The connections of a worker that wait for their clients, longest wait first; at most `max_connections`."""
 
     def __init__(self, max_connections: int) -> None:
         self.max_connections = max_connections
@@ -76,10 +72,7 @@ class ConnectionPool:
 
 
 class ResponseTransport:
-    """The three methods of a transport that uvicorn's request cycle calls, with our `close`.
-
-    There is one per connection. It holds bound methods because every response calls them.
-    """
+    """The three methods of a transport that uvicorn's request cycle calls, bound for speed, with our `close`."""
 
     __slots__ = ("close", "is_closing", "write")
 
@@ -117,18 +110,14 @@ class HttpProtocol(HttpToolsProtocol):
         self.siblings = siblings
         self.first = first
         self.state = ConnState.CLOSED
-        self.in_progress = False
-        """Counted in the requests in progress that siblings see."""
+        self.in_progress = False  # in the count that siblings see
         self.read_timer: asyncio.TimerHandle | None = None
         self.write_timer: asyncio.TimerHandle | None = None
         self.in_head = False
-        self.head_bytes = 0
-        """Received since the last complete head or body chunk: part of a head, a trailer or a chunk extension."""
-        self.refusal: RerankError | None = None
-        """Set once a request is refused; all data after it is dropped."""
+        self.head_bytes = 0  # since the last complete head or body chunk: of a head, trailer or chunk extension
+        self.refusal: RerankError | None = None  # of the last request; all data after it is dropped
         self.responses: ResponseTransport
-        self.lingering = False
-        """The last response was sent before its request was complete; the rest is read and dropped."""
+        self.lingering = False  # the last response was sent before its request was complete, which is discarded
 
     # Called by the transport
 
@@ -181,15 +170,11 @@ class HttpProtocol(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """Refuse the request, or start it.
-
-        Raises:
-            RerankError: it is refused; the parser stops.
-        """
+        """Start the request, or raise an error, which stops the parser, to refuse it."""
         self.in_head = False
         self.head_bytes = 0
         if self.lingering:  # a pipelined request after the last response
-            raise _malformed()
+            raise malformed()
         version, method = self.parser.get_http_version(), self.parser.get_method()
         self.refusal = head_error(version, method, self.url, self.headers)
         if self.refusal is None and len(self.pipeline) >= MAX_PIPELINED:
@@ -239,7 +224,7 @@ class HttpProtocol(HttpToolsProtocol):
         self.head_bytes += len(data)
         self._feed(data)
         if self.refusal is None and self.head_bytes > MAX_HEADER_BYTES:
-            self._refuse(_too_large())
+            self._refuse(too_large())
         self._update_state()
 
     def _feed(self, data: bytes) -> None:
@@ -255,7 +240,7 @@ class HttpProtocol(HttpToolsProtocol):
             self.parser = httptools.HttpRequestParser(self)
             self._feed(b"".join([*head, b"\r\n", data[upgrade.args[0] :]]))
         except httptools.HttpParserError:
-            self._refuse(self.refusal or _malformed())
+            self._refuse(self.refusal or malformed())
 
     def _refuse(self, error: RerankError) -> None:
         """Respond to data that is no request, after the responses to the requests before it, and read no more."""
@@ -366,32 +351,3 @@ class HttpProtocol(HttpToolsProtocol):
         """Close the connection immediately and drop unsent data."""
         self.pool.waiting.pop(self, None)
         self.transport.abort()
-
-
-# New objects each time: an exception that is raised again keeps the frames of every earlier time.
-def _too_large() -> HeadersTooLargeError:
-    return HeadersTooLargeError(f"the address and headers are larger than {MAX_HEADER_BYTES} bytes")
-
-
-def _malformed() -> MalformedRequestError:
-    return MalformedRequestError("the request is not valid HTTP")
-
-
-def head_error(version: str, method: bytes, url: bytes, headers: list[tuple[bytes, bytes]]) -> RerankError | None:
-    """Return the error of a head that the parser accepts but RFC 9112 (sections below) does not, or None."""
-    if len(url) > MAX_HEADER_BYTES:
-        return _too_large()
-    codings = [value.lower() for name, value in headers if name == b"transfer-encoding"]
-    hosts = sum(name == b"host" for name, _ in headers)
-    reason = None
-    if version not in ("1.0", "1.1"):
-        reason = "only versions 1.0 and 1.1 of HTTP are spoken here"
-    elif method == b"CONNECT":
-        reason = "this is not a proxy"
-    elif b"#" in url:  # 3.2: no target has a fragment
-        reason = "the address holds a #"
-    elif codings and (version == "1.0" or codings != [b"chunked"]):  # 6.1
-        reason = "Transfer-Encoding may only be chunked, and only in version 1.1"
-    elif hosts > 1 or (hosts == 0 and version == "1.1"):  # 3.2
-        reason = "one Host header is needed"
-    return None if reason is None else MalformedRequestError(reason)

@@ -17,8 +17,7 @@ from pathlib import Path
 import psutil
 
 _START_SECONDS = 30.0
-_PID_FILE_SECONDS = 10.0
-"""gunicorn checks once a second whether its parent has ended, and renames its pid file then."""
+_PID_FILE_SECONDS = 10.0  # gunicorn renames its pid file up to a second after the end of its parent
 
 
 def main(argument: str) -> str:

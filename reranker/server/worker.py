@@ -18,9 +18,9 @@ from uvicorn.config import Config
 from uvicorn.server import Server
 from uvicorn_worker import UvicornWorker
 
-from reranker.server.fleet import context
-from reranker.server.fleet.siblings import Siblings
+from reranker.server import fleet
 from reranker.server.protocol import ConnectionPool, HttpProtocol
+from reranker.server.siblings import Siblings
 
 if TYPE_CHECKING:
     from reranker.scheduler.batcher import Batcher
@@ -78,7 +78,7 @@ class RerankWorker(UvicornWorker):  # type: ignore[misc]  # neither package is t
             sys.exit(Arbiter.WORKER_BOOT_ERROR)
 
     def _siblings(self) -> Siblings | None:
-        shared = context.current
+        shared = fleet.context
         if shared.folder is None or shared.slot is None or self.cfg.is_ssl:  # a TLS session cannot leave its process
             return None
         try:
@@ -96,7 +96,7 @@ class RerankWorker(UvicornWorker):  # type: ignore[misc]  # neither package is t
                 server.siblings.publish()
             server.step_aside_if_unhealthy()  # again, because a sibling may be ready only now
             if server.started and not server.should_exit and not reported:
-                context.current.report_ready()
+                fleet.context.report_ready()
                 reported = True
             await asyncio.sleep(1)
 

@@ -25,7 +25,7 @@ import pytest
 import requests
 import uvloop
 
-from reranker.server.fleet.siblings import _CELL, Siblings
+from reranker.server.siblings import _CELL, Siblings
 from tests.conftest import FAKE, Server, Start
 from tests.faults.test_process import booted, gone, post
 from tests.faults.test_restart import PID, end, restart

@@ -15,14 +15,13 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from reranker.server.fleet import context, master
-from reranker.server.fleet.context import WorkerContext
-from reranker.server.fleet.master import Master, make_folder, remove_folder
+from reranker.server import fleet
+from reranker.server.fleet import Master, WorkerContext, make_folder, remove_folder
 
 
 @pytest.fixture(autouse=True)
 def _restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(context, "current", context.current)
+    monkeypatch.setattr(fleet, "context", fleet.context)
     monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
     yield
     os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
@@ -47,7 +46,7 @@ def test_a_folder_that_another_service_removes_immediately_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locked: bool
 ) -> None:
     """The other one looks for unused folders while this one has made its folder and does not hold the lock yet."""
-    mkdtemp, lock_folder, thieves = tempfile.mkdtemp, master.lock_folder, [1]
+    mkdtemp, lock_folder, thieves = tempfile.mkdtemp, fleet.lock_folder, [1]
 
     def stolen(**options: str) -> str:
         folder = mkdtemp(**options)
@@ -64,7 +63,7 @@ def test_a_folder_that_another_service_removes_immediately_is_made_again(
         return lock
 
     monkeypatch.setattr(tempfile, "mkdtemp", stolen)
-    monkeypatch.setattr(master, "lock_folder", late)
+    monkeypatch.setattr(fleet, "lock_folder", late)
     folder, lock = make_folder(str(tmp_path))
     assert list(map(str, tmp_path.iterdir())) == [folder]
     os.close(lock)
@@ -75,7 +74,7 @@ def test_a_place_where_no_folder_stays_is_an_error(tmp_path: Path, monkeypatch: 
         shutil.rmtree(folder)
         raise FileNotFoundError(folder)
 
-    monkeypatch.setattr(master, "lock_folder", stolen)
+    monkeypatch.setattr(fleet, "lock_folder", stolen)
     with pytest.raises(OSError, match="vanish"):
         make_folder(str(tmp_path))
 
@@ -95,9 +94,9 @@ def test_generations_share_a_folder_and_differ_in_their_files(tmp_path: Path, mo
     for each in (first, second):
         each.assign_slot(1, [], 1)
         each.enter_worker(1, siblings_serve=each is second, respawned=False, listeners=("http://127.0.0.1:1",))
-        keys.append(context.current.metrics_key)
-        assert os.environ["PROMETHEUS_MULTIPROC_DIR"] == context.current.folder == str(folder)
-        assert context.current.siblings_serve == (each is second)
+        keys.append(fleet.context.metrics_key)
+        assert os.environ["PROMETHEUS_MULTIPROC_DIR"] == fleet.context.folder == str(folder)
+        assert fleet.context.siblings_serve == (each is second)
     assert keys == ["0", "0b"]
     assert second.next_environment() == {"RERANKER_GENERATION": f":{folder}"}, "the third has the names of the first"
     first.close()

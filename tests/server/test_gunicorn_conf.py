@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from reranker.server.fleet import context, master
+from reranker.server import fleet
 from tests.conftest import FAKE, GUNICORN, ROOT, Server, Start
 from tests.faults.test_process import gone
 from tests.faults.test_restart import PID, end, restart
@@ -25,8 +25,8 @@ from tests.faults.traffic import until
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(context, "current", context.current)
-    monkeypatch.setattr(master, "current", master.Master())
+    monkeypatch.setattr(fleet, "context", fleet.context)
+    monkeypatch.setattr(fleet, "master", fleet.Master())
     before = dict(os.environ)
     yield
     os.environ.clear()
@@ -56,7 +56,7 @@ class Master:
         self.names["pre_fork"](self, worker)
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         self.names["post_fork"](self, worker)
-        seen, respawned = os.environ.get("CUDA_VISIBLE_DEVICES"), context.current.respawned
+        seen, respawned = os.environ.get("CUDA_VISIBLE_DEVICES"), fleet.context.respawned
         os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # that happened in the child
         if visible is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = visible

@@ -42,12 +42,7 @@ _MAX_BYTES = 1 << 18
 
 
 class Siblings:
-    """The workers of one generation, as seen by one of them.
-
-    Args:
-        folder: shared by all of them.
-        slot: of this worker.
-        generation: suffix of the file names.
+    """The workers of one generation, as seen by the one in `slot`.
 
     Raises:
         OSError: the folder cannot be used.
@@ -57,13 +52,11 @@ class Siblings:
         if slot >= _MAX_WORKERS:
             raise OSError(f"more than {_MAX_WORKERS} workers")
         self.slot = slot
-        self.requests = 0
-        """In progress here."""
+        self.requests = 0  # in progress here
         self._is_open: Callable[[], bool] = lambda: False
         self._make_protocol: Callable[[bytes], asyncio.Protocol]
         self._accepted = secrets.randbits(32)  # a random start differs from the predecessor's count
-        self._sent: dict[int, int] = {}
-        """By slot: the count of accepted hand-offs that it showed when the last one was sent."""
+        self._sent: dict[int, int] = {}  # by slot: its count of accepted hand-offs when the last one was sent
         self._tasks: set[asyncio.Task[None]] = set()
         size = _CELL.size * _MAX_WORKERS
         file = os.open(Path(folder, f"workers{generation}"), os.O_RDWR | os.O_CREAT, 0o600)
@@ -81,11 +74,9 @@ class Siblings:
         self.publish()
 
     def join(self, is_open: Callable[[], bool], make_protocol: Callable[[bytes], asyncio.Protocol]) -> None:
-        """Start to accept connections of siblings; call it on the event loop.
+        """Accept connections of siblings from now on, while `is_open`.
 
-        Args:
-            is_open: whether this worker accepts requests now.
-            make_protocol: returns the protocol of a connection, given its first bytes.
+        `make_protocol` returns the protocol of a connection, given its first bytes.
         """
         self._is_open, self._make_protocol = is_open, make_protocol
         asyncio.get_running_loop().add_reader(self._socket, self._receive)
