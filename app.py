@@ -49,8 +49,8 @@ def create_app(
 
     Args:
         settings: all of them.
-        load: makes the scorer, in place of the one that the settings describe.
-        on_failure: told why there is no scorer, or none any more, in place of `end_process`.
+        load: returns the scorer; default: `load_scorer` with the settings.
+        on_failure: called with the reason if no scorer can be loaded or it is lost; default: `end_process`.
     """
     logging.config.dictConfig(log_config(settings))
     logging.captureWarnings(True)

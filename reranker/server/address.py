@@ -33,12 +33,7 @@ def bind_error(host: str, port: int, *, reuse_port: bool = False) -> OSError | N
 def explain(error: OSError, host: str, port: int, host_given: str, port_given: str) -> str:
     """Return one line with the reason why an address cannot be bound and how to fix it.
 
-    Args:
-        error: of `bind_error`.
-        host: the address.
-        port: the port.
-        host_given: setting, value and source of the host.
-        port_given: setting, value and source of the port.
+    `host_given`, `port_given`: setting, value and source of each.
     """
     where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     if error.errno == errno.EADDRINUSE:

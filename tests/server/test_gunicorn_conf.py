@@ -211,6 +211,7 @@ def test_real_workers_take_a_gpu_each_and_a_killed_ones_gpu_goes_to_its_successo
             time.sleep(0.05)
         assert worker_of(server, gpu) != killed
         assert workers_by_gpu(server, 3) == {"0": 1, "1": 1, "2": 1}
+    server.client.close()
     assert server.stop() == 0
 
 
