@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -30,7 +31,7 @@ from tests.conftest import FAKE, GUNICORN, Server, Start
 from tests.faults.test_process import booted, gone, post
 from tests.faults.test_restart import PID, end, restart
 from tests.faults.traffic import BODY, Traffic, all_ready, until
-from tests.http.test_metrics import folders, once, value
+from tests.http.test_metrics import folders
 
 HEAD = b"POST /v1/rerank HTTP/1.1\r\n"
 
@@ -287,10 +288,11 @@ def answered(server: Server) -> Counter[int]:
     return Counter(map(int, re.findall(r"\[(\d+)\] POST /v1/rerank 200", server.log)))
 
 
-def shown(server: Server) -> int:
-    """How many workers the others see, which may be a second after they are ready."""
+def in_progress(server: Server) -> list[int]:
+    """Requests in progress at each worker that the others see, which may be a second after it is ready."""
     files = [folder / "workers" for folder in folders(server)]
-    return sum(seen > 0 for file in files if file.exists() for seen, *_ in _CELL.iter_unpack(file.read_bytes()))
+    cells = [cell for file in files if file.exists() for cell in _CELL.iter_unpack(file.read_bytes())]
+    return [requests for seen, requests, _ in cells if seen > 0]
 
 
 def test_each_of_three_slow_requests_has_a_worker_of_its_own(start: Start, tmp_path: Path) -> None:
@@ -298,13 +300,13 @@ def test_each_of_three_slow_requests_has_a_worker_of_its_own(start: Start, tmp_p
     os.mkfifo(gate)
     stepped = [*GUNICORN[:-1], "tests.faults.stepped_app:app"]
     server = start(command=stepped, WORKERS="3", GATE=str(gate), JOURNAL=str(tmp_path / "journal"), **BY_PROCESS)
-    until(lambda: shown(server) == 3, "all of them can take requests")
+    until(lambda: in_progress(server) == [0, 0, 0], "all of them can take requests")
     with ThreadPoolExecutor(3) as pool, gate.open("wb") as release:
         answers: list[Future[httpx.Response]] = []
-        for _ in range(3):
+        for i in range(3):
             answers.append(pool.submit(post, server))
-            # One more than the pending answers: the one that asks.
-            once(server, lambda s: value(s, "reranker_requests_in_progress") == len(answers) + 1)
+            until(partial(lambda i: sum(in_progress(server)) == i + 1, i), "it has a worker")
+        assert in_progress(server) == [1, 1, 1]
         release.write(b"..." * 100)
         release.flush()
         assert [answer.result().status_code for answer in answers] == [200] * 3
@@ -315,7 +317,7 @@ def test_each_of_three_slow_requests_has_a_worker_of_its_own(start: Start, tmp_p
 @pytest.fixture(scope="module")
 def two_workers(start: Start) -> Server:
     server = start(command=FAKE, WORKERS="2", FAKE_SECONDS="0.05", **BY_PROCESS)
-    until(lambda: shown(server) == 2, "both can take requests")
+    until(lambda: in_progress(server) == [0, 0], "both can take requests")
     return server
 
 
