@@ -10,11 +10,8 @@ import asyncio
 import gc
 import logging
 import logging.config
-import os
 import sys
-import threading
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
@@ -22,7 +19,6 @@ from fastapi.routing import iter_route_contexts
 
 from config import Settings, SettingsError, load_settings, log_config, misspelt
 from reranker import __version__
-from reranker.errors import ModelLoadError, NotReadyError
 from reranker.http import cors, errors, health
 from reranker.http import metrics_route as metrics
 from reranker.http import pages as page
@@ -34,16 +30,14 @@ from reranker.http.limits import Limits
 from reranker.http.metrics import Metrics
 from reranker.scheduler.batcher import Batcher
 from reranker.scheduler.compute import ScorerLike
+from reranker.server import fleet
 from reranker.server.address import curl_target, is_local
+from reranker.server.fleet import end_process
 
 logger = logging.getLogger("reranker")
 
-BOOT_FAILURE = 3
-"""gunicorn's own code: a worker that ends with it ends the whole service."""
-_BACK_OFF_SECONDS = 10
-_LAST_SECONDS = 2.0
-_YOUNG_OBJECTS = 10_000
-"""How many the garbage collector lets come between two looks: no request leaves it anything (tests/test_service.py)."""
+_GC_THRESHOLD = 10_000
+"""New objects between two collections; a request leaves none to collect (tests/test_service.py)."""
 
 
 def create_app(
@@ -55,21 +49,21 @@ def create_app(
 
     Args:
         settings: all of them.
-        load: makes the scorer, in place of the one that the settings describe.
-        on_failure: told why there is no scorer, or none any more, in place of `end_process`.
+        load: returns the scorer; default: `load_scorer` with the settings.
+        on_failure: called with the reason if no scorer can be loaded or it is lost; default: `end_process`.
     """
     logging.config.dictConfig(log_config(settings))
     logging.captureWarnings(True)
     tokens = list(filter(None, settings.access_token.split(",")))
-    # Set by gunicorn.conf.py; without a slot, the workers of an operator's own folder are told apart by process id.
-    counts = Metrics(os.environ.get("PROMETHEUS_MULTIPROC_DIR"), os.environ.get("RERANKER_SLOT", str(os.getpid())))
+    worker = fleet.context
+    counts = Metrics(worker.folder, worker.metrics_key)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         if not tokens:
-            warn_of_no_token(os.environ.get("RERANKER_LISTENERS", ""))
+            warn_of_no_token(worker.listeners)
         batcher = Batcher(
-            lambda: _for_good(load or (lambda: load_scorer(settings))),
+            lambda: load_and_freeze_gc(load or (lambda: load_scorer(settings))),
             max_queue_tokens=settings.max_queue_tokens,
             max_requests=settings.worker_connections,
             load_timeout=settings.load_timeout,
@@ -80,10 +74,10 @@ def create_app(
         )
         app.state.batcher = batcher
         await batcher.start()
-        if os.environ.get("RERANKER_SIBLINGS") == "1":  # set by gunicorn.conf.py: others serve, so listen when ready
+        if worker.siblings_serve:  # listen when ready
             await batcher.wait_until_loaded()
             if batcher.status == "unhealthy" and on_failure is None:
-                await asyncio.Event().wait()  # it must not listen beside those that serve; end_process ends it
+                await asyncio.Event().wait()  # never listen beside healthy siblings; end_process exits
         yield
         await batcher.stop()
 
@@ -120,20 +114,21 @@ def create_app(
     return app
 
 
-def warn_of_no_token(listeners: str) -> None:
-    """Say who can use a service without a token. `listeners` are set by gunicorn.conf.py; else they are not known."""
+def warn_of_no_token(listeners: Sequence[str]) -> None:
+    """Log who can use a service without a token."""
+    where = ", ".join(listeners)
     if is_local(listeners):
-        logger.info("ACCESS_TOKEN is not set: every program on this machine can use the service at %s", listeners)
+        logger.info("ACCESS_TOKEN is not set: every program on this machine can use the service at %s", where)
         return
     logger.warning(
         "OPEN TO EVERYBODY: ACCESS_TOKEN is not set, so everybody who reaches %s can use this service. To close it: "
         'echo "ACCESS_TOKEN=$(openssl rand -hex 32)" >> .env (for a container: set it in its environment), and restart',
-        listeners or "its port",
+        where or "its port",
     )
 
 
 def load_scorer(settings: Settings) -> ScorerLike:
-    """The scorer that the settings describe. Imports torch, so it is called in the background."""
+    """Load the scorer that the settings describe. Slow, because it also imports torch: call it in the background."""
     logger.info("loading %s", settings.model_name_or_path or "the bundled demo model")
     if not settings.model_name_or_path:
         logger.warning(
@@ -141,7 +136,7 @@ def load_scorer(settings: Settings) -> ScorerLike:
         )
     from reranker.engine.scorer import DEMO, Scorer
 
-    for name in ("transformers", "huggingface_hub"):  # back under the one handler of config.log_config
+    for name in ("transformers", "huggingface_hub"):  # return them to the one handler of config.log_config
         logging.getLogger(name).handlers, logging.getLogger(name).propagate = [], True
 
     scorer = Scorer.load(
@@ -158,49 +153,23 @@ def load_scorer(settings: Settings) -> ScorerLike:
     token = " -H 'Authorization: Bearer <token>'" if settings.access_token else ""
     logger.info(
         "try it: curl %s/v1/rerank%s -H 'Content-Type: application/json' -d '%s'",
-        curl_target(os.environ.get("RERANKER_LISTENERS", "")),
+        curl_target(fleet.context.listeners),
         token,
         '{"query": "how to compress files", "documents": ["gzip compresses files", "a game of chess"]}',
     )
     return scorer
 
 
-def _for_good(load: Callable[[], ScorerLike]) -> ScorerLike:
-    """Load what stays until the process ends, and let the garbage collector leave it alone.
+def load_and_freeze_gc(load: Callable[[], ScorerLike]) -> ScorerLike:
+    """Load the scorer and exempt all objects that exist then from garbage collection.
 
-    Else it walks through all that torch and transformers hold again and again, and every answer waits 0.2 s for it.
+    Otherwise full collections scan all objects of torch and transformers, and each pauses every request for 0.2 s.
     """
     scorer = load()
     gc.collect()
     gc.freeze()
-    gc.set_threshold(_YOUNG_OBJECTS)
+    gc.set_threshold(_GC_THRESHOLD)
     return scorer
-
-
-def end_process(error: Exception) -> None:
-    """The model cannot be loaded, or not be used any more: say why and leave the rest to whoever started this process.
-
-    What was accepted is lost by neither: while loading that is nothing, and who waited for a scorer was told already.
-    What is still tokenised or on its way then has a moment.
-    On the first boot the exit code stops the whole service; of several workers one gives it, for gunicorn stumbles over
-    a second. A worker that has served, or was started later (RERANKER_RESPAWNED, set by gunicorn.conf.py), must not
-    stop its healthy siblings: it ends with another code and is started again; after a failed load it waits first.
-    """
-    if isinstance(error, (ModelLoadError, TimeoutError, NotReadyError)):
-        logger.critical("cannot serve: %s", error)
-    else:
-        logger.critical("cannot serve", exc_info=error)
-    lost = isinstance(error, NotReadyError)  # there was a scorer
-    later = os.environ.get("RERANKER_RESPAWNED") == "1"
-    first = os.environ.get("RERANKER_BOOT")  # a pipe of gunicorn.conf.py that holds one byte
-
-    def leave() -> None:
-        time.sleep(_BACK_OFF_SECONDS if later and not lost else _LAST_SECONDS)  # the answers on their way get out
-        logging.shutdown()
-        stops = not later and not lost and bool(os.read(int(first), 1) if first else True)
-        os._exit(BOOT_FAILURE if stops else 1)
-
-    threading.Thread(target=leave, daemon=True).start()
 
 
 def _from_environment() -> FastAPI:

@@ -30,7 +30,7 @@ from benchmarks.launch import Service, serve
 from benchmarks.overload import TOKENS, content
 from benchmarks.report import header, percentile, table
 from benchmarks.wire import Wire
-from reranker.server.balance import Siblings
+from reranker.server.siblings import Siblings
 
 APP = "benchmarks.sleeping_app:app"
 AT_ONCE = 5
@@ -139,7 +139,7 @@ async def looking(workers: int) -> float:
             siblings.join(lambda: True, lambda first: asyncio.Protocol())
 
         def request() -> None:
-            first.pass_on(kept, b"POST /v1/rerank HTTP/1.1\r\n")
+            first.hand_off(kept, b"POST /v1/rerank HTTP/1.1\r\n")
             first.count(1)
             first.count(-1)
 

@@ -18,6 +18,7 @@ from ray import serve
 
 from config import Settings, SettingsError, load_settings, misspelt
 from reranker.environment import SETTINGS, closest, read_env_file
+from reranker.server import fleet
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -48,7 +49,7 @@ class Replica:
 
     def __init__(self, environment: dict[str, str]) -> None:
         os.environ.update(environment)
-        os.environ["RERANKER_SIBLINGS"] = "1"  # others serve meanwhile: loaded first, within LOAD_TIMEOUT, then ready
+        fleet.context = fleet.WorkerContext(siblings_serve=True)  # load first, within LOAD_TIMEOUT, then be ready
 
     async def check_health(self) -> None:
         """Ray asks when the replica is built, then every few seconds; it replaces one that raises.
@@ -63,7 +64,7 @@ class Replica:
 
 def build(load: Callable[[], ScorerLike] | None = None) -> FastAPI:
     """The application of one replica, made inside it. Arguments: see `create_app`."""
-    from app import create_app, end_process
+    from app import create_app
     from deploy.ray_metrics import share
 
     def failed(error: Exception) -> None:
@@ -71,7 +72,7 @@ def build(load: Callable[[], ScorerLike] | None = None) -> FastAPI:
         if made.state.batcher.scorer is None:  # never loaded: Ray gives up on this replica and shows the reason
             logger.critical("cannot serve: %s", error)
         else:  # Ray's checks come seconds apart; a process that ends is left out of the routing at once
-            end_process(error)
+            fleet.end_process(error)
 
     made = create_app(load_settings(), load, failed)
     made.state.failure = None

@@ -81,6 +81,8 @@ class Batcher:
         self._on_failure = on_failure
         self.on_unhealthy: Callable[[], None] = lambda: None
         """Called before any pending request fails; set by worker.py, which then stops accepting connections."""
+        self.unhealthy_retry_after = 30
+        """Seconds; worker.py lowers it where a sibling serves."""
         self._encoder = Encoder()
         self._packer = ThreadPoolExecutor(1, thread_name_prefix="packer")  # its own: never behind what is tokenised
         self._compute = ComputeThread(load, load_timeout=load_timeout, pass_timeout=pass_timeout)
@@ -135,7 +137,7 @@ class Batcher:
             NotReadyError: loading, draining or unhealthy.
         """
         if self.status != "ok" or self.scorer is None:
-            wait = {"loading": 5, "draining": 5, "unhealthy": 30, "ok": 5}[self.status]
+            wait = {"loading": 5, "draining": 5, "unhealthy": self.unhealthy_retry_after, "ok": 5}[self.status]
             raise NotReadyError(f"the service is {self.status}; try again in {wait} s", retry_after=wait)
         return self.scorer
 

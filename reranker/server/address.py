@@ -1,4 +1,4 @@
-"""Check an address before gunicorn binds it, and name it in the log as a client reaches it."""
+"""Check an address before gunicorn binds it, and log it as clients reach it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import ipaddress
 import shlex
 import socket
+from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 _ANY = "write 0.0.0.0 for all addresses of this machine, or 127.0.0.1 for this machine alone"
@@ -30,14 +31,9 @@ def bind_error(host: str, port: int, *, reuse_port: bool = False) -> OSError | N
 
 
 def explain(error: OSError, host: str, port: int, host_given: str, port_given: str) -> str:
-    """Return one line with the reason why an address cannot be bound, and the way out.
+    """Return one line with the reason why an address cannot be bound and how to fix it.
 
-    Args:
-        error: of `bind_error`.
-        host: the address.
-        port: the port.
-        host_given: setting, value and source of the host.
-        port_given: setting, value and source of the port.
+    `host_given`, `port_given`: setting, value and source of each.
     """
     where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     if error.errno == errno.EADDRINUSE:
@@ -55,17 +51,17 @@ def explain(error: OSError, host: str, port: int, host_given: str, port_given: s
     return f"{host_given} cannot be used: {error.strerror or error}; {_ANY}"
 
 
-def is_local(listeners: str) -> bool:
-    """Whether all listeners, as `describe` names them, are reached from this machine alone."""
+def is_local(listeners: Sequence[str]) -> bool:
+    """Return whether only this machine can reach the listeners; False if there are none."""
     return bool(listeners) and all(
         one.startswith("unix:") or ipaddress.ip_address(urlsplit(one).hostname or "0.0.0.0").is_loopback
-        for one in listeners.split(",")
+        for one in listeners
     )
 
 
-def curl_target(listeners: str) -> str:
-    """Return what follows `curl` to reach the first listener; a placeholder for the port where none is known."""
-    first = listeners.split(",")[0]
+def curl_target(listeners: Sequence[str]) -> str:
+    """Return the arguments with which curl reaches the first listener; PORT is a placeholder if there is none."""
+    first = listeners[0] if listeners else ""
     if first.startswith("unix:"):
         return f"--unix-socket {shlex.quote(first[5:])} http://localhost"
     return (first or "http://127.0.0.1:PORT").replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")

@@ -1,4 +1,4 @@
-"""LOG_FORMAT=json: one JSON object a line. Twenty lines here are less than a dependency and its configuration."""
+"""LOG_FORMAT=json: one JSON object per line. Twenty lines replace a dependency and its configuration."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 
 class JsonFormatter(logging.Formatter):
-    """Time in UTC, level, logger, process id and message; the facts of an access line as fields of their own."""
+    """Time in UTC, level, logger, process id and message, and the facts of an access line as separate fields."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line."""
+        """Return the line, in ASCII, which is valid in any encoding of stderr."""
         facts: dict[str, Any] | None = getattr(record, "facts", None)
         fields: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")[:-6] + "Z",
@@ -26,4 +26,4 @@ class JsonFormatter(logging.Formatter):
             fields["exception"] = self.formatException(record.exc_info)
         if record.stack_info:
             fields["stack"] = record.stack_info
-        return json.dumps(fields, default=str)  # in ASCII: right whatever the encoding of stderr is
+        return json.dumps(fields, default=str)

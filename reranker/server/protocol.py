@@ -1,18 +1,17 @@
-"""HTTP/1.1 as the workers speak it: uvicorn's protocol, with an end to all that a client can hold open or make grow.
+"""uvicorn's HTTP/1.1 protocol with timeouts and size limits on every connection.
 
-uvicorn collects a head without bound before the application sees any of it, closes a connection only when it idles
-after an answer, waits for ever for a client that does not read, and answers 503 to everybody, probes included, once
-too many connections are open. Here every wait for a client has a deadline, and every pile a height:
+uvicorn collects a head without a limit before the application sees any of it, times out only a connection that is idle
+after a response, waits forever for a client that does not read, and responds 503 to everything, probes included, above
+its connection limit. Here every read and write has a timeout, and every buffer a size limit:
 
-    says nothing                        closed after KEEP_ALIVE
-    head not complete                   408 after BODY_TIMEOUT; 431 above MAX_HEADER_BYTES
-    body not complete                   limits.py: 408, 413; after an early response: read and dropped until
-                                        BODY_TIMEOUT, then closed
-    answer not read                     cut off when nothing of it left within BODY_TIMEOUT
-    more requests at once on one line   refused above MAX_PIPELINED
-    too many connections                the one that made the service wait the longest makes room
+    idle                          closed after KEEP_ALIVE
+    incomplete head               408 after BODY_TIMEOUT; 431 above MAX_HEADER_BYTES
+    incomplete body               http/limits.py: 408, 413; after an early response discarded until BODY_TIMEOUT
+    unread response               aborted if no byte leaves within BODY_TIMEOUT
+    pipelined requests            refused above MAX_PIPELINED
+    too many connections          the connection that has waited longest for its client is aborted
 
-What two parsers in a row could read in two ways is refused, and so is everything after it on that connection.
+A head that two parsers in a row could read differently is refused, with everything after it on that connection.
 """
 
 from __future__ import annotations
@@ -24,60 +23,56 @@ import sys
 import termios
 from collections.abc import Callable
 from contextlib import suppress
-from enum import Enum
+from enum import Enum, auto
 from typing import Any
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from reranker.errors import HeadersTooLargeError, HeadTimeoutError, MalformedRequestError, QueueFullError, RerankError
+from reranker.errors import HeadTimeoutError, QueueFullError, RerankError
 from reranker.http.access import new_id
 from reranker.http.errors import error_response
 from reranker.http.limits import MAX_HEADER_BYTES
 from reranker.http.metrics import Metrics
-from reranker.server.balance import Siblings
+from reranker.server.head import head_error, malformed, too_large
+from reranker.server.siblings import Siblings
 
 logger = logging.getLogger(__name__)
 
 MAX_PIPELINED = 64
-"""Requests that wait on one connection for the answers before theirs. No client that we know sends a second one."""
+"""Pending requests on one connection. No known client pipelines."""
 
 
-class Owed(Enum):
-    """What the service waits for on a connection."""
+class ConnState(Enum):
+    """Whose turn it is: in all states but RESPONDING and CLOSED the service waits for the client."""
 
-    REQUEST = "a request"
-    HEAD = "the rest of a head"
-    BODY = "the rest of a body"
-    UNWANTED = "the rest of a body whose answer was given"
+    IDLE = auto()
+    READING_HEAD = auto()
+    READING_BODY = auto()
+    RESPONDING = auto()
+    DISCARDING_BODY = auto()  # of a request whose response was sent early
+    CLOSED = auto()
 
 
-class Connections:
-    """The connections of a worker that wait for their clients, in the order in which they began to.
+class ConnectionPool:
+    """The connections of a worker that wait for their clients, longest wait first; at most `max_connections`."""
 
-    Args:
-        most: connections, whatever they do.
-    """
-
-    def __init__(self, most: int) -> None:
-        self.most = most
+    def __init__(self, max_connections: int) -> None:
+        self.max_connections = max_connections
         self.waiting: dict[HttpProtocol, None] = {}
-        self._told = float("-inf")
+        self._warned_at = float("-inf")
 
-    def make_room(self, now: float) -> None:
-        """Cut off the one that waits for the longest; without it a flood of idle ones would lock everybody out."""
-        if now - self._told > 60:
-            self._told = now
-            logger.warning("more than %d connections: those that idle the longest are cut off", self.most)
+    def evict(self, now: float) -> None:
+        """Abort the connection that has waited longest, so that a flood of idle ones cannot lock out other clients."""
+        if now - self._warned_at > 60:
+            self._warned_at = now
+            logger.warning("more than %d connections: the longest idle ones are aborted", self.max_connections)
         if self.waiting:
-            next(iter(self.waiting)).cut()
+            next(iter(self.waiting)).abort()
 
 
 class ResponseTransport:
-    """The three methods of a transport that uvicorn's request cycle calls; `close` may linger.
-
-    There is one per connection. It holds bound methods because every response calls them.
-    """
+    """The three methods of a transport that uvicorn's request cycle calls, bound for speed, with our `close`."""
 
     __slots__ = ("close", "is_closing", "write")
 
@@ -88,62 +83,58 @@ class ResponseTransport:
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """One connection. Made by uvicorn; what is not uvicorn's own is bound by the worker.
+    """One connection. uvicorn makes it; the worker binds the keyword arguments.
 
     Args:
-        among: all of them.
-        metrics: where refusals are counted.
-        patience: seconds for a head to arrive, and between two signs that an answer is being read.
-        siblings: the workers that a request may be passed on to; None: there are none.
-        first: bytes that another worker has read of a connection that it passed on.
+        pool: all connections of the worker.
+        metrics: counts refusals.
+        io_timeout: seconds in which a head must arrive, and in which part of a response must leave.
+        siblings: the workers that a request may be handed off to; None if there are none.
+        first: bytes that a sibling has read from a connection that it handed off.
     """
 
     def __init__(
         self,
         *args: Any,
-        among: Connections,
+        pool: ConnectionPool,
         metrics: Metrics,
-        patience: float,
+        io_timeout: float,
         siblings: Siblings | None = None,
         first: bytes = b"",
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.among = among
+        self.pool = pool
         self.metrics = metrics
-        self.patience = patience
+        self.io_timeout = io_timeout
         self.siblings = siblings
         self.first = first
-        self.counted = False
-        """Among the requests in progress that the siblings see."""
-        self.owed: Owed | None = None
-        self.deadline: asyncio.TimerHandle | None = None
-        self.unread: asyncio.TimerHandle | None = None
+        self.state = ConnState.CLOSED
+        self.in_progress = False  # in the count that siblings see
+        self.read_timer: asyncio.TimerHandle | None = None
+        self.write_timer: asyncio.TimerHandle | None = None
         self.in_head = False
-        self.bytes_in_vain = 0
-        """That came since a head or a piece of a body was complete: a head, a trailer, the extension of a chunk."""
-        self.refusal: RerankError | None = None
-        """Given or about to be; all data received from then on is dropped."""
+        self.head_bytes = 0  # since the last complete head or body chunk: of a head, trailer or chunk extension
+        self.refusal: RerankError | None = None  # of the last request; all data after it is dropped
         self.responses: ResponseTransport
-        self.lingering = False
-        """The last response was sent before its request was complete; the rest is read and dropped."""
+        self.lingering = False  # the last response was sent before its request was complete, which is discarded
 
-    # What uvicorn calls
+    # Called by the transport
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """A client is here."""
+        """Start the timeout, and read what a sibling has received."""
         super().connection_made(transport)
         self.responses = ResponseTransport(transport, self._close)
-        if len(self.connections) > self.among.most:
-            self.among.make_room(self.loop.time())
-        self._watch()
-        if self.first:  # passed on once is enough
+        if len(self.connections) > self.pool.max_connections:
+            self.pool.evict(self.loop.time())
+        self._update_state()
+        if self.first:  # not handed off a second time
             self._receive(self.first)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The client left, or was cut off."""
-        self.among.waiting.pop(self, None)
-        for timer in (self.deadline, self.unread):
+        """Release everything that refers to the connection."""
+        self.pool.waiting.pop(self, None)
+        for timer in (self.read_timer, self.write_timer):
             if timer is not None:
                 timer.cancel()
         self._count(False)
@@ -151,164 +142,169 @@ class HttpProtocol(HttpToolsProtocol):
         self.responses.close = self.transport.close  # breaks the reference cycle with this protocol
 
     def data_received(self, data: bytes) -> None:
-        """Bytes came."""
-        begins = self.owed is Owed.REQUEST
-        if not (begins and self.siblings is not None and self.siblings.pass_on(self.transport, data)):
+        """Read, unless a new request is handed off to a sibling."""
+        idle = self.state is ConnState.IDLE
+        if not (idle and self.siblings is not None and self.siblings.hand_off(self.transport, data)):
             self._receive(data)
 
+    def pause_writing(self) -> None:
+        """The write buffer is full: the client must read."""
+        super().pause_writing()
+        self._watch_writes()
+
+    def resume_writing(self) -> None:
+        """The client has read."""
+        super().resume_writing()
+        self._watch_writes()
+
+    # Called by the parser
+
     def on_message_begin(self) -> None:
-        """The first byte of a head."""
+        """Start to read a head."""
         self.in_head = True
         super().on_message_begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """A header. Those behind a chunked body are left out: they would stand among those that a proxy checked."""
+        """Drop the trailers of a chunked body, which would pass for headers that a proxy has checked."""
         if self.in_head:
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """A head is complete."""
+        """Start the request, or raise an error, which stops the parser, to refuse it."""
         self.in_head = False
-        self.bytes_in_vain = 0
-        method = self.parser.get_method()
+        self.head_bytes = 0
         if self.lingering:  # a pipelined request after the last response
-            raise _malformed()
-        refusal = check(self.parser.get_http_version(), method, self.url, self.headers)
-        if refusal is None and len(self.pipeline) >= MAX_PIPELINED:
-            refusal = QueueFullError(f"more than {MAX_PIPELINED} requests at once on one connection", retry_after=1)
-        if refusal is not None:
-            self.refusal = refusal
-            raise refusal  # makes the parser stop
-        if not self.parser.should_upgrade():  # else see _feed
+            raise malformed()
+        version, method = self.parser.get_http_version(), self.parser.get_method()
+        self.refusal = head_error(version, method, self.url, self.headers)
+        if self.refusal is None and len(self.pipeline) >= MAX_PIPELINED:
+            self.refusal = QueueFullError(
+                f"more than {MAX_PIPELINED} requests at once on one connection", retry_after=1
+            )
+        if self.refusal is not None:
+            raise self.refusal
+        if not self.parser.should_upgrade():  # otherwise see _feed
             super().on_headers_complete()
             self.cycle.transport = self.responses  # type: ignore[assignment]  # has all that a cycle uses
 
     def on_body(self, body: bytes) -> None:
-        """A piece of a body."""
-        self.bytes_in_vain = 0
+        """Pass on a part of a body."""
+        self.head_bytes = 0
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """A request is complete."""
-        self.bytes_in_vain = 0
+        """End a request; after an early response the connection may close now."""
+        self.head_bytes = 0
         if not self.parser.should_upgrade():
-            # uvicorn leaves it out when the answer was given already, and takes the body for incomplete for ever.
-            self.cycle.more_body = False
+            self.cycle.more_body = False  # after an early response uvicorn does not set it
             super().on_message_complete()
             if self.lingering:  # the client sends no more, so no reset can destroy the response
                 self.transport.close()
 
+    # Called by uvicorn
+
     def on_response_complete(self) -> None:
-        """An answer is complete."""
+        """Go on with the next request."""
         super().on_response_complete()
-        self._unset_keepalive_if_required()  # our own clock tells a head that began from silence
-        self._watch()
+        self._unset_keepalive_if_required()  # our read timer distinguishes an incomplete head from an idle client
+        self._update_state()
 
     def shutdown(self) -> None:
-        """The worker ends."""
+        """Close once the current response has left."""
         super().shutdown()
         if self.transport.is_closing():
-            self._watch_reader()
-
-    def pause_writing(self) -> None:
-        """More of an answer waits than the system takes."""
-        super().pause_writing()
-        self._watch_reader()
-
-    def resume_writing(self) -> None:
-        """The client reads."""
-        super().resume_writing()
-        self._watch_reader()
+            self._watch_writes()
 
     # Reading
 
     def _receive(self, data: bytes) -> None:
-        """Read on. What the first bytes complete is not told apart: at most one read (256 kB) is not counted."""
+        """Parse data. At most one read (256 kB) is not in `head_bytes`, because its start may complete a head."""
         if self.refusal is not None:
             return
-        self.bytes_in_vain += len(data)
-        self._unset_keepalive_if_required()
+        self.head_bytes += len(data)
         self._feed(data)
-        if self.refusal is None and self.bytes_in_vain > MAX_HEADER_BYTES:
-            self._refuse(_too_large())
-        self._watch()
+        if self.refusal is None and self.head_bytes > MAX_HEADER_BYTES:
+            self._refuse(too_large())
+        self._update_state()
 
     def _feed(self, data: bytes) -> None:
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            # No other protocol is offered, so the header is as good as absent, and Java's client, which sends it with
-            # every request (h2c), is served. The parser would skip the body and read it as the next request, so the
-            # head goes through another parser, without the header.
+            # Java's client sends this header (h2c) with every request. No other protocol is offered, so the request is
+            # served as if the header were absent: the head passes through another parser without it, because this one
+            # would skip the body and read it as the next request.
             version = self.parser.get_http_version().encode()
             head = [b"%s %s HTTP/%s\r\n" % (self.parser.get_method(), self.url, version)]
             head += [b"%s: %s\r\n" % pair for pair in self.headers if pair[0] != b"upgrade"]
             self.parser = httptools.HttpRequestParser(self)
             self._feed(b"".join([*head, b"\r\n", data[upgrade.args[0] :]]))
         except httptools.HttpParserError:
-            self._refuse(self.refusal or _malformed())
+            self._refuse(self.refusal or malformed())
 
     def _refuse(self, error: RerankError) -> None:
-        """Answer what cannot become a request, and read no more. What was asked before is answered first."""
+        """Respond to data that is no request, after the responses to the requests before it, and read no more."""
         self.refusal = error
         if self.lingering or self.transport.is_closing():
             return
-        answer = error_response(error)
+        response = error_response(error)
         request_id = new_id()
-        self.metrics.refused(answer.status_code, error.error_type)
-        facts = {"status": answer.status_code, "id": request_id, "error_type": error.error_type}
+        self.metrics.refused(response.status_code, error.error_type)
+        facts = {"status": response.status_code, "id": request_id, "error_type": error.error_type}
         logger.info("refused %d id=%s error_type=%s", *facts.values(), extra={"facts": facts})
         cycle = self.cycle
-        if self.pipeline or (cycle is not None and not cycle.response_complete and not cycle.more_body):
-            cycle.keep_alive = False  # of the newest: the connection ends behind its answer
+        if self.pipeline or self._current_state() is ConnState.RESPONDING:
+            cycle.keep_alive = False  # the newest cycle, so the connection closes after its response
             return
         if cycle is None or cycle.response_complete or not cycle.response_started:
-            headers = dict(answer.raw_headers) | {b"x-request-id": request_id.encode(), b"connection": b"close"}
+            headers = dict(response.raw_headers) | {b"x-request-id": request_id.encode(), b"connection": b"close"}
             head = b"".join(b"%s: %s\r\n" % pair for pair in headers.items())
-            self.transport.write(STATUS_LINE[answer.status_code] + head + b"\r\n" + bytes(answer.body))
+            self.transport.write(STATUS_LINE[response.status_code] + head + b"\r\n" + bytes(response.body))
         self._close()
 
-    # Waiting
+    # State and timeouts
 
-    def _watch(self) -> None:
-        """Start the clock of what the client owes now, unless it runs already."""
-        closing = self.transport.is_closing()
-        owed = None if closing else self._owed()
-        self._count(not closing and owed in (None, Owed.BODY))
-        if owed is self.owed:
+    def _current_state(self) -> ConnState:
+        cycle = self.cycle
+        if self.transport.is_closing():
+            return ConnState.CLOSED
+        if self.lingering:
+            return ConnState.DISCARDING_BODY
+        if cycle is not None and not cycle.response_complete:
+            return ConnState.READING_BODY if cycle.more_body else ConnState.RESPONDING
+        if self.in_head:
+            return ConnState.READING_HEAD
+        return ConnState.DISCARDING_BODY if cycle is not None and cycle.more_body else ConnState.IDLE
+
+    def _update_state(self) -> None:
+        """Start the timeout of the current state, unless it runs already."""
+        state = self._current_state()
+        self._count(state is ConnState.RESPONDING or state is ConnState.READING_BODY)
+        if state is self.state:
             return
-        self.owed = owed
-        self.among.waiting.pop(self, None)
-        if self.deadline is not None:
-            self.deadline.cancel()
-        if owed is not None:
-            self.among.waiting[self] = None
-        if owed not in (None, Owed.BODY):  # that one is limits.py's
-            seconds = self.timeout_keep_alive if owed is Owed.REQUEST else self.patience
-            self.deadline = self.loop.call_later(seconds, self._too_late)
+        self.state = state
+        self.pool.waiting.pop(self, None)
+        if self.read_timer is not None:
+            self.read_timer.cancel()
+        if state is ConnState.RESPONDING or state is ConnState.CLOSED:
+            return
+        self.pool.waiting[self] = None
+        if state is not ConnState.READING_BODY:  # that timeout is in http/limits.py
+            seconds = self.timeout_keep_alive if state is ConnState.IDLE else self.io_timeout
+            self.read_timer = self.loop.call_later(seconds, self._on_read_timeout)
 
     def _count(self, in_progress: bool) -> None:
-        """Let the siblings know of a request that began or ended here."""
-        if in_progress is not self.counted and self.siblings is not None:
-            self.counted = in_progress
+        """Publish the start or end of a request to the siblings."""
+        if in_progress is not self.in_progress and self.siblings is not None:
+            self.in_progress = in_progress
             self.siblings.count(1 if in_progress else -1)
 
-    def _owed(self) -> Owed | None:
-        """None: it is the service's turn."""
-        if self.lingering:
-            return Owed.UNWANTED
-        if self.cycle is not None and not self.cycle.response_complete:
-            return Owed.BODY if self.cycle.more_body else None
-        if self.in_head:
-            return Owed.HEAD
-        return Owed.UNWANTED if self.cycle is not None and self.cycle.more_body else Owed.REQUEST
-
-    def _too_late(self) -> None:
-        if self.owed is Owed.HEAD:
-            self._refuse(HeadTimeoutError(f"the head of the request did not arrive within {self.patience:g} s"))
+    def _on_read_timeout(self) -> None:
+        if self.state is ConnState.READING_HEAD:
+            self._refuse(HeadTimeoutError(f"the head of the request did not arrive within {self.io_timeout:g} s"))
         else:
             self.transport.close()
-            self._watch_reader()
+            self._watch_writes()
 
     def _close(self) -> None:
         """Close the connection after the last response, immediately if its request is complete.
@@ -327,59 +323,31 @@ class HttpProtocol(HttpToolsProtocol):
                 self.cycle.message_event.set()
             if self.transport.can_write_eof():  # not over TLS, where Content-Length alone ends the response
                 self.transport.write_eof()
-        self._watch()
-        self._watch_reader()
+        self._update_state()
+        self._watch_writes()
 
-    def _watch_reader(self) -> None:
-        """As long as something is to be sent, some of it must leave."""
-        if self.unread is not None:
-            self.unread.cancel()
-        waits = self.transport.get_write_buffer_size() > 0
-        self.unread = self.loop.call_later(self.patience, self._stalled, self._left()) if waits else None
+    def _watch_writes(self) -> None:
+        """While data is unsent, abort the connection if none of it leaves within the timeout."""
+        if self.write_timer is not None:
+            self.write_timer.cancel()
+        if self.transport.get_write_buffer_size() > 0:
+            self.write_timer = self.loop.call_later(self.io_timeout, self._on_write_timeout, self._unsent_bytes())
 
-    def _left(self) -> int:
-        """Bytes that did not arrive yet: ours and the kernel's, which takes the next ones in leaps of a megabyte."""
-        left: int = self.transport.get_write_buffer_size()
-        with suppress(OSError):  # a system that does not tell
+    def _unsent_bytes(self) -> int:
+        """Count unacknowledged bytes, including the kernel's, which takes data from the buffer 1 MB at a time."""
+        unsent: int = self.transport.get_write_buffer_size()
+        with suppress(OSError):  # not supported by every system
             file = self.transport.get_extra_info("socket").fileno()
-            left += int.from_bytes(fcntl.ioctl(file, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
-        return left
+            unsent += int.from_bytes(fcntl.ioctl(file, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+        return unsent
 
-    def _stalled(self, before: int) -> None:
-        if self._left() < before:
-            self._watch_reader()
+    def _on_write_timeout(self, unsent_before: int) -> None:
+        if self._unsent_bytes() < unsent_before:
+            self._watch_writes()
         else:
-            self.cut()
+            self.abort()
 
-    def cut(self) -> None:
-        """End the connection now."""
-        self.among.waiting.pop(self, None)
+    def abort(self) -> None:
+        """Close the connection immediately and drop unsent data."""
+        self.pool.waiting.pop(self, None)
         self.transport.abort()
-
-
-# New ones each time: an exception object that is raised again keeps the frames of every time before.
-def _too_large() -> HeadersTooLargeError:
-    return HeadersTooLargeError(f"the address and headers are larger than {MAX_HEADER_BYTES} bytes")
-
-
-def _malformed() -> MalformedRequestError:
-    return MalformedRequestError("the request is not valid HTTP")
-
-
-def check(version: str, method: bytes, url: bytes, headers: list[tuple[bytes, bytes]]) -> RerankError | None:
-    """Why a head is refused that the parser let through, or None. Sections are those of RFC 9112."""
-    codings = [value.lower() for name, value in headers if name == b"transfer-encoding"]
-    hosts = sum(name == b"host" for name, _ in headers)
-    if len(url) > MAX_HEADER_BYTES:
-        return _too_large()
-    if version not in ("1.0", "1.1"):
-        return MalformedRequestError("only versions 1.0 and 1.1 of HTTP are spoken here")
-    if method == b"CONNECT":
-        return MalformedRequestError("this is not a proxy")
-    if b"#" in url:  # 3.2: no target has a fragment
-        return MalformedRequestError("the address holds a #")
-    if codings and (version == "1.0" or codings != [b"chunked"]):  # 6.1
-        return MalformedRequestError("Transfer-Encoding may only be chunked, and only in version 1.1")
-    if hosts > 1 or (hosts == 0 and version == "1.1"):  # 3.2
-        return MalformedRequestError("one Host header is needed")
-    return None

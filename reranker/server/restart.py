@@ -1,9 +1,9 @@
-"""Rolling restart of a running service: new code, settings and model, and no request fails.
+"""Rolling restart of a running service: new code, settings and model without a failed request.
 
-    python reranker/server/restart.py <process id of gunicorn's master, or its pid file>
+    python -m reranker.server.restart <process id of gunicorn's master, or its pid file>
 
-The signal SIGUSR2 does it all (see docs/operations.md); this waits and tells how it went. Exit code 0: the new
-generation serves. 1: it could not start, and the old one goes on serving.
+It sends SIGUSR2 (docs/operations.md), waits and reports. Exit code 0: the new generation serves. 1: it could not start,
+and the old one goes on serving.
 """
 
 from __future__ import annotations
@@ -16,53 +16,56 @@ from pathlib import Path
 
 import psutil
 
-
-def successor(old: psutil.Process) -> psutil.Process | None:
-    """The new master: the child that gunicorn told so in its environment."""
-    for child in old.children():
-        try:
-            if child.environ().get("GUNICORN_PID") == str(old.pid):
-                return child
-        except psutil.Error:  # it ended just now
-            continue
-    return None
+_START_SECONDS = 30.0
+_PID_FILE_SECONDS = 10.0  # gunicorn renames its pid file up to a second after the end of its parent
 
 
-def named(argument: str) -> int:
-    """The process id that is meant; 0 where the file does not hold one."""
+def main(argument: str) -> str:
+    """Restart the service; return an error message, or an empty one."""
+    try:
+        old = psutil.Process(_process_id(argument) or -1)
+    except (ValueError, psutil.NoSuchProcess):
+        return f"error: {argument} names no running service"
+    os.kill(old.pid, signal.SIGUSR2)
+    new, deadline = None, time.monotonic() + _START_SECONDS
+    while new is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+        new = _next_master(old)
+    if new is None:
+        return f"error: {old.pid} started no new generation; its log says why"
+    print(f"the new generation ({new.pid}) loads beside the old one ({old.pid})", flush=True)
+    while _is_alive(old):
+        if not _is_alive(new):
+            return "error: the new generation ended, its log says why; the old one goes on serving"
+        time.sleep(0.1)
+    deadline = time.monotonic() + _PID_FILE_SECONDS
+    while not argument.isdigit() and _process_id(argument) != new.pid and time.monotonic() < deadline:
+        time.sleep(0.1)
+    print("the new generation serves")
+    return ""
+
+
+def _process_id(argument: str) -> int:
+    """Return the process id in an argument or in the file it names; 0 if there is none."""
     try:
         return int(argument if argument.isdigit() else Path(argument).read_text())
     except (OSError, ValueError):
         return 0
 
 
-def main(argument: str) -> str:
-    """Restart, and say how it went: empty when all went well."""
-    try:
-        old = psutil.Process(named(argument) or -1)
-    except (ValueError, psutil.NoSuchProcess):
-        return f"error: {argument} names no running service"
-    os.kill(old.pid, signal.SIGUSR2)
-    new, deadline = None, time.monotonic() + 30
-    while new is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-        new = successor(old)
-    if new is None:
-        return f"error: {old.pid} started no new generation; its log says why"
-    print(f"the new generation ({new.pid}) loads beside the old one ({old.pid})", flush=True)
-    while alive(old):
-        if not alive(new):
-            return "error: the new generation ended, its log says why; the old one goes on serving"
-        time.sleep(0.1)
-    deadline = time.monotonic() + 10  # gunicorn looks once a second whether its parent is gone
-    while not argument.isdigit() and named(argument) != new.pid and time.monotonic() < deadline:
-        time.sleep(0.1)
-    print("the new generation serves")
-    return ""
+def _next_master(old: psutil.Process) -> psutil.Process | None:
+    """Return the child that gunicorn has started as the next master."""
+    for child in old.children():
+        try:
+            if child.environ().get("GUNICORN_PID") == str(old.pid):
+                return child
+        except psutil.Error:  # it has just ended
+            continue
+    return None
 
 
-def alive(process: psutil.Process) -> bool:
-    """Whether it runs; a dead one that nobody has waited for does not."""
+def _is_alive(process: psutil.Process) -> bool:
+    """Return whether a process runs; a zombie does not."""
     try:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:

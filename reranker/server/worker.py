@@ -1,4 +1,4 @@
-"""The gunicorn worker: uvicorn's own, with its limits set from gunicorn's settings and its signals mended."""
+"""The gunicorn worker: uvicorn's, with our protocol, heartbeats while it loads and drains, and a graceful end."""
 
 from __future__ import annotations
 
@@ -18,63 +18,58 @@ from uvicorn.config import Config
 from uvicorn.server import Server
 from uvicorn_worker import UvicornWorker
 
-from reranker.server.balance import Siblings
-from reranker.server.handover import Handover
-from reranker.server.protocol import Connections, HttpProtocol
+from reranker.server import fleet
+from reranker.server.protocol import ConnectionPool, HttpProtocol
+from reranker.server.siblings import Siblings
 
 if TYPE_CHECKING:
     from reranker.scheduler.batcher import Batcher
 
 logger = logging.getLogger(__name__)
 
-# Connections beyond WORKER_CONNECTIONS: gunicorn's backlog. As many can come at once, and whoever is cut off to make
-# room for them has had a turn to be read.
 _SPARE_CONNECTIONS = 2048
-# Files that the process holds beside its connections: the model, the metrics, the listener, the libraries.
+"""Above WORKER_CONNECTIONS: gunicorn's backlog. A burst of that size evicts no connection before its first read."""
 _OTHER_FILES = 256
-# Seconds that a worker which was told to stop still answers on the connections that are open.
-_LINGER = 5.0
-_QUICK_LINGER = 1.0  # Ctrl-C
+"""File descriptors of a worker besides its connections: model, metrics, listener, libraries."""
+_LINGER_SECONDS = 5.0
+"""Time in which a stopping worker still responds on open connections."""
+_CTRL_C_LINGER_SECONDS = 1.0
 _CLOSE = (b"connection", b"close")
 
 
 class RerankWorker(UvicornWorker):  # type: ignore[misc]  # neither package is typed
-    """What stands behind both accepted names of WORKER_CLASS."""
+    """The worker class behind both accepted values of WORKER_CLASS."""
 
     CONFIG_KWARGS: ClassVar[dict[str, Any]] = {
         "loop": "uvloop",
         "ws": "none",
         "access_log": False,
-        "proxy_headers": False,  # nothing here asks whose request it is
+        "proxy_headers": False,  # the service does not use the client's address
         "server_header": False,
     }
-    handover: Handover | None = None
-    """Set by gunicorn.conf.py in the workers of a new generation."""
-    place: tuple[str, int, str] | None = None
-    """Folder, slot and generation; set by gunicorn.conf.py where there is a folder."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        for name in ("uvicorn.error", "uvicorn.access"):  # back under the one handler of config.log_config
+        for name in ("uvicorn.error", "uvicorn.access"):  # return them to the one handler of config.log_config
             logging.getLogger(name).handlers = []
             logging.getLogger(name).propagate = name == "uvicorn.error"
-        # Below gunicorn's own deadline, so that uvicorn cancels (and we answer 503) before gunicorn kills.
-        self.config.timeout_graceful_shutdown = max(1, int(self.cfg.graceful_timeout - _LINGER) - 3)
-        self.config.callback_notify = None  # _beat does it, also while the worker loads and while it drains
+        # Below gunicorn's own deadline: uvicorn cancels requests, with a 503, before gunicorn kills the process.
+        self.config.timeout_graceful_shutdown = max(1, int(self.cfg.graceful_timeout - _LINGER_SECONDS) - 3)
+        self.config.callback_notify = None  # _beat replaces it, because uvicorn's stops while a worker loads or drains
 
     async def _serve(self) -> None:
         self.config.app = self.wsgi
         siblings = self._siblings()
         self.config.http = partial(
             HttpProtocol,
-            among=Connections(room(self.cfg.worker_connections + _SPARE_CONNECTIONS)),
+            pool=ConnectionPool(raise_fd_limit(self.cfg.worker_connections + _SPARE_CONNECTIONS)),
             metrics=self.wsgi.state.metrics,
-            patience=self.wsgi.state.body_timeout,
+            io_timeout=self.wsgi.state.body_timeout,
             siblings=siblings,
         )
         server = DrainingServer(self.config, siblings, workers=self.cfg.workers)
         server.loop = asyncio.get_running_loop()
-        # uvicorn's worker ignores SIGQUIT, which gunicorn sends on Ctrl-C, and is killed after the grace period.
+        # gunicorn sends SIGQUIT on Ctrl-C; uvicorn's worker ignores it and is killed after the grace period.
         server.loop.add_signal_handler(signal.SIGQUIT, server.handle_exit, signal.SIGQUIT, None)
         beat = asyncio.create_task(self._beat(server))
         await server.serve(sockets=self.sockets)
@@ -83,43 +78,45 @@ class RerankWorker(UvicornWorker):  # type: ignore[misc]  # neither package is t
             sys.exit(Arbiter.WORKER_BOOT_ERROR)
 
     def _siblings(self) -> Siblings | None:
-        if self.place is None or self.cfg.is_ssl:  # the keys of a TLS connection stay in the process that has them
+        shared = fleet.context
+        if shared.folder is None or shared.slot is None or self.cfg.is_ssl:  # a TLS session cannot leave its process
             return None
         try:
-            return Siblings(*self.place)
+            return Siblings(shared.folder, shared.slot, shared.generation)
         except OSError as error:
             logger.warning("requests are not balanced between workers: %s", error)
             return None
 
     async def _beat(self, server: DrainingServer) -> None:
-        """Once a second; and tell the other generation, if there is one, when this worker serves."""
+        """Publish once a second that this worker is alive, and report once that it serves."""
+        reported = False
         while True:
             await self.callback_notify()
             if server.siblings is not None:
-                server.siblings.show()
+                server.siblings.publish()
             server.step_aside_if_unhealthy()  # again, because a sibling may be ready only now
-            if server.started and not server.should_exit and self.handover is not None:
-                self.handover.ready()
-                self.handover = None
+            if server.started and not server.should_exit and not reported:
+                fleet.context.report_ready()
+                reported = True
             await asyncio.sleep(1)
 
     async def callback_notify(self) -> None:
-        """The heartbeat. A worker whose master was killed ends, instead of holding the GPU as an orphan."""
+        """Send gunicorn's heartbeat. A worker whose master was killed ends, instead of holding the GPU as an orphan."""
         if os.getppid() != self.ppid:
             os.kill(os.getpid(), signal.SIGTERM)
         self.notify()
 
 
 class DrainingServer(Server):
-    """Stops without cutting anything off, and tells the application when it takes nothing more.
+    """uvicorn's server with a shutdown that loses no request.
 
     Args:
-        siblings: the other workers; None if connections cannot be handed over.
+        siblings: the other workers; None if connections cannot be handed off.
         workers: the configured number of workers, this one included.
     """
 
     loop: asyncio.AbstractEventLoop
-    linger = _LINGER
+    linger = _LINGER_SECONDS
 
     def __init__(self, config: Config, siblings: Siblings | None, *, workers: int) -> None:
         super().__init__(config)
@@ -128,7 +125,7 @@ class DrainingServer(Server):
         self._sockets: list[socket.socket] = []
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, also for what siblings pass on."""
+        """Listen, and accept connections that siblings hand off."""
         await super().startup(sockets)
         self._sockets = sockets or []
         if self._batcher is not None:
@@ -137,7 +134,7 @@ class DrainingServer(Server):
         if self.siblings is not None:
             make: Any = self.config.http_protocol_class
             connect = partial(make, self.config, self.server_state, self.lifespan.state)
-            batcher = self._batcher  # looked up once: every request asks twice
+            batcher = self._batcher  # outside is_open, which every request calls twice
 
             def is_open() -> bool:
                 return not self.should_exit and batcher is not None and batcher.status == "ok"
@@ -145,20 +142,20 @@ class DrainingServer(Server):
             self.siblings.join(is_open, lambda first: connect(first=first))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Called for SIGTERM, SIGINT and SIGQUIT, which all mean: finish what was accepted, then end."""
+        """On SIGTERM, SIGINT or SIGQUIT, finish the accepted requests and end."""
         if sig != signal.SIGTERM:
-            self.linger = _QUICK_LINGER
-        if not self.started:  # nobody is served yet, and what is being loaded is not waited for
-            # On the loop and not in the signal handler: draining touches metrics, whose locks the loop may hold.
+            self.linger = _CTRL_C_LINGER_SECONDS
+        if not self.started:  # still loading, so there are no requests to finish
+            # On the loop, not in the signal handler: draining updates metrics, whose locks the loop may hold.
             self.loop.call_soon_threadsafe(self._drain)
-        # Ctrl-C reaches a worker twice, from the terminal and from gunicorn: a second SIGINT would cut answers off.
+        # A worker gets Ctrl-C twice, from the terminal and from gunicorn, and uvicorn aborts on a second SIGINT.
         super().handle_exit(signal.SIGTERM, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Take no new connection, but answer a little longer on those that are open, each time with `close`.
+        """Stop listening, and respond on open connections for a while, with `Connection: close`.
 
-        A client learns only from an answer that its connection will not stay. One that is closed without a word may
-        carry the client's next request already, which would be lost.
+        A client learns only from a response that its connection will be closed. If a connection is closed without
+        one, the client's next request may be in flight and is lost.
         """
         self._stop_listening()
         if self.siblings is not None:
@@ -166,7 +163,7 @@ class DrainingServer(Server):
         self._close_after_responses()
         state, start = self.server_state, self.loop.time()
         while state.connections and self.loop.time() < start + self.linger:  # uvicorn has no event for it
-            if self._batcher is None or self._batcher.status != "ok":  # what comes would be refused anyway
+            if self._batcher is None or self._batcher.status != "ok":  # it would refuse new requests
                 break
             await asyncio.sleep(0.05)
         self._drain()
@@ -177,14 +174,15 @@ class DrainingServer(Server):
 
         A client that retries immediately then reaches a sibling and gets no second 503. Without a sibling that serves,
         the worker keeps listening so that /health can tell the reason. Where workers cannot see each other, a worker
-        of several steps aside all the same; if all are lost, new connections wait for the next load.
+        of several steps aside anyway; if all are lost, new connections wait for the next load.
         """
         if self._batcher is None or self._batcher.status != "unhealthy" or not self.started:
             return
         self._close_after_responses()
         if self.siblings is not None:
-            self.siblings.show()
+            self.siblings.publish()
         if self.workers > 1 if self.siblings is None else self.siblings.others_serve():
+            self._batcher.unhealthy_retry_after = 1
             self._stop_listening()
 
     def _stop_listening(self) -> None:
@@ -198,7 +196,7 @@ class DrainingServer(Server):
         if _CLOSE not in self.config.encoded_headers:  # from which uvicorn makes the default headers once a second
             self.config.encoded_headers = [*self.config.encoded_headers, _CLOSE]
             state.default_headers = [*state.default_headers, _CLOSE]
-        for connection in state.connections:  # requests that are being answered have taken their headers already
+        for connection in state.connections:  # a request in progress has its headers already
             cycle = getattr(connection, "cycle", None)
             if cycle is not None:
                 cycle.keep_alive = False
@@ -212,8 +210,8 @@ class DrainingServer(Server):
             self._batcher.drain()
 
 
-def room(connections: int) -> int:
-    """So many connections, or as many as the system's limit on open files allows, which is raised where possible."""
+def raise_fd_limit(connections: int) -> int:
+    """Raise the limit on open files for `connections`; return how many connections the limit allows, at least 1."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     files = connections + _OTHER_FILES
     if hard != resource.RLIM_INFINITY:

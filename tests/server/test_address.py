@@ -13,8 +13,10 @@ from pathlib import Path
 import httpx
 import pytest
 
+from app import load_scorer
+from config import Settings
 from reranker.server.address import bind_error, curl_target, explain, is_local
-from tests.conftest import FAKE, Server, Start, free_port
+from tests.conftest import DEMO, FAKE, Server, Start, free_port
 from tests.faults.traffic import until
 
 IPV6 = bind_error("::1", 0) is None
@@ -97,20 +99,20 @@ def test_a_number_that_is_no_port_is_the_port_s_fault(port: int) -> None:
 @pytest.mark.parametrize(
     ("listeners", "local", "target"),
     [
-        ("http://127.0.0.1:6006", True, "http://127.0.0.1:6006"),
-        ("http://127.0.0.2:6006", True, "http://127.0.0.2:6006"),
-        ("http://[::1]:6006", True, "http://[::1]:6006"),
-        ("unix:/run/my service", True, "--unix-socket '/run/my service' http://localhost"),
-        ("http://127.0.0.1:6006,unix:/run/s", True, "http://127.0.0.1:6006"),
-        ("http://0.0.0.0:7000", False, "http://127.0.0.1:7000"),
-        ("https://0.0.0.0:7000", False, "https://127.0.0.1:7000"),
-        ("http://[::]:7000", False, "http://[::1]:7000"),
-        ("http://10.0.0.1:7000", False, "http://10.0.0.1:7000"),
-        ("http://127.0.0.1:6006,http://10.0.0.1:6006", False, "http://127.0.0.1:6006"),
-        ("", False, "http://127.0.0.1:PORT"),
+        (["http://127.0.0.1:6006"], True, "http://127.0.0.1:6006"),
+        (["http://127.0.0.2:6006"], True, "http://127.0.0.2:6006"),
+        (["http://[::1]:6006"], True, "http://[::1]:6006"),
+        (["unix:/run/my service"], True, "--unix-socket '/run/my service' http://localhost"),
+        (["http://127.0.0.1:6006", "unix:/run/s"], True, "http://127.0.0.1:6006"),
+        (["http://0.0.0.0:7000"], False, "http://127.0.0.1:7000"),
+        (["https://0.0.0.0:7000"], False, "https://127.0.0.1:7000"),
+        (["http://[::]:7000"], False, "http://[::1]:7000"),
+        (["http://10.0.0.1:7000"], False, "http://10.0.0.1:7000"),
+        (["http://127.0.0.1:6006", "http://10.0.0.1:6006"], False, "http://127.0.0.1:6006"),
+        ([], False, "http://127.0.0.1:PORT"),
     ],
 )
-def test_listeners_are_named_as_a_client_reaches_them(listeners: str, local: bool, target: str) -> None:
+def test_listeners_are_named_as_a_client_reaches_them(listeners: list[str], local: bool, target: str) -> None:
     assert is_local(listeners) == local
     assert curl_target(listeners) == target
 
@@ -239,7 +241,7 @@ def test_a_restart_right_after_a_stop_finds_its_port_free(start: Start) -> None:
     """Connections that were closed by the service stay with the system for a minute: SO_REUSEADDR."""
     first = start(command=FAKE)
     assert first.client.post("/v1/rerank", json={"query": "q", "documents": ["d"]}).status_code == 200
-    assert first.stop(signal.SIGTERM) == 0
+    assert first.stop(signal.SIGINT) == 0  # it closes the client's connection, sooner than with SIGTERM
     second = start(command=FAKE, PORT=str(first.port), wait=None)
     served(second, f"http://127.0.0.1:{first.port}")
     assert second.stop() == 0
@@ -274,6 +276,7 @@ def test_a_quoted_token_is_the_token(start: Start, place: str) -> None:
     server = start(command=FAKE, token='s3cret"quoted"', **given)
     assert server.client.get("/health", headers={"Authorization": "Bearer x"}).status_code == 401
     assert "OPEN TO EVERYBODY" not in server.log
+    server.client.close()
     assert server.stop() == 0
 
 
@@ -296,10 +299,14 @@ def test_a_file_in_another_encoding_is_one_line(start: Start) -> None:
 
 
 def test_uvicorn_s_port_is_not_taken_for_another(start: Start) -> None:
-    uvicorn = [str(Path(sys.executable).with_name("uvicorn")), "app:app", "--host", "127.0.0.1", "--port", "{port}"]
-    server = start(command=uvicorn, PORT="")
-    until(lambda: "try it: " in server.log, "the model is loaded")
+    uvicorn = str(Path(sys.executable).with_name("uvicorn"))
+    server = start(command=[uvicorn, *FAKE[-1:], "--host", "127.0.0.1", "--port", "{port}"], PORT="")
     assert "6006" not in server.log
     assert "who reaches its port can use this service" in server.log
-    assert "try it: curl http://127.0.0.1:PORT/v1/rerank" in server.log
     assert server.stop() in (0, -signal.SIGTERM)
+
+
+def test_an_unknown_port_is_a_placeholder_in_the_hint(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="reranker"):
+        load_scorer(Settings(model_name_or_path=str(DEMO), model_device="cpu", max_batch_tokens=1024))
+    assert "try it: curl http://127.0.0.1:PORT/v1/rerank" in caplog.text

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -25,12 +26,12 @@ import pytest
 import requests
 import uvloop
 
-from reranker.server.balance import _CELL, Siblings
-from tests.conftest import FAKE, Server, Start
+from reranker.server.siblings import _CELL, Siblings
+from tests.conftest import FAKE, GUNICORN, Server, Start
 from tests.faults.test_process import booted, gone, post
 from tests.faults.test_restart import PID, end, restart
 from tests.faults.traffic import BODY, Traffic, all_ready, until
-from tests.http.test_metrics import folders, once, value
+from tests.http.test_metrics import folders
 
 HEAD = b"POST /v1/rerank HTTP/1.1\r\n"
 
@@ -138,7 +139,7 @@ def on_host(test: Callable[[Host], Coroutine[None, None, None]]) -> Callable[[Pa
 async def test_a_connection_goes_on_at_the_other_worker_where_it_was(host: Host) -> None:
     here, there = host.worker(0, requests=1), host.worker(1)
     client, transport = await host.connect()
-    assert here.siblings.pass_on(transport, HEAD)
+    assert here.siblings.hand_off(transport, HEAD)
     loop = asyncio.get_running_loop()
     await loop.sock_sendall(client, b"Host: here\r\n\r\n")
     await host.soon(lambda: bool(there.taken) and there.taken[0].received == HEAD + b"Host: here\r\n\r\n")
@@ -154,7 +155,7 @@ async def test_a_large_body_arrives_whole(host: Host) -> None:
     here, there = host.worker(0, requests=1), host.worker(1)
     client, transport = await host.connect()
     first, rest = HEAD + os.urandom(256_000 - len(HEAD)), os.urandom(5_000_000)  # as much as uvloop reads, and more
-    assert here.siblings.pass_on(transport, first)
+    assert here.siblings.hand_off(transport, first)
     await asyncio.get_running_loop().sock_sendall(client, rest)
     await host.soon(lambda: bool(there.taken) and len(there.taken[0].received) >= len(first + rest))
     assert there.taken[0].received == first + rest
@@ -163,7 +164,7 @@ async def test_a_large_body_arrives_whole(host: Host) -> None:
 @on_host
 async def test_it_goes_to_the_one_with_the_fewest(host: Host) -> None:
     here, *others = (host.worker(slot, requests=n) for slot, n in enumerate((3, 2, 1, 2)))
-    assert here.siblings.pass_on((await host.connect())[1], HEAD)
+    assert here.siblings.hand_off((await host.connect())[1], HEAD)
     await host.soon(lambda: [len(worker.taken) for worker in others] == [0, 1, 0])
 
 
@@ -171,21 +172,21 @@ async def test_it_goes_to_the_one_with_the_fewest(host: Host) -> None:
 async def test_what_is_better_answered_here_stays(host: Host) -> None:
     here, there = host.worker(0), host.worker(1)
     _, transport = await host.connect()
-    assert not here.siblings.pass_on(transport, HEAD), "nobody has less than nothing"
+    assert not here.siblings.hand_off(transport, HEAD), "nobody has less than nothing"
     here.siblings.count(1)
     there.siblings.count(1)
-    assert not here.siblings.pass_on(transport, HEAD)
+    assert not here.siblings.hand_off(transport, HEAD)
     here.siblings.count(1)
-    assert not here.siblings.pass_on(transport, b"GET /livez HTTP/1.1\r\n")
-    assert not here.siblings.pass_on(transport, HEAD * 20_000), "more than another worker reads"
+    assert not here.siblings.hand_off(transport, b"GET /livez HTTP/1.1\r\n")
+    assert not here.siblings.hand_off(transport, HEAD * 20_000), "more than another worker reads"
     there.open = False
-    there.siblings.show()
-    assert not here.siblings.pass_on(transport, HEAD)
+    there.siblings.publish()
+    assert not here.siblings.hand_off(transport, HEAD)
     there.open = True
-    there.siblings.show()
+    there.siblings.publish()
     transport.write(b"x" * 50_000_000)
-    assert not here.siblings.pass_on(transport, HEAD), "part of an answer has not left"
-    assert here.siblings.pass_on((await host.connect())[1], HEAD), "as it would otherwise"
+    assert not here.siblings.hand_off(transport, HEAD), "part of an answer has not left"
+    assert here.siblings.hand_off((await host.connect())[1], HEAD), "as it would otherwise"
     await host.soon(lambda: len(there.taken) == 1)
 
 
@@ -193,7 +194,7 @@ async def test_what_is_better_answered_here_stays(host: Host) -> None:
 async def test_a_worker_that_takes_nothing_passes_everything_on(host: Host) -> None:
     here, there = host.worker(0), host.worker(1, requests=9)
     await here.siblings.leave()
-    assert here.siblings.pass_on((await host.connect())[1], HEAD)
+    assert here.siblings.hand_off((await host.connect())[1], HEAD)
     await host.soon(lambda: len(there.taken) == 1)
 
 
@@ -201,7 +202,7 @@ async def test_a_worker_that_takes_nothing_passes_everything_on(host: Host) -> N
 async def test_a_worker_that_leaves_takes_what_is_on_its_way(host: Host) -> None:
     here, leaving = host.worker(0, requests=1), host.worker(1)
     asyncio.get_running_loop().remove_reader(leaving.siblings._socket)  # it is busy with something else
-    assert here.siblings.pass_on((await host.connect())[1], HEAD)
+    assert here.siblings.hand_off((await host.connect())[1], HEAD)
     await leaving.siblings.leave()
     assert [protocol.received for protocol in leaving.taken] == [HEAD]
 
@@ -210,11 +211,11 @@ async def test_a_worker_that_leaves_takes_what_is_on_its_way(host: Host) -> None
 async def test_a_connection_that_there_is_no_room_for_does_not_shut_its_worker_out(host: Host) -> None:
     here, there = host.worker(0, requests=1), host.worker(1)
     # What is left of a message whose file could not be opened here.
-    here.siblings._sent[1] = there.siblings._taken
+    here.siblings._sent[1] = there.siblings._accepted
     here.siblings._socket.sendto(HEAD, f"{host.folder}/worker_1")
-    await host.soon(lambda: here.siblings._sent[1] != there.siblings._taken)
+    await host.soon(lambda: here.siblings._sent[1] != there.siblings._accepted)
     assert there.taken == []
-    assert here.siblings.pass_on((await host.connect())[1], HEAD)
+    assert here.siblings.hand_off((await host.connect())[1], HEAD)
     await host.soon(lambda: len(there.taken) == 1)
 
 
@@ -223,8 +224,8 @@ async def test_a_worker_that_does_not_take_over_is_not_sent_another(host: Host) 
     here, hangs = host.worker(0, requests=5), host.worker(1)
     transports = [(await host.connect())[1] for _ in range(3)]
     # Nothing runs between these, so it hangs.
-    assert [here.siblings.pass_on(transport, HEAD) for transport in transports] == [True, False, False]
-    await host.soon(lambda: here.siblings.pass_on(transports[2], HEAD))
+    assert [here.siblings.hand_off(transport, HEAD) for transport in transports] == [True, False, False]
+    await host.soon(lambda: here.siblings.hand_off(transports[2], HEAD))
     await host.soon(lambda: len(hangs.taken) == 2)
 
 
@@ -236,7 +237,7 @@ async def test_a_worker_that_shows_no_sign_of_life_gets_nothing(host: Host) -> N
     for late in (4, -4):  # or one from before the machine was started again
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(time, "monotonic", lambda late=late: now + late)
-            assert not here.siblings.pass_on(transport, HEAD)
+            assert not here.siblings.hand_off(transport, HEAD)
 
 
 @on_host
@@ -244,16 +245,16 @@ async def test_a_dead_worker_gets_nothing_and_its_successor_does(host: Host) -> 
     here, dead = host.worker(0, requests=1), host.worker(1)
     _, transport = await host.connect()
     dead.die()
-    assert not here.siblings.pass_on(transport, HEAD), "though its cell is as it was"
+    assert not here.siblings.hand_off(transport, HEAD), "though its cell is as it was"
     successor = host.worker(1)
-    assert here.siblings.pass_on(transport, HEAD)
+    assert here.siblings.hand_off(transport, HEAD)
     await host.soon(lambda: len(successor.taken) == 1)
 
 
 @on_host
 async def test_the_generations_of_a_rolling_restart_do_not_meet(host: Host) -> None:
     here, _ = host.worker(0, requests=1), host.worker(1, generation="b")
-    assert not here.siblings.pass_on((await host.connect())[1], HEAD)
+    assert not here.siblings.hand_off((await host.connect())[1], HEAD)
 
 
 @contextmanager
@@ -287,31 +288,44 @@ def answered(server: Server) -> Counter[int]:
     return Counter(map(int, re.findall(r"\[(\d+)\] POST /v1/rerank 200", server.log)))
 
 
-def shown(server: Server) -> int:
-    """How many workers the others see, which may be a second after they are ready."""
+def in_progress(server: Server) -> list[int]:
+    """Requests in progress at each worker that the others see, which may be a second after it is ready."""
     files = [folder / "workers" for folder in folders(server)]
-    return sum(seen > 0 for file in files if file.exists() for seen, *_ in _CELL.iter_unpack(file.read_bytes()))
+    cells = [cell for file in files if file.exists() for cell in _CELL.iter_unpack(file.read_bytes())]
+    return [requests for seen, requests, _ in cells if seen > 0]
 
 
-def test_each_of_three_slow_requests_has_a_worker_of_its_own(start: Start) -> None:
-    server = start(command=FAKE, WORKERS="3", FAKE_SECONDS="3", **BY_PROCESS)
-    until(lambda: shown(server) == 3, "all of them can take requests")
-    with ThreadPoolExecutor(3) as pool:
+def test_each_of_three_slow_requests_has_a_worker_of_its_own(start: Start, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"  # a forward pass waits for a byte from it
+    os.mkfifo(gate)
+    stepped = [*GUNICORN[:-1], "tests.faults.stepped_app:app"]
+    server = start(command=stepped, WORKERS="3", GATE=str(gate), JOURNAL=str(tmp_path / "journal"), **BY_PROCESS)
+    until(lambda: in_progress(server) == [0, 0, 0], "all of them can take requests")
+    with ThreadPoolExecutor(3) as pool, gate.open("wb") as release:
         answers: list[Future[httpx.Response]] = []
-        for _ in range(3):
-            # One more than the answers that are waited for: the one that asks.
-            once(server, lambda s: value(s, "reranker_requests_in_progress") == len(answers) + 1)
+        for i in range(3):
             answers.append(pool.submit(post, server))
+            until(partial(lambda i: sum(in_progress(server)) == i + 1, i), "it has a worker")
+        assert in_progress(server) == [1, 1, 1]
+        release.write(b"..." * 100)
+        release.flush()
         assert [answer.result().status_code for answer in answers] == [200] * 3
     until(lambda: answered(server).total() == 3, "all are in the log")
     assert len(answered(server)) == 3
 
 
-@pytest.mark.parametrize("kind", ["httpx", "requests", "http.client"])
-def test_clients_that_keep_their_connections_are_shared_out(start: Start, kind: str) -> None:
-    """The first worker has all of their connections: the other one was asleep when they came."""
+@pytest.fixture(scope="module")
+def two_workers(start: Start) -> Server:
     server = start(command=FAKE, WORKERS="2", FAKE_SECONDS="0.05", **BY_PROCESS)
-    until(lambda: shown(server) == 2, "both can take requests")
+    until(lambda: in_progress(server) == [0, 0], "both can take requests")
+    return server
+
+
+@pytest.mark.parametrize("kind", ["httpx", "requests", "http.client"])
+def test_clients_that_keep_their_connections_are_shared_out(two_workers: Server, kind: str) -> None:
+    """The first worker has all of their connections: the other one was asleep when they came."""
+    server = two_workers
+    before = answered(server)
     asleep = psutil.Process(booted(server)[1])
     asleep.suspend()
     together = threading.Barrier(16, asleep.resume)
@@ -349,8 +363,8 @@ def test_clients_that_keep_their_connections_are_shared_out(start: Start, kind: 
     finally:
         asleep.resume()
     assert statuses == {200: 192}
-    until(lambda: answered(server).total() == 192, "all are in the log")
-    assert max(answered(server).values()) <= 0.65 * 192, answered(server)
+    until(lambda: (answered(server) - before).total() == 192, "all are in the log")
+    assert max((answered(server) - before).values()) <= 0.65 * 192, answered(server)
 
 
 def test_a_successor_gets_its_share_of_connections_that_were_there_before(start: Start) -> None:

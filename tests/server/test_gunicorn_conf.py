@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from reranker.server import fleet
 from tests.conftest import FAKE, GUNICORN, ROOT, Server, Start
 from tests.faults.test_process import gone
 from tests.faults.test_restart import PID, end, restart
@@ -23,7 +24,9 @@ from tests.faults.traffic import until
 
 
 @pytest.fixture(autouse=True)
-def _environment() -> Iterator[None]:
+def _environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(fleet, "context", fleet.context)
+    monkeypatch.setattr(fleet, "master", fleet.Master())
     before = dict(os.environ)
     yield
     os.environ.clear()
@@ -44,15 +47,16 @@ class Master:
 
     def __init__(self, names: dict[str, Any]) -> None:
         self.names, self.WORKERS, self.num_workers, self.age = names, dict[int, Any](), names["workers"], 0
+        self.master_pid, self.LISTENERS = 0, ["http://127.0.0.1:6006"]
 
-    def spawn(self) -> tuple[int, str | None, str]:
-        """Fork a worker: its id, the GPUs it sees, and whether it counts as respawned."""
+    def spawn(self) -> tuple[int, str | None, bool]:
+        """Fork a worker: its id, the GPUs it sees, and whether it is respawned."""
         self.age += 1
         worker = SimpleNamespace(age=self.age)
         self.names["pre_fork"](self, worker)
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         self.names["post_fork"](self, worker)
-        seen, respawned = os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ["RERANKER_RESPAWNED"]
+        seen, respawned = os.environ.get("CUDA_VISIBLE_DEVICES"), fleet.context.respawned
         os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # that happened in the child
         if visible is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = visible
@@ -67,9 +71,9 @@ def test_a_respawned_worker_takes_the_gpu_that_became_free(monkeypatch: pytest.M
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     master = Master(conf(monkeypatch, gpus=3, WORKERS="auto"))
     assert master.num_workers == 3
-    assert [master.spawn() for _ in range(3)] == [(1, "0", "0"), (2, "1", "0"), (3, "2", "0")]
+    assert [master.spawn() for _ in range(3)] == [(1, "0", False), (2, "1", False), (3, "2", False)]
     master.die(2)
-    assert master.spawn() == (4, "1", "1")
+    assert master.spawn() == (4, "1", True)
     master.die(1)
     master.die(4)
     assert {master.spawn()[1], master.spawn()[1]} == {"0", "1"}
@@ -207,6 +211,7 @@ def test_real_workers_take_a_gpu_each_and_a_killed_ones_gpu_goes_to_its_successo
             time.sleep(0.05)
         assert worker_of(server, gpu) != killed
         assert workers_by_gpu(server, 3) == {"0": 1, "1": 1, "2": 1}
+    server.client.close()
     assert server.stop() == 0
 
 

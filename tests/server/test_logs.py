@@ -58,6 +58,7 @@ def test_every_line_is_json_and_none_tells_a_text_or_a_token(start: Start, comma
     options = {"LOG_FORMAT": "json", "LOG_LEVEL": "DEBUG", "WORKERS": "2", "MODEL_DEVICE": "cpu"}
     server = start(command=command, token=TOKEN, ACCESS_TOKEN=TOKEN, **options)
     use(server)
+    server.client.close()
     server.stop()
     found = lines(server)
     for secret in (TOKEN, "confidential"):
@@ -93,8 +94,9 @@ def test_every_line_is_json_and_none_tells_a_text_or_a_token(start: Start, comma
 
 
 def test_the_real_models_libraries_write_json_too(start: Start) -> None:
-    server = start(LOG_FORMAT="json", LOG_LEVEL="INFO")
+    server = start(LOG_FORMAT="json", LOG_LEVEL="INFO", MAX_BATCH_TOKENS="1024")
     assert server.client.post("/v1/rerank", json={"query": "q", "documents": ["d"]}).status_code == 200
+    server.client.close()
     server.stop()
     found = lines(server)
     assert any(line["logger"] == "reranker.engine.scorer" for line in found)
@@ -116,6 +118,7 @@ def test_text_and_json_tell_the_same_facts(start: Start) -> None:
     server = start(command=FAKE, LOG_FORMAT="%(message)s")
     server.client.post("/v1/rerank", json={"query": QUERY, "documents": [DOCUMENT]}, headers={"X-Request-Id": "text-1"})
     server.client.get("/nothing", headers={"X-Request-Id": "text-2"})
+    server.client.close()
     server.stop()
     log = server.log
     assert re.search(
@@ -179,6 +182,7 @@ def test_warnings_are_log_lines(start: Start, tmp_path: Path) -> None:
     )
     command = [*GUNICORN[:-1], "--pythonpath", str(tmp_path), "warning_app:app"]
     server = start(command=command, LOG_FORMAT="json")
+    server.client.close()
     server.stop()
     [line] = [line for line in lines(server) if line["logger"] == "py.warnings"]
     assert "UserWarning: from somewhere" in line["message"]

@@ -113,5 +113,6 @@ def test_it_serves_without_rights_and_without_a_place_to_write(box: Server) -> N
 
 
 def test_it_stops_cleanly(box: Server) -> None:
+    box.client.close()
     assert box.stop() == 0
     assert "Traceback" not in box.log

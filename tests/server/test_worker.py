@@ -1,12 +1,18 @@
-"""How many connections a worker takes, by the system's limit on open files."""
+"""A worker's limit on connections, and its advice to clients after its scorer is lost."""
 
 from __future__ import annotations
 
+import asyncio
 import resource
 
 import pytest
+from uvicorn.config import Config
 
-from reranker.server.worker import room
+from app import create_app
+from config import Settings
+from reranker.errors import ModelLoadError, NotReadyError
+from reranker.scheduler.compute import ScorerLike
+from reranker.server.worker import DrainingServer, raise_fd_limit
 
 ENDLESS = resource.RLIM_INFINITY
 
@@ -29,5 +35,24 @@ def test_room_for_connections(
     limits: list[tuple[int, int]] = []
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (soft, hard))
     monkeypatch.setattr(resource, "setrlimit", lambda kind, new: limits.append(new))
-    assert room(3000) == taken
+    assert raise_fd_limit(3000) == taken
     assert limits == ([] if raised is None else [(raised, hard)])
+
+
+@pytest.mark.parametrize(("workers", "seconds"), [(1, 30), (2, 1)])
+def test_clients_of_an_unhealthy_worker_retry_soon_where_a_sibling_serves(workers: int, seconds: int) -> None:
+    def load() -> ScorerLike:
+        raise ModelLoadError("no model")
+
+    async def main() -> None:
+        app = create_app(Settings(), load, on_failure=lambda error: None)
+        async with app.router.lifespan_context(app):
+            await app.state.batcher.wait_until_loaded()
+            server = DrainingServer(Config(app), None, workers=workers)
+            server.servers, server.started = [], True
+            server.step_aside_if_unhealthy()
+            with pytest.raises(NotReadyError, match=f"try again in {seconds} s") as refusal:
+                app.state.batcher.require_ready()
+            assert refusal.value.retry_after == seconds
+
+    asyncio.run(main())
