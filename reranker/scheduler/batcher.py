@@ -31,8 +31,6 @@ from reranker.types import DocumentScore, EncodedRequest, RerankRequest, RerankR
 
 logger = logging.getLogger(__name__)
 
-_RETRY_SECONDS: dict[Status, int] = {"loading": 5, "ok": 5, "draining": 5, "unhealthy": 30}
-
 
 class Batcher:
     """Loads one scorer in the background and shares its forward passes between all requests of this process.
@@ -61,25 +59,21 @@ class Batcher:
         observer: Observer | None = None,
     ) -> None:
         self._observer: Observer = observer or NullObserver()
-        self._loaded = asyncio.Event()
-        """Set once the status is no longer "loading"."""
+        self._loaded = asyncio.Event()  # set once the status is no longer "loading"
         self._set_status("loading")
         self.scorer: ScorerLike | None = None
         self.queue = TokenQueue()
         self.admission = Admission(self.queue, max_queue_tokens, max_requests)
         self._cache = ScoreCache(cache_entries) if cache_entries else None
-        self._jobs: set[Job] = set()
-        """Unresolved: in the queue, in a batch, or in parts of both."""
+        self._jobs: set[Job] = set()  # unresolved: in the queue, in a batch, or in parts of both
         self._on_failure = on_failure
         self.on_unhealthy: Callable[[], None] = lambda: None
         """Called before any pending request fails; set by server/worker.py, to stop accepting connections first."""
         self._tokenizers = TokenizerPool()
         self._packer = ThreadPoolExecutor(1, thread_name_prefix="packer")  # tokenising must not delay it
         self._compute = ComputeThread(load, load_timeout=load_timeout, pass_timeout=pass_timeout)
-        self._changed = asyncio.Event()
-        """Set by a new job and at the end of a pass."""
-        self._half_over = math.nan
-        """When half of the running pass will be over; NaN if the speed is unknown."""
+        self._changed = asyncio.Event()  # set by a new job and at the end of a pass
+        self._half_over = math.nan  # when half of the running pass will be over; NaN if the speed is unknown
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -154,7 +148,7 @@ class Batcher:
             NotReadyError: loading, draining or unhealthy.
         """
         if self.status != "ok" or self.scorer is None:
-            wait = _RETRY_SECONDS[self.status]
+            wait = 30 if self.status == "unhealthy" else 5
             raise NotReadyError(f"the service is {self.status}; try again in {wait} s", retry_after=wait)
         return self.scorer
 
