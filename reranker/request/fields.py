@@ -81,7 +81,7 @@ def _count(name: str, value: Any) -> int:
 COUNT_RULE = "must be a whole number of at least 1, or null"
 
 # RAGFlow sends "true", Python's str() gives "True"; the keys True and False match 1 and 0 too.
-_FLAGS: dict[float | str, bool] = dict.fromkeys((True, "True", "true", "TRUE", "1"), True) | dict.fromkeys(
+_FLAGS: dict[object, bool] = dict.fromkeys((True, "True", "true", "TRUE", "1"), True) | dict.fromkeys(
     (False, "False", "false", "FALSE", "0"), False
 )
 
