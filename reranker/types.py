@@ -1,4 +1,7 @@
-"""The records that the packages exchange: requests, tokens, scores. No behaviour beyond counting."""
+"""The values that travel between the layers: plain records, no behaviour beyond counting.
+
+Everything on the way of a request has a name and a unit here, so that a signature says what it carries.
+"""
 
 from __future__ import annotations
 
@@ -8,63 +11,63 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 MAX_CHUNKS = 64
-"""Max chunks of a document: with 8192 tokens each, they take a second to tokenise."""
+"""A document is split into at most so many chunks: with 8192 tokens each, a second of tokenising."""
 
 
 @dataclass(frozen=True, slots=True)
 class RerankRequest:
-    """A client's request to rank `documents` by relevance to `query`; texts as received, not truncated."""
+    """What a client asks: rank `documents` by relevance to `query`. Texts as they came, nothing cut."""
 
     query: str
     documents: Sequence[str]
     instruction: str | None = None
-    """None: the service's default instruction."""
+    """Replaces the default instruction of the service when it is given."""
     max_tokens_per_doc: int | None = None
-    """Max tokens of a document, or of a chunk, if that is less than the room beside the query."""
+    """Tokens of a document that the model reads at once, where that is less than what fits beside the query."""
     max_chunks_per_doc: int | None = None
-    """Max chunks of a longer document, which is then scored by its best chunk; None: it is truncated."""
+    """A longer document is split into up to so many chunks of that size and counts by its best; None: it is cut."""
     truncate: bool = True
-    """False: a document that would have to be truncated is an error."""
+    """False: a document of which a part would not be read is an error instead."""
     truncate_query: bool = False
-    """True: a query that leaves no room for a document is truncated, not refused."""
+    """True: a query that leaves no room for a document is truncated instead of refused."""
     positions: Sequence[int] | None = None
-    """Each document's index in the client's request, if this is a part of it; error texts use it."""
+    """Where each document stands in the client's request, if this is a part of it; errors name documents by that."""
 
     @property
     def characters(self) -> int:
-        """Characters of query and documents; known before anything is tokenised."""
+        """Size of all texts in characters; known before anything is tokenised."""
         return len(self.query) + sum(map(len, self.documents))
 
     def position(self, index: int) -> int:
-        """Index in the client's request of a document of this one."""
+        """Where a document of this request stands in the client's."""
         return index if self.positions is None else self.positions[index]
 
     def only(self, indices: Sequence[int]) -> RerankRequest:
-        """Return the request with some of its documents."""
+        """The same request for some of its documents."""
         documents, positions = [self.documents[i] for i in indices], [self.position(i) for i in indices]
         return replace(self, documents=documents, positions=positions)
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedRequest:
-    """A tokenised request: one prefix, and each document followed by the suffix."""
+    """The same request in tokens: one prefix, and each document with the suffix behind it."""
 
     prefix: list[int]
     documents: list[list[int]]
-    """In order, one logit each: the documents, or their chunks where `chunks` is set."""
+    """What is scored, one logit each: a document, or where `chunks` says so each chunk of it, in order."""
     truncated: frozenset[int] = frozenset()
-    """Indices of the documents that were truncated."""
+    """The documents, by index, that did not fit and were cut."""
     chunks: list[list[int]] | None = None
-    """For each document the characters at which its chunks begin and the last one ends: n + 1 numbers for n chunks;
-    None: documents are not split."""
+    """None: nothing may be split. Else for each document the characters at which its chunks begin and the last one
+    ends: n + 1 numbers for n chunks."""
     cached_prefix_len: int = 0
-    """Tokens at the prefix's start whose keys and values the model has cached."""
+    """Tokens at the prefix's start that no pass computes again: the model keeps their keys and values."""
     query_truncated: bool = False
-    """Whether the query in the prefix is truncated."""
+    """Whether only the start of the query is in the prefix."""
 
     @classmethod
     def join(cls, parts: Sequence[EncodedRequest]) -> EncodedRequest:
-        """Join the parts of one request, in order."""
+        """The parts of one request, in order, as one."""
         if len(parts) == 1:
             return parts[0]
         before = list(itertools.accumulate((part.count for part in parts), initial=0))
@@ -79,23 +82,23 @@ class EncodedRequest:
 
     @property
     def count(self) -> int:
-        """Number of documents; chunks do not count."""
+        """Documents, however many chunks they have."""
         return len(self.documents if self.chunks is None else self.chunks)
 
     @property
     def tokens(self) -> int:
-        """Cost in queue and budget: the prefix without its cached part once, every document once."""
+        """The cost of the request: the prefix's own part once, every document once. The unit of queue and budget."""
         return len(self.prefix) - self.cached_prefix_len + sum(map(len, self.documents))
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of all prompts: the whole prefix once per document."""
+        """Tokens of the prompts as the model reads them: the prefix in front of every document."""
         return len(self.prefix) * len(self.documents) + sum(map(len, self.documents))
 
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Documents `start` to `stop` (exclusive) of a request, for one forward pass."""
+    """Documents `start` to `stop` (exclusive) of a request: what one forward pass takes of it."""
 
     request: EncodedRequest
     start: int
@@ -103,23 +106,23 @@ class Slice:
 
     @property
     def documents(self) -> list[list[int]]:
-        """Token ids of this slice's documents."""
+        """The token ids of the documents of this slice."""
         return self.request.documents[self.start : self.stop]
 
     @property
     def tokens(self) -> int:
-        """Cost in a forward pass: the prefix without its cached part once, these documents once."""
+        """Cost in a forward pass: the prefix's own part once, these documents once."""
         return len(self.request.prefix) - self.request.cached_prefix_len + sum(map(len, self.documents))
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of these documents' prompts: the whole prefix once per document."""
+        """Tokens of these documents' prompts as the model reads them: the prefix in front of every document."""
         return len(self.request.prefix) * (self.stop - self.start) + sum(map(len, self.documents))
 
 
 @dataclass(slots=True)
 class Timings:
-    """Seconds that a request spent in each stage."""
+    """Where the time of a request went, in seconds."""
 
     tokenization: float = 0.0
     queue: float = 0.0
@@ -129,7 +132,7 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A part of a document: its index among the chunks, and characters `start` to `stop` (exclusive)."""
+    """A part of a document: its place among the document's chunks, and characters `start` to `stop` (exclusive)."""
 
     index: int
     start: int
@@ -137,34 +140,34 @@ class Chunk:
 
 
 class DocumentScore(NamedTuple):
-    """The score of a document."""
+    """What a document got."""
 
     logit: float
     prompt_tokens: int
-    """Of all its prompts, each with the whole prefix."""
+    """Of all its prompts, as the model reads them."""
     truncated: bool = False
     best_chunk: Chunk | None = None
-    """The chunk with the highest logit, if the document was split."""
+    """The one that the logit is from, where the document was split."""
     query_truncated: bool = False
-    """Whether the query was truncated."""
+    """Whether only the start of the query was read."""
 
 
 @dataclass(frozen=True, slots=True)
 class RerankResult:
-    """The result of a request: one logit per document, in the order of the documents."""
+    """The answer: one logit (yes minus no) per document, in the order of the documents."""
 
     logits: list[float]
     prompt_tokens: int
     truncated_documents: int
     timings: Timings = field(default_factory=Timings)
     best_chunks: Mapping[int, Chunk] = field(default_factory=dict)
-    """The best chunk of each document that was split, by the document's index."""
+    """By document index: the chunk that a document which was split got its logit from."""
     query_truncated: bool = False
-    """Whether the query was truncated."""
+    """Whether only the start of the query was read."""
 
     @classmethod
     def of(cls, scores: Sequence[DocumentScore], timings: Timings | None = None) -> RerankResult:
-        """Join the scores of all documents, in their order."""
+        """The result of documents in their order."""
         return cls(
             [score.logit for score in scores],
             sum(score.prompt_tokens for score in scores),
@@ -177,7 +180,7 @@ class RerankResult:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """The loaded model and the choices made at load, for logs and responses."""
+    """What was loaded and chosen, for logs and answers."""
 
     name: str
     device: str
@@ -186,4 +189,4 @@ class ModelInfo:
     max_batch_tokens: int
     demo: bool = False
     self_check: str = "passed"
-    """Result of ranking obvious pairs at load: `passed`, or `failed: ` and the languages."""
+    """Whether obvious pairs were ranked right at the start: `passed`, or `failed: ` and the languages."""
