@@ -69,6 +69,7 @@ class Batcher:
         self._on_failure = on_failure
         self.on_unhealthy: Callable[[], None] = lambda: None
         """Called before any pending request fails; set by server/worker.py, to stop accepting connections first."""
+        self.unhealthy_retry_after = 30  # seconds; server/worker.py lowers it where a sibling serves
         self._tokenizers = TokenizerPool()
         self._packer = ThreadPoolExecutor(1, thread_name_prefix="packer")  # tokenising must not delay it
         self._compute = ComputeThread(load, load_timeout=load_timeout, pass_timeout=pass_timeout)
@@ -148,7 +149,7 @@ class Batcher:
             NotReadyError: loading, draining or unhealthy.
         """
         if self.status != "ok" or self.scorer is None:
-            wait = 30 if self.status == "unhealthy" else 5
+            wait = self.unhealthy_retry_after if self.status == "unhealthy" else 5
             raise NotReadyError(f"the service is {self.status}; try again in {wait} s", retry_after=wait)
         return self.scorer
 

@@ -375,7 +375,8 @@ def test_a_lost_device_fails_all_requests_and_ends_the_worker_once() -> None:
                 await task
         assert batcher.status == "unhealthy"
         assert len(failures) == 1
-        with pytest.raises(NotReadyError, match="unhealthy"):
+        batcher.unhealthy_retry_after = 7
+        with pytest.raises(NotReadyError, match="the service is unhealthy; try again in 7 s"):
             await batcher.rerank(ask(), 30)
 
     run(test, scorer, on_failure=failures.append)
