@@ -1,4 +1,4 @@
-"""Notes for an operator: each text is written once, and their number is limited."""
+"""Notes for an operator: each text is written once, up to a limit."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ MAX_NOTES = 100
 
 
 class Notes:
-    """Write each different text once, at most `limit` of them, and then one line that says that it stops.
+    """Writes each different text once, at most `limit` of them, then one line that says that no more follow.
 
     The texts name fields of clients, so both the output and this object need a limit.
 
     Args:
-        say: writes one line.
+        write: writes one line.
         limit: different texts.
     """
 
-    def __init__(self, say: Callable[[str], None], limit: int = MAX_NOTES) -> None:
-        self._say = say
+    def __init__(self, write: Callable[[str], None], limit: int = MAX_NOTES) -> None:
+        self._write = write
         self._limit = limit
-        self._said: set[str] = set()
+        self._written: set[str] = set()
 
     def add(self, texts: Iterable[str], where: str = "") -> None:
-        """Write the texts that are new, each after `where`, which does not count as a part of the text."""
+        """Write the new texts, each after `where`, which is not part of the text."""
         for text in texts:
-            if text in self._said or len(self._said) > self._limit:
+            if text in self._written or len(self._written) > self._limit:
                 continue
-            full = len(self._said) == self._limit
-            self._said.add(text)
-            self._say(f"{self._limit} different notes were written; no more follow" if full else where + text)
+            full = len(self._written) == self._limit
+            self._written.add(text)
+            self._write(f"{self._limit} different notes were written; no more follow" if full else where + text)

@@ -1,4 +1,4 @@
-"""A scorer whose time and faults a test decides: it counts the words that a document shares with the query."""
+"""A scorer with times and faults set by a test: its logits count the words that document and query share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PREFIX = 10
 
 
 class FakeScorer:
-    """One token a word, a prefix of `PREFIX` tokens; `seconds` of waiting per forward pass."""
+    """One token per word, a prefix of `PREFIX` tokens, and `seconds` of sleep per forward pass."""
 
     def __init__(
         self, *, seconds: float = 0.0, max_batch_tokens: int = 1000, max_batch_documents: int = 10_000
@@ -25,7 +25,7 @@ class FakeScorer:
         self.words: dict[str, int] = {}
         self.threads: set[str] = set()
         self.hold = threading.Event()
-        """Cleared: forward passes wait until it is set."""
+        """While it is cleared, forward passes wait."""
         self.hold.set()
 
     @property

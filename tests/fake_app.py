@@ -1,4 +1,4 @@
-"""The real application around a fake scorer, for gunicorn: `tests.fake_app:app`. Times come from the environment."""
+"""The real application around a fake scorer, for gunicorn: `tests.fake_app:app`. The environment sets its times."""
 
 from __future__ import annotations
 
@@ -17,45 +17,45 @@ from tests.fake import FakeScorer
 
 
 class Panic(BaseException):
-    """What the tokenizers library raises where its Rust code panics is no Exception."""
+    """A BaseException like that of the tokenizers library after a panic of its Rust code."""
 
 
 class Losing(FakeScorer):
-    """Its device is the GPU that its worker may see; it is lost, or hangs for ever, when a document says so."""
+    """A scorer on the GPU visible to its worker; documents can lose the device, hang it for ever, or cause a bug."""
 
     broken = False
 
     @property
     def info(self) -> ModelInfo:
-        """Named after the GPU, if there is any."""
+        """With the GPU as the device, if there is one."""
         return replace(super().info, device=os.environ.get("CUDA_VISIBLE_DEVICES", "cpu"))
 
     @property
     def memory(self) -> int:
-        """Read by the batch loop itself, behind a pass: outside of all that is expected to fail."""
+        """The batch loop reads it after a pass, outside of its error handling."""
         if self.broken:
-            raise OSError("a bug behind a forward pass")
+            raise OSError("a bug after a forward pass")
         return super().memory
 
     def encode(self, request: RerankRequest) -> EncodedRequest:
-        """As ever, unless."""
+        """Panic if the query says so."""
         if "panic" in request.query:
             raise Panic("in the tokenizer")
         return super().encode(request)
 
     def score(self, batch: list[Slice]) -> list[float]:
-        """As ever, unless."""
-        said = {word for s in batch for d in s.documents for word in self._words(d)}
-        if "lost" in said:
+        """Fail as a document says."""
+        words = {word for s in batch for d in s.documents for word in self._words(d)}
+        if "lost" in words:
             raise DeviceLostError("the device failed and the worker restarts; try again", retry_after=10)
-        self.broken = "bug" in said
-        if "hang" in said:
+        self.broken = "bug" in words
+        if "hang" in words:
             threading.Event().wait()
         return super().score(batch)
 
 
 def load() -> FakeScorer:
-    """Slow, failing or quick, as the test wants it."""
+    """Load within FAKE_LOAD_SECONDS; hang or fail if FAKE_LOAD_HANGS or FAKE_LOAD_FAILS names a file."""
     if Path(os.environ.get("FAKE_LOAD_HANGS", "none")).exists():
         threading.Event().wait()
     time.sleep(float(os.environ.get("FAKE_LOAD_SECONDS", "0")))
@@ -72,12 +72,12 @@ app = create_app(load_settings(), load)
 
 @app.get("/block", include_in_schema=False)
 async def block() -> None:
-    """Hold the event loop up, as a bug would."""
+    """Block the event loop, as a bug would."""
     time.sleep(60)  # noqa: ASYNC251
 
 
 @app.get("/garbage", include_in_schema=False)
 async def garbage() -> int:
-    """Objects that only the garbage collector could free, since the process began."""
+    """Count the objects freed only by the garbage collector since the start of the process."""
     gc.collect()
     return sum(generation["collected"] for generation in gc.get_stats())

@@ -72,9 +72,8 @@ ALLOWED: dict[str, str] = {
 FREE_OF_TORCH = {"reranker.engine.budget", "reranker.engine.scores"}
 """The modules of the engine that every package may import."""
 LIBRARIES: dict[str, set[str]] = {
-    **{name: set() for name in ("types", "errors", "text", "notes", "request")},
+    **{name: set() for name in ("types", "errors", "text", "notes", "request", "scheduler")},
     "engine": COMPUTE | {"huggingface_hub", "psutil"},
-    "scheduler": {"cachetools"},
 }
 """The libraries that a package imports, where it is not free to import any."""
 

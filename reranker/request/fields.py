@@ -1,4 +1,4 @@
-"""The fields of a rerank request: for each name its reader, with the error of a wrong value, and its JSON Schema."""
+"""The fields of a rerank request: a reader, which raises the error of a wrong value, and the JSON Schema of each."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from reranker.text import printable
 from reranker.types import MAX_CHUNKS
 
 MAX_RANK_FIELDS = 32
-"""Names in `rank_fields`: each costs a look into every document."""
+"""Names in `rank_fields`: each is looked up in every document."""
 TEXT_KEYS = ("text", "content", "page_content")
-"""Keys of an object document for its text; the first one that is not null is read."""
+"""Keys of an object document for its text; the first that is not null is read."""
 
 
 def json_kind(value: object) -> str:
@@ -34,7 +34,7 @@ _KINDS = {
 
 
 def refuse(name: str, rule: str, value: Any) -> NoReturn:
-    """Raise the error of a field that breaks a rule; of the value it tells the kind alone.
+    """Raise the error of a field that breaks a rule, with the kind of its value.
 
     Raises:
         InvalidRequestError: always.
@@ -67,10 +67,10 @@ _DIGITS = re.compile("0|[1-9][0-9]{0,17}")
 
 
 def _count(name: str, value: Any) -> int:
-    """A whole number from 0; `_counts` decides what 0 means."""
+    """Read a whole number from 0; parse.py decides whether 0 is valid."""
     if isinstance(value, str):
         value = int(value) if _DIGITS.fullmatch(value) else -1
-    # JSON knows no integers, only numbers without a fraction: 3.0 and 1e20 are as good as 3.
+    # JSON has no integers, only numbers without a fraction: 3.0 and 1e20 are valid.
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
@@ -80,12 +80,10 @@ def _count(name: str, value: Any) -> int:
 
 COUNT_RULE = "must be a whole number of at least 1, or null"
 
-# RAGFlow sends "true"; Python's str() makes "True"; 1 equals True as a key.
-_FLAGS: dict[float | str, bool] = {
-    flag: value
-    for value in (True, False)
-    for flag in (value, str(value), str(value).lower(), str(value).upper(), str(int(value)))
-}
+# RAGFlow sends "true", Python's str() gives "True"; the keys True and False match 1 and 0 too.
+_FLAGS: dict[object, bool] = dict.fromkeys((True, "True", "true", "TRUE", "1"), True) | dict.fromkeys(
+    (False, "False", "false", "FALSE", "0"), False
+)
 
 
 def _flag(name: str, value: Any) -> bool:
@@ -109,7 +107,7 @@ def _rank_fields(name: str, value: Any) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """A field: `read` checks and converts a value that is not null, given with the field's name."""
+    """A field; `read(name, value)` checks and converts a value that is not null."""
 
     read: Callable[[str, Any], Any]
     schema: dict[str, Any]
@@ -141,7 +139,7 @@ def _documents_field() -> Field:
 
 
 def _object_schema(*keys: str) -> dict[str, Any]:
-    """Schema of an object with its text in the last of the keys, and null in those before."""
+    """Return the schema of an object with its text in the last of the keys and null in the others."""
     kinds = {key: {"type": "null"} for key in keys[:-1]} | {keys[-1]: {"type": "string"}}
     return {"type": "object", "required": [keys[-1]], "properties": kinds}
 
@@ -152,21 +150,15 @@ DOCUMENT = {
 FIELDS: dict[str, Field] = {
     "query": Field(
         _query,
-        {
-            "type": "string",
-            "minLength": 1,
-            "pattern": r"\S",
-            "description": "What is searched for",
-            "examples": ["what is a cat?"],
-        },
+        {"type": "string", "pattern": r"\S", "description": "The search query", "examples": ["what is a cat?"]},
     ),
     "documents": _documents_field(),
     "texts": _documents_field(),
-    "top_k": _count_field("How many results; null, or 0 beside a model: all"),
+    "top_k": _count_field("Max results; null, or 0 beside a model: all"),
     "top_n": _count_field("The same as top_k, which has precedence"),
     "instruction": _text_field("Replaces the default instruction"),
     "instruct": _text_field("The same as instruction, which has precedence"),
-    "return_documents": _flag_field("Answer the texts as well"),
+    "return_documents": _flag_field("Return the texts as well"),
     "return_text": _flag_field("The same as return_documents"),
     "rank_fields": Field(
         _rank_fields,
@@ -176,22 +168,22 @@ FIELDS: dict[str, Field] = {
             'A null is left out. ["text"] alone is the text without its name',
         ),
     ),
-    "max_tokens_per_doc": _count_field("Tokens of a document that are read at once; null: what fits"),
+    "max_tokens_per_doc": _count_field("Max tokens of a document, or of each of its chunks; null: as many as fit"),
     "max_chunks_per_doc": _count_field(
-        f"A longer document is split into at most this many chunks (limit {MAX_CHUNKS}) and has the score of its best "
+        f"A longer document is split into at most this many chunks (limit {MAX_CHUNKS}) and gets the score of its best "
         "one; null: it is truncated"
     ),
     "max_chunk_per_doc": _count_field("The same as max_chunks_per_doc, which has precedence"),
-    "raw_scores": _flag_field("Answer logits instead of probabilities"),
+    "raw_scores": _flag_field("Return logits instead of probabilities"),
     "use_activation": _flag_field("false: the same as raw_scores: true"),
     "truncate": _flag_field(
         "false: a document that does not fit is an error instead of truncated (not with texts). true: a query that "
         "leaves no room for a document is truncated instead of an error (with texts always)"
     ),
-    "model": _text_field("Any string; the answer names the model that is served"),
+    "model": _text_field("Any string; the response names the model that is served"),
 }
 COUNTS = tuple(name for name, field in FIELDS.items() if field.read is _count)
-"""Names of the counts."""
+"""Fields with a whole number."""
 OPTIONAL = tuple(name for name in FIELDS if name not in ("query", "documents", "texts"))
 MAY_BE_EMPTY = frozenset(FIELDS) - frozenset(OPTIONAL) | {"model"}
-"""Fields in which an empty string is a value, right or wrong; in every other one it counts as absent."""
+"""Fields in which an empty string is a value; in all others it counts as absent."""

@@ -1,8 +1,7 @@
-"""The one schema of a rerank request: HTTP bodies, lines of a batch and rows of Parquet mean the same.
+"""The schema of a rerank request: HTTP bodies, lines of a batch and rows of Parquet have the same meaning.
 
-`reranker.request.fields` declares each field once. Everything that a client sends and that is not read as it stands is
-reported: by an error of one line, or by `ParsedRequest.ignored` and `ParsedRequest.warnings`. None of them holds a
-value, only names of fields.
+`reranker.request.fields` declares each field once. A field that is not read as it stands is reported: by an error of
+one line, or in `ParsedRequest.ignored` and `ParsedRequest.warnings`. Reports hold names of fields, never values.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from reranker.errors import InvalidRequestError
-from reranker.request.fields import COUNT_RULE, COUNTS, DOCUMENT, FIELDS, MAY_BE_EMPTY, OPTIONAL, TEXT_KEYS, refuse
+from reranker.request.fields import COUNT_RULE, COUNTS, DOCUMENT, FIELDS, MAY_BE_EMPTY, TEXT_KEYS, refuse
 from reranker.request.template import looks_wrapped, unwrap_document, unwrap_query
 from reranker.request.unread import MAX_SEEN, TEMPLATE_VALUES, Report, is_harmless, missing_hint, token
 from reranker.text import printable
@@ -24,22 +23,22 @@ _INSTRUCTIONS = ("instruction", "instruct")
 
 @dataclass(frozen=True, slots=True)
 class ParsedRequest:
-    """A request in the engine's words, with the form of its answer and the names of fields that were not read."""
+    """A request in the engine's terms, the form of its response, and a report of the fields that were not read."""
 
     request: RerankRequest
     limit: int | None
-    """How many results are wanted; None: all."""
+    """Max results; None: all."""
     return_documents: bool
     raw_scores: bool
-    """Whether logits are wanted in place of probabilities."""
+    """Logits instead of probabilities."""
     has_model: bool
     is_tei: bool
-    """Whether the documents came as `texts`, as clients of text-embeddings-inference send them."""
+    """The documents were sent as `texts`, as clients of text-embeddings-inference do."""
     ignored: tuple[str, ...]
-    """Names of fields that were not read, at most `unread.MAX_NAMES`; `documents.title` is a key of documents. Each
-    consists of characters that a token of an HTTP header may have."""
+    """Names of fields that were not read, at most `unread.MAX_NAMES`; `documents.title` is a key of documents. All are
+    valid tokens of an HTTP header."""
     warnings: tuple[str, ...]
-    """Sentences for the client: one for each ignored name, and one for each thing that is done differently."""
+    """A sentence for each ignored name and for each field that is read differently from its value."""
 
 
 def parse_request(body: Mapping[str, Any], *, max_documents: int | None = None) -> ParsedRequest:
@@ -52,65 +51,64 @@ def parse_request(body: Mapping[str, Any], *, max_documents: int | None = None) 
     Raises:
         InvalidRequestError: a field is wrong; its message names the field and says how to fix it.
     """
-    texts = "texts" if body.get("texts") is not None else "documents"
-    values, unread = _read(body, "documents" if texts == "texts" else "texts")
-    for name in ("query", texts):
-        if name not in values:
-            raise InvalidRequestError(f"{name}: is required{missing_hint(name, unread)}")
-    has_model, is_tei = "model" in values, texts == "texts"
-    report = Report(unread, OPTIONAL)
+    is_tei = body.get("texts") is not None
+    name, other = ("texts", "documents") if is_tei else ("documents", "texts")
+    values, unread = _read(body, skip=other)
+    for field in ("query", name):
+        if field not in values:
+            raise InvalidRequestError(f"{field}: is required{missing_hint(field, unread)}")
+    report = Report(unread)
     instruction = _instruction(values, body.get(TEMPLATE_VALUES), report)
     if is_tei and body.get("documents") is not None:
         report.ignore("documents", "documents is not read beside texts")
-    counts = _counts(values, has_model)
-    documents = _documents(texts, values[texts], values.get("rank_fields"), max_documents, report)
+    documents = _documents(name, values[name], values.get("rank_fields"), max_documents, report)
     return ParsedRequest(
-        _rerank_request(values, counts, instruction, documents, is_tei, report),
-        report.first(counts, "top_k", "top_n"),
+        _rerank_request(values, instruction, documents, is_tei, report),
+        limit=report.first(values, "top_k", "top_n"),
         return_documents=bool(report.first(values, "return_documents", "return_text")),
         raw_scores=_raw_scores(values, report),
-        has_model=has_model,
+        has_model="model" in values,
         is_tei=is_tei,
         ignored=tuple(report.ignored),
         warnings=tuple(report.warnings),
     )
 
 
-def _read(body: Mapping[str, Any], other: str) -> tuple[dict[str, Any], list[str]]:
-    """Return the values of all fields but `other`, and the names that are no fields."""
+def _read(body: Mapping[str, Any], skip: str) -> tuple[dict[str, Any], list[str]]:
+    """Return the values of all fields but `skip`, and the names that are no fields."""
     values: dict[str, Any] = {}
     unread: list[str] = []
     for name, value in body.items():
         if value is None or (value == "" and name not in MAY_BE_EMPTY):
             continue
         if name in FIELDS:
-            if name != other:
+            if name != skip:
                 values[name] = FIELDS[name].read(name, value)
         elif len(unread) < MAX_SEEN and not is_harmless(name, value):
             unread.append(name)
+    for name in COUNTS:
+        if values.get(name) == 0:
+            if "model" not in values:
+                raise InvalidRequestError(f"{name}: {COUNT_RULE}")
+            del values[name]  # "not set", as clients in Go and vLLM's own send it beside a model
     return values, unread
 
 
 def _rerank_request(
-    values: Mapping[str, Any],
-    counts: Mapping[str, int],
-    instruction: str | None,
-    documents: list[str],
-    is_tei: bool,
-    report: Report,
+    values: Mapping[str, Any], instruction: str | None, documents: list[str], is_tei: bool, report: Report
 ) -> RerankRequest:
-    query, instruction, documents = _unwrapped(values["query"], instruction, documents, report)
-    chunks = report.first(counts, "max_chunks_per_doc", "max_chunk_per_doc")
+    query, instruction, documents = _unwrap(values["query"], instruction, documents, report)
+    chunks = report.first(values, "max_chunks_per_doc", "max_chunk_per_doc")
     if chunks is not None and chunks > MAX_CHUNKS:
         chunks = MAX_CHUNKS
         report.warnings.append(f"max_chunks_per_doc: a document is split into at most {MAX_CHUNKS} chunks")
-    # litellm sends `truncate: false` with texts whether its user wants it or not.
+    # litellm always sends `truncate: false` with texts, even if its user did not choose it.
     truncate = True if is_tei else values.get("truncate")
     return RerankRequest(
         query,
         documents,
         instruction,
-        counts.get("max_tokens_per_doc"),
+        values.get("max_tokens_per_doc"),
         chunks,
         truncate=truncate is not False,
         truncate_query=truncate is True,
@@ -118,72 +116,28 @@ def _rerank_request(
 
 
 def _instruction(values: Mapping[str, Any], template_values: Any, report: Report) -> str | None:
-    """Return the request's instruction; without one, that of the values for vLLM's chat template."""
+    """Return the request's instruction, or else that of the values for vLLM's chat template."""
     instruction: str | None = report.first(values, *_INSTRUCTIONS)
-    if isinstance(template_values, dict):
-        for key in _INSTRUCTIONS:
-            name, value = f"{TEMPLATE_VALUES}.{key}", template_values.get(key)
-            if value is None or value == "":
-                continue
-            text = FIELDS[key].read(name, value)
-            if instruction is None:
-                instruction = text
-            elif text != instruction:
-                report.ignore(name, f"{name} is not read beside another instruction")
+    nested = template_values if isinstance(template_values, dict) else {}
+    for key in _INSTRUCTIONS:
+        if nested.get(key) in (None, ""):
+            continue
+        name = f"{TEMPLATE_VALUES}.{key}"
+        text = FIELDS[key].read(name, nested[key])
+        if instruction is None:
+            instruction = text
+        elif text != instruction:
+            report.ignore(name, f"{name} is not read beside another instruction")
     return instruction
 
 
-def json_schema(documents: str) -> dict[str, Any]:
-    """JSON Schema of a request whose documents are called `documents` or `texts`.
-
-    It leaves one thing open, because JSON Schema cannot say it: object documents have the fields that `rank_fields`
-    names.
-    """
-    other = "documents" if documents == "texts" else "texts"
-    properties = {name: field.schema for name, field in FIELDS.items() if name != other}
-    properties[TEMPLATE_VALUES] = {
-        "description": "Of an object, instruction and instruct are read where the request has neither, as vLLM does",
-        "properties": {name: FIELDS[name].schema for name in _INSTRUCTIONS},
-    }
-    if documents == "documents":
-        properties["texts"] = {"type": "null"}
-    zero = {"not": {"enum": [0, "0"]}}
-    return {
-        "title": "TeiBody" if documents == "texts" else "RerankBody",
-        "description": f"Rank `{documents}` by relevance to `query`. A null counts as absent, and so does an empty "
-        "string in a field that is not required. Fields that are not read are named in the header x-ignored-fields.",
-        "type": "object",
-        "required": ["query", documents],
-        "properties": properties,
-        "allOf": [
-            {  # without a model 0 is an error, with one it is "not set"
-                "if": {"required": ["model"], "properties": {"model": {"type": "string"}}},
-                "else": {"properties": dict.fromkeys(COUNTS, zero)},
-            },
-            {
-                "if": {"required": ["rank_fields"], "properties": {"rank_fields": {"type": "array", "minItems": 1}}},
-                "else": {"properties": {documents: {"items": DOCUMENT}}},
-            },
-        ],
-    }
-
-
 def _raw_scores(values: Mapping[str, Any], report: Report) -> bool:
-    """Whether logits are asked for; `use_activation` is the opposite of `raw_scores`."""
+    """Whether the response holds logits; `use_activation` is the opposite of `raw_scores`."""
     raw, activation = values.get("raw_scores"), values.get("use_activation")
-    if raw is not None and raw is activation:  # each asks for what the other does not want: logits, as either alone
+    if raw is not None and raw is activation:  # a contradiction: the field that requests logits is read
         name, other = ("use_activation", "raw_scores") if raw else ("raw_scores", "use_activation")
         report.ignore(name, f"{name} is not read beside {other}")
     return bool(raw) or activation is False
-
-
-def _counts(values: Mapping[str, Any], has_model: bool) -> dict[str, int]:
-    """Return the counts that are set. Beside a model 0 is "not set", as clients in Go and vLLM's own send it."""
-    counts: dict[str, int] = {name: values[name] for name in COUNTS if name in values}
-    for name, count in counts.items():
-        if count == 0 and not has_model:
-            raise InvalidRequestError(f"{name}: {COUNT_RULE}")
-    return {name: count for name, count in counts.items() if count}
 
 
 def _documents(
@@ -208,13 +162,13 @@ def _documents(
 
 
 def _object_text(where: str, document: Any, rank_fields: list[str] | None, report: Report) -> str:
-    """Return the text of a document that is an object."""
+    """Return the text of an object document."""
     rule = 'must be a string or an object with a string "text" (or "content", "page_content")'
     if not isinstance(document, dict):
         refuse(where, rule, document)
     report.objects += 1
     if rank_fields:
-        return _joined(where, document, rank_fields)
+        return _join(where, document, rank_fields)
     key = next((key for key in TEXT_KEYS if document.get(key) is not None), None)
     if key is None or not isinstance(document[key], str):
         raise InvalidRequestError(f"{where}: {rule}; rank_fields names other fields")
@@ -223,8 +177,8 @@ def _object_text(where: str, document: Any, rank_fields: list[str] | None, repor
     return text
 
 
-def _joined(where: str, document: Mapping[str, Any], rank_fields: Sequence[str]) -> str:
-    """Join the named fields of an object, a line `name: value` each."""
+def _join(where: str, document: Mapping[str, Any], rank_fields: Sequence[str]) -> str:
+    """Join the named fields of an object as lines `name: value`."""
     lines: list[str] = []
     for i, field in enumerate(rank_fields):
         if field not in document:
@@ -240,33 +194,63 @@ def _joined(where: str, document: Mapping[str, Any], rank_fields: Sequence[str])
     return "\n".join(lines)
 
 
-def _unwrapped(
+def _unwrap(
     query: str, instruction: str | None, documents: list[str], report: Report
 ) -> tuple[str, str | None, list[str]]:
-    """Take Qwen's published template off query, instruction and documents.
+    """Remove Qwen's published template from query, instruction and documents.
 
-    The query decides: the client formats it itself, whereas a document may come from anywhere.
+    Only if the query has it: the client formats the query itself, whereas a document may be from anywhere.
     """
-    if not looks_wrapped(query):
-        if unwrap_document(documents[0]) != documents[0]:
+    wrapped = unwrap_query(query)
+    if wrapped is None:
+        if looks_wrapped(query):
+            report.warnings.append(
+                "query: begins like a prompt template and is read as text; send the bare query, the template is added "
+                "here"
+            )
+        elif unwrap_document(documents[0]) != documents[0]:
             report.warnings.append(
                 "documents: the first one is in Qwen's prompt template and the query is not, so all are read as text; "
                 "send the bare documents"
             )
         return query, instruction, documents
-    wrapped = unwrap_query(query)
-    if wrapped is None:
-        report.warnings.append(
-            "query: begins like a prompt template and is read as text; send the bare query, the template is added here"
-        )
-        return query, instruction, documents
     if not wrapped.query.strip():
         raise InvalidRequestError("query: must not be empty inside the template")
     bare = list(map(unwrap_document, documents))
-    worn = sum(text != document for text, document in zip(bare, documents, strict=True))
-    off = "query and documents" if worn == len(documents) else "the query and some documents" if worn else "the query"
+    changed = sum(text != document for text, document in zip(bare, documents, strict=True))
+    some = "the query and some documents" if changed else "the query"
     report.warnings.append(
-        f"query: Qwen's prompt template was taken off {off}; send the bare texts"
-        + ("; the instruction inside it is not read beside the request's" if instruction else "")
+        f"query: Qwen's prompt template was taken off {'query and documents' if changed == len(documents) else some}; "
+        "send the bare texts" + ("; the instruction inside it is not read beside the request's" if instruction else "")
     )
     return wrapped.query, instruction or wrapped.instruction or None, bare
+
+
+def json_schema(documents: str) -> dict[str, Any]:
+    """Return the JSON Schema of a request with its documents in the field `documents` or `texts`.
+
+    JSON Schema cannot express one rule: object documents have the fields that `rank_fields` names.
+    """
+    other = "documents" if documents == "texts" else "texts"
+    properties = {name: field.schema for name, field in FIELDS.items() if name != other}
+    properties[TEMPLATE_VALUES] = {
+        "description": "Of an object, instruction and instruct are read where the request has neither, as vLLM does",
+        "properties": {name: FIELDS[name].schema for name in _INSTRUCTIONS},
+    }
+    if documents == "documents":
+        properties["texts"] = {"type": "null"}
+    zero = {"not": {"enum": [0, "0"]}}
+    model = {"required": ["model"], "properties": {"model": {"type": "string"}}}
+    rank_fields = {"required": ["rank_fields"], "properties": {"rank_fields": {"type": "array", "minItems": 1}}}
+    return {
+        "title": "TeiBody" if documents == "texts" else "RerankBody",
+        "description": f"Rank `{documents}` by relevance to `query`. A null counts as absent, and so does an empty "
+        "string in a field that is not required. Fields that are not read are named in the header x-ignored-fields.",
+        "type": "object",
+        "required": ["query", documents],
+        "properties": properties,
+        "allOf": [
+            {"if": model, "else": {"properties": dict.fromkeys(COUNTS, zero)}},  # beside a model 0 means "not set"
+            {"if": rank_fields, "else": {"properties": {documents: {"items": DOCUMENT}}}},
+        ],
+    }

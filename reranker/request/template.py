@@ -1,7 +1,7 @@
-"""The text of the Qwen3-Reranker prompt, and the texts that already wear it.
+"""The Qwen3-Reranker prompt, and its removal from texts that a client has formatted with it.
 
-Source of the prompt: the transformers sample of the Qwen3-Reranker model card. Source of the wrapper: the clients that
-vLLM and vllm-ascend publish for this model format the same prompt themselves, in halves:
+Source of the prompt: the transformers sample of the Qwen3-Reranker model card. The clients that vLLM and vllm-ascend
+publish for this model format the same prompt themselves, in two parts:
 
     query      SYSTEM + "<Instruct>: {instruction}\\n<Query>: {query}\\n"
     document   "<Document>: {document}" + SUFFIX
@@ -21,31 +21,31 @@ _QUERY_HEAD = SYSTEM + "<Instruct>: "
 _QUERY = "\n<Query>: "
 _DOCUMENT_HEAD = "<Document>: "
 _LIKELY = "<|im_start|>", "<Instruct>:"
-"""Starts of a text that a client formatted with some prompt template."""
+"""Starts of texts in any prompt template."""
 
 
 class Wrapped(NamedTuple):
-    """The texts inside a query that wears the published template."""
+    """The texts inside a query in the published template."""
 
     instruction: str
     query: str
 
 
 def unwrap_query(text: str) -> Wrapped | None:
-    """Return what the published template wraps; None where `text` is not exactly that template."""
+    """Return the texts inside the published template; None if `text` is not exactly that template."""
     if not (text.startswith(_QUERY_HEAD) and text.endswith("\n")):
         return None
-    instruction, found, query = text[len(_QUERY_HEAD) : -1].partition(_QUERY)
-    return Wrapped(instruction, query) if found else None
+    instruction, separator, query = text[len(_QUERY_HEAD) : -1].partition(_QUERY)
+    return Wrapped(instruction, query) if separator else None
 
 
 def unwrap_document(text: str) -> str:
-    """Return the document inside the published template; a text that does not wear exactly that is returned as is."""
+    """Return the document inside the published template; `text` itself if it is not exactly that template."""
     if text.startswith(_DOCUMENT_HEAD) and text.endswith(SUFFIX):
         return text[len(_DOCUMENT_HEAD) : -len(SUFFIX)]
     return text
 
 
 def looks_wrapped(text: str) -> bool:
-    """Whether a text begins as prompt templates of this model do."""
+    """Whether a text begins like a prompt template of this model."""
     return text.lstrip().startswith(_LIKELY) if text[:1].isspace() else text.startswith(_LIKELY)

@@ -1,7 +1,7 @@
-"""Scores that are remembered: who asks the same again waits neither for the queue nor for the device.
+"""The score cache: a repeated document waits neither for the queue nor for the device.
 
-An entry is one document's score. Its key is all that the score depends on and a request can change. The model and the
-settings are not in it: a process has one of each, and its cache ends with it.
+An entry is one document's score. Its key holds everything that the score depends on and a request can change. Model and
+settings are not in the key: a process has one of each, and its cache ends with it.
 """
 
 from __future__ import annotations
@@ -10,78 +10,93 @@ import hashlib
 import json
 import secrets
 import struct
-from collections.abc import Awaitable, Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from cachetools import LRUCache
-
-from reranker.scheduler.events import Observer
 from reranker.types import Chunk, DocumentScore, RerankRequest
 
-# Logit, prompt tokens, truncated, query truncated; of the best chunk its place (-1: the document was not split), start
+# Logit, prompt tokens, truncated, query truncated; of the best chunk the index (-1: the document was not split), start
 # and stop.
 _ENTRY = struct.Struct("<dI??bII")
 
 
-class ScoreCache:
-    """The scores of the documents that were asked for last. For one event loop; nothing here may run beside it.
+@dataclass(slots=True)
+class Lookup:
+    """The cached scores of one request, and a request for the documents without one."""
 
-    Keys and entries are short byte strings: as objects, a million of them would be looked through by every full garbage
-    collection, and all requests would wait for that.
+    keys: list[bytes]
+    """One per document; equal documents share a key."""
+    known: dict[bytes, DocumentScore]
+    missing_keys: list[bytes]
+    missing: RerankRequest | None
+    """One document per missing key; None: all scores are known."""
+
+    @property
+    def scores(self) -> list[DocumentScore]:
+        """One score per document, in order; `ScoreCache.store` must have entered the missing ones."""
+        return [self.known[key] for key in self.keys]
+
+
+class ScoreCache:
+    """A least-recently-used cache of scores, for one event loop.
+
+    Keys and entries are short byte strings: every full garbage collection would scan a million objects, and pause all
+    requests.
 
     Args:
-        entries: documents; at least 1. What `SCORE_CACHE_ENTRIES` says about their size is measured by a test.
-        observer: told how many were known.
+        entries: documents; at least 1. A test measures the size that `SCORE_CACHE_ENTRIES` documents.
     """
 
-    def __init__(self, entries: int, observer: Observer) -> None:
-        self._entries: LRUCache[bytes, bytes] = LRUCache(entries)
-        self._observer = observer
+    def __init__(self, entries: int) -> None:
+        self._max_entries = entries
+        self._entries: OrderedDict[bytes, bytes] = OrderedDict()
+        """Least recently used first."""
         self._secret = secrets.token_bytes(16)
-        """Of the hash: without it nobody can look for two texts that collide."""
+        """Of the hash: without it a client could search for two texts that collide."""
 
-    async def scores(
-        self, request: RerankRequest, score: Callable[[RerankRequest], Awaitable[Sequence[DocumentScore]]]
-    ) -> list[DocumentScore]:
-        """What each document of a request got. `score` is called with the documents that are not known, if there are
-        any; a document that stands several times in the request is scored once.
-
-        What `score` raises is passed on, and nothing is remembered of that request. Two requests for the same that
-        come at the same time are both scored.
-        """
+    def lookup(self, request: RerankRequest) -> Lookup:
+        """Return the cached scores of a request; equal documents are missing at most once."""
         keys = self._keys(request)
-        known = {key: _unpack(entry) for key in keys if (entry := self._entries.get(key)) is not None}
-        if not request.truncate_query:  # a query that does not fit is an error to this client, and one to the scorer
-            known = {key: found for key, found in known.items() if not found.query_truncated}
-        rest: dict[bytes, int] = {}
+        known = {key: _unpack(self._entries[key]) for key in keys if key in self._entries}
+        for key in known:
+            self._entries.move_to_end(key)
+        if not request.truncate_query:  # then a query that does not fit is an error, which the scorer raises
+            known = {key: score for key, score in known.items() if not score.query_truncated}
+        missing: dict[bytes, int] = {}
         for i, key in enumerate(keys):
             if key not in known:
-                rest.setdefault(key, i)
-        if rest:
-            new = dict(zip(rest, await score(request.only(list(rest.values()))), strict=True))
-            self._entries.update((key, _pack(found)) for key, found in new.items())
-            known |= new
-        self._observer.cache_used(len(keys) - len(rest), len(rest))
-        return [known[key] for key in keys]
+                missing.setdefault(key, i)
+        return Lookup(keys, known, list(missing), request.only(list(missing.values())) if missing else None)
+
+    def store(self, lookup: Lookup, scores: Sequence[DocumentScore]) -> None:
+        """Enter the scores of `lookup.missing`, in its order, into the cache and the lookup."""
+        for key, score in zip(lookup.missing_keys, scores, strict=True):
+            lookup.known[key] = score
+            self._entries[key] = _pack(score)
+            self._entries.move_to_end(key)
+            if len(self._entries) > self._max_entries:
+                self._entries.popitem(last=False)
 
     def _keys(self, request: RerankRequest) -> list[bytes]:
-        """On the event loop: hashing texts takes about as long as it took to read them out of their JSON."""
-        # JSON says where each part ends, and holds no lone surrogate. No instruction is the default one, of which a
-        # process has one too; who spells it out has entries of his own.
+        """Hash on the event loop: it takes about as long as parsing the same texts from JSON did."""
+        # JSON marks where each part ends, and escapes lone surrogates. A missing instruction means the default one, of
+        # which a process has only one; a client that spells it out has its own entries.
         options = request.max_tokens_per_doc, request.max_chunks_per_doc, request.truncate
         head = json.dumps([request.instruction, request.query, *options]).encode()
         common = hashlib.blake2b(head, digest_size=16, key=self._secret)
         keys = []
         for document in request.documents:
-            hashed = common.copy()
-            hashed.update(document.encode(errors="surrogatepass"))
-            keys.append(hashed.digest())
+            digest = common.copy()
+            digest.update(document.encode(errors="surrogatepass"))
+            keys.append(digest.digest())
         return keys
 
 
 def _pack(score: DocumentScore) -> bytes:
     chunk = score.best_chunk or Chunk(-1, 0, 0)
-    cut = score.truncated, score.query_truncated
-    return _ENTRY.pack(score.logit, score.prompt_tokens, *cut, chunk.index, chunk.start, chunk.stop)
+    truncated = score.truncated, score.query_truncated
+    return _ENTRY.pack(score.logit, score.prompt_tokens, *truncated, chunk.index, chunk.start, chunk.stop)
 
 
 def _unpack(entry: bytes) -> DocumentScore:

@@ -1,7 +1,6 @@
-"""The one thread that computes: it loads the scorer, then runs its forward passes, each within its time.
+"""The compute thread: loads the scorer, then runs its forward passes, each within a timeout.
 
-A thread that hangs cannot be ended, only left behind with its process; so every time that runs out is an error for
-which the worker ends.
+Python cannot stop a hung thread, so every timeout here is fatal: the worker exits.
 """
 
 from __future__ import annotations
@@ -20,42 +19,40 @@ T = TypeVar("T")
 
 
 class ScorerLike(Protocol):
-    """What the service needs of a Scorer; `encode` and `pack` run beside `score`, in other threads.
-
-    What `pack` returns is the scorer's own affair.
-    """
+    """The part of a Scorer that the service uses; `encode` and `pack` run in other threads, beside `score`."""
 
     max_batch_tokens: int
     max_batch_documents: int
 
     @property
     def info(self) -> ModelInfo:
-        """What was loaded and chosen."""
+        """The model and the options chosen for it."""
 
     @property
     def memory(self) -> int:
-        """Bytes of the device's memory that this process holds."""
+        """Bytes of device memory held by this process."""
 
     def encode(self, request: RerankRequest) -> EncodedRequest:
-        """Texts to tokens."""
+        """Tokenise a request."""
 
     def pack(self, slices: Sequence[Slice]) -> Any:
-        """Lay slices out for one forward pass."""
+        """Lay slices out for one forward pass, in a form that only `score` reads."""
 
     def score(self, batch: Any) -> list[float]:
-        """Logits of the batch's documents."""
+        """Return the logits of the batch's documents."""
 
 
 def catch_panics(function: Callable[P, T]) -> Callable[P, T]:
-    """The same for a thread: a panic of the tokenizer, which is no Exception, is one. Nobody could tell it from a
-    cancellation or an exit, and it would pass all who deal with errors.
+    """Turn a panic of the tokenizer into a RuntimeError.
+
+    A panic is a BaseException, so it would pass every `except Exception` and look like a cancellation or an exit.
     """
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return function(*args, **kwargs)
-        except Exception:  # goes on as it is
+        except Exception:
             raise
         except BaseException as error:
             raise RuntimeError(f"{type(error).__name__}: {error}") from error
@@ -64,13 +61,13 @@ def catch_panics(function: Callable[P, T]) -> Callable[P, T]:
 
 
 class ComputeThread:
-    """Loads and scores.
+    """Loads a scorer and scores with it.
 
     Args:
         load: makes the scorer.
-        load_timeout: seconds that it may take.
-        pass_timeout: seconds that a forward pass may take. One that takes longer than any request waits serves nobody,
-            and holds up everybody.
+        load_timeout: max seconds of `load`.
+        pass_timeout: max seconds of a forward pass; above every request's timeout, so a longer pass is useless to all
+            clients and blocks them.
     """
 
     def __init__(self, load: Callable[[], ScorerLike], *, load_timeout: float, pass_timeout: float) -> None:
@@ -81,28 +78,28 @@ class ComputeThread:
         self._hangs = False
 
     async def load(self) -> ScorerLike:
-        """The scorer.
+        """Load the scorer.
 
         Raises:
-            TimeoutError: not loaded in time.
-            Exception: whatever a checkpoint can break.
+            TimeoutError: `load_timeout` is over.
+            Exception: any error of `load`, depending on the checkpoint.
         """
         work = asyncio.get_running_loop().run_in_executor(self._pool, catch_panics(self._load))
         try:
             return await asyncio.wait_for(work, self.load_timeout)
         except TimeoutError:
             if not work.cancelled():
-                raise  # its own: of a download, for one
+                raise  # of `load` itself: a download, for example
             raise TimeoutError(f"the model was not loaded within LOAD_TIMEOUT={self.load_timeout:g} s") from None
 
     async def score(self, scorer: ScorerLike, slices: Sequence[Slice], packed: Any) -> list[float]:
-        """Logits of the slices' documents; `packed`: what `pack` made of them, or None where it was not called yet.
+        """Return the logits of the slices' documents; `packed` is the result of `pack`, or None to pack here.
 
         Raises:
-            DeviceLostError: the device is lost, or the forward pass hangs.
-            Exception: the scorer's.
+            DeviceLostError: the device is lost, or a forward pass hangs.
+            Exception: any error of the scorer.
         """
-        if not self._hangs:  # else a batch that was packed meanwhile would wait as long again
+        if not self._hangs:  # otherwise a batch packed during the hung pass would wait for the timeout again
             work = asyncio.get_running_loop().run_in_executor(self._pool, _score, scorer, slices, packed)
             try:
                 return await asyncio.wait_for(work, self.pass_timeout)
@@ -116,7 +113,7 @@ class ComputeThread:
         )
 
     def close(self) -> None:
-        """Start nothing more; what runs is left behind."""
+        """Start no further work; a running pass is abandoned."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 

@@ -1,48 +1,59 @@
-"""What the batcher tells whoever watches it. The batcher knows only this; metrics.py is the one that counts."""
+"""Events of the batcher, and the Protocol of their observer: http/metrics.py implements it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 from reranker.types import ModelInfo, RerankResult
+
+Status = Literal["loading", "ok", "draining", "unhealthy"]
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardPass:
-    """One batch that the device has scored."""
+    """One scored batch."""
 
     documents: int
     tokens: int
-    """In the packed sequence: of every prefix what the model does not keep, once."""
+    """Of the packed sequence: each prefix once, without its cached part."""
     prompt_tokens: int
-    """The same prompts as the model reads them: the prefix in front of every document."""
+    """Of the same prompts as the model reads them: the prefix before every document."""
     budget: int
-    """Most tokens that the pass could have taken."""
+    """Max tokens of the pass."""
     seconds: float
     memory: int
-    """Bytes of the device's memory that this process holds behind the pass."""
+    """Bytes of device memory held by this process after the pass."""
 
 
-class Observer:
-    """Sees everything and does nothing. The methods are called on the event loop and must return at once."""
+class Observer(Protocol):
+    """An observer of the batcher. Its methods run on the event loop and must return immediately."""
 
-    def status_changed(self, status: str) -> None:
-        """The batcher is now "loading", "ok", "draining" or "unhealthy"."""
+    def status_changed(self, status: Status) -> None:
+        """The batcher has a new status."""
 
     def loaded(self, info: ModelInfo, memory: int) -> None:
-        """The scorer is there and holds `memory` bytes of its device."""
+        """The scorer is loaded and holds `memory` bytes of its device."""
 
     def queue_changed(self, tokens: int) -> None:
-        """So many tokens wait now."""
+        """`tokens` are pending now."""
 
     def request_started(self, wait: float) -> None:
-        """The first document of a request goes to the device, `wait` seconds after it was queued."""
+        """The first document of a request goes to the device, `wait` seconds after the request was queued."""
 
     def pass_ended(self, done: ForwardPass) -> None:
         """The device has scored a batch."""
 
     def cache_used(self, hits: int, misses: int) -> None:
-        """A request has all its logits: of so many documents they were known, of so many they had to be computed."""
+        """A request was answered with the scores of `hits` cached documents and `misses` computed ones."""
 
     def request_scored(self, result: RerankResult) -> None:
-        """A request has all its logits."""
+        """A request has all its scores."""
+
+
+class NullObserver:
+    """An observer that ignores every event."""
+
+    def _ignore(self, *args: Any, **kwargs: Any) -> None: ...
+
+    status_changed = loaded = queue_changed = request_started = pass_ended = cache_used = request_scored = _ignore

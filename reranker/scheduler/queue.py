@@ -1,81 +1,82 @@
 """The queue between clients and the device: counted in tokens; each batch serves the smallest and the oldest.
 
-Pure bookkeeping for one event loop: no thread, no clock of its own, nothing asynchronous.
+Pure bookkeeping for one event loop: no thread, no clock, no coroutine.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from reranker.engine.budget import fit
 from reranker.types import EncodedRequest, Slice
 
 
-def small(budget: int) -> int:
-    """Most tokens of a small request: it fits into half of a forward pass."""
-    return budget // 2
+def max_small_tokens(max_batch_tokens: int) -> int:
+    """Max tokens of a small request: half of a forward pass."""
+    return max_batch_tokens // 2
 
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """A request on its way through the batches."""
+    """A tokenised request, scored by one or more batches."""
 
     request: EncodedRequest
     done: asyncio.Future[None]
-    """Resolved when every document has its logit, or with the error; cancelled when nobody waits for it any more."""
+    """Resolved with the last logit, or with the error; cancelled when the client gives up."""
     queued_at: float
     started_at: float = math.nan
     """When its first document went to the device."""
     logits: list[float] = field(init=False)
     """One per document; NaN until it is scored."""
-    taken: int = field(init=False, default=0)
-    """Documents handed to batches so far."""
-    scored: int = field(init=False, default=0)
-    tokens: int = field(init=False)
-    """Tokens that still wait."""
+    pending_from: int = field(init=False, default=0)
+    """Index of the first document that no batch has yet."""
+    scored_documents: int = field(init=False, default=0)
+    pending_tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.logits = [math.nan] * len(self.request.documents)
-        self.tokens = self.request.tokens
+        self.pending_tokens = self.request.tokens
 
     @property
-    def documents(self) -> int:
-        """Documents that still wait."""
-        return len(self.request.documents) - self.taken
+    def pending_documents(self) -> int:
+        """Documents that no batch has yet."""
+        return len(self.request.documents) - self.pending_from
 
     def take(self, stop: int) -> Slice:
-        """The documents from where the last slice stopped."""
-        part = Slice(self.request, self.taken, stop)
-        self.taken = stop
-        self.tokens -= sum(map(len, part.documents))
+        """Remove the documents from the first pending one up to `stop`."""
+        part = Slice(self.request, self.pending_from, stop)
+        self.pending_from = stop
+        self.pending_tokens -= sum(map(len, part.documents))
         return part
 
     def fill(self, part: Slice, logits: list[float]) -> None:
         """Enter the logits of a slice; the last one resolves the job."""
         self.logits[part.start : part.stop] = logits
-        self.scored += len(logits)
-        if self.scored == len(self.logits) and not self.done.done():
+        self.scored_documents += len(logits)
+        if self.scored_documents == len(self.logits) and not self.done.done():
             self.done.set_result(None)
 
     def fail(self, error: Exception) -> None:
-        """Resolve the job with an error; what still waits of it is dropped."""
+        """Resolve the job with an error; the queue drops its pending documents."""
         if not self.done.done():
             self.done.set_exception(error)
 
 
+Batch = list[tuple[Job, Slice]]
+
+
 class TokenQueue:
-    """Jobs that wait, and how many tokens they hold."""
+    """Jobs with pending documents."""
 
     def __init__(self) -> None:
         self._jobs: list[Job] = []
         """Oldest first."""
         self._odd = 0
-        """0 and 1 by turns: who gets the odd one of an odd number of documents."""
+        """Alternates between 0 and 1: which half of a batch gets the odd document."""
         self.tokens = 0
-        """Tokens of all waiting jobs, abandoned ones included until the next `take` or `drop_abandoned`."""
+        """Pending tokens of all jobs; those of a resolved job count until the next `take` or `drop_finished`."""
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -83,51 +84,48 @@ class TokenQueue:
     def put(self, job: Job) -> None:
         """Append a job."""
         self._jobs.append(job)
-        self.tokens += job.tokens
+        self.tokens += job.pending_tokens
 
-    def drop_abandoned(self) -> None:
-        """Forget the jobs that nobody waits for any more."""
-        self._keep(lambda job: not job.done.done())
+    def drop_finished(self) -> None:
+        """Drop the jobs that failed, whose client gave up, or without pending documents."""
+        self._jobs = [job for job in self._jobs if job.pending_documents and not job.done.done()]
+        self.tokens = sum(job.pending_tokens for job in self._jobs)
 
-    def take(self, max_tokens: int, max_documents: int) -> list[tuple[Job, Slice]]:
-        """The next batch: whatever waits, up to both limits; empty only when no live job waits.
+    def take(self, max_tokens: int, max_documents: int) -> Batch:
+        """Remove the next batch: pending documents up to both limits; empty if no unresolved job is pending.
 
-        Half of it is for small jobs, and where there are none for those with the least left to do: so a small request
-        is in the next batch, however many huge ones wait. The rest is for the oldest, so that it is done in time,
-        however many small ones come. Jobs are cut between documents. A document of the oldest that is larger than
-        what is left goes along all the same.
+        Half of it is for small jobs, or without any for those with the fewest pending tokens, so that a small request
+        is in the next batch however many huge ones are pending. The rest is for the oldest job, so that it ends in time
+        however many small ones arrive. Jobs are split between documents. The oldest job may exceed the limit by one
+        document.
         """
-        self.drop_abandoned()
+        self.drop_finished()
         if not self._jobs:
             return []
         oldest, *others = self._jobs
         self._odd ^= 1
-        half = small(max_tokens)
-        tokens = max(half, max_tokens - oldest.tokens)
-        documents = max((max_documents + self._odd) // 2, max_documents - oldest.documents)
-        batch: list[tuple[Job, Slice]] = []
-        for job in sorted(others, key=lambda job: max(half, job.tokens)):  # of equal ones the older first
-            stop = fit(job.request, job.taken, tokens, documents)
-            if stop == job.taken:
+        half = max_small_tokens(max_tokens)
+        tokens = max(half, max_tokens - oldest.pending_tokens)
+        documents = max((max_documents + self._odd) // 2, max_documents - oldest.pending_documents)
+        oldest_tokens, oldest_documents = max_tokens - tokens, max_documents - documents
+        batch: Batch = []
+        for job in sorted(others, key=lambda job: max(half, job.pending_tokens)):  # stable: of equal ones the older
+            stop = fit(job.request, job.pending_from, tokens, documents)
+            if stop == job.pending_from:
                 break
             part = job.take(stop)
             batch.append((job, part))
             tokens, documents = tokens - part.tokens, documents - (stop - part.start)
-            max_tokens, max_documents = max_tokens - part.tokens, max_documents - (stop - part.start)
-        if max_documents > 0:
-            stop = fit(oldest.request, oldest.taken, max_tokens, max_documents)
-            batch.append((oldest, oldest.take(max(stop, oldest.taken + 1))))
-        self._keep(lambda job: job.documents > 0)
+        if documents + oldest_documents > 0:
+            stop = fit(oldest.request, oldest.pending_from, tokens + oldest_tokens, documents + oldest_documents)
+            batch.append((oldest, oldest.take(max(stop, oldest.pending_from + 1))))
+        self.drop_finished()
         return batch
 
-    def tokens_up_to(self, most: int) -> int:
-        """Tokens of the jobs that have at most so many left."""
-        return sum(job.tokens for job in self._jobs if job.tokens <= most)
+    def tokens_up_to(self, max_tokens: int) -> int:
+        """Pending tokens of the jobs that have at most `max_tokens`."""
+        return sum(job.pending_tokens for job in self._jobs if job.pending_tokens <= max_tokens)
 
     def clear(self) -> None:
-        """Take everything out."""
+        """Drop all jobs."""
         self._jobs, self.tokens = [], 0
-
-    def _keep(self, wanted: Callable[[Job], bool]) -> None:
-        self._jobs = list(filter(wanted, self._jobs))
-        self.tokens = sum(job.tokens for job in self._jobs)

@@ -1,6 +1,6 @@
-"""Tokenising, in host threads: short requests that come together share a trip to a thread, long ones go by turns.
+"""Tokenising in host threads: small requests are micro-batched into one executor call, large ones are split.
 
-A trip costs as much as tokenising a few sentences: two threads wake each other and pass Python's lock to and fro.
+A call costs as much as tokenising a few sentences: two threads wake each other and exchange Python's lock.
 """
 
 from __future__ import annotations
@@ -14,105 +14,110 @@ from typing import NamedTuple
 from reranker.scheduler.compute import ScorerLike, catch_panics
 from reranker.types import EncodedRequest, RerankRequest
 
-# Texts are tokenised in parts of about so many characters, by turns: 0.1 s of work, so that nobody waits for long.
-_PART_CHARACTERS = 200_000
-# What shares a trip: 1 ms of work, for which its first request waits for its last one.
-_TRIP_CHARACTERS = 2_000
+# A larger request is tokenised in parts of this size: 0.1 s of work each, so that other large requests get their turn.
+_MAX_PART_CHARACTERS = 200_000
+# 1 ms of work: the delay of a microbatch's first request by its last one.
+_MAX_MICROBATCH_CHARACTERS = 2_000
 
 Outcome = EncodedRequest | Exception | None
-"""None: nobody waited for it any more."""
+"""None: the request was cancelled."""
 
 
-class Passenger(NamedTuple):
-    """A request that waits for its trip."""
+class Pending(NamedTuple):
+    """A request without its tokens."""
 
     request: RerankRequest
     characters: int
     encoded: asyncio.Future[EncodedRequest]
 
 
-class Encoder:
-    """Two threads for most requests, and two for big ones, so that nobody is tokenised behind those."""
+class TokenizerPool:
+    """Two threads for most requests, and two for large ones, which would delay the others."""
 
     def __init__(self) -> None:
         self._host = ThreadPoolExecutor(2, thread_name_prefix="host")
         self._bulk = ThreadPoolExecutor(2, thread_name_prefix="bulk")
-        self._waiting: list[Passenger] = []
-        """What came in this turn of the event loop."""
+        self._pending: list[Pending] = []
+        """Requests of this iteration of the event loop."""
 
     async def encode(self, scorer: ScorerLike, request: RerankRequest) -> EncodedRequest:
-        """Texts to tokens.
+        """Tokenise a request.
 
         Raises:
-            Exception: the scorer's.
+            Exception: any error of the scorer.
         """
         loop = asyncio.get_running_loop()
         characters = request.characters
-        if characters <= _PART_CHARACTERS:
-            encoded: asyncio.Future[EncodedRequest] = loop.create_future()
-            if not self._waiting:
-                loop.call_soon(self._depart, scorer)
-            self._waiting.append(Passenger(request, characters, encoded))
-            return await encoded
-        parts: list[EncodedRequest] = []
-        start = size = 0
-        for i, document in enumerate(request.documents):
-            size += len(document)
-            if size >= _PART_CHARACTERS or i == len(request.documents) - 1:
-                part = request.only(range(start, i + 1))
-                parts.append(await loop.run_in_executor(self._bulk, catch_panics(scorer.encode), part))
-                start, size = i + 1, 0
-        return EncodedRequest.join(parts)
+        if characters > _MAX_PART_CHARACTERS:
+            encode = catch_panics(scorer.encode)
+            return EncodedRequest.join(
+                [await loop.run_in_executor(self._bulk, encode, part) for part in _parts(request)]
+            )
+        encoded: asyncio.Future[EncodedRequest] = loop.create_future()
+        if not self._pending:
+            loop.call_soon(self._submit, scorer)
+        self._pending.append(Pending(request, characters, encoded))
+        return await encoded
 
     def close(self) -> None:
-        """Start nothing more."""
+        """Cancel the pending requests and start no further work."""
         for pool in (self._host, self._bulk):
             pool.shutdown(wait=False, cancel_futures=True)
-        for passenger in self._waiting:
-            passenger.encoded.cancel()
-        self._waiting = []
+        for pending in self._pending:
+            pending.encoded.cancel()
+        self._pending = []
 
-    def _depart(self, scorer: ScorerLike) -> None:
-        waiting, self._waiting = self._waiting, []
-        for trip in _trips(waiting):
-            work = asyncio.get_running_loop().run_in_executor(self._host, _encode, scorer, trip)
-            work.add_done_callback(partial(_arrive, trip))
+    def _submit(self, scorer: ScorerLike) -> None:
+        requests, self._pending = self._pending, []
+        for microbatch in _microbatches(requests):
+            work = asyncio.get_running_loop().run_in_executor(self._host, _encode, scorer, microbatch)
+            work.add_done_callback(partial(_resolve, microbatch))
 
 
-def _trips(waiting: list[Passenger]) -> Iterator[list[Passenger]]:
-    trip: list[Passenger] = []
+def _parts(request: RerankRequest) -> Iterator[RerankRequest]:
+    """Split a request between documents into parts of about `_MAX_PART_CHARACTERS`."""
+    start = size = 0
+    for i, document in enumerate(request.documents):
+        size += len(document)
+        if size >= _MAX_PART_CHARACTERS or i == len(request.documents) - 1:
+            yield request.only(range(start, i + 1))
+            start, size = i + 1, 0
+
+
+def _microbatches(requests: list[Pending]) -> Iterator[list[Pending]]:
+    microbatch: list[Pending] = []
     size = 0
-    for passenger in waiting:
-        if trip and size + passenger.characters > _TRIP_CHARACTERS:
-            yield trip
-            trip, size = [], 0
-        trip.append(passenger)
-        size += passenger.characters
-    if trip:
-        yield trip
+    for pending in requests:
+        if microbatch and size + pending.characters > _MAX_MICROBATCH_CHARACTERS:
+            yield microbatch
+            microbatch, size = [], 0
+        microbatch.append(pending)
+        size += pending.characters
+    if microbatch:
+        yield microbatch
 
 
-def _encode(scorer: ScorerLike, trip: list[Passenger]) -> list[Outcome]:
-    """In a host thread."""
+def _encode(scorer: ScorerLike, microbatch: list[Pending]) -> list[Outcome]:
+    """Tokenise in a host thread; an error fails only its own request."""
     outcomes: list[Outcome] = []
     encode = catch_panics(scorer.encode)
-    for passenger in trip:
+    for pending in microbatch:
         try:
-            outcomes.append(None if passenger.encoded.done() else encode(passenger.request))
-        except Exception as error:  # its own request's alone
+            outcomes.append(None if pending.encoded.done() else encode(pending.request))
+        except Exception as error:
             outcomes.append(error)
     return outcomes
 
 
-def _arrive(trip: list[Passenger], work: asyncio.Future[list[Outcome]]) -> None:
-    if work.cancelled():  # the service stops
-        for passenger in trip:
-            passenger.encoded.cancel()
+def _resolve(microbatch: list[Pending], work: asyncio.Future[list[Outcome]]) -> None:
+    if work.cancelled():  # by `close`
+        for pending in microbatch:
+            pending.encoded.cancel()
         return
-    for passenger, outcome in zip(trip, work.result(), strict=True):
-        if passenger.encoded.done():
+    for pending, outcome in zip(microbatch, work.result(), strict=True):
+        if pending.encoded.done():
             continue
         if isinstance(outcome, Exception):
-            passenger.encoded.set_exception(outcome)
+            pending.encoded.set_exception(outcome)
         elif outcome is not None:
-            passenger.encoded.set_result(outcome)
+            pending.encoded.set_result(outcome)

@@ -172,7 +172,7 @@ def test_a_busy_service_and_an_unexpected_error_can_be_read(monkeypatch: pytest.
         ):
             batcher: Batcher = app.state.batcher
             await batcher.wait_until_loaded()
-            batcher.max_requests = 0
+            batcher.admission.max_requests = 0
             busy = await client.post("/v1/rerank", json=BODY, headers={"Origin": APP})
             monkeypatch.setattr(batcher, "check_capacity", lambda seconds: 1 / 0)
             return [busy, await client.post("/v1/rerank", json=BODY, headers={"Origin": APP})]

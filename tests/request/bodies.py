@@ -1,4 +1,4 @@
-"""Rows of a batch that mean what a body of the same fields means, and rows that are refused."""
+"""Bodies whose rows in a batch have the same meaning, and bodies that are refused."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from reranker.request.template import SUFFIX, SYSTEM
 
 
 def wear(query: str, documents: list[str], instruction: str = "I") -> dict[str, Any]:
-    """Texts in the template that vLLM's and vllm-ascend's published clients put around them."""
+    """Texts in the template of the clients that vLLM and vllm-ascend publish."""
     return {
         "query": f"{SYSTEM}<Instruct>: {instruction}\n<Query>: {query}\n",
         "documents": [f"<Document>: {document}{SUFFIX}" for document in documents],

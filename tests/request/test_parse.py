@@ -1,6 +1,6 @@
-"""reranker/request/parse.py alone: what each field means, what is refused and what is reported as not read.
+"""reranker/request/parse.py alone: the meaning of each field, the errors, and the reports of unread fields.
 
-tests/http/test_notices.py sends the same to a real service.
+tests/http/test_notices.py sends the same bodies to a real service.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def parse(**more: Any) -> ParsedRequest:
     return parse_request(BODY | more)
 
 
-def refused(**more: Any) -> str:
+def error_of(**more: Any) -> str:
     with pytest.raises(InvalidRequestError) as caught:
         parse_request({name: value for name, value in (BODY | more).items() if value is not ...})
     assert caught.value.status == 422
@@ -81,17 +81,17 @@ WRONG_COUNTS = [
 @pytest.mark.parametrize("value", WRONG_COUNTS, ids=repr)
 def test_other_counts_are_refused(name: str, value: object) -> None:
     for model in ({}, {"model": "m"}):
-        assert refused(**{name: value}, **model) == f"{name}: must be a whole number of at least 1, or null"
+        assert error_of(**{name: value}, **model) == f"{name}: must be a whole number of at least 1, or null"
 
 
 @pytest.mark.parametrize("name", COUNTS)
 @pytest.mark.parametrize("zero", [0, 0.0, "0"])
-def test_zero_is_not_set_beside_a_model_and_wrong_in_a_native_body(name: str, zero: object) -> None:
+def test_zero_means_not_set_beside_a_model_and_is_an_error_in_a_native_body(name: str, zero: object) -> None:
     assert meaning(parse(**{name: zero}, model="m")) == meaning(parse())
     assert parse(**{name: zero}, model="").ignored == ()
     assert count_of(parse_request({"query": "q", "texts": ["a"], "model": "m", name: zero}), name) is None
     for model in ({}, {"model": None}):
-        assert refused(**{name: zero}, **model) == f"{name}: must be a whole number of at least 1, or null"
+        assert error_of(**{name: zero}, **model) == f"{name}: must be a whole number of at least 1, or null"
 
 
 def test_very_large_counts() -> None:
@@ -115,7 +115,7 @@ def test_flags(name: str, value: object) -> None:
 @pytest.mark.parametrize("name", FLAGS)
 @pytest.mark.parametrize("value", ["maybe", "yes", 2, -1, 0.5, [], [True], {}, "tru e"], ids=repr)
 def test_other_flags_are_refused(name: str, value: object) -> None:
-    assert refused(**{name: value}) == f"{name}: must be true or false"
+    assert error_of(**{name: value}) == f"{name}: must be true or false"
 
 
 @pytest.mark.parametrize(
@@ -130,20 +130,20 @@ def test_use_activation_false_asks_for_logits_as_raw_scores_does(
 
 @pytest.mark.parametrize("name", OPTIONAL)
 @pytest.mark.parametrize("value", [None, ""])
-def test_null_and_an_empty_string_are_as_absent(name: str, value: object) -> None:
+def test_null_and_an_empty_string_count_as_absent(name: str, value: object) -> None:
     parsed = parse(**{name: value})
     assert meaning(parsed) == meaning(parse())
-    assert parsed.has_model == (name == "model" and value == "")  # "" is any name of a model
+    assert parsed.has_model == (name == "model" and value == "")  # "" is a model name
     assert parsed.ignored == parsed.warnings == ()
     assert parse(stranger=value).ignored == ()
 
 
-def test_nulls_count_in_no_membership_test() -> None:
+def test_null_selects_no_dialect() -> None:
     assert not parse(texts=None, model=None).is_tei
     tei = parse_request({"query": "q", "documents": None, "texts": ["a"], "model": None})
     assert (tei.is_tei, tei.has_model, tei.request.documents) == (True, False, ["a"])
-    assert refused(query=None).startswith("query: is required")
-    assert refused(documents=None, texts=None) == "documents: is required"
+    assert error_of(query=None).startswith("query: is required")
+    assert error_of(documents=None, texts=None) == "documents: is required"
 
 
 def test_truncation_by_shape() -> None:
@@ -163,9 +163,7 @@ def test_truncation_by_shape() -> None:
         ("max_chunks_per_doc", "max_chunk_per_doc", 3, 4),
     ],
 )
-def test_of_two_names_the_first_is_read_and_another_value_is_reported(
-    name: str, alias: str, one: object, other: object
-) -> None:
+def test_an_alias_with_another_value_is_reported(name: str, alias: str, one: object, other: object) -> None:
     assert meaning(parse(**{alias: one})) == meaning(parse(**{name: one}))
     both = parse(**{alias: other, name: one})
     assert meaning(both) == meaning(parse(**{name: one}))
@@ -179,18 +177,18 @@ def test_the_instruction_of_vllm_s_clients_is_read(key: str) -> None:
     for body in (BODY, {"query": "q", "texts": ["a"]}):
         parsed = parse_request(body | {"chat_template_kwargs": values})
         assert (parsed.request.instruction, parsed.warnings) == ("i\ufffd", ())
-    for kept in ({"instruction": "j"}, {"instruct": "j"}):
-        parsed = parse(chat_template_kwargs={key: "i"}, **kept)
+    for own in ({"instruction": "j"}, {"instruct": "j"}):
+        parsed = parse(chat_template_kwargs={key: "i"}, **own)
         assert (parsed.request.instruction, parsed.ignored) == ("j", (f"chat_template_kwargs.{key}",))
         assert parsed.warnings == (f"chat_template_kwargs.{key} is not read beside another instruction",)
-        same = parse(chat_template_kwargs={key: "j"}, **kept)
+        same = parse(chat_template_kwargs={key: "j"}, **own)
         assert (same.request.instruction, same.warnings) == ("j", ())
 
 
 @pytest.mark.parametrize(
     "values", [None, "", 3, [], "instruction", {}, {"instruction": None}, {"instruct": ""}, {"prompt": "i"}]
 )
-def test_a_chat_template_s_values_without_an_instruction_are_no_news(values: object) -> None:
+def test_chat_template_values_without_an_instruction_are_not_reported(values: object) -> None:
     parsed = parse(chat_template_kwargs=values)
     assert (parsed.request.instruction, parsed.warnings) == (None, ())
 
@@ -198,7 +196,7 @@ def test_a_chat_template_s_values_without_an_instruction_are_no_news(values: obj
 @pytest.mark.parametrize("value", [3, True, [], {}])
 def test_an_instruction_of_a_chat_template_must_be_a_string(value: object) -> None:
     for key in ("instruction", "instruct"):
-        line = refused(chat_template_kwargs={key: value}, instruction="own")
+        line = error_of(chat_template_kwargs={key: value}, instruction="own")
         assert line.startswith(f"chat_template_kwargs.{key}: must be a string; got ")
 
 
@@ -209,7 +207,7 @@ def test_documents_beside_texts_are_reported() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "meant"),
+    ("name", "field"),
     [
         *[(name, "top_k") for name in ("topk", "topK", "top-k", "Top_K", "k", "limit", "num_results")],
         *[(name, "top_n") for name in ("topn", "topN", "top_nn")],
@@ -223,10 +221,10 @@ def test_documents_beside_texts_are_reported() -> None:
         *[(name, "") for name in ("x", "zebra", "temperature", "stream", "options", "question", "docs")],
     ],
 )
-def test_an_unread_name_is_reported_with_what_it_may_mean(name: str, meant: str) -> None:
+def test_an_unread_name_is_reported_with_the_field_it_resembles(name: str, field: str) -> None:
     parsed = parse(**{name: 3})
     assert parsed.ignored == (name,)
-    assert parsed.warnings == (f"{name} is not read" + (f"; did you mean {meant}?" if meant else ""),)
+    assert parsed.warnings == (f"{name} is not read" + (f"; did you mean {field}?" if field else ""),)
 
 
 HARMLESS = (
@@ -235,13 +233,13 @@ HARMLESS = (
 ).split()
 
 
-def test_what_real_clients_send_beside_is_no_news_and_documented() -> None:
+def test_harmless_fields_of_real_clients_are_not_reported_and_documented() -> None:
     assert parse(**dict.fromkeys(HARMLESS, "x")).ignored == ()
     text = (ROOT / "docs" / "clients.md").read_text(encoding="utf-8")
     assert [name for name in (*HARMLESS, "truncation_direction") if f"`{name}`" not in text] == []
 
 
-def test_a_direction_of_truncation_that_is_not_ours_is_reported() -> None:
+def test_an_unsupported_truncation_direction_is_reported() -> None:
     assert [parse(truncation_direction=way).ignored for way in ("Right", "right", None)] == [()] * 3
     assert parse(truncation_direction="Left").ignored == ("truncation_direction",)
 
@@ -253,7 +251,7 @@ NAME = st.text(st.characters(exclude_categories=()), max_size=80).filter(lambda 
 
 
 @given(st.dictionaries(NAME, st.just(1), max_size=30))
-def test_reported_names_are_few_short_and_harmless(names: dict[str, int]) -> None:
+def test_reported_names_are_few_and_short_tokens(names: dict[str, int]) -> None:
     parsed = parse_request(names | BODY)
     assert len(parsed.ignored) <= 10
     assert all(TOKEN.fullmatch(name) for name in parsed.ignored)
@@ -261,15 +259,15 @@ def test_reported_names_are_few_short_and_harmless(names: dict[str, int]) -> Non
     assert bool(parsed.ignored) == bool(names.keys() - set(HARMLESS))
 
 
-def test_an_empty_name_is_reported_as_something() -> None:
+def test_an_empty_name_is_reported_as_an_underscore() -> None:
     parsed = parse(**{"": 1})
     assert (parsed.ignored, parsed.warnings) == (("_",), ("_ is not read",))
 
 
-def test_a_hundred_thousand_names_cost_no_more_than_some() -> None:
+def test_a_hundred_thousand_names_are_reported_like_ten() -> None:
     many = {f"name{i}": i for i in range(100_000)}
     assert len(parse(**many).ignored) == 10
-    assert refused(documents=..., **many) == "documents: is required"
+    assert error_of(documents=..., **many) == "documents: is required"
     assert len(parse(documents=[{"text": "a"} | many, {"text": "b"} | many]).ignored) == 10
 
 
@@ -283,14 +281,14 @@ def test_a_hundred_thousand_names_cost_no_more_than_some() -> None:
 def test_a_wrong_name_of_a_required_field_is_named(field: str, names: str) -> None:
     for name in names.split():
         value = ["a"] if field == "documents" else "a"
-        assert refused(**{field: ..., name: value}) == (
+        assert error_of(**{field: ..., name: value}) == (
             f'{field}: is required; "{name}" is not read, did you mean {field}?'
         )
 
 
-def test_only_a_name_that_resembles_is_named() -> None:
-    assert refused(documents=..., secret=["a"], password=1) == "documents: is required"
-    assert refused(query=..., docs=1) == "query: is required"
+def test_only_a_similar_name_is_suggested() -> None:
+    assert error_of(documents=..., secret=["a"], password=1) == "documents: is required"
+    assert error_of(query=..., docs=1) == "query: is required"
 
 
 @pytest.mark.parametrize(
@@ -299,8 +297,8 @@ def test_only_a_name_that_resembles_is_named() -> None:
 )
 @pytest.mark.parametrize("name", ["documents", "texts"])
 def test_documents_must_be_a_list(name: str, value: object, kind: str) -> None:
-    assert refused(**{name: value}) == f'{name}: must be a list of texts, such as ["a", "b"]; got {kind}'
-    assert refused(**{name: []}) == f'{name}: must hold at least one text, such as ["a", "b"]; the list is empty'
+    assert error_of(**{name: value}) == f'{name}: must be a list of texts, such as ["a", "b"]; got {kind}'
+    assert error_of(**{name: []}) == f'{name}: must hold at least one text, such as ["a", "b"]; the list is empty'
 
 
 @pytest.mark.parametrize(
@@ -332,10 +330,10 @@ def test_other_keys_of_objects_are_reported_once_each() -> None:
     "document", [None, 3, ["a"], {}, {"text": 3}, {"text": None}, {"title": "t"}, {"image": "u"}, True]
 )
 def test_a_document_without_a_text_is_refused_by_its_place(document: object) -> None:
-    says = refused(documents=["a", document])
-    assert says.startswith('documents[1]: must be a string or an object with a string "text" (or "content", "page')
+    message = error_of(documents=["a", document])
+    assert message.startswith('documents[1]: must be a string or an object with a string "text" (or "content", "page')
     if isinstance(document, dict):
-        assert "rank_fields names other fields" in says
+        assert "rank_fields names other fields" in message
 
 
 OBJECT = {
@@ -373,7 +371,7 @@ def test_rank_fields_are_joined_by_line(rank_fields: object, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rank_fields", "says"),
+    ("rank_fields", "message"),
     [
         (["title", "body"], "documents[0]: has no field of the name that rank_fields[1] gives"),
         (["tags"], "documents[0]: the field of rank_fields[0] must be text, a number, true, false or null; got a list"),
@@ -383,8 +381,8 @@ def test_rank_fields_are_joined_by_line(rank_fields: object, text: str) -> None:
         ([str(i) for i in range(MAX_RANK_FIELDS + 1)], f"rank_fields: at most {MAX_RANK_FIELDS} names"),
     ],
 )
-def test_rank_fields_that_cannot_be_followed_are_refused(rank_fields: object, says: str) -> None:
-    assert refused(documents=[OBJECT], rank_fields=rank_fields) == says
+def test_rank_fields_that_cannot_be_followed_are_refused(rank_fields: object, message: str) -> None:
+    assert error_of(documents=[OBJECT], rank_fields=rank_fields) == message
 
 
 def test_rank_fields_of_documents_that_have_none_are_reported() -> None:
@@ -394,7 +392,7 @@ def test_rank_fields_of_documents_that_have_none_are_reported() -> None:
 
 
 @pytest.mark.parametrize("query", ["q", "two\nlines\n", "a\n<Query>: b", "<Document>: x", " blank "])
-def test_the_published_template_is_taken_off(query: str) -> None:
+def test_the_published_template_is_removed(query: str) -> None:
     parsed = parse_request(wear(query, ["a", "", "<Document>: b", SUFFIX]))
     assert (
         parsed.request
@@ -407,22 +405,24 @@ def test_the_published_template_is_taken_off(query: str) -> None:
     assert "the instruction inside it is not read beside the request's" in given.warnings[0]
 
 
-def test_the_warning_says_what_the_template_was_taken_off() -> None:
-    worn = wear("q", ["a", "b"])
+def test_the_warning_names_the_texts_without_their_template() -> None:
+    wrapped = wear("q", ["a", "b"])
     for documents, off in (
-        (worn["documents"], "query and documents"),
-        ([worn["documents"][0], "b"], "the query and some documents"),
+        (wrapped["documents"], "query and documents"),
+        ([wrapped["documents"][0], "b"], "the query and some documents"),
         (["a", "b"], "the query"),
     ):
-        [warning] = parse_request(worn | {"documents": documents}).warnings
+        [warning] = parse_request(wrapped | {"documents": documents}).warnings
         assert warning == f"query: Qwen's prompt template was taken off {off}; send the bare texts"
 
 
-def test_a_document_wears_it_or_not_the_query_decides() -> None:
-    worn = wear("q", ["a"])
-    parsed = parse_request(worn | {"documents": ["plain", {"text": worn["documents"][0]}, f"<Document>: {SUFFIX} x"]})
+def test_the_template_of_documents_is_removed_only_with_that_of_the_query() -> None:
+    wrapped = wear("q", ["a"])
+    parsed = parse_request(
+        wrapped | {"documents": ["plain", {"text": wrapped["documents"][0]}, f"<Document>: {SUFFIX} x"]}
+    )
     assert parsed.request.documents == ["plain", "a", f"<Document>: {SUFFIX} x"]
-    assert parse(documents=worn["documents"]).request.documents == worn["documents"]
+    assert parse(documents=wrapped["documents"]).request.documents == wrapped["documents"]
 
 
 GOOD = wear("q", ["a"])["query"]
@@ -440,19 +440,19 @@ GOOD = wear("q", ["a"])["query"]
         "<|im_start|>user\nq<|im_end|>",
     ],
 )
-def test_anything_but_exactly_the_template_is_text_and_warned_of(query: str) -> None:
+def test_an_inexact_template_is_text_with_a_warning(query: str) -> None:
     documents = wear("q", ["a"])["documents"]
     parsed = parse(query=query, documents=documents)
     assert (parsed.request.query, parsed.request.documents, parsed.request.instruction) == (query, documents, None)
     assert parsed.warnings[0].startswith("query: begins like a prompt template and is read as text")
 
 
-def test_an_empty_instruction_inside_the_template_is_none() -> None:
+def test_an_empty_instruction_inside_the_template_is_absent() -> None:
     assert parse_request(wear("q", ["a"], "")).request.instruction is None
 
 
 def test_an_empty_query_inside_the_template_is_refused() -> None:
-    assert refused(**wear(" ", ["a"])) == "query: must not be empty inside the template"
+    assert error_of(**wear(" ", ["a"])) == "query: must not be empty inside the template"
 
 
 def test_more_chunks_than_there_can_be_are_limited_and_said() -> None:
@@ -463,7 +463,7 @@ def test_more_chunks_than_there_can_be_are_limited_and_said() -> None:
 
 
 @pytest.mark.parametrize(
-    ("more", "says"),
+    ("more", "message"),
     [
         ({"query": 5}, "query: must be a string; got a number"),
         ({"query": {"text": "q"}}, "query: must be a string; got an object"),
@@ -475,8 +475,8 @@ def test_more_chunks_than_there_can_be_are_limited_and_said() -> None:
         ({"documents": ""}, 'documents: must be a list of texts, such as ["a", "b"]; got a string'),
     ],
 )
-def test_other_errors(more: dict[str, Any], says: str) -> None:
-    assert refused(**more) == says
+def test_other_errors(more: dict[str, Any], message: str) -> None:
+    assert error_of(**more) == message
 
 
 def test_the_schema_has_every_field_under_its_name() -> None:
@@ -493,10 +493,10 @@ def test_every_pair_of_fields_and_values_is_read_or_refused_by_name() -> None:
         with suppress(InvalidRequestError):
             parse_request(BODY | {name: value})
             continue
-        assert re.match(rf"{name}(\[\d\])?: [a-z]", refused(**{name: value})), (name, value)
+        assert re.match(rf"{name}(\[\d\])?: [a-z]", error_of(**{name: value})), (name, value)
 
 
-def test_names_that_may_be_meant_for_a_field_come_first_and_the_rest_is_counted() -> None:
+def test_similar_names_are_reported_first_and_the_rest_is_counted() -> None:
     strangers = {f"stranger{i}": 1 for i in range(14)}
     parsed = parse_request(BODY | strangers | {"topk": 1})
     assert parsed.ignored[0] == "topk"
@@ -525,15 +525,15 @@ def test_flags_of_two_names_that_contradict_are_said(
     assert (parsed.return_documents, parsed.raw_scores, parsed.ignored) == (texts, logits, ignored)
 
 
-def test_documents_in_the_template_beside_a_bare_query_are_text_and_said() -> None:
-    worn = wear("q", ["a", "b"])
-    parsed = parse_request({"query": "q", "documents": worn["documents"]})
-    assert parsed.request.documents == worn["documents"]
+def test_documents_in_the_template_beside_a_bare_query_are_text_with_a_warning() -> None:
+    wrapped = wear("q", ["a", "b"])
+    parsed = parse_request({"query": "q", "documents": wrapped["documents"]})
+    assert parsed.request.documents == wrapped["documents"]
     [warning] = parsed.warnings
     assert "the first one is in Qwen's prompt template and the query is not" in warning
 
 
-def test_white_space_before_a_template_hides_it_from_no_warning() -> None:
-    worn = wear("q", ["a"])
-    [warning] = parse_request(worn | {"query": "\n" + worn["query"]}).warnings
+def test_white_space_before_a_template_does_not_suppress_the_warning() -> None:
+    wrapped = wear("q", ["a"])
+    [warning] = parse_request(wrapped | {"query": "\n" + wrapped["query"]}).warnings
     assert "begins like a prompt template" in warning

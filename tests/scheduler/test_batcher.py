@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +18,7 @@ from reranker.errors import (
     QueueFullError,
     ScoringError,
 )
+from reranker.scheduler import batcher as batcher_module
 from reranker.scheduler.batcher import Batcher
 from reranker.scheduler.events import ForwardPass
 from reranker.types import Chunk, EncodedRequest, RerankRequest, RerankResult, Slice
@@ -28,25 +29,30 @@ def ask(documents: int = 1, query: str = "red fish", words: str = "red") -> Rera
     return RerankRequest(query, [words] * documents)
 
 
-def run(test: Callable[[Batcher], Coroutine[Any, Any, None]], scorer: FakeScorer, **options: Any) -> None:
-    """Run `test` with a started batcher around `scorer`."""
+def run(
+    test: Callable[[Batcher], Coroutine[Any, Any, None]],
+    scorer: FakeScorer,
+    loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop,
+    **options: Any,
+) -> None:
+    """Run `test` with a loaded batcher around `scorer`."""
 
     async def main() -> None:
         batcher = Batcher(lambda: scorer, **options)
         await batcher.start()
-        while batcher.status == "loading":
-            await asyncio.sleep(0.001)
+        await batcher.wait_until_loaded()
         try:
             await test(batcher)
         finally:
             scorer.hold.set()
             await batcher.stop()
 
-    asyncio.run(main())
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(main())
 
 
 async def held(batcher: Batcher, scorer: FakeScorer, request: RerankRequest) -> asyncio.Task[RerankResult]:
-    """A request that is in a forward pass which does not end until `scorer.hold` is set."""
+    """Start a request, and wait until it is in a forward pass; the pass does not end before `scorer.hold` is set."""
     scorer.hold.clear()
     passes = len(scorer.passes)
     task = asyncio.create_task(batcher.rerank(request, 30))
@@ -56,7 +62,7 @@ async def held(batcher: Batcher, scorer: FakeScorer, request: RerankRequest) -> 
 
 
 async def queued(batcher: Batcher, *requests: RerankRequest, seconds: float = 30) -> list[asyncio.Task[RerankResult]]:
-    """Requests that wait in the queue."""
+    """Start requests, and wait until they are in the queue."""
     tasks = []
     for request in requests:
         tasks.append(asyncio.create_task(batcher.rerank(request, seconds)))
@@ -80,7 +86,7 @@ def test_scores_come_in_document_order_with_counts_and_times() -> None:
     run(test, scorer)
 
 
-def test_requests_that_wait_share_a_pass_and_nothing_runs_on_the_event_loop() -> None:
+def test_pending_requests_share_a_pass_and_nothing_runs_on_the_event_loop() -> None:
     scorer = FakeScorer()
 
     async def test(batcher: Batcher) -> None:
@@ -103,7 +109,7 @@ def test_a_small_request_overtakes_a_huge_one() -> None:
         [small] = await queued(batcher, ask(2))
         scorer.hold.set()
         await small
-        # The pass that ran, the one that was packed ahead, and its own.
+        # The running pass, the one packed ahead, and its own.
         assert len(scorer.passes) <= 4
         assert not huge.done()
         assert (await huge).logits == [1.0] * 200
@@ -116,18 +122,18 @@ def test_a_full_batch_is_packed_while_the_device_runs() -> None:
     packed: list[str] = []
     pack = scorer.pack
 
-    def note(slices: Sequence[Slice]) -> list[Slice]:
+    def record(slices: Sequence[Slice]) -> list[Slice]:
         packed.append(threading.current_thread().name)
         return pack(slices)
 
-    scorer.pack = note  # type: ignore[method-assign]
+    scorer.pack = record  # type: ignore[method-assign]
 
     async def test(batcher: Batcher) -> None:
         first = await held(batcher, scorer, ask(4))
-        assert packed == ["device_0"]  # which had nothing else to do
+        assert packed == ["device_0"]  # it was idle
         [second] = await queued(batcher, ask(2))
         await asyncio.sleep(0.02)
-        assert len(packed) == 1  # not full: what comes may still join it
+        assert len(packed) == 1  # not full: later requests may join it
         third = asyncio.create_task(batcher.rerank(ask(4), 30))
         while len(packed) < 2:
             await asyncio.sleep(0.001)
@@ -142,51 +148,51 @@ def test_a_full_batch_is_packed_while_the_device_runs() -> None:
 def test_a_small_request_gets_into_the_next_pass_before_half_of_this_one_is_over() -> None:
     scorer = FakeScorer(max_batch_tokens=4 * PREFIX)
     score, gate = scorer.score, threading.Semaphore(0)
-    begun: list[list[Slice]] = []
+    batches: list[list[Slice]] = []
 
     def gated(batch: list[Slice]) -> list[float]:
-        begun.append(batch)
+        batches.append(batch)
         gate.acquire(timeout=30)
         return score(batch)
 
     scorer.score = gated  # type: ignore[method-assign]
 
     async def test(batcher: Batcher) -> None:
-        batcher.admission.tokens_per_second = 0.1  # so every pass is expected to take long
-        batcher.admission.scored = lambda tokens, seconds: None  # type: ignore[method-assign]
+        batcher.admission.tokens_per_second = 0.1  # so every pass is expected to be slow
+        batcher.admission.observe_speed = lambda tokens, seconds: None  # type: ignore[method-assign]
         huge = await queued(batcher, ask(200), ask(200), seconds=10_000)
         for i in range(3):
-            while len(begun) == i:
+            while len(batches) == i:
                 await asyncio.sleep(0.001)
             gate.release()
-        while len(begun) < 4:
+        while len(batches) < 4:
             await asyncio.sleep(0.001)
         await asyncio.sleep(0.02)
         [small] = await queued(batcher, ask(1, query="small red"))
         gate.release(50)
         assert (await small).logits == [1.0]
         await asyncio.gather(*huge)
-        assert [scorer.words["small"] in [s.request.prefix[0] for s in p] for p in begun[:5]] == [False] * 4 + [True]
+        assert [scorer.words["small"] in [s.request.prefix[0] for s in p] for p in batches[:5]] == [False] * 4 + [True]
 
     run(test, scorer)
 
 
-def test_a_full_queue_refuses_at_once_and_says_when_to_come_back() -> None:
+def test_a_full_queue_refuses_immediately_and_says_when_to_try_again() -> None:
     scorer = FakeScorer()
 
     async def test(batcher: Batcher) -> None:
         first = await held(batcher, scorer, ask())
-        waiting = await queued(batcher, ask(50))
+        pending = await queued(batcher, ask(50))
         with pytest.raises(QueueFullError) as caught:
             await batcher.rerank(ask(50), 30)
         assert caught.value.status == 429
         assert caught.value.retry_after is not None
         assert caught.value.retry_after >= 1
-        waiting += await queued(batcher, ask(10))  # a smaller one still fits
+        pending += await queued(batcher, ask(10))  # a smaller one still fits
         scorer.hold.set()
-        await asyncio.gather(first, *waiting)
-        assert batcher.requests == 0
-        # Larger than the whole queue: accepted while nothing waits, or it could never be.
+        await asyncio.gather(first, *pending)
+        assert batcher.admission.requests == 0
+        # Larger than the whole queue: accepted while nothing is pending, or it never could be.
         assert len((await batcher.rerank(ask(500), 30)).logits) == 500
 
     run(test, scorer, max_queue_tokens=100)
@@ -206,13 +212,13 @@ def test_a_refused_request_is_never_tokenised_and_an_accepted_one_never_refused(
     async def test(batcher: Batcher) -> None:
         scorer.hold.clear()
         tasks = [asyncio.create_task(batcher.rerank(ask(20), 30)) for _ in range(100)]
-        await asyncio.sleep(0.05)  # all came before any was tokenised
+        await asyncio.sleep(0.05)  # all of them start before any is tokenised
         scorer.hold.set()
-        answers = await asyncio.gather(*tasks, return_exceptions=True)
-        scored = [a.logits for a in answers if isinstance(a, RerankResult)]
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        scored = [result.logits for result in results if isinstance(result, RerankResult)]
         assert 2 <= len(scored) < 20
         assert all(logits == [1.0] * 20 for logits in scored)
-        assert sum(isinstance(a, QueueFullError) for a in answers) == 100 - len(scored)
+        assert sum(isinstance(result, QueueFullError) for result in results) == 100 - len(scored)
         for _ in scored:
             assert encoded.acquire(blocking=False)
         assert not encoded.acquire(blocking=False)
@@ -220,36 +226,53 @@ def test_a_refused_request_is_never_tokenised_and_an_accepted_one_never_refused(
     run(test, scorer, max_queue_tokens=1000)
 
 
-def test_nothing_is_accepted_that_cannot_be_answered_in_time() -> None:
-    scorer = FakeScorer(seconds=0.05, max_batch_tokens=10 * (PREFIX + 2))
+class SlowDevice(FakeScorer):
+    """A scorer of 2400 tokens per second by a clock that only its passes advance."""
+
+    now = 0.0
+
+    def score(self, batch: list[Slice]) -> list[float]:
+        self.now += sum(part.tokens for part in batch) / 2400
+        return super().score(batch)
+
+
+def test_nothing_is_accepted_that_cannot_be_answered_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = SlowDevice(max_batch_tokens=10 * (PREFIX + 2))
+    monkeypatch.setattr(batcher_module, "time", SimpleNamespace(monotonic=lambda: scorer.now))
+
+    class Loop(asyncio.SelectorEventLoop):
+        def time(self) -> float:
+            return scorer.now
 
     async def test(batcher: Batcher) -> None:
-        await asyncio.gather(*[batcher.rerank(ask(2), 30) for _ in range(30)])  # it learns its speed: 10 in 0.05 s
-        answers = await asyncio.gather(*[batcher.rerank(ask(2), 2) for _ in range(1000)], return_exceptions=True)
-        assert {type(a) for a in answers} == {RerankResult, QueueFullError}
-        assert 50 < sum(isinstance(a, RerankResult) for a in answers) < 250  # of 400 that one could hope for
+        await asyncio.gather(*[batcher.rerank(ask(2), 30) for _ in range(30)])  # it learns its speed
+        results = await asyncio.gather(*[batcher.rerank(ask(2), 2) for _ in range(1000)], return_exceptions=True)
+        assert {type(result) for result in results} == {RerankResult, QueueFullError}
+        assert 50 < sum(isinstance(result, RerankResult) for result in results) < 250  # at full speed 400
 
-    run(test, scorer, max_queue_tokens=1_000_000)
+    run(test, scorer, Loop, max_queue_tokens=1_000_000)
 
 
-def test_a_small_request_is_not_tokenised_behind_huge_ones() -> None:
+def test_huge_requests_do_not_delay_the_tokenisation_of_a_small_one() -> None:
     scorer = FakeScorer(max_batch_tokens=10_000_000)
-    encode, blocked = scorer.encode, threading.Event()
+    encode, go, blocked = scorer.encode, threading.Event(), threading.Semaphore(0)
 
-    def huge_ones_block(request: RerankRequest) -> EncodedRequest:
+    def block(request: RerankRequest) -> EncodedRequest:
         if "huge" in request.query:
-            blocked.wait(30)
+            blocked.release()
+            go.wait(60)
         return encode(request)
 
-    scorer.encode = huge_ones_block  # type: ignore[method-assign]
+    scorer.encode = block  # type: ignore[method-assign]
 
     async def test(batcher: Batcher) -> None:
         documents = ["red " * 60_000] * 2
         huge = [asyncio.create_task(batcher.rerank(RerankRequest("huge", documents), 30)) for _ in range(8)]
-        await asyncio.sleep(0.05)
-        assert (await batcher.rerank(ask(), 10)).logits == [1.0]
+        for _ in range(2):  # both threads for huge requests
+            await asyncio.to_thread(blocked.acquire)
+        assert (await batcher.rerank(ask(), 30)).logits == [1.0]
         assert not any(task.done() for task in huge)
-        blocked.set()
+        go.set()
         await asyncio.gather(*huge)
 
     run(test, scorer, max_queue_tokens=100_000_000)
@@ -269,21 +292,21 @@ def test_too_many_requests_in_progress_are_refused() -> None:
     run(test, scorer, max_requests=3)
 
 
-def test_a_client_that_leaves_takes_its_queued_work_along() -> None:
+def test_a_cancelled_request_leaves_the_queue() -> None:
     scorer = FakeScorer()
 
     async def test(batcher: Batcher) -> None:
         first = await held(batcher, scorer, ask())
-        gone = await queued(batcher, *[ask(5) for _ in range(20)])
+        cancelled = await queued(batcher, *[ask(5) for _ in range(20)])
         [stays] = await queued(batcher, ask(1, words="fish"))
-        for task in gone:
+        for task in cancelled:
             task.cancel()
-        await asyncio.gather(*gone, return_exceptions=True)
+        await asyncio.gather(*cancelled, return_exceptions=True)
         assert batcher.queue.tokens == PREFIX + 1
         scorer.hold.set()
         await asyncio.gather(first, stays)
         assert [len(p) for p in scorer.passes] == [1, 1]
-        assert batcher.requests == 0
+        assert batcher.admission.requests == 0
 
     run(test, scorer)
 
@@ -295,7 +318,7 @@ def test_the_deadline_drops_queued_work() -> None:
         first = await held(batcher, scorer, ask())
         with pytest.raises(DeadlineError, match=r"not answered within 0\.05 s"):
             await batcher.rerank(ask(5), 0.05)
-        assert (batcher.queue.tokens, batcher.requests) == (0, 1)
+        assert (batcher.queue.tokens, batcher.admission.requests) == (0, 1)
         scorer.hold.set()
         await first
         assert len(scorer.passes) == 1
@@ -324,16 +347,16 @@ def test_a_broken_request_harms_no_other(words: str) -> None:
     run(test, scorer)
 
 
-def test_a_bad_request_is_told_so() -> None:
+def test_an_error_of_the_tokeniser_reaches_the_client() -> None:
     async def test(batcher: Batcher) -> None:
         with pytest.raises(InvalidRequestError):
             await batcher.rerank(ask(query="too long"), 30)
-        assert batcher.requests == 0
+        assert batcher.admission.requests == 0
 
     run(test, FakeScorer())
 
 
-def test_a_lost_device_answers_everybody_and_ends_the_worker_once() -> None:
+def test_a_lost_device_fails_all_requests_and_ends_the_worker_once() -> None:
     scorer = FakeScorer()
     failures: list[Exception] = []
 
@@ -352,7 +375,8 @@ def test_a_lost_device_answers_everybody_and_ends_the_worker_once() -> None:
                 await task
         assert batcher.status == "unhealthy"
         assert len(failures) == 1
-        with pytest.raises(NotReadyError, match="unhealthy"):
+        batcher.unhealthy_retry_after = 7
+        with pytest.raises(NotReadyError, match="the service is unhealthy; try again in 7 s"):
             await batcher.rerank(ask(), 30)
 
     run(test, scorer, on_failure=failures.append)
@@ -403,19 +427,26 @@ def test_a_load_that_fails_is_reported(error: Exception) -> None:
 def test_a_load_that_hangs_is_reported() -> None:
     async def main() -> None:
         failures: list[Exception] = []
-        batcher = Batcher(lambda: time.sleep(0.3) or FakeScorer(), load_timeout=0.05, on_failure=failures.append)  # type: ignore[func-returns-value]
+        go = threading.Event()
+
+        def load() -> FakeScorer:
+            go.wait(60)
+            return FakeScorer()
+
+        batcher = Batcher(load, load_timeout=0.05, on_failure=failures.append)
         await batcher.start()
         with pytest.raises(NotReadyError, match="loading"):
             await batcher.rerank(ask(), 30)
         while not failures:
             await asyncio.sleep(0.01)
         assert "LOAD_TIMEOUT=0.05" in str(failures[0])
+        go.set()
         await batcher.stop()
 
     asyncio.run(main())
 
 
-def test_draining_finishes_what_was_accepted_and_takes_nothing_new() -> None:
+def test_draining_finishes_accepted_requests_and_accepts_no_new_ones() -> None:
     scorer = FakeScorer()
 
     async def test(batcher: Batcher) -> None:
@@ -430,12 +461,12 @@ def test_draining_finishes_what_was_accepted_and_takes_nothing_new() -> None:
     run(test, scorer)
 
 
-def test_draining_answers_what_is_still_being_tokenised() -> None:
+def test_draining_finishes_requests_that_are_being_tokenised() -> None:
     scorer = FakeScorer()
-    encode, begun = scorer.encode, threading.Event()
+    encode, started = scorer.encode, threading.Event()
 
     def slow(request: RerankRequest) -> EncodedRequest:
-        begun.set()
+        started.set()
         scorer.hold.wait(30)
         return encode(request)
 
@@ -444,7 +475,7 @@ def test_draining_answers_what_is_still_being_tokenised() -> None:
     async def test(batcher: Batcher) -> None:
         scorer.hold.clear()
         task = asyncio.create_task(batcher.rerank(ask(), 30))
-        await asyncio.to_thread(begun.wait, 30)
+        await asyncio.to_thread(started.wait, 30)
         batcher.drain()
         scorer.hold.set()
         assert (await task).logits == [1.0]
@@ -452,32 +483,35 @@ def test_draining_answers_what_is_still_being_tokenised() -> None:
     run(test, scorer)
 
 
-def test_packing_never_waits_behind_tokenising() -> None:
+def test_tokenising_does_not_delay_packing() -> None:
     scorer = FakeScorer()
-    encode, blocked = scorer.encode, threading.Event()
+    encode, go, blocked = scorer.encode, threading.Event(), threading.Semaphore(0)
 
-    def some_block(request: RerankRequest) -> EncodedRequest:
+    def block(request: RerankRequest) -> EncodedRequest:
         if "slow" in request.query:
-            blocked.wait(30)
+            blocked.release()
+            go.wait(60)
         return encode(request)
 
-    scorer.encode = some_block  # type: ignore[method-assign]
+    scorer.encode = block  # type: ignore[method-assign]
 
     async def test(batcher: Batcher) -> None:
         first = await held(batcher, scorer, ask())
         [quick] = await queued(batcher, ask())
-        slow = [asyncio.create_task(batcher.rerank(ask(query="slow red"), 30)) for _ in range(4)]
-        await asyncio.sleep(0.05)
+        slow = []
+        for _ in range(2):  # one microbatch for each host thread
+            slow.append(asyncio.create_task(batcher.rerank(ask(query="slow red"), 30)))
+            await asyncio.to_thread(blocked.acquire)
         scorer.hold.set()
-        await asyncio.gather(first, quick)  # while both host threads are busy with the others
+        await asyncio.gather(first, quick)
         assert not any(task.done() for task in slow)
-        blocked.set()
+        go.set()
         await asyncio.gather(*slow)
 
     run(test, scorer)
 
 
-def test_a_batch_that_was_packed_ahead_for_nobody_is_not_scored() -> None:
+def test_a_batch_packed_ahead_is_not_scored_if_all_its_clients_disconnect() -> None:
     scorer = FakeScorer(max_batch_tokens=PREFIX + 4)
     packed: list[int] = []
     pack = scorer.pack
@@ -485,11 +519,11 @@ def test_a_batch_that_was_packed_ahead_for_nobody_is_not_scored() -> None:
 
     async def test(batcher: Batcher) -> None:
         first = await held(batcher, scorer, ask(4))
-        gone = asyncio.create_task(batcher.rerank(ask(4), 30))
+        cancelled = asyncio.create_task(batcher.rerank(ask(4), 30))
         while len(packed) < 2:
             await asyncio.sleep(0.001)
-        gone.cancel()
-        await asyncio.gather(gone, return_exceptions=True)
+        cancelled.cancel()
+        await asyncio.gather(cancelled, return_exceptions=True)
         scorer.hold.set()
         await first
         await batcher.rerank(ask(), 30)
@@ -505,13 +539,13 @@ def test_a_bug_in_the_loop_ends_the_worker_instead_of_hanging() -> None:
         @property
         def memory(self) -> int:
             if self.passes:
-                raise OSError("a bug behind a forward pass")
+                raise OSError("a bug after a forward pass")
             return 0
 
     async def test(batcher: Batcher) -> None:
         await batcher.rerank(ask(), 30)
-        while batcher.status == "ok":  # the loop ends behind the pass that it answered
-            await asyncio.gather(batcher.rerank(ask(), 0.2), return_exceptions=True)
+        while batcher.status == "ok":  # the loop ends after the pass that it answered
+            await asyncio.sleep(0.001)
         assert batcher.status == "unhealthy"
         assert isinstance(failures[0], NotReadyError)
         assert "the batch loop failed" in str(failures[0])
@@ -523,11 +557,11 @@ def test_a_bug_in_the_loop_answers_what_waits_and_what_is_half_done() -> None:
     scorer = FakeScorer(max_batch_tokens=60)
 
     def broken(forward_pass: ForwardPass) -> None:
-        raise OSError("a bug behind a forward pass")
+        raise OSError("a bug after a forward pass")
 
     async def test(batcher: Batcher) -> None:
         batcher._observer.pass_ended = broken  # type: ignore[method-assign,assignment]
-        half = await held(batcher, scorer, ask(200))  # more than one batch's documents
+        half = await held(batcher, scorer, ask(200))  # of several batches
         waiting = await queued(batcher, ask(), ask())
         scorer.hold.set()
         for work in (half, *waiting):
@@ -537,11 +571,11 @@ def test_a_bug_in_the_loop_answers_what_waits_and_what_is_half_done() -> None:
     run(test, scorer)
 
 
-def test_a_bug_is_noticed_though_nothing_else_waits() -> None:
+def test_a_bug_is_noticed_while_nothing_else_is_pending() -> None:
     failures: list[Exception] = []
 
     def broken(wait: float) -> None:
-        raise OSError("a bug in front of a forward pass")
+        raise OSError("a bug before a forward pass")
 
     async def test(batcher: Batcher) -> None:
         batcher._observer.request_started = broken  # type: ignore[method-assign]
@@ -553,7 +587,7 @@ def test_a_bug_is_noticed_though_nothing_else_waits() -> None:
 
 
 class Panic(BaseException):
-    """As the tokenizer's are."""
+    """A BaseException like the tokenizer's."""
 
 
 def test_a_panic_while_packing_fails_its_batch_alone() -> None:
@@ -569,6 +603,30 @@ def test_a_panic_while_packing_fails_its_batch_alone() -> None:
         with pytest.raises(ScoringError):
             await batcher.rerank(ask(), 30)
         await batcher.rerank(ask(), 30)
+
+    run(test, scorer)
+
+
+def test_an_error_of_packing_ahead_is_raised_by_the_pass_or_not_at_all() -> None:
+    scorer = FakeScorer(max_batch_tokens=PREFIX + 4)
+    pack, threads = scorer.pack, list[str]()
+
+    def panic_ahead(slices: Sequence[Slice]) -> list[Slice]:
+        threads.append(threading.current_thread().name)
+        if threads[-1] == "packer_0":
+            raise Panic("in packing")
+        return pack(slices)
+
+    scorer.pack = panic_ahead  # type: ignore[method-assign]
+
+    async def test(batcher: Batcher) -> None:
+        tasks = [await held(batcher, scorer, ask(4)), asyncio.create_task(batcher.rerank(ask(4), 30))]
+        while len(threads) < 2:
+            await asyncio.sleep(0.001)
+        scorer.hold.set()
+        for result in await asyncio.gather(*tasks):
+            assert result.logits == [1.0] * 4
+        assert threads == ["device_0", "packer_0", "device_0"]
 
     run(test, scorer)
 
@@ -591,7 +649,7 @@ def test_a_panic_while_loading_ends_the_process() -> None:
     asyncio.run(test())
 
 
-def test_stopping_answers_what_still_waits() -> None:
+def test_stopping_fails_pending_requests() -> None:
     scorer = FakeScorer()
 
     async def test(batcher: Batcher) -> None:
@@ -604,7 +662,7 @@ def test_stopping_answers_what_still_waits() -> None:
     run(test, scorer)
 
 
-def test_a_big_request_is_tokenised_by_turns() -> None:
+def test_a_large_request_is_tokenised_in_parts() -> None:
     scorer = FakeScorer(max_batch_tokens=10_000_000)
     parts: list[int] = []
     encode = scorer.encode
@@ -620,13 +678,13 @@ def test_a_big_request_is_tokenised_by_turns() -> None:
     run(test, scorer, max_queue_tokens=10_000_000)
 
 
-def test_parts_of_a_big_request_keep_its_options_and_the_places_of_its_documents() -> None:
+def test_parts_of_a_large_request_keep_its_options_and_document_positions() -> None:
     scorer = FakeScorer(max_batch_tokens=10_000_000)
     parts: list[RerankRequest] = []
 
     def encode(request: RerankRequest) -> EncodedRequest:
         parts.append(request)
-        # Every document in two chunks, of which the second has the query's word.
+        # Two chunks per document; the second has the query's word.
         entries = [ids for _ in request.documents for ids in ([0], [1])]
         return EncodedRequest([1], entries, frozenset({0}), [[0, 1, 2] for _ in request.documents])
 
@@ -654,7 +712,7 @@ def test_many_clients_at_once_get_their_own_scores() -> None:
             assert result.logits == [2.0, 1.0, 0.0] * (i % 7 + 1)
 
         await asyncio.gather(*map(client, range(200)))
-        assert batcher.requests == 0
+        assert batcher.admission.requests == 0
         assert batcher.queue.tokens == 0
 
     run(test, scorer)

@@ -1,4 +1,4 @@
-"""What is remembered is what was computed; what is known troubles nobody; and it stays small."""
+"""The cache returns the computed scores, keeps the queue and the device idle for known ones, and stays small."""
 
 from __future__ import annotations
 
@@ -18,41 +18,41 @@ from config import Settings
 from reranker.errors import InvalidRequestError, NotReadyError, QueueFullError, RerankError, ScoringError
 from reranker.scheduler.batcher import Batcher
 from reranker.scheduler.cache import ScoreCache
-from reranker.scheduler.events import Observer
+from reranker.scheduler.events import NullObserver
 from reranker.types import Chunk, DocumentScore, EncodedRequest, RerankRequest, RerankResult, Slice, Timings
 from tests.conftest import Server, Start
 from tests.fake import PREFIX, FakeScorer
 from tests.http.test_metrics import once, value
 from tests.scheduler.test_batcher import ask, held, queued, run
 
-ROOM = 6
-"""Words of a document that `Reader` reads at once."""
+MAX_WORDS = 6
+"""Of a chunk of `Reader`."""
 
 
 class Reader(FakeScorer):
-    """Its logits depend on every word and their order; it cuts and splits as the true one does."""
+    """A scorer whose logits depend on every word and their order; it truncates and splits as the real one does."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.asked: list[str] = []
-        """Documents that it was to encode."""
+        self.encoded: list[str] = []
+        """Documents, in order."""
 
     def encode(self, request: RerankRequest) -> EncodedRequest:
-        self.asked += request.documents
+        self.encoded += request.documents
         prefix = super().encode(replace(request, query=f"{request.instruction} / {request.query}", documents=[])).prefix
-        size = min(ROOM, request.max_tokens_per_doc or ROOM)
-        most = size * (request.max_chunks_per_doc or 1)
+        size = min(MAX_WORDS, request.max_tokens_per_doc or MAX_WORDS)
+        max_words = size * (request.max_chunks_per_doc or 1)
         documents: list[list[int]] = []
         truncated = set()
         chunks = []
         for i, ids in enumerate(super().encode(request).documents):
-            if len(ids) > most:
+            if len(ids) > max_words:
                 if not request.truncate:
-                    raise InvalidRequestError(f"documents[{request.position(i)}]: longer than {most}")
+                    raise InvalidRequestError(f"documents[{request.position(i)}]: longer than {max_words}")
                 truncated.add(i)
-            starts = list(range(0, min(len(ids), most), size))
+            starts = list(range(0, min(len(ids), max_words), size))
             documents += [ids[start : start + size] for start in starts]
-            chunks.append([*starts, min(len(ids), most)])
+            chunks.append([*starts, min(len(ids), max_words)])
         split = request.max_chunks_per_doc is not None
         long = len(request.query) > len("red fish")
         if long and not request.truncate_query:
@@ -60,12 +60,12 @@ class Reader(FakeScorer):
         return EncodedRequest(prefix, documents, frozenset(truncated), chunks if split else None, query_truncated=long)
 
     def score(self, batch: list[Slice]) -> list[float]:
-        counts = super().score(batch)  # for its NaN
+        counts = super().score(batch)  # which may be NaN
         texts = [str((s.request.prefix, ids)) for s in batch for ids in s.documents]
         return [count + zlib.crc32(text.encode()) / 2**32 for count, text in zip(counts, texts, strict=True)]
 
 
-class Counting(Observer):
+class Counting(NullObserver):
     def __init__(self) -> None:
         self.hits = self.misses = 0
 
@@ -87,53 +87,52 @@ REQUESTS = st.builds(
 )
 
 
-async def answers(
-    scorer: Reader, requests: Sequence[RerankRequest], **options: Any
-) -> list[RerankResult | RerankError]:
-    """Without their times: of requests one after the other."""
+Outcome = RerankResult | RerankError
+
+
+async def outcomes(scorer: Reader, requests: Sequence[RerankRequest], **options: Any) -> list[Outcome]:
+    """Send the requests one after the other; results are without timings."""
     batcher = Batcher(lambda: scorer, **options)
     await batcher.start()
     await batcher.wait_until_loaded()
-    found: list[RerankResult | RerankError] = []
+    results: list[Outcome] = []
     for request in requests:
         try:
-            found.append(replace(await batcher.rerank(request, 30), timings=Timings()))
+            results.append(replace(await batcher.rerank(request, 30), timings=Timings()))
         except RerankError as error:
-            found.append(error)
+            results.append(error)
     await batcher.stop()
-    return found
+    return results
 
 
 @settings(max_examples=60, deadline=None)
 @given(requests=st.lists(REQUESTS, min_size=1, max_size=12), entries=st.integers(1, 8) | st.just(10_000))
-def test_with_it_and_without_it_the_answers_are_the_same(requests: list[RerankRequest], entries: int) -> None:
+def test_results_are_equal_with_and_without_the_cache(requests: list[RerankRequest], entries: int) -> None:
     counted, scorer = Counting(), Reader()
-    got = asyncio.run(answers(scorer, requests, cache_entries=entries, observer=counted))
-    for result, expected in zip(got, asyncio.run(answers(Reader(), requests)), strict=True):
+    results = asyncio.run(outcomes(scorer, requests, cache_entries=entries, observer=counted))
+    for result, expected in zip(results, asyncio.run(outcomes(Reader(), requests)), strict=True):
         assert type(result) is type(expected)
         if isinstance(result, RerankError):
             assert str(result) == str(expected)
         else:
             assert result == expected
-    scored = [request for request, result in zip(requests, got, strict=True) if isinstance(result, RerankResult)]
+    scored = [request for request, result in zip(requests, results, strict=True) if isinstance(result, RerankResult)]
     assert counted.hits + counted.misses == sum(len(request.documents) for request in scored)
-    if entries == 10_000:  # of all that is equal, the first alone is computed, and it is computed for nobody else
-        alike = [
-            replace(request, truncate_query=False) for request in scored
-        ]  # of a query that fits it changes nothing
-        different = {replace(request, documents=(document,)) for request in alike for document in request.documents}
+    if entries == 10_000:  # then every different document is computed exactly once
+        equal = [replace(request, truncate_query=False) for request in scored]  # all these queries fit
+        different = {replace(request, documents=(document,)) for request in equal for document in request.documents}
         assert counted.misses == len(different)
         if len(scored) == len(requests):
-            assert len(scorer.asked) == len(different)
+            assert len(scorer.encoded) == len(different)
 
 
-def test_only_what_is_not_known_is_computed_and_a_document_that_comes_twice_once() -> None:
+def test_only_missing_documents_are_computed_and_equal_ones_once() -> None:
     scorer = Reader()
 
     async def test(batcher: Batcher) -> None:
         first = await batcher.rerank(RerankRequest("red", ["a", "b", "a"]), 30)
         second = await batcher.rerank(RerankRequest("red", ["c", "b", "c", "a"]), 30)
-        assert scorer.asked == ["a", "b", "c"]
+        assert scorer.encoded == ["a", "b", "c"]
         assert first.logits[0] == first.logits[2]
         assert second.logits[1:] == [first.logits[1], second.logits[0], first.logits[0]]
         assert second.prompt_tokens == 4 * (PREFIX + 1)
@@ -143,7 +142,7 @@ def test_only_what_is_not_known_is_computed_and_a_document_that_comes_twice_once
 
 
 @pytest.mark.parametrize("options", [{"max_queue_tokens": 100}, {"max_requests": 2}], ids=["tokens", "requests"])
-def test_what_is_known_waits_for_neither_queue_nor_device(options: dict[str, int]) -> None:
+def test_known_documents_wait_for_neither_queue_nor_device(options: dict[str, Any]) -> None:
     scorer = FakeScorer()
 
     async def test(batcher: Batcher) -> None:
@@ -158,7 +157,7 @@ def test_what_is_known_waits_for_neither_queue_nor_device(options: dict[str, int
         assert again.prompt_tokens == known.prompt_tokens
         assert (again.timings.tokenization, again.timings.queue, again.timings.inference) == (0, 0, 0)
         assert len(scorer.passes) == passes
-        with pytest.raises(QueueFullError):  # one document that is not known
+        with pytest.raises(QueueFullError):  # one document is missing
             await batcher.rerank(RerankRequest("red fish", ["x", "red", "new"]), 30)
         scorer.hold.set()
         await asyncio.gather(first, *waiting)
@@ -166,7 +165,7 @@ def test_what_is_known_waits_for_neither_queue_nor_device(options: dict[str, int
     run(test, scorer, cache_entries=10, **options)
 
 
-def test_a_service_that_stops_answers_nothing_from_memory() -> None:
+def test_a_draining_service_answers_nothing_from_the_cache() -> None:
     async def test(batcher: Batcher) -> None:
         await batcher.rerank(ask(), 30)
         batcher.drain()
@@ -188,56 +187,55 @@ def test_an_error_names_the_documents_place_in_the_clients_request(large: str) -
 
 
 @pytest.mark.parametrize("broken", ["nan", "poison"])
-def test_of_a_request_that_failed_nothing_is_remembered(broken: str) -> None:
+def test_a_failed_request_stores_nothing(broken: str) -> None:
     scorer = Reader()
 
     async def test(batcher: Batcher) -> None:
         with pytest.raises(ScoringError):
             await batcher.rerank(RerankRequest("red", ["good", broken]), 30)
         await batcher.rerank(RerankRequest("red", ["good"]), 30)
-        assert scorer.asked == ["good", broken, "good"]
+        assert scorer.encoded == ["good", broken, "good"]
 
     run(test, scorer, cache_entries=10)
 
 
-def test_a_client_that_leaves_takes_its_scores_along_and_the_next_computes_them() -> None:
+def test_a_cancelled_request_stores_nothing() -> None:
     scorer = Reader()
 
     async def test(batcher: Batcher) -> None:
         first = await held(batcher, scorer, ask(words="held"))
-        [left] = await queued(batcher, ask(words="left"))
-        left.cancel()
-        await asyncio.gather(left, return_exceptions=True)
+        [cancelled] = await queued(batcher, ask(words="cancelled"))
+        cancelled.cancel()
+        await asyncio.gather(cancelled, return_exceptions=True)
         scorer.hold.set()
         await first
-        await batcher.rerank(ask(words="left"), 30)
-        assert scorer.asked == ["held", "left", "left"]
+        await batcher.rerank(ask(words="cancelled"), 30)
+        assert scorer.encoded == ["held", "cancelled", "cancelled"]
 
     run(test, scorer, cache_entries=10)
 
 
-def test_what_nobody_asked_for_the_longest_goes_first() -> None:
+def test_the_least_recently_used_document_is_evicted() -> None:
     scorer = Reader()
 
     async def test(batcher: Batcher) -> None:
-        for word in ("a", "b", "a", "c", "a", "b"):  # c takes the place of b
+        for word in ("a", "b", "a", "c", "a", "b"):  # c evicts b
             await batcher.rerank(ask(words=word), 30)
-        assert scorer.asked == ["a", "b", "c", "b"]
+        assert scorer.encoded == ["a", "b", "c", "b"]
         await batcher.rerank(RerankRequest("red fish", ["d", "e", "f", "g"]), 30)  # larger than the cache
         await batcher.rerank(RerankRequest("red fish", ["f", "g", "a"]), 30)
-        assert scorer.asked[4:] == ["d", "e", "f", "g", "a"]
+        assert scorer.encoded[4:] == ["d", "e", "f", "g", "a"]
 
     run(test, scorer, cache_entries=2)
 
 
-async def score_one(cache: ScoreCache, request: RerankRequest, new: DocumentScore) -> DocumentScore:
-    """Of a request with one document; `new` if it is not known."""
-
-    async def score(rest: RerankRequest) -> list[DocumentScore]:
-        return [new]
-
-    [found] = await cache.scores(request, score)
-    return found
+def score_one(cache: ScoreCache, request: RerankRequest, new: DocumentScore) -> DocumentScore:
+    """The score of a request's only document: the known one, else `new`."""
+    lookup = cache.lookup(request)
+    if lookup.missing is not None:
+        cache.store(lookup, [new])
+    [score] = lookup.scores
+    return score
 
 
 @pytest.mark.parametrize(
@@ -258,48 +256,38 @@ async def score_one(cache: ScoreCache, request: RerankRequest, new: DocumentScor
         RerankRequest("a", ["b c\ud800"], "i"),
     ],
 )
-def test_what_differs_is_not_the_same(other: RerankRequest) -> None:
-    async def main() -> None:
-        cache = ScoreCache(10, Observer())
-        one, two = DocumentScore(0.1, 7), DocumentScore(-1e300, 1, True, Chunk(63, 5, 2**31))
-        first = RerankRequest("a", ["b c"], "i")
-        assert await score_one(cache, first, one) == one
-        assert await score_one(cache, other, two) == two
-        assert await score_one(cache, first, two) == one
-        assert await score_one(cache, other, one) == two
-
-    asyncio.run(main())
+def test_different_requests_have_different_entries(other: RerankRequest) -> None:
+    cache = ScoreCache(10)
+    one, two = DocumentScore(0.1, 7), DocumentScore(-1e300, 1, True, Chunk(63, 5, 2**31))
+    first = RerankRequest("a", ["b c"], "i")
+    assert score_one(cache, first, one) == one
+    assert score_one(cache, other, two) == two
+    assert score_one(cache, first, two) == one
+    assert score_one(cache, other, one) == two
 
 
-def test_it_takes_no_more_memory_than_its_setting_says() -> None:
-    said = re.search(r"up to (\d+) bytes", str(Settings.model_fields["score_cache_entries"].description))
-    assert said is not None
-    # A little above two thirds of a power of two: the size at which a dictionary wastes the most.
+def test_it_uses_no_more_memory_than_its_setting_says() -> None:
+    documented = re.search(r"up to (\d+) bytes", str(Settings.model_fields["score_cache_entries"].description))
+    assert documented is not None
+    # Just above two thirds of a power of two: the size at which a dictionary wastes the most.
     entries, documents = 11_000, 100
-
-    async def score(rest: RerankRequest) -> list[DocumentScore]:
-        return [DocumentScore(i / 7, 1000 + i, False, Chunk(1, 1000 + i, 2000 + i)) for i in range(documents)]
-
-    async def main() -> float:
-        before = tracemalloc.get_traced_memory()[0]
-        cache = ScoreCache(entries, Observer())
-        for i in range(7 * entries // documents):  # several times its size, so that it has to forget
-            await cache.scores(RerankRequest("q", [f"{i} {j}" for j in range(documents)]), score)
-        return (tracemalloc.get_traced_memory()[1] - before) / entries
-
+    scores = [DocumentScore(i / 7, 1000 + i, False, Chunk(1, 1000 + i, 2000 + i)) for i in range(documents)]
     tracemalloc.start()
     try:
-        taken = asyncio.run(main())
+        cache = ScoreCache(entries)
+        for i in range(3 * entries // documents):  # several times its size, so that it evicts entries
+            cache.store(cache.lookup(RerankRequest("q", [f"{i} {j}" for j in range(documents)])), scores)
+        used = tracemalloc.get_traced_memory()[1] / entries
     finally:
         tracemalloc.stop()
-    assert int(said[1]) / 2 < taken < int(said[1])
+    assert int(documented[1]) / 2 < used < int(documented[1])
 
 
 # Through gunicorn
 
 
 def rerank(server: Server, **body: Any) -> tuple[bytes, dict[str, str]]:
-    """The body of the answer, and its headers that tell no time."""
+    """The body of the response, and its headers other than times."""
     answer = server.client.post("/v1/rerank", json=body, headers={"X-Request-Id": "same"})
     assert answer.status_code == 200
     return answer.content, {name: answer.headers[name] for name in ("x-prompt-tokens", "x-truncated-documents")}
@@ -315,18 +303,22 @@ DIALECTS: list[dict[str, Any]] = [
 
 
 @pytest.fixture(scope="module")
-def caching(start: Start) -> Server:
-    return start(SCORE_CACHE_ENTRIES="1000")
+def caching(start: Start, request: pytest.FixtureRequest) -> Server:
+    """A server with a cache, which starts while the shared one does."""
+    caching = start(wait=None, SCORE_CACHE_ENTRIES="1000")
+    request.getfixturevalue("server")
+    caching.wait_for("ok")
+    return caching
 
 
-def test_the_second_answer_is_the_first_and_the_metrics_say_where_it_is_from(caching: Server, server: Server) -> None:
+def test_the_second_response_is_the_first_and_the_metrics_count_hits(caching: Server, server: Server) -> None:
     def hits(count: int) -> dict[str, float]:
-        found = once(caching, lambda s: value(s, "reranker_score_cache_documents_total", result="hit") == count)
-        misses = value(found, "reranker_score_cache_documents_total", result="miss")
-        return {"misses": misses, "computed": value(found, "reranker_batch_documents_sum")}
+        samples = once(caching, lambda s: value(s, "reranker_score_cache_documents_total", result="hit") == count)
+        misses = value(samples, "reranker_score_cache_documents_total", result="miss")
+        return {"misses": misses, "computed": value(samples, "reranker_batch_documents_sum")}
 
     first = [rerank(caching, **body) for body in DIALECTS]
-    # The last asks for the same as the first, in another dialect. Of the third, one document is four chunks.
+    # The last body is the first in another dialect. One document of the third is four chunks.
     assert hits(3) == {"misses": 9, "computed": 12}
     for (content, headers), body in zip(first, DIALECTS, strict=True):
         assert rerank(caching, **body) == (content, headers)

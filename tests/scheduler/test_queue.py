@@ -27,7 +27,7 @@ def taken(queue: TokenQueue, tokens: int, documents: int = 99) -> list[tuple[Job
     return [(j, s.start, s.stop) for j, s in queue.take(tokens, documents)]
 
 
-def test_a_batch_is_whatever_waits() -> None:
+def test_a_batch_is_all_that_is_pending() -> None:
     queue, a, b = TokenQueue(), job([10, 10]), job([10])
     queue.put(a)
     queue.put(b)
@@ -37,31 +37,31 @@ def test_a_batch_is_whatever_waits() -> None:
     assert taken(queue, 1000) == []
 
 
-def test_a_small_request_is_in_the_next_batch_however_many_huge_ones_wait() -> None:
+def test_a_small_request_is_in_the_next_batch_however_many_huge_ones_are_pending() -> None:
     queue, huge, small = TokenQueue(), [job([10] * 20) for _ in range(9)], job([10])
     for j in huge:
         queue.put(j)
-    # Half for the one with the least left, of equal ones the older; the rest for the oldest.
+    # Half for the job with the fewest pending tokens, of equal ones the older; the rest for the oldest.
     assert taken(queue, 60) == [(huge[1], 0, 2), (huge[0], 0, 3)]
     queue.put(small)
     assert taken(queue, 60) == [(small, 0, 1), (huge[1], 2, 3), (huge[0], 3, 5)]
-    assert queue.tokens == sum(j.tokens for j in huge)
+    assert queue.tokens == sum(j.pending_tokens for j in huge)
 
 
-def test_the_oldest_is_done_in_time_however_many_small_ones_come() -> None:
+def test_the_oldest_ends_in_time_however_many_small_ones_arrive() -> None:
     queue, old = TokenQueue(), job([10] * 12)
     queue.put(old)
     batches = 0
-    while old.documents:
+    while old.pending_documents:
         for _ in range(20):
             queue.put(job([10]))
         batch = queue.take(60, 99)
         assert sum(s.tokens for _, s in batch) <= 60
         batches += 1
-    assert batches == 6  # of 60 tokens 30 for small ones, 5 of a prefix and 2 documents for it
+    assert batches == 6  # of 60 tokens 30 are for small ones; 5 of a prefix and 2 documents for the oldest
 
 
-def test_what_is_left_of_the_oldest_goes_to_the_others() -> None:
+def test_tokens_that_the_oldest_does_not_need_go_to_the_others() -> None:
     queue, old, other = TokenQueue(), job([10]), job([10] * 20)
     queue.put(old)
     queue.put(other)
@@ -69,7 +69,7 @@ def test_what_is_left_of_the_oldest_goes_to_the_others() -> None:
     assert taken(queue, 60) == [(other, 4, 9)]
 
 
-def test_limits_hold_except_for_one_document_that_is_larger_alone() -> None:
+def test_only_a_document_larger_than_the_limit_exceeds_it() -> None:
     queue, a, big, b = TokenQueue(), job([10]), job([500, 10]), job([10])
     for j in (a, big, b):
         queue.put(j)
@@ -79,7 +79,7 @@ def test_limits_hold_except_for_one_document_that_is_larger_alone() -> None:
     assert taken(queue, 60) == [(big, 1, 2)]
 
 
-def test_batches_of_one_document_are_for_the_smallest_and_the_oldest_by_turns() -> None:
+def test_batches_of_one_document_alternate_between_the_smallest_and_the_oldest() -> None:
     queue, old, small, other = TokenQueue(), job([10] * 5), job([10] * 2), job([10] * 3)
     for j in (old, other, small):
         queue.put(j)
@@ -87,7 +87,7 @@ def test_batches_of_one_document_are_for_the_smallest_and_the_oldest_by_turns() 
     assert order == [small, old, small, old, other, old, other, old, other, old]
 
 
-def test_documents_of_a_batch_are_shared_as_tokens_are() -> None:
+def test_documents_of_a_batch_are_shared_like_tokens() -> None:
     queue, old, other = TokenQueue(), job([10] * 9), job([10] * 9)
     queue.put(old)
     queue.put(other)
@@ -96,18 +96,18 @@ def test_documents_of_a_batch_are_shared_as_tokens_are() -> None:
     assert taken(queue, 1000, 13) == [(other, 5, 9), (old, 5, 9)]
 
 
-def test_abandoned_jobs_cost_nothing() -> None:
+def test_cancelled_jobs_cost_nothing() -> None:
     queue, gone, stays, later = TokenQueue(), job([10]), job([10]), job([10])
     for j in (gone, stays, later):
         queue.put(j)
     gone.done.cancel()
     assert taken(queue, 30) == [(later, 0, 1), (stays, 0, 1)]
     queue.put(gone)
-    queue.drop_abandoned()
+    queue.drop_finished()
     assert (len(queue), queue.tokens) == (0, 0)
 
 
-def test_a_job_is_done_when_its_last_document_is() -> None:
+def test_the_last_document_resolves_a_job() -> None:
     j = job([1, 1, 1])
     first, second = j.take(2), j.take(3)
     j.fill(second, [3.0])
@@ -118,7 +118,7 @@ def test_a_job_is_done_when_its_last_document_is() -> None:
     assert j.logits == [1.0, 2.0, 3.0]
 
 
-def test_clear_gives_all_jobs_back() -> None:
+def test_clear_drops_all_jobs() -> None:
     queue, a, b = TokenQueue(), job([1]), job([1])
     queue.put(a)
     queue.put(b)

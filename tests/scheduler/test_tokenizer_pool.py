@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from reranker.errors import InvalidRequestError
-from reranker.scheduler.tokenizer_pool import Encoder
+from reranker.scheduler.tokenizer_pool import TokenizerPool
 from reranker.types import EncodedRequest, RerankRequest
 from tests.fake import FakeScorer
 
@@ -16,11 +16,11 @@ Encode = Callable[[str], asyncio.Task[EncodedRequest]]
 
 
 class Panic(BaseException):
-    """As the tokenizer's library raises it: no Exception."""
+    """A BaseException like the tokenizer's."""
 
 
 class Blocking(FakeScorer):
-    """Tokenising a query with "wait" waits for `go`."""
+    """Tokenising a query with "wait" blocks until `go` is set."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,21 +39,21 @@ class Blocking(FakeScorer):
 
 def run(test: Callable[[Encode, Blocking], Coroutine[Any, Any, None]]) -> None:
     async def main() -> None:
-        encoder, scorer = Encoder(), Blocking()
+        pool, scorer = TokenizerPool(), Blocking()
 
         def encode(query: str) -> asyncio.Task[EncodedRequest]:
-            return asyncio.create_task(encoder.encode(scorer, RerankRequest(query, ["red fish"])))
+            return asyncio.create_task(pool.encode(scorer, RerankRequest(query, ["red fish"])))
 
         try:
             await asyncio.wait_for(test(encode, scorer), 30)
         finally:
             scorer.go.set()
-            encoder.close()
+            pool.close()
 
     asyncio.run(main())
 
 
-def test_short_requests_that_come_together_share_a_trip_and_later_ones_do_not_wait_for_it() -> None:
+def test_small_requests_share_a_call_and_later_ones_do_not_wait_for_it() -> None:
     async def test(encode: Encode, scorer: Blocking) -> None:
         together = [encode("wait"), encode("one"), encode("two")]
         await asyncio.to_thread(scorer.waits.wait, 30)
@@ -66,29 +66,29 @@ def test_short_requests_that_come_together_share_a_trip_and_later_ones_do_not_wa
     run(test)
 
 
-def test_no_short_request_waits_for_a_long_one() -> None:
+def test_no_small_request_waits_for_a_large_one() -> None:
     async def test(encode: Encode, scorer: Blocking) -> None:
-        before, long, behind = encode("short"), encode("wait " * 1000), encode("short")
-        assert (await before).prefix
-        assert (await behind).prefix
-        assert not long.done()
+        first, large, last = encode("short"), encode("wait " * 1000), encode("short")
+        assert (await first).prefix
+        assert (await last).prefix
+        assert not large.done()
         scorer.go.set()
-        assert (await long).prefix
+        assert (await large).prefix
 
     run(test)
 
 
-def test_one_that_fails_or_leaves_costs_the_others_of_its_trip_nothing() -> None:
+def test_a_failed_or_cancelled_request_does_not_affect_its_microbatch() -> None:
     async def test(encode: Encode, scorer: Blocking) -> None:
-        first, left, wrong = encode("wait"), encode("left"), encode("too long")
+        first, cancelled, wrong = encode("wait"), encode("cancelled"), encode("too long")
         panic, last = encode("panic"), encode("last")
         await asyncio.to_thread(scorer.waits.wait, 30)
-        left.cancel()
-        await asyncio.wait([left])
+        cancelled.cancel()
+        await asyncio.wait([cancelled])
         scorer.go.set()
         with pytest.raises(InvalidRequestError):
             await wrong
-        with pytest.raises(RuntimeError, match="Panic"):  # an Exception: all who deal with errors see it
+        with pytest.raises(RuntimeError, match="Panic"):  # an Exception, so that error handlers see it
             await panic
         assert (await first).documents == (await last).documents
         assert scorer.began == ["wait", "too long", "panic", "last"]
@@ -96,18 +96,18 @@ def test_one_that_fails_or_leaves_costs_the_others_of_its_trip_nothing() -> None
     run(test)
 
 
-def test_stopping_leaves_nobody_waiting() -> None:
+def test_closing_cancels_pending_requests() -> None:
     async def main() -> None:
-        encoder, scorer = Encoder(), Blocking()
+        pool, scorer = TokenizerPool(), Blocking()
         request = RerankRequest("wait", ["red"])
-        on_the_way = [asyncio.create_task(encoder.encode(scorer, request)) for _ in range(3)]
+        running = [asyncio.create_task(pool.encode(scorer, request)) for _ in range(3)]
         await asyncio.to_thread(scorer.waits.wait, 30)
-        at_the_door = asyncio.create_task(encoder.encode(scorer, request))
+        pending = asyncio.create_task(pool.encode(scorer, request))
         await asyncio.sleep(0)
-        encoder.close()
-        await asyncio.wait([at_the_door])
-        assert at_the_door.cancelled()
+        pool.close()
+        await asyncio.wait([pending])
+        assert pending.cancelled()
         scorer.go.set()
-        assert all(encoded.prefix for encoded in await asyncio.gather(*on_the_way))
+        assert all(encoded.prefix for encoded in await asyncio.gather(*running))
 
     asyncio.run(asyncio.wait_for(main(), 30))

@@ -66,7 +66,7 @@ async def info(request: Request) -> Response:
             "model_sha": None,
             "model_dtype": model.precision,
             "model_type": {"reranker": {"id2label": {"0": "relevant"}, "label2id": {"relevant": 0}}},
-            "max_concurrent_requests": batcher.max_requests,
+            "max_concurrent_requests": batcher.admission.max_requests,
             "max_input_length": model.max_seq_length,
             "max_batch_tokens": model.max_batch_tokens,
             "max_batch_requests": None,
