@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from config import OWN_WORKER_CLASS, SettingsError, load_settings, log_config
+from reranker.cgroup import allowed, cores
 from reranker.environment import shorten
 from reranker.server import address, folder
-from reranker.server.cpu import allowed, cores
 from reranker.server.handover import Handover
 
 try:

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FLOAT8 = torch.float8_e4m3fn
+from reranker.engine.precision import FLOAT8
+
 # Largest error of a product, as a share of its norm, that rounding to 8 bits explains: 2 % for int8 and 4 % for float8
 # on normally distributed numbers; a kernel that is wrong, or whose sums overflow, is far beyond.
 _TOLERANCE = 0.08

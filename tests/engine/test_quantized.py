@@ -12,15 +12,13 @@ import torch
 from torch import nn
 
 from reranker import Scorer
-from reranker.engine import device as devices
-from reranker.engine import model, quantized
+from reranker.engine import model, precision, quantized
 from reranker.engine.quantized import Float8Linear, Int8Linear, difference, quantize
 from tests.conftest import DEMO, ROOT
 from tests.engine.card import Card
 from tests.engine.test_scorer import expected, packed, requests, worst
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 def linear(inputs: int, outputs: int, bias: bool = False) -> nn.Linear:
@@ -80,7 +78,7 @@ def test_int8_stays_near_the_card_and_does_not_depend_on_neighbours(model_path: 
 
 def test_float8_arithmetic_stays_near_the_card(model_path: Path, card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same layers on the CPU, whose `_scaled_mm` is slow and right."""
-    monkeypatch.setattr(devices, "_missing", lambda precision, device: "")
+    monkeypatch.setattr(precision, "_unsupported", lambda dtype, device: "")
     scorer = Scorer.load(model_path, device="cpu", precision="fp8")
     assert scorer.info.precision == "float8"
     group = requests(random.Random(16), 3)
@@ -101,7 +99,7 @@ def test_float8_is_proved_as_it_is_used_however_the_weights_are_stored(
         return scaled(*args, out_dtype=out_dtype, **options)
 
     monkeypatch.setattr(torch, "_scaled_mm", only_bfloat16)
-    made = quantize(linear(128, 64, bias=True).to(stored), quantized.FLOAT8)
+    made = quantize(linear(128, 64, bias=True).to(stored), precision.FLOAT8)
     assert made(torch.randn(3, 128).bfloat16()).dtype is torch.bfloat16
 
 
@@ -112,7 +110,7 @@ def test_whatever_a_kernel_says_float8_falls_back(
     def none(*args: object, **options: object) -> None:
         raise kind("not on this device")
 
-    monkeypatch.setattr(devices, "_missing", lambda precision, device: "")
+    monkeypatch.setattr(precision, "_unsupported", lambda dtype, device: "")
     monkeypatch.setattr(torch, "_scaled_mm", none)
     assert Scorer.load(model_path, device="cpu", precision="float8").info.precision == "float32"
 
@@ -129,31 +127,14 @@ def test_float8_layers_can_be_compiled() -> None:
 def test_the_demo_ranks_as_well_in_int8() -> None:
     part = json.loads((ROOT / "demo" / "heldout.json").read_text(encoding="utf-8"))["en"]
     means = []
-    for precision in ("float32", "int8"):
-        scorer = Scorer.load(DEMO, device="cpu", precision=precision)
+    for name in ("float32", "int8"):
+        scorer = Scorer.load(DEMO, device="cpu", precision=name)
         ranks = []
         for task in part["tasks"][:12]:
             scores = scorer.rerank(task["query"], [part["documents"][i] for i in task["documents"]])
             ranks.append(1 + sum(score > scores[task["answer"]] for score in scores))
         means.append(sum(1 / rank for rank in ranks) / len(ranks))
     assert means[1] == pytest.approx(means[0], abs=0.05)  # 12 tasks; benchmarks/int8.py measures all of them
-
-
-def test_what_the_device_lacks_falls_back_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    for wanted, where, reason in (("float8", CPU, "is for NVIDIA GPUs only"), ("fp8", CPU, "fp8 was asked for")):
-        first = devices.choose_precisions(wanted, where)[0]
-        assert first.value is torch.float32
-        assert reason in first.reason
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    for wanted, reason in (("float8", "needs compute capability 8.9"), ("int8", "is for the CPU only")):
-        first = devices.choose_precisions(wanted, GPU)[0]
-        assert first.value is torch.bfloat16
-        assert reason in first.reason
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    choices = devices.choose_precisions("fp8", GPU)
-    assert [devices.short(c.value) for c in choices] == ["float8", "bfloat16", "float32"]
-    assert [devices.short(c.value) for c in devices.choose_precisions("int8", CPU)] == ["int8", "float32"]
 
 
 def test_a_machine_without_the_kernel_falls_back(
