@@ -10,9 +10,8 @@ import pytest
 
 from reranker import ModelLoadError, Scorer
 from reranker.types import RerankRequest, Slice
-from tests.conftest import make_model
 from tests.engine.card import INSTRUCTION, Card
-from tests.engine.checkpoints import RIGHT, WRONG, Variant
+from tests.engine.checkpoints import RIGHT, WRONG, Variant, small_model
 
 PAIRS = [
     ("how to compress files", "gzip compresses files"),
@@ -26,7 +25,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The sound folders that the variants are made from."""
     root = tmp_path_factory.mktemp("checkpoints")
     bases = {repr(variant.base): variant.base for variant in RIGHT + WRONG}
-    return {key: make_model(root / str(i), std=0.03, **base) for i, (key, base) in enumerate(bases.items())}
+    return {key: small_model(root / str(i), **base) for i, (key, base) in enumerate(bases.items())}
 
 
 @pytest.fixture
