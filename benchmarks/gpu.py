@@ -42,7 +42,7 @@ from benchmarks.traffic import TOKENS, ten_documents
 from reranker import Scorer
 from reranker.engine import device as devices
 from reranker.engine.attention import choose
-from reranker.engine.checkpoint.config import load_tokenizer
+from reranker.engine.checkpoint.tokenizer import load_tokenizer
 from reranker.engine.families.qwen3 import PLAIN, fuse
 from reranker.engine.model import Model
 from reranker.engine.precision import FLOAT8, QUANTIZED, short

@@ -18,7 +18,8 @@ from transformers.utils.logging import disable_progress_bar
 from reranker.engine import device as devices
 from reranker.engine.attention import Attention, choose
 from reranker.engine.batch import PackedBatch
-from reranker.engine.checkpoint.config import Checkpoint, first_line
+from reranker.engine.checkpoint.config import Checkpoint
+from reranker.engine.checkpoint.files import first_line
 from reranker.engine.checkpoint.weights import check_weights, parameters
 from reranker.engine.families.qwen3 import PLAIN, LayerFns, fuse, keep, last_hidden
 from reranker.engine.graphs import Graphs

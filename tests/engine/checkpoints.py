@@ -69,8 +69,8 @@ class Variant:
 
 def small_model(folder: Path, **changes: Any) -> Path:
     """A sound folder that loads quickly: a narrow model, and the first merges of the demo's tokenizer."""
-    shape = {"hidden_size": WIDTH, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1}
-    make_model(folder, vocab_size=ENTRIES + 26, **shape, head_dim=24, **changes)
+    shape: dict[str, Any] = {"hidden_size": WIDTH, "intermediate_size": 48, "num_attention_heads": 2, "head_dim": 24}
+    make_model(folder, vocab_size=ENTRIES + 26, num_key_value_heads=1, **shape, **changes)
 
     def shorten(tokenizer: dict[str, Any]) -> None:
         model, added = tokenizer["model"], tokenizer["added_tokens"]
@@ -211,7 +211,7 @@ def write(name: str, content: object) -> Edit:
     def edit(path: Path) -> None:
         (path / name).parent.mkdir(exist_ok=True)
         text = content if isinstance(content, str | bytes) else json.dumps(content)
-        (path / name).write_bytes(text.encode() if isinstance(text, str) else text)
+        (path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
 
     return edit
 
@@ -223,7 +223,12 @@ def both(*edits: Edit) -> Edit:
 
 def removed(*names: str) -> Edit:
     """Remove files."""
-    return lambda path: [(path / name).unlink() for name in names]
+
+    def edit(path: Path) -> None:
+        for name in names:
+            (path / name).unlink()
+
+    return edit
 
 
 def marked(name: str) -> Edit:
