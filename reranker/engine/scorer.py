@@ -26,7 +26,7 @@ from reranker.engine.checkpoint.config import Checkpoint, read
 from reranker.engine.checkpoint.layout import default_instruction
 from reranker.engine.checkpoint.locate import locate
 from reranker.engine.checkpoint.weights import not_finite
-from reranker.engine.lanes import LEAST_TOKENS, DealtBatch, Lanes, deal
+from reranker.engine.lanes import MIN_TOKENS, DealtBatch, Lanes, deal
 from reranker.engine.model import Model, load
 from reranker.engine.precision import PRECISIONS, QUANTIZED, choose_precisions, short
 from reranker.engine.prompt import INSTRUCTION, Prompt
@@ -191,12 +191,12 @@ class Scorer:
     def pack(self, slices: Sequence[Slice]) -> Batch:
         """Lay slices of requests out for one forward pass. May run beside `score` in another thread."""
         static_prefix, pinned = len(self.model.static_prefix), self.model.device.type == "cuda"
-        lanes = 1 if self.lanes is None else self.lanes.wanted(slices)
+        lanes = 1 if self.lanes is None else self.lanes.count_for(slices)
         if lanes == 1:
             return pack(slices, static_prefix=static_prefix, pinned=pinned)
         dealt = deal(slices, lanes)
         parts = tuple(pack(lane.slices, static_prefix=static_prefix) for lane in dealt)
-        return DealtBatch(tuple(slices), parts, tuple(lane.places for lane in dealt))
+        return DealtBatch(tuple(slices), parts, tuple(lane.positions for lane in dealt))
 
     def score(self, batch: Batch) -> list[float]:
         """Logits (yes minus no) of the batch's documents, in order; may hold NaN, which the caller must not pass on.
@@ -290,7 +290,7 @@ class Scorer:
         if cores == 1:
             return rate
         a_document = self._warm_up_batch(2).tokens - self._warm_up_batch(1).tokens
-        documents = max(documents, 2 * cores, -(-cores * LEAST_TOKENS // a_document))  # enough for all lanes
+        documents = max(documents, 2 * cores, -(-cores * MIN_TOKENS // a_document))  # enough for all lanes
         tokens = self._warm_up_batch(documents).tokens
         best = one = self._fastest(documents)
         counts = {2**i for i in range(1, cores.bit_length()) if 2**i < cores} if one < _SLOW_SECONDS else set()
