@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import gc
 import random
 import threading
@@ -66,11 +67,17 @@ def test_one_request_is_split_longest_documents_first() -> None:
     ) == pytest.approx(150, abs=10)
 
 
+@pytest.fixture(scope="module")
+def loaded(model_path: Path) -> Scorer:
+    return Scorer.load(model_path, device="cpu", precision="float32")
+
+
 @pytest.fixture
-def scorer(model_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Scorer:
+def scorer(loaded: Scorer, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Scorer:
+    """A copy, whose lanes, model and budget a test may replace."""
     if "256_tokens" not in request.node.name:
         monkeypatch.setattr(lanes_module, "MIN_TOKENS", 1)  # small batches, so that many shapes are dealt
-    return Scorer.load(model_path, device="cpu", precision="float32")
+    return copy.copy(loaded)
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])
