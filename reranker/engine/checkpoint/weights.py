@@ -169,9 +169,7 @@ def _cause(missing: list[str], names: set[str], layers: int) -> str:
     if first.removeprefix("model.") in names:
         return "the names in the files lack 'model.', as in a bare backbone: save the whole Qwen3ForCausalLM"
     if missing == ["lm_head.weight"]:
-        return (
-            'save the head with the model, or write "tie_word_embeddings": true in config.json if it is the embedding'
-        )
+        return 'save the head with the model, or write "tie_word_embeddings": true in config.json if they are tied'
     stored = {int(match[1]) for name in names if (match := _LAYER.match(name))}
     absent = [int(match[1]) for name in missing if (match := _LAYER.match(name))]
     if stored and len(absent) == len(missing) and min(absent) > max(stored):
