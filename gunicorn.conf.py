@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from config import OWN_WORKER_CLASS, SettingsError, load_settings, log_config
+from reranker.cgroup import allowed, cores
 from reranker.environment import shorten
 from reranker.server import address, fleet
-from reranker.server.cpu import allowed, cores
 
 try:
     _settings = load_settings()

@@ -23,7 +23,7 @@ from benchmarks.models import SHAPES, model
 from benchmarks.peers import CONTESTANTS, Round, start
 from benchmarks.report import header, table
 from benchmarks.workloads import Requests, read
-from reranker.engine.checkpoint.config import load_tokenizer
+from reranker.engine.checkpoint.tokenizer import load_tokenizer
 from reranker.engine.prompt import Prompt
 from reranker.types import RerankRequest
 

@@ -13,7 +13,7 @@ from typing import Any
 from app import create_app
 from config import load_settings
 from reranker.engine.batch import pack
-from reranker.engine.checkpoint.config import load_tokenizer
+from reranker.engine.checkpoint.tokenizer import load_tokenizer
 from reranker.engine.prompt import Prompt
 from reranker.engine.scorer import DEMO
 from reranker.scheduler.compute import ScorerLike

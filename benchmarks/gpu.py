@@ -42,11 +42,12 @@ from benchmarks.workloads import TOKENS, read, ten_documents
 from reranker import Scorer
 from reranker.engine import device as devices
 from reranker.engine.attention import choose
-from reranker.engine.checkpoint.config import load_tokenizer
+from reranker.engine.checkpoint.tokenizer import load_tokenizer
 from reranker.engine.families.qwen3 import PLAIN, fuse
 from reranker.engine.model import Model
+from reranker.engine.precision import FLOAT8, QUANTIZED, short
 from reranker.engine.prompt import Prompt
-from reranker.engine.quantized import FLOAT8, quantize
+from reranker.engine.quantized import quantize
 from reranker.engine.scorer import DEMO
 from reranker.scheduler.batcher import Batcher
 from reranker.types import EncodedRequest, RerankRequest, Slice
@@ -159,7 +160,7 @@ class Bench:
     def load(self, precision: torch.dtype) -> tuple[Scorer, float]:
         """A scorer and the seconds of its warm-up, compiling and recording included."""
         decoder = self.make(Qwen3Model)
-        if precision in devices.QUANTIZED:
+        if precision in QUANTIZED:
             fuse(decoder, lambda linear: quantize(linear, precision))
         else:
             fuse(decoder)
@@ -188,7 +189,7 @@ class Bench:
         sustained = self._best(lambda: multiply(count), 1) / count
         self.rate, self.sustained = 2 * size**3 / best, 2 * size**3 / sustained
         return (
-            f"Matrix product {size}³ in {devices.short(self.dtype)}: {self.rate / 1e12:.3g} TFLOP/s at best, "
+            f"Matrix product {size}³ in {short(self.dtype)}: {self.rate / 1e12:.3g} TFLOP/s at best, "
             f"{self.sustained / 1e12:.3g} for {seconds} s."
         )
 
@@ -219,7 +220,7 @@ class Bench:
             raise WrongError(f"logits are {apart.abs().max():.3f} from the card's, whose deviation is {true.std():.3f}")
         return (
             f"Fidelity: {len(true)} pairs of random shapes against transformers, a pair at a time in "
-            f"{devices.short(self.dtype)}: logits of standard deviation {true.std():.2f} differ by "
+            f"{short(self.dtype)}: logits of standard deviation {true.std():.2f} differ by "
             f"{apart.abs().mean():.2g} on average, {apart.abs().max():.2g} at most; sharing a batch moves one by "
             f"{neighbours.max():.2g} at most."
         )
@@ -284,7 +285,7 @@ class Bench:
         apart, order = (true - got).abs(), torch.corrcoef(torch.stack([true, got]))[0, 1]
         return (
             f"float8 (warm-up {seconds:.1f} s; {self._paths(fast)}): a pass of {batch.tokens} tokens "
-            f"{base / needed:.2f} times as fast as {devices.short(self.dtype)}; "
+            f"{base / needed:.2f} times as fast as {short(self.dtype)}; "
             f"{documents / served:.0f} documents/s with {len(self.work)} clients "
             f"({documents / served / self.documents_per_second:.2f} times). "
             f"Logits of standard deviation {true.std():.2f} differ by {apart.mean():.3f} on average, "
@@ -298,7 +299,7 @@ class Bench:
         compiled = "compiled" if model.stages is not PLAIN else "plain"
         recorded = f"{len(model.graphs)} recorded sizes" if model.graphs is not None else "none recorded"
         if self.device.type == "cuda" and (model.stages is PLAIN or model.graphs is None):
-            self.lost.append(f"{devices.short(model.dtype)}: layers {compiled}, {recorded} (the log says why)")
+            self.lost.append(f"{short(model.dtype)}: layers {compiled}, {recorded} (the log says why)")
         return f"attention {model.kernel.__name__}, layers {compiled}, CUDA graphs: {recorded}"
 
     def _random(self, rng: random.Random) -> EncodedRequest:

@@ -74,7 +74,7 @@ def ten_documents() -> RerankRequest:
 def main() -> None:
     """Count tokens and bytes of both files, and write tokens.json."""
     from benchmarks.models import tokenizer
-    from reranker.engine.checkpoint.config import load_tokenizer
+    from reranker.engine.checkpoint.tokenizer import load_tokenizer
     from reranker.engine.prompt import Prompt
 
     prompt = Prompt(load_tokenizer(tokenizer()), max_seq_length=MAX_TOKENS)

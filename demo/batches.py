@@ -1,4 +1,4 @@
-"""Training groups: a query, the document that answers it, others that do not, and what the helpers should predict.
+"""Training groups: a query, a relevant document, irrelevant ones, and the labels of the probes.
 
 The card's prompt is tokenised in the pieces that the engine shares: prefix (to "<Document>:") once per group, then
 every document with the suffix.
@@ -40,29 +40,29 @@ TEMPLATES = {
 }
 LENGTHS = {24: 0.25, 48: 0.27, 72: 0.26, 112: 0.12, 240: 0.05, 480: 0.03, 960: 0.02}
 LONG = 200
-"""Tokens to which the documents of a batch are cut, and how often; above `LONG` they stand amid other text."""
+"""Max tokens of the documents of a batch -> probability; above `LONG` documents are embedded in other text."""
 
 
 Group = tuple[list[int], list[np.ndarray], list[np.ndarray], list[float]]
-"""Prefix ids, documents, their match labels, their coverage."""
+"""Prefix ids, documents, match labels of the documents, coverage of the documents."""
 
 
 @dataclass
 class Batch:
-    """G groups of N documents; the true one is the first of each. P and D are the padded lengths."""
+    """G groups of N documents, the relevant one first. P and D are the padded lengths."""
 
     prefix: torch.Tensor  # [G, P] token ids
     prefix_length: torch.Tensor  # [G]
     document: torch.Tensor  # [G*N, D] token ids, suffix included
     document_length: torch.Tensor  # [G*N]
-    match: torch.Tensor  # [G*N, D] 1 where the token occurs in the query, 0 where not, -1 where not to be judged
+    match: torch.Tensor  # [G*N, D] 1 where the token occurs in the query, 0 where not, -1 where ignored
     coverage: torch.Tensor  # [G*N] share of the query's words in the document, weighted by how rare they are
 
 
 class Sampler:
-    """Draws groups from the corpus.
+    """Draw groups from the corpus.
 
-    A token's `key` is its lower-cased beginning, so that "Compress" matches " compression".
+    A token's `key` is its lower-case prefix, so that "Compress" matches " compression".
     """
 
     def __init__(self, pairs: list[dict[str, str]], tokenizer: Tokenizer, seed: int) -> None:
@@ -93,7 +93,7 @@ class Sampler:
         self.with_query = {lang: [i for i in rows if pairs[i]["query"]] for lang, rows in self.by_lang.items()}
 
     def _keys(self) -> np.ndarray:
-        """For every token the number of its key; 0 for tokens without a letter or a digit."""
+        """Return the key of every token; 0 for tokens without a letter or a digit."""
         names: dict[str, int] = {}
         keys = np.zeros(self.tokenizer.get_vocab_size(), dtype=np.int64)
         for token in range(self.ordinary):
@@ -104,11 +104,11 @@ class Sampler:
         return keys
 
     def keys(self, text: str) -> np.ndarray:
-        """The keys of a text's tokens."""
+        """Return the keys of a text's tokens."""
         return self.key[self.tokenizer.encode(" " + text).ids]
 
     def span(self, text: str, lang: str, low: int, high: int) -> str:
-        """A run of `low` to `high` words (Chinese: twice as many characters) from `text`."""
+        """Draw a span of `low` to `high` words (in Chinese two characters count as one word) from `text`."""
         size = self.rng.randint(low, high)
         if lang == "en":
             words = text.split()
@@ -118,10 +118,10 @@ class Sampler:
         start = self.rng.randint(0, max(0, len(sentence) - 2 * size))
         return sentence[start : start + 2 * size].strip()
 
-    def query(self, index: int, cut: np.ndarray) -> tuple[str, str]:
-        """A query for a document of which `cut` is shown, and the part of the query that carries its meaning."""
+    def query(self, index: int, shown: np.ndarray) -> tuple[str, str]:
+        """Return a query for a document truncated to `shown`, and the meaningful part of the query."""
         pair, rng = self.pairs[index], self.rng
-        lang, text = pair["lang"], self.tokenizer.decode(cut.tolist()).strip("\ufffd ")
+        lang, text = pair["lang"], self.tokenizer.decode(shown.tolist()).strip("\ufffd ")
         draw = rng.random()
         if pair["query"] and draw < 0.45:
             core = pair["query"]
@@ -140,8 +140,8 @@ class Sampler:
             core = core.lower() if rng.random() < 0.7 else core.capitalize()
         return (rng.choice(TEMPLATES[lang]).format(core) if rng.random() < 0.35 else core), core
 
-    def cut(self, index: int, length: int) -> np.ndarray:
-        """At most `length` tokens of a document: its beginning, or now and then a part from further on."""
+    def truncate(self, index: int, length: int) -> np.ndarray:
+        """Truncate a document to `length` tokens: usually its start, sometimes a later span."""
         document = self.documents[index]
         if len(document) > length and self.rng.random() < 0.3:
             start = self.rng.randrange(len(document) - length + 1)
@@ -149,7 +149,7 @@ class Sampler:
         return document[: length if self.rng.random() < 0.8 else self.rng.randint(min(8, length), length)]
 
     def surround(self, document: np.ndarray, lang: str, length: int) -> np.ndarray:
-        """A document somewhere in a longer one, made of others; few of the corpus are long themselves."""
+        """Embed a document in a longer one made of others, because few documents of the corpus are long."""
         parts, missing = [document], self.rng.randint(length // 2, length) - len(document)
         while missing > 0:
             other = self.documents[self.rng.choice(self.by_lang[lang])][:missing]
@@ -158,17 +158,20 @@ class Sampler:
         return np.concatenate(parts)[:length]
 
     def share(self, weights: dict[int, float], document: np.ndarray) -> float:
-        """The share of the query's weighted keys that the document has."""
+        """Return the share of the query's weighted keys that the document has."""
         present = set(self.key[document].tolist())
         return sum(w for k, w in weights.items() if k in present) / max(1e-6, sum(weights.values()))
 
     def group(self, length: int, size: int, hard: float) -> Group:
-        """One query with `size` documents of at most `length` tokens; `hard` of the false ones share a word with it."""
+        """Draw one query with `size` documents of at most `length` tokens.
+
+        `hard` is the share of irrelevant documents that have a word of the query.
+        """
         rng = self.rng
         lang = "zh" if rng.random() < 0.35 else "en"
         true = rng.choice(self.with_query[lang] if rng.random() < 0.75 else self.by_lang[lang])
         short = rng.randint(16, 120) if length > LONG else length
-        documents = [self.cut(true, short)]
+        documents = [self.truncate(true, short)]
         query, core = self.query(true, documents[0])
         ids = np.array(self.tokenizer.encode(f" {query}\n<Document>:").ids, dtype=np.int64)
         weights = {int(k): float(self.idf[lang][k]) for k in set(self.keys(core).tolist()) if k}
@@ -179,7 +182,7 @@ class Sampler:
             index = rng.choice(
                 self.holders[rng.choice(shared)] if near else self.by_lang[lang if rng.random() < 0.9 else "en"]
             )
-            document = self.cut(index, short)
+            document = self.truncate(index, short)
             if index == true or (self.share(weights, document) > 0.75 * best and rng.random() < 0.95):
                 hard *= 0.9
                 continue
@@ -188,7 +191,7 @@ class Sampler:
             documents = [self.surround(document, lang, length) for document in documents]
         coverage = [self.share(weights, document) for document in documents]
         key = self.key
-        if rng.random() < 0.2:  # other token ids, the same circuit: matching must not depend on knowing the word
+        if rng.random() < 0.2:  # permuted token ids, so that matching does not depend on the word
             order = self.numpy.permutation(self.ordinary)
             tail = len(self.tokenizer.encode("\n<Document>:").ids)
             ids = np.concatenate([order[ids[:-tail]], ids[-tail:]]) if len(ids) > tail else ids
@@ -201,7 +204,7 @@ class Sampler:
         return self.head + instruction + ids[:96].tolist(), documents, match, coverage
 
     def batch(self, tokens: int, size: int, hard: float, lengths: dict[int, float] = LENGTHS) -> Batch:
-        """Groups of one document length, as many as fit `tokens`."""
+        """Draw groups of one document length, at most `tokens` in total."""
         length = self.rng.choices(list(lengths), list(lengths.values()))[0]
         count = max(1, math.floor(tokens / (size * (length + len(self.suffix)) + 100)))
         return self.collate([self.group(length, size, hard) for _ in range(count)])
@@ -219,7 +222,7 @@ class Sampler:
 
 
 def _pad(rows: list[np.ndarray], value: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right-padded rows as one tensor, and their lengths."""
+    """Return the rows as one right-padded tensor, and their lengths."""
     lengths = torch.tensor([len(row) for row in rows])
     tensor = torch.full((len(rows), int(lengths.max())), value, dtype=torch.int64)
     for row, values in zip(tensor, rows, strict=True):

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """Fetch and build the demo model's training text: demo/data.py [--cache demo/.cache]
 
-The text comes from the Debian archive that apt is already configured for: the English and Simplified Chinese package
+The text comes from the Debian archive for which apt is configured: the English and Simplified Chinese package
 descriptions (short description = query, long description = document), and a few manuals, most of them in Chinese
 (heading = query, the paragraphs below it = document), because only about a thousand descriptions are translated.
-Nothing on the system is changed: apt works in a state folder of its own. Written for Debian 12; another release gives
+The system stays unchanged, because apt uses a separate state folder. Written for Debian 12; another release gives
 slightly different text.
 
-Writes CACHE/corpus.jsonl, one `Pair` a line, and demo/heldout.json, the small evaluation set that is committed.
+Writes CACHE/corpus.jsonl, one `Pair` per line, and demo/heldout.json, the small evaluation set in the repository.
 """
 
 import argparse
@@ -34,7 +34,7 @@ MANUALS = {
     "libreoffice-help-zh-cn": r"/zh-CN/text/.*\.html$",
     "debian-handbook": r"/html/(zh-CN|en-US)/[^/]+\.html$",
 }
-"""Debian packages with running text, and the files of each that are read."""
+"""Debian packages with running text -> pattern of the files to read."""
 
 APT_CONFIG = """#clear Acquire::Languages;
 Acquire::Languages {{ "en"; "zh_CN"; }};
@@ -52,7 +52,7 @@ CJK = re.compile(r"[\u3400-\u9fff]")
 
 @dataclass(frozen=True)
 class Pair:
-    """A document, and the query that it answers; `query` is empty where only spans of the document can serve as one."""
+    """A document and its query; `query` is empty if queries can only be drawn from the document."""
 
     name: str
     lang: str
@@ -62,17 +62,17 @@ class Pair:
 
 
 def is_chinese(text: str) -> bool:
-    """Whether a tenth of the characters or more are Chinese."""
+    """Return whether at least a tenth of the characters are Chinese."""
     return len(CJK.findall(text)) * 10 >= max(1, len(text))
 
 
 def held_out(name: str) -> bool:
-    """Whether a package or a manual's section is kept from training, decided by its name alone."""
+    """Return whether a package or a manual's section is held out from training, by a hash of its name."""
     return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 100 < HELD_OUT_PERCENT
 
 
 def fetch(folder: Path) -> list[Path]:
-    """Download descriptions and manuals with apt into `folder`; returns the translation files."""
+    """Download descriptions and manuals with apt into `folder`; return the translation files."""
     (folder / "lists" / "partial").mkdir(parents=True, exist_ok=True)
     (folder / "archives" / "partial").mkdir(parents=True, exist_ok=True)
     config = folder / "apt.conf"
@@ -87,7 +87,7 @@ def fetch(folder: Path) -> list[Path]:
 
 
 def descriptions(file: Path) -> Iterator[Pair]:
-    """Every package description of one translation index (RFC 822 stanzas, possibly compressed)."""
+    """Yield every package description of a translation index (RFC 822 stanzas, possibly compressed)."""
     text = subprocess.run(
         ["/usr/lib/apt/apt-helper", "cat-file", file], check=True, capture_output=True
     ).stdout.decode()
@@ -105,7 +105,7 @@ def descriptions(file: Path) -> Iterator[Pair]:
 
 
 def manual(package: str, folder: Path) -> Iterator[Pair]:
-    """The sections of a manual, in documents of at most about 500 Chinese or 1,000 other characters."""
+    """Yield the sections of a manual, in documents of at most about 500 Chinese or 1,000 other characters."""
     for file in sorted(p for p in folder.rglob("*") if p.is_file() and re.search(MANUALS[package], str(p))):
         raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
         text = raw.decode(errors="ignore")
@@ -130,13 +130,13 @@ def manual(package: str, folder: Path) -> Iterator[Pair]:
 
 
 def build(folder: Path, translations: list[Path]) -> list[Pair]:
-    """All pairs, without duplicates, without headings that say nothing, and without fragments."""
+    """Return all pairs without duplicates, uninformative headings and fragments."""
     pairs = [pair for file in translations for pair in descriptions(file)]
     for package in MANUALS:
         pairs += manual(package, folder / package)
     queries = Counter(pair.query for pair in pairs)
     seen: set[str] = set()
-    kept: list[Pair] = []
+    result: list[Pair] = []
     for pair in pairs:
         if pair.document in seen or len(pair.document) < (20 if pair.lang == "zh" else 60):
             continue
@@ -144,12 +144,12 @@ def build(folder: Path, translations: list[Path]) -> list[Pair]:
         query = pair.query if queries[pair.query] <= 3 and len(pair.query) >= (4 if pair.lang == "zh" else 8) else ""
         if pair.lang == "zh" and not CJK.search(query):
             query = ""
-        kept.append(Pair(pair.name, pair.lang, query, pair.document[:4000], pair.held_out))
-    return kept
+        result.append(Pair(pair.name, pair.lang, query, pair.document[:4000], pair.held_out))
+    return result
 
 
 def heldout_tasks(pairs: list[Pair], count: int, candidates: int) -> dict[str, list[object]]:
-    """Ranking tasks from held-out pairs: a query, `candidates` documents at random, and where the true one is."""
+    """Make ranking tasks of held-out pairs: a query, `candidates` random documents, and the index of the true one."""
     rng = random.Random(17)
     rng.shuffle(pairs)
     pairs = pairs[:count]
@@ -162,7 +162,7 @@ def heldout_tasks(pairs: list[Pair], count: int, candidates: int) -> dict[str, l
 
 
 def lines_of(value: dict[str, dict[str, list[object]]]) -> str:
-    """JSON with a line per list item, so that a difference can be read."""
+    """Render JSON with one line per list item, for readable diffs."""
     return (
         "{"
         + ",\n".join(
@@ -179,7 +179,7 @@ def lines_of(value: dict[str, dict[str, list[object]]]) -> str:
 
 
 def main() -> None:
-    """Fetch, build, write."""
+    """Fetch the text, build the pairs and write them."""
     here = Path(__file__).parent
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, default=here / ".cache")

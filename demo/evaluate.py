@@ -1,10 +1,9 @@
 #!/usr/bin/env python3
 """Measure the demo model through the library: demo/evaluate.py [--model models/demo] [--json scores.json]
 
-Every task of demo/heldout.json has a query and 20 documents, one of which it belongs to. Printed are the mean
-reciprocal ranks of the model, of BM25 and of chance, then a few questions as a user would try them. Needs no network.
-Exits with 1 where the model misses the English bar, or where the answer to one of the questions marked "must" does not
-come first.
+Every task of demo/heldout.json has a query and 20 documents, one of them relevant. Prints the mean reciprocal ranks of
+the model, of BM25 and of chance, then a few questions that a user might try. Needs no network. Exits with 1 if the
+English rank is below its bar, or if a question marked "must" does not rank its answer first.
 """
 
 import argparse
@@ -22,7 +21,7 @@ import bm25s  # noqa: E402
 from reranker import Scorer  # noqa: E402
 
 BAR = 0.85
-"""The English mean reciprocal rank that the demo model has to reach."""
+"""Minimum of the English mean reciprocal rank."""
 
 ZH_OTHERS = ["今天的天气很好，适合去公园散步。", "Python 是一种广泛使用的编程语言。"]
 SAMPLES: list[tuple[bool, str, list[str]]] = [
@@ -94,25 +93,25 @@ SAMPLES: list[tuple[bool, str, list[str]]] = [
         ["先把大米洗净，加水，然后煮二十分钟，米饭就好了。", "重启服务器之前请先保存文件。", *ZH_OTHERS],
     ),
 ]
-"""Whether it must be right, a query, and documents of which the first is the answer."""
+"""Whether it must be right, the query, and the documents, the relevant one first."""
 
 
 def words(text: str) -> list[str]:
-    """The words of a text for BM25; Chinese is cut into characters and pairs of characters."""
+    """Split a text into words for BM25; Chinese into characters and pairs of characters."""
     chinese = "".join(re.findall(r"[\u3400-\u9fff]", text))
     pairs = [chinese[i : i + 2] for i in range(len(chinese) - 1)]
     return re.findall(r"[a-z0-9]+", text.lower()) + list(chinese) + pairs
 
 
 def reciprocal_rank(scores: list[float], answer: int) -> float:
-    """1 / rank of the true document; a tie counts half, as if broken at random."""
+    """Return 1 / rank of the relevant document, averaged over all orders of its ties."""
     better = sum(score > scores[answer] for score in scores)
     ties = sum(score == scores[answer] for score in scores) - 1
     return sum(1 / (better + 1 + k) for k in range(ties + 1)) / (ties + 1)
 
 
 def measure(scorer: Scorer, part: dict[str, list]) -> dict[str, float]:  # type: ignore[type-arg]
-    """Mean reciprocal rank over one language's tasks, and the share of tasks whose true document comes first."""
+    """Return the measures over one language's tasks: mean reciprocal ranks, share ranked first, probabilities."""
     index = bm25s.BM25()
     index.index([words(document) for document in part["documents"]], show_progress=False)
     model, bm25, first, probabilities = [], [], 0, [0.0, 0.0]
@@ -139,7 +138,7 @@ def measure(scorer: Scorer, part: dict[str, list]) -> dict[str, float]:  # type:
 
 
 def main() -> int:
-    """Print the table and the samples; 0 where every bar is met."""
+    """Print the table and the samples; return 0 if every bar is met."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(ROOT / "models" / "demo"))
     parser.add_argument("--json", type=Path, help="also write the scores to this file")

@@ -1,11 +1,11 @@
-"""Running text out of manuals: the sections of an HTML page or of a Unix manual page, as (heading, paragraphs)."""
+"""Extract the sections of an HTML page or of a Unix manual page, as (heading, paragraphs)."""
 
 import html.parser
 import re
 
 
 def join_lines(lines: list[str]) -> str:
-    """Undo line wrapping: a space between words, nothing between Chinese characters."""
+    """Undo line wrapping: join words with a space, and Chinese characters without one."""
     text = " ".join(line.strip() for line in lines)
     return re.sub(
         r"(?<=[\u3000-\u9fff\uff00-\uffef]) (?=[\u3000-\u9fff\uff00-\uffef])", "", re.sub(r"\s+", " ", text)
@@ -13,7 +13,7 @@ def join_lines(lines: list[str]) -> str:
 
 
 class Sections(html.parser.HTMLParser):
-    """Collects (heading, paragraphs) of an HTML page."""
+    """Collect (heading, paragraphs) of an HTML page."""
 
     BLOCKS = frozenset({"p", "li", "dd", "td", "dt"})
     HEADINGS = frozenset({"h1", "h2", "h3", "h4", "h5"})
@@ -26,13 +26,13 @@ class Sections(html.parser.HTMLParser):
         self.skip = 0
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """A paragraph ends where another block begins."""
+        """End the paragraph where another block begins."""
         self.skip += tag in self.SKIPPED
         if tag in self.BLOCKS or tag in self.HEADINGS:
             self.flush()
 
     def handle_endtag(self, tag: str) -> None:
-        """A section begins after its heading."""
+        """Begin a section after its heading."""
         self.skip -= tag in self.SKIPPED
         if tag in self.HEADINGS:
             heading = re.sub(r"^(第 ?\d+ ?章|附录 ?\w\b|[A-Z]?[\d.]+)[.、 ]*", "", join_lines(self.text))
@@ -42,12 +42,12 @@ class Sections(html.parser.HTMLParser):
             self.flush()
 
     def handle_data(self, data: str) -> None:
-        """Text that a reader sees."""
+        """Collect visible text."""
         if self.skip <= 0:
             self.text.append(data)
 
     def flush(self) -> None:
-        """Close the paragraph that is being read."""
+        """End the current paragraph."""
         paragraph = join_lines(["".join(self.text)])
         self.text = []
         if len(paragraph) >= 8:
@@ -55,7 +55,7 @@ class Sections(html.parser.HTMLParser):
 
 
 def man_sections(text: str) -> list[tuple[str, list[str]]]:
-    """The sections of a manual page; the NAME line serves as the heading of the description."""
+    """Return the sections of a manual page; its NAME line is the heading of the description."""
     text = re.sub(r"\\f.|\\[&,/|]|\\s[-+]?\d", "", text).replace("\\-", "-").replace("\\(aq", "'").replace("\\e", "\\")
     title, sections, paragraph = "", [("", list[str]())], list[str]()
     for line in [*text.splitlines(), ".SH end"]:

@@ -1,14 +1,14 @@
-"""The demo model: a small `Qwen3ForCausalLM` whose first weights already find equal words, and its training pass.
+"""The demo model: a small `Qwen3ForCausalLM` whose initial weights already match equal words, and its training pass.
 
-A model of this size that starts from noise learns nothing about relevance for a long time: it first has to discover
-that document tokens should look for themselves in the query. So the start is wired by hand, and everything is trained
-after:
+From a random start, a model of this size learns nothing about relevance for a long time: it first has to discover that
+document tokens should attend to equal tokens of the query. The initial weights therefore do that, and all are trained
+afterwards:
 
 - Embeddings of tokens with the same letters, stem or Chinese characters start close together.
-- One head of layer 0 looks for the prompt's own words "<Query" and "<Document", whichever comes last, and writes which
-  of the two parts a token stands in to a channel of its own.
+- One head of layer 0 attends to the last of the prompt's words "<Query" and "<Document", and writes the token's part of
+  the prompt to a separate channel.
 - The heads of layer 1 have equal query and key projections, so that equal tokens attend to each other. A document token
-  finds itself, and its like in the query, if there is one; that it has is written to a third channel.
+  attends to itself and to equal tokens in the query; whether there is one is written to a third channel.
 """
 
 import math
@@ -24,15 +24,15 @@ from transformers import AttentionInterface, Qwen3Config, Qwen3ForCausalLM
 WIDTH, HEADS, KV_HEADS, HEAD = 192, 4, 2, 64
 SECTION_LAYER, MATCH_LAYER = 0, 1
 CONSTANT, IS_QUERY, IS_DOCUMENT, IN_QUERY, MATCHED = range(5)
-"""Channels of the residual stream that the wiring uses."""
+"""Channels of the residual stream that the initial weights use."""
 
 SLOW = 16
-"""Rotary position embedding turns a head's dimensions i and i + 32 by theta^(-i/32) per token: from here on slowly
+"""Rotary position embedding rotates a head's dimensions i and i + 32 by theta^(-i/32) per token: from this i on slowly
 enough to compare contents over some hundred tokens."""
 
 
 def new_model(tokenizer: Tokenizer) -> Qwen3ForCausalLM:
-    """The untrained model."""
+    """Return the untrained model."""
     config = Qwen3Config(
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=WIDTH,
@@ -65,7 +65,7 @@ def new_model(tokenizer: Tokenizer) -> Qwen3ForCausalLM:
 
 
 def word_like_embeddings(tokenizer: Tokenizer) -> torch.Tensor:
-    """Random rows [V, WIDTH] in which tokens with the same letters, stem or Chinese characters start close together."""
+    """Return random rows [V, WIDTH], similar for tokens with the same letters, stem or Chinese characters."""
     features: dict[str, int] = {}
     rows = []
     for token in range(tokenizer.get_vocab_size()):
@@ -90,7 +90,7 @@ def word_like_embeddings(tokenizer: Tokenizer) -> torch.Tensor:
 
 
 def wire_sections(attention: nn.Module) -> None:
-    """Head 0: every token asks for "<Document", else for "<Query"; those that find the latter stand in the query."""
+    """Head 0: every token attends to "<Document" or else to "<Query"; in the latter case it is in the query."""
     q, k, v = (getattr(attention, f"{name}_proj").weight.view(-1, HEAD, WIDTH)[0] for name in "qkv")
     direction = torch.zeros(HEAD)
     direction[HEAD // 2 - 8 : HEAD // 2] = 1.0  # the slowest dimensions
@@ -106,7 +106,7 @@ def wire_sections(attention: nn.Module) -> None:
 
 
 def wire_matching(attention: nn.Module) -> None:
-    """All heads: equal words attend to each other; what was found in the query sums up in one channel."""
+    """All heads: equal words attend to each other; matches in the query are summed in one channel."""
     slow = (torch.arange(HEAD) % (HEAD // 2) >= SLOW).float()
     k = attention.k_proj.weight.view(KV_HEADS, HEAD, WIDTH)
     k.mul_(slow[:, None])[:, :, : MATCHED + 1] = 0.0
@@ -133,19 +133,19 @@ def shared_prefix_attention(
     scaling: float,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
-    """Prefixes attend to themselves; documents to their group's prefix and themselves.
+    """Attend within prefixes, and from documents to their group's prefix and themselves.
 
     Heads are [1, H, T, C] with T = G*P + G*N*D; `shape` is (G, P), `documents` (N, D), `bias` [G*N, 1, D, P + D].
     """
     groups, width = shape
     size, depth = documents
-    cut = groups * width
+    boundary = groups * width
     heads = query.shape[1]
 
     def split(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prefixes [G, H, P, C] and documents [G*N, H, D, C]."""
+        """Return prefixes [G, H, P, C] and documents [G*N, H, D, C]."""
         x = x[0].repeat_interleave(heads // x.shape[1], 0).transpose(0, 1)
-        prefix, document = x[:cut].unflatten(0, (groups, width)), x[cut:].unflatten(0, (groups * size, depth))
+        prefix, document = x[:boundary].unflatten(0, (groups, width)), x[boundary:].unflatten(0, (groups * size, depth))
         return prefix.transpose(1, 2), document.transpose(1, 2)
 
     (qp, qd), (kp, kd), (vp, vd) = split(query), split(key), split(value)
@@ -161,7 +161,7 @@ AttentionInterface.register("shared_prefix", shared_prefix_attention)
 
 
 def forward(model: Qwen3ForCausalLM, batch: Batch) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-    """Hidden states of every document token after every layer, each [G*N, D, C], and where each ends [G*N]."""
+    """Return the documents' hidden states after every layer, each [G*N, D, C], and their last positions [G*N]."""
     groups, width = batch.prefix.shape
     count, depth = batch.document.shape
     size = count // groups
@@ -185,6 +185,6 @@ def forward(model: Qwen3ForCausalLM, batch: Batch) -> tuple[tuple[torch.Tensor, 
 
 
 def answer(model: Qwen3ForCausalLM, state: torch.Tensor, yes: int, no: int) -> torch.Tensor:
-    """The logit of "yes" minus the logit of "no" for states [M, C]."""
+    """Return the logit of "yes" minus the logit of "no" for states [M, C]."""
     rows = model.model.embed_tokens.weight
     return state @ (rows[yes] - rows[no])

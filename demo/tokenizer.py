@@ -1,6 +1,6 @@
 """The demo model's tokenizer: Qwen3's, with a vocabulary of 8,192 entries instead of 151,669.
 
-Everything that the service relies on is as in Qwen3: NFC, the pre-tokenizer pattern, byte-level BPE without an unknown
+Every property that the service needs is as in Qwen3: NFC, the pre-tokenizer pattern, byte-level BPE without an unknown
 token, the 26 added tokens with their flags, "yes" and "no" as single tokens.
 """
 
@@ -15,7 +15,7 @@ PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""How Qwen2 and Qwen3 cut text into the words that BPE works on."""
+"""Qwen2's and Qwen3's pattern of the words that BPE merges within."""
 
 SPECIAL = (
     "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
@@ -33,14 +33,14 @@ PROMPT = (
     "search query, retrieve relevant passages that answer the query\n<Query>: \n<Document>: <|im_end|>\n"
     "<|im_start|>assistant\n"
 )
-"""The words of the model card's prompt become single tokens: it stands before every document."""
+"""The words of the model card's prompt become single tokens, because every document has it as prefix."""
 
 
 def train(english: list[str], chinese: list[str], folder: Path, seed: int = 0) -> Tokenizer:
     """Learn the merges, add Qwen3's tokens, and write the tokenizer's two files.
 
-    From twice as much English as Chinese. Chinese characters that occur `COMMON` times are single tokens: manuals
-    repeat themselves, and BPE alone would spend its entries on their phrases.
+    The training text has twice as much English as Chinese. Chinese characters that occur `COMMON` times are single
+    tokens, because BPE alone would spend its entries on the repeated phrases of manuals.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
@@ -75,7 +75,7 @@ def train(english: list[str], chinese: list[str], folder: Path, seed: int = 0) -
 
 
 def save(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json as Qwen3 has them."""
+    """Write tokenizer.json and tokenizer_config.json in Qwen3's form."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}

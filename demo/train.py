@@ -3,11 +3,11 @@
 
 Run demo/data.py first. A `Qwen3ForCausalLM` of 3 million parameters learns to answer "yes" or "no" to the model card's
 prompt. Trained with yes / no alone, a model of this size learns nothing for a long time, because one bit per document
-says too little about where to look. Three things help:
+is a weak signal for attention. Three measures help:
 
-- The first weights already find equal words (see network.py).
-- Linear probes that are dropped afterwards ask every document token after the matching layer "do you occur in the
-  query?" and the last token "how much of the query was found?".
+- The initial weights already match equal words (see network.py).
+- Linear probes, dropped after training, predict for every document token after the matching layer whether it occurs in
+  the query, and at the last token the share of the query that was matched.
 - A group's documents share the computation of their prefix, as in the engine, so that the full prompt costs little.
 """
 
@@ -28,9 +28,9 @@ from transformers import Qwen3ForCausalLM
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update of a matrix is made orthogonal (Jordan et al. 2024).
+    """Momentum with an orthogonalised update of each matrix (Jordan et al. 2024).
 
-    In float32: torch's own rounds to bfloat16, which costs more than the rest of the step on a CPU without AMX.
+    In float32, because torch's implementation rounds to bfloat16, which is slow on a CPU without AMX.
     """
 
     def __init__(self, matrices: list[nn.Parameter], lr: float) -> None:
@@ -38,7 +38,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """One update, scaled as AdamW's would be (Moonlight, arXiv 2502.16982)."""
+        """Update once, scaled like AdamW (Moonlight, arXiv 2502.16982)."""
         for group in self.param_groups:
             for matrix in group["params"]:
                 momentum = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
@@ -54,7 +54,7 @@ class Muon(torch.optim.Optimizer):
 
 
 class Probes(nn.Module):
-    """The helpers that are dropped after training."""
+    """Linear probes that are dropped after training."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Probes(nn.Module):
 def loss_of(
     model: Qwen3ForCausalLM, probes: Probes, batch: Batch, ids: tuple[int, int]
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """Ranking and calibration of the answer, and the two helpers."""
+    """Return the loss (ranking, calibration, both probes) and its parts."""
     states, last = forward(model, batch)
     rows = torch.arange(len(last))
     logits = answer(model, states[-1][rows, last], *ids).view(len(batch.prefix), -1)
@@ -96,7 +96,7 @@ def loss_of(
 
 @torch.inference_mode()
 def reciprocal_rank(model: Qwen3ForCausalLM, batches: list[Batch], ids: tuple[int, int]) -> float:
-    """Mean reciprocal rank of the first document of every group; ties count against it."""
+    """Return the mean reciprocal rank of each group's first document; ties count against it."""
     ranks = []
     for batch in batches:
         states, last = forward(model, batch)
@@ -106,7 +106,7 @@ def reciprocal_rank(model: Qwen3ForCausalLM, batches: list[Batch], ids: tuple[in
 
 
 def dev_batches(sampler: Sampler, lang: str, count: int) -> list[Batch]:
-    """Held-out tasks, one true short description among 20 descriptions, none of them in demo/heldout.json."""
+    """Make held-out tasks: one relevant among 20 documents, none of them in demo/heldout.json."""
     sampler.rng.seed(3)
     chosen = sampler.rng.sample(sampler.with_query[lang], count)
     batches = []
@@ -123,7 +123,7 @@ def dev_batches(sampler: Sampler, lang: str, count: int) -> list[Batch]:
 
 
 def export(model: Qwen3ForCausalLM, tokenizer_folder: Path, out: Path) -> None:
-    """Write the model in bfloat16, every file at once, so that a reader never sees half of it."""
+    """Write the model in bfloat16; each file is replaced atomically, so that a reader never sees a partial one."""
     staging = out.parent / f".{out.name}.new"
     state = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     copy = Qwen3ForCausalLM(model.config).to(torch.bfloat16)
@@ -139,13 +139,13 @@ def export(model: Qwen3ForCausalLM, tokenizer_folder: Path, out: Path) -> None:
 
 
 def main() -> None:
-    """Train, report and export as it goes."""
+    """Train, and report and export at intervals."""
     here = Path(__file__).parent
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, default=here / ".cache")
     parser.add_argument("--out", type=Path, default=here.parent / "models" / "demo")
     parser.add_argument("--steps", type=int, default=660)
-    parser.add_argument("--tokens", type=int, default=8000, help="tokens a step")
+    parser.add_argument("--tokens", type=int, default=8000, help="tokens per step")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--evaluate-every", type=int, default=220, help="steps between evaluations and exports")
     args = parser.parse_args()
@@ -182,7 +182,7 @@ def main() -> None:
     recent: list[dict[str, float]] = []
     started, cpu = time.time(), time.process_time()
     for step in range(1, args.steps + 1):
-        # Up over 30 steps, level, and down to nothing over the last half.
+        # Linear warm-up over 30 steps, constant, linear decay to zero over the second half.
         factor = min(1.0, step / 30, 2 * (args.steps - step + 1) / args.steps)
         for optimizer, rates in zip(optimizers, base, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):

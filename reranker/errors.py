@@ -1,24 +1,28 @@
-"""Every error that the project raises on purpose.
+"""The error tree: every exception that the project raises for a known cause.
 
     RerankError                     status  error_type
-    ├── InvalidRequestError          422    invalid_request        the request cannot be ranked as it is
+    ├── InvalidRequestError          422    invalid_request        valid JSON, but not a request that can be ranked
     ├── MalformedBodyError           400    malformed_body         not JSON, not UTF-8, nested too deep
-    ├── MalformedRequestError        400    malformed_request      not HTTP/1.1, or to be read in two ways
+    ├── MalformedRequestError        400    malformed_request      not HTTP/1.1, or ambiguous
     ├── UnauthorizedError            401    unauthorized           token missing or wrong
     ├── HeadTimeoutError             408    head_timeout           the head did not arrive in time
     ├── BodyTimeoutError             408    body_timeout           the body did not arrive in time
     ├── BodyTooLargeError            413    body_too_large         more bytes than allowed
     ├── UnsupportedMediaTypeError    415    unsupported_media_type not application/json
-    ├── QueueFullError               429    queue_full             come back after `retry_after` seconds
+    ├── QueueFullError               429    queue_full             retry after `retry_after` seconds
     ├── HeadersTooLargeError         431    headers_too_large
     ├── ScoringError                 500    scoring_failed         the model gave no usable score
     │   └── OutOfMemoryError         500    out_of_memory          one document alone does not fit on the device
     ├── NotReadyError                503    not_ready              loading, draining or unhealthy
     │   └── DeviceLostError          503    device_lost            the device needs a new process
-    └── DeadlineError                504    deadline_exceeded      not answered within the request's deadline
-    ModelLoadError                   start-up only: the model cannot be served; the message says how to mend it
+    └── DeadlineError                504    deadline_exceeded      no response within the request's deadline
+    ModelLoadError                   at load only: the model cannot be served; the message says how to fix it
 
-A RerankError carries its status, so the service has one handler from error to answer.
+    CommandError                     a command or a batch failed; exit code 1
+    ├── InputError                   arguments, the environment or an input file are unusable; exit code 2
+    └── FailedError                  no model, no service, no disk space
+
+A RerankError carries its status, so one handler turns every error into a response.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ from typing import ClassVar
 
 
 class RerankError(Exception):
-    """Base of all errors that become an answer; `str(error)` is the text a client reads."""
+    """Base of all errors that become a response; `str(error)` is the text in its body."""
 
     status: ClassVar[int] = 500
     error_type: ClassVar[str] = "internal_error"
@@ -35,39 +39,39 @@ class RerankError(Exception):
     def __init__(self, message: str, *, retry_after: int | None = None) -> None:
         super().__init__(message)
         self.retry_after = retry_after
-        """Seconds after which another try makes sense; becomes the Retry-After header."""
+        """Seconds to wait before a retry; the Retry-After header."""
 
 
 class InvalidRequestError(RerankError):
-    """The request is well-formed JSON but cannot be ranked."""
+    """The body is valid JSON, but not a request that can be ranked."""
 
     status = 422
     error_type = "invalid_request"
 
 
 class MalformedBodyError(RerankError):
-    """The body is not JSON."""
+    """The body is not JSON, not UTF-8, or nested too deep."""
 
     status = 400
     error_type = "malformed_body"
 
 
 class MalformedRequestError(RerankError):
-    """The request is not HTTP/1.1, or another parser could read it in another way."""
+    """The request is not HTTP/1.1, or parsers could disagree about where it ends."""
 
     status = 400
     error_type = "malformed_request"
 
 
 class UnauthorizedError(RerankError):
-    """The token is missing, wrong or given twice."""
+    """The token is missing, wrong or sent twice."""
 
     status = 401
     error_type = "unauthorized"
 
 
 class HeadTimeoutError(RerankError):
-    """The head of the request did not arrive in time."""
+    """The request line and headers did not arrive in time."""
 
     status = 408
     error_type = "head_timeout"
@@ -88,14 +92,14 @@ class BodyTooLargeError(RerankError):
 
 
 class UnsupportedMediaTypeError(RerankError):
-    """The body is declared as something else than JSON."""
+    """The Content-Type is not JSON."""
 
     status = 415
     error_type = "unsupported_media_type"
 
 
 class QueueFullError(RerankError):
-    """More work waits than the service may hold."""
+    """The queue has no room for this request."""
 
     status = 429
     error_type = "queue_full"
@@ -109,14 +113,14 @@ class HeadersTooLargeError(RerankError):
 
 
 class ScoringError(RerankError):
-    """The model failed on this request, or gave a score that is not a number."""
+    """The model failed on this request, or its score is not a finite number."""
 
     status = 500
     error_type = "scoring_failed"
 
 
 class OutOfMemoryError(ScoringError):
-    """One document alone does not fit into the device's memory."""
+    """A single document does not fit into the device's memory."""
 
     error_type = "out_of_memory"
 
@@ -129,33 +133,33 @@ class NotReadyError(RerankError):
 
 
 class DeviceLostError(NotReadyError):
-    """The device reported an error that only a new process can clear."""
+    """The device reported an error that only a new process clears."""
 
     error_type = "device_lost"
 
 
 class DeadlineError(RerankError):
-    """The deadline of the request passed before it was answered."""
+    """The request's deadline passed before its response."""
 
     status = 504
     error_type = "deadline_exceeded"
 
 
 class ModelLoadError(Exception):
-    """The model cannot be served; the message is one line that says why and how to mend it."""
+    """The model cannot be served; the message is one line with the cause and the fix."""
 
 
 class CommandError(Exception):
-    """A command or a batch cannot go on: one line on standard error and an exit code, never a traceback."""
+    """A command or a batch failed; it prints one line on standard error and exits with `code`, without a traceback."""
 
     code: ClassVar[int] = 1
 
 
 class InputError(CommandError):
-    """Arguments, the environment, a file or a line of it cannot be used."""
+    """Arguments, the environment, an input file or one of its lines are unusable."""
 
     code = 2
 
 
 class FailedError(CommandError):
-    """The input is valid, but the work could not be done: no model, no service, no disk space."""
+    """The input is valid, but there is no model, no service or no disk space."""

@@ -1,10 +1,10 @@
-"""Text that a tokenizer accepts."""
+"""Make any Python string acceptable to a tokenizer."""
 
 from __future__ import annotations
 
 
 def printable(text: str) -> str:
-    """`text` with lone surrogates, which no tokenizer accepts, replaced by U+FFFD."""
+    """Replace lone surrogates, which no tokenizer accepts, by U+FFFD."""
     try:
         text.encode()
     except UnicodeEncodeError:

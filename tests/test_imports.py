@@ -54,11 +54,12 @@ ALLOWED: dict[str, str] = {
     "types": "",
     "errors": "",
     "text": "",
+    "cgroup": "",
     "notes": "",
     "environment": "",
     "terminal": "errors",
     "request": "errors text types",
-    "engine": "errors request text types",
+    "engine": "cgroup errors request text types",
     "rankers": "engine errors notes terminal types",
     "rows": "errors request terminal types",
     "batch": "engine errors notes rankers request rows terminal types",
@@ -66,13 +67,13 @@ ALLOWED: dict[str, str] = {
     "cli": "batch environment errors evaluate rankers request rows terminal types",
     "scheduler": "errors types",
     "http": "errors notes request scheduler types",
-    "server": "errors http",
+    "server": "cgroup errors http",
 }
 """For each module or package of `reranker`, those that it imports; __init__ and __main__ aside."""
 FREE_OF_TORCH = {"reranker.engine.budget", "reranker.engine.scores"}
 """The modules of the engine that every package may import."""
 LIBRARIES: dict[str, set[str]] = {
-    **{name: set() for name in ("types", "errors", "text", "notes", "request", "scheduler")},
+    **{name: set() for name in ("types", "errors", "text", "cgroup", "notes", "request", "scheduler")},
     "engine": COMPUTE | {"huggingface_hub", "psutil"},
 }
 """The libraries that a package imports, where it is not free to import any."""

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from reranker.engine.attention import VarlenAttention
 from reranker.engine.batch import PackedBatch, pack
-from reranker.engine.device import QUANTIZED
 from reranker.engine.families.qwen3 import LayerFns, after_attention, before_attention
 from reranker.engine.graphs import SIZES, Graphs
 from reranker.engine.model import Model
+from reranker.engine.precision import QUANTIZED
 from reranker.types import EncodedRequest, Slice
 
 logger = logging.getLogger(__name__)

@@ -18,10 +18,12 @@ from transformers.utils.logging import disable_progress_bar
 from reranker.engine import device as devices
 from reranker.engine.attention import Attention, choose
 from reranker.engine.batch import PackedBatch
-from reranker.engine.checkpoint.config import Checkpoint, first_line
+from reranker.engine.checkpoint.config import Checkpoint
+from reranker.engine.checkpoint.files import first_line
 from reranker.engine.checkpoint.weights import check_weights, parameters
 from reranker.engine.families.qwen3 import PLAIN, LayerFns, fuse, keep, last_hidden
 from reranker.engine.graphs import Graphs
+from reranker.engine.precision import QUANTIZED, short
 from reranker.engine.quantized import quantize
 from reranker.errors import ModelLoadError, ScoringError
 
@@ -87,9 +89,9 @@ def load(
         ScoringError: this machine does not compute the quantised precision.
     """
     path, config = checkpoint.path, checkpoint.config
-    between = devices.QUANTIZED.get(dtype, dtype)
+    between = QUANTIZED.get(dtype, dtype)
     stored = dtype
-    if dtype in devices.QUANTIZED:
+    if dtype in QUANTIZED:
         stored = config.dtype if isinstance(config.dtype, torch.dtype) else between
     check_weights(path, config)
     _check_memory(parameters(path) * stored.itemsize, stored, device, max_memory_percentage)
@@ -121,7 +123,7 @@ def load(
         raise ModelLoadError(
             f"lm_head in {path} has equal rows for yes and no, so that every score would be 0.5: it was not saved"
         )
-    if dtype in devices.QUANTIZED:
+    if dtype in QUANTIZED:
         _quantize(whole.model, dtype, between)
     else:
         fuse(whole.model)
@@ -133,10 +135,10 @@ def load(
 
 def _check_memory(needed: int, stored: torch.dtype, device: torch.device, percentage: float) -> None:
     there = devices.memory(device, percentage)
-    if needed > there.left:
+    if needed > there.available:
         gib = 1 << 30
         raise ModelLoadError(
-            f"the weights take {needed / gib:.1f} GiB in {devices.short(stored)}, but only {there} on {device} "
+            f"the weights take {needed / gib:.1f} GiB in {short(stored)}, but only {there} on {device} "
             f"(MAX_MEMORY_PERCENTAGE={percentage:g} of {there.total / gib:.1f} GiB): raise it, free memory, "
             f"or use a smaller model"
         )

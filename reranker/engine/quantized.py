@@ -1,39 +1,42 @@
 """Linear layers with 8-bit weights and activations: int8 on the CPU, float8 on NVIDIA's Ada, Hopper and newer.
 
-Weights have a scale for each output, made once at load; activations one for each token, made anew in every pass, so
-that a document's score does not depend on its neighbours. Everything between the products keeps its precision.
+Weights have a scale per output, computed at load. Activations have a scale per token, computed in every pass, so that a
+document's score does not depend on the rest of its batch. Everything between the products keeps its precision.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FLOAT8 = torch.float8_e4m3fn
-# Largest error of a product, as a share of its norm, that rounding to 8 bits explains: 2 % for int8 and 4 % for float8
-# on normally distributed numbers; a kernel that is wrong, or whose sums overflow, is far beyond.
+from reranker.engine.precision import FLOAT8
+
 _TOLERANCE = 0.08
-_TINY = 1e-20
+"""Of a product, as a share of its norm. Rounding to 8 bits explains 2 % for int8 and 4 % for float8 on normally
+distributed numbers; the error of a wrong kernel, or of sums that overflow, is far larger."""
+_MIN_SCALE = 1e-20
 
 
 class Int8Linear(nn.Module):
-    """int8 weights, int8 (without VNNI 7-bit) activations, sums in int32, result in float32; FBGEMM's kernel.
+    """int8 weights and activations, sums in int32, results in float32; FBGEMM's kernel.
 
-    Without VNNI the processor adds pairs of products in 16 bits, which overflow with 8-bit activations.
+    Activations have 7 bits without VNNI: the processor then adds pairs of products in 16 bits, which 8-bit activations
+    overflow.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         weight = linear.weight.detach().float()
-        scale = weight.abs().amax(1).clamp_min(_TINY) / 127
+        scale = weight.abs().amax(1).clamp_min(_MIN_SCALE) / 127
         integers = torch.round(weight / scale[:, None]).to(torch.int8)
         zeros = torch.zeros(len(scale), dtype=torch.int64)
         with warnings.catch_warnings():
-            # Only these kernels are fast without VNNI, and they are packed from such tensors. torch is pinned; where
-            # a later one has them no more, the start falls back to float32 and says so.
+            # torch deprecates these tensors, but only their kernels are fast without VNNI. torch is pinned; with a
+            # version that lacks them, loading logs that it falls back to float32.
             warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)
             quantized = torch._make_per_channel_quantized_tensor(integers, scale.double(), zeros, 0)
         self.packed = torch.ops.quantized.linear_prepack(quantized, None)
@@ -42,8 +45,8 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, in] -> [T, out], float32"""
-        # Tokens of equal size first, for the kernel has one scale for all of them.
-        size = x.abs().amax(-1, keepdim=True).clamp_min_(_TINY)
+        # The kernel has one scale for all tokens, so each token is scaled to a maximum of 1 before.
+        size = x.abs().amax(-1, keepdim=True).clamp_min_(_MIN_SCALE)
         out: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
             x / size, 1 / self.levels, self.levels + 1, self.packed
         ).mul_(size)
@@ -72,36 +75,36 @@ class Float8Linear(nn.Module):
             scale_a=scale,
             scale_b=self.scale,
             out_dtype=x.dtype,
-            use_fast_accum=x.is_cuda,  # as vLLM and torchao do; without it Hopper loses much of the gain
+            use_fast_accum=x.is_cuda,  # as in vLLM and torchao; without it Hopper loses much of the gain
         )
         return out if self.bias is None else out + self.bias
 
 
 def quantize(linear: nn.Linear, precision: torch.dtype) -> nn.Module:
-    """An int8 or float8 stand-in of a projection, proved against the projection itself on the device.
+    """Replace a projection by an int8 or float8 one, after comparing their results on the device.
 
     Raises:
         RuntimeError: this machine has no such product, or computes it wrongly.
     """
-    made = Int8Linear(linear) if precision is torch.int8 else Float8Linear(linear)
-    if (error := difference(made, linear)) > _TOLERANCE:
+    quantized = Int8Linear(linear) if precision is torch.int8 else Float8Linear(linear)
+    if (error := difference(quantized, linear)) > _TOLERANCE:
         raise RuntimeError(f"a product is off by {error:.0%} of its size on this machine")
-    return made
+    return quantized
 
 
 @torch.inference_mode()
-def difference(made: nn.Module, linear: nn.Linear) -> float:
-    """Error of the quantised product as a share of the true one's norm, on normally distributed inputs."""
+def difference(quantized: nn.Module, linear: nn.Linear) -> float:
+    """Return the error of quantised products as a share of the exact ones' norm, on normally distributed inputs."""
     weight = linear.weight.detach()
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(32, weight.shape[1], generator=generator).bfloat16().to(weight.device)
-    true = F.linear(x.float(), weight.float(), None if linear.bias is None else linear.bias.float())
-    got = made(x if isinstance(made, Float8Linear) else x.float()).float()  # as the layers give it, however stored
-    error = ((got - true).norm() / true.norm().clamp_min(_TINY)).item()
-    return error if error == error else float("inf")
+    exact = F.linear(x.float(), weight.float(), None if linear.bias is None else linear.bias.float())
+    inputs = x if isinstance(quantized, Float8Linear) else x.float()  # in the type of the layers, not of the weights
+    error = ((quantized(inputs).float() - exact).norm() / exact.norm().clamp_min(_MIN_SCALE)).item()
+    return float("inf") if math.isnan(error) else error
 
 
 def _float8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """[rows, in] -> float8 [rows, in] and its scales [rows, 1] float32"""
-    scale = x.abs().amax(-1, keepdim=True).float().clamp_min(_TINY) / torch.finfo(FLOAT8).max
+    """[rows, in] -> float8 [rows, in] and scales [rows, 1] float32"""
+    scale = x.abs().amax(-1, keepdim=True).float().clamp_min(_MIN_SCALE) / torch.finfo(FLOAT8).max
     return (x.float() / scale).to(FLOAT8), scale

@@ -26,8 +26,9 @@ from reranker.engine.checkpoint.config import Checkpoint, read
 from reranker.engine.checkpoint.layout import default_instruction
 from reranker.engine.checkpoint.locate import locate
 from reranker.engine.checkpoint.weights import not_finite
-from reranker.engine.lanes import LEAST_TOKENS, DealtBatch, Lanes, deal
+from reranker.engine.lanes import MIN_TOKENS, DealtBatch, Lanes, deal
 from reranker.engine.model import Model, load
+from reranker.engine.precision import PRECISIONS, QUANTIZED, choose_precisions, short
 from reranker.engine.prompt import INSTRUCTION, Prompt
 from reranker.engine.scores import sigmoid
 from reranker.engine.self_check import self_check
@@ -126,7 +127,7 @@ class Scorer:
         )
         prompt.check(checkpoint.tokenizer)
         problems: list[str] = []
-        for choice in devices.choose_precisions(precision, where.value):
+        for choice in choose_precisions(precision, where.value):
             model = scorer = None
             problem = ""
             try:
@@ -144,17 +145,17 @@ class Scorer:
             except ScoringError as error:
                 problem = str(error)
             if scorer and not problem:
-                asked = precision == "auto" or choice.value is devices.PRECISIONS[precision]
+                asked = precision == "auto" or choice.value is PRECISIONS[precision]
                 logger.log(
                     logging.INFO if asked else logging.WARNING,
                     "precision: %s (%s)",
-                    devices.short(choice.value),
+                    short(choice.value),
                     choice.reason,
                 )
                 scorer._choose_budget(rate, devices.memory(where.value, max_memory_percentage), max_batch_tokens)
                 return scorer
-            problems.append(f"{devices.short(choice.value)}: {problem}")
-            logger.warning("precision %s cannot be used: %s", devices.short(choice.value), problem)
+            problems.append(f"{short(choice.value)}: {problem}")
+            logger.warning("precision %s cannot be used: %s", short(choice.value), problem)
             del model, scorer  # the next one needs the memory
             gc.collect()
             if where.value.type == "cuda":
@@ -167,7 +168,7 @@ class Scorer:
         return ModelInfo(
             name=self.name,
             device=str(self.model.device),
-            precision=devices.short(self.model.dtype),
+            precision=short(self.model.dtype),
             max_seq_length=self.prompt.max_seq_length,
             max_batch_tokens=self.max_batch_tokens,
             demo=self.demo,
@@ -190,12 +191,12 @@ class Scorer:
     def pack(self, slices: Sequence[Slice]) -> Batch:
         """Lay slices of requests out for one forward pass. May run beside `score` in another thread."""
         static_prefix, pinned = len(self.model.static_prefix), self.model.device.type == "cuda"
-        lanes = 1 if self.lanes is None else self.lanes.wanted(slices)
+        lanes = 1 if self.lanes is None else self.lanes.count_for(slices)
         if lanes == 1:
             return pack(slices, static_prefix=static_prefix, pinned=pinned)
         dealt = deal(slices, lanes)
         parts = tuple(pack(lane.slices, static_prefix=static_prefix) for lane in dealt)
-        return DealtBatch(tuple(slices), parts, tuple(lane.places for lane in dealt))
+        return DealtBatch(tuple(slices), parts, tuple(lane.positions for lane in dealt))
 
     def score(self, batch: Batch) -> list[float]:
         """Logits (yes minus no) of the batch's documents, in order; may hold NaN, which the caller must not pass on.
@@ -289,7 +290,7 @@ class Scorer:
         if cores == 1:
             return rate
         a_document = self._warm_up_batch(2).tokens - self._warm_up_batch(1).tokens
-        documents = max(documents, 2 * cores, -(-cores * LEAST_TOKENS // a_document))  # enough for all lanes
+        documents = max(documents, 2 * cores, -(-cores * MIN_TOKENS // a_document))  # enough for all lanes
         tokens = self._warm_up_batch(documents).tokens
         best = one = self._fastest(documents)
         counts = {2**i for i in range(1, cores.bit_length()) if 2**i < cores} if one < _SLOW_SECONDS else set()
@@ -342,7 +343,7 @@ class Scorer:
         config: Any = self.model.decoder.config
         heads = config.num_attention_heads + 4 * config.num_key_value_heads
         width = 4 * config.hidden_size + 2 * config.intermediate_size + 2 * heads * config.head_dim
-        bytes_per_token: float = width * devices.QUANTIZED.get(self.model.dtype, self.model.dtype).itemsize
+        bytes_per_token: float = width * QUANTIZED.get(self.model.dtype, self.model.dtype).itemsize
         if device.type == "cuda":  # never less than what must be there: a recorded pass allocates nothing
             measured = (torch.cuda.max_memory_allocated(device) - before) / batch.tokens
             bytes_per_token = max(bytes_per_token, measured)
@@ -350,7 +351,7 @@ class Scorer:
 
     def _choose_budget(self, rate: _Rate, memory: devices.Memory, wanted: int | None) -> None:
         """Set `max_batch_tokens` from speed and memory, and say why."""
-        by_memory = int(memory.left * 0.8 / rate.bytes_per_token)
+        by_memory = int(memory.available * 0.8 / rate.bytes_per_token)
         by_speed = int(rate.tokens_per_second * _BATCH_SECONDS)
         self.max_batch_tokens = wanted or max(_LEAST_BATCH_TOKENS, min(by_memory, by_speed, _MOST_BATCH_TOKENS))
         logger.info(

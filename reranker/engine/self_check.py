@@ -1,6 +1,6 @@
-"""Score two obvious pairs at the start: a checkpoint that ranks them wrong does not behave like a reranker.
+"""Score two obvious pairs at load: a checkpoint that ranks one of them wrong does not behave like a reranker.
 
-A model that loads without an error may still be no reranker, or one that was saved half: no file says so, scores do.
+A model that loads without an error may still be another kind of model, or a damaged one; only its scores show that.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ _PAIRS = {
     ),
     "Chinese": ("如何压缩文件", "gzip 用 deflate 算法压缩文件，可以节省磁盘空间", "国际象棋是两个人玩的棋类游戏"),
 }
-"""Language -> query, a text that answers it, a text of something else."""
+"""Language -> query, relevant text, unrelated text."""
 
 
 class _Scorer(Protocol):
     def encode(self, request: RerankRequest) -> EncodedRequest:
-        """Texts to tokens."""
+        """Tokenise a request."""
 
     def pack(self, slices: list[Slice]) -> Any:
-        """Lay slices out for one forward pass."""
+        """Pack slices for one forward pass."""
 
     def score(self, batch: Any) -> list[float]:
-        """Logits of the batch's documents."""
+        """Return the logits of the batch's documents."""
 
 
 def self_check(scorer: _Scorer, instruction: str) -> str:
-    """Rank the pairs of each language; return `passed`, or `failed: ` and the languages that were ranked wrong.
+    """Rank the pair of each language; return `passed`, `failed: ` with the wrong languages, or `not run: ` with why.
 
     Args:
-        scorer: warmed up.
-        instruction: the one that the checkpoint was trained with: an operator's own may ask for the opposite.
+        scorer: after its warm-up.
+        instruction: the checkpoint's, not the operator's, because a custom one may ask for the opposite.
     """
     wrong: list[str] = []
     for language, (query, relevant, unrelated) in _PAIRS.items():
@@ -55,8 +55,8 @@ def self_check(scorer: _Scorer, instruction: str) -> str:
     if not wrong:
         return "passed"
     logger.warning(
-        "self-check failed (%s): an obviously relevant text does not get a higher score than an unrelated one. This "
-        "checkpoint does not behave like a reranker: look at where its weights come from",
+        "self-check failed (%s): an obviously relevant text does not get a higher score than an unrelated one; this "
+        "checkpoint does not behave like a reranker: check the source of its weights",
         ", ".join(wrong),
     )
     return f"failed: {', '.join(wrong)}"

@@ -1,4 +1,4 @@
-"""Every form in which a checkpoint is met: the card's scores, or one line that says why not and what to do."""
+"""Every variant of a checkpoint gives the card's scores, or one line with the cause and the way out."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import pytest
 
 from reranker import ModelLoadError, Scorer
 from reranker.types import RerankRequest, Slice
-from tests.conftest import make_model
 from tests.engine.card import INSTRUCTION, Card
-from tests.engine.checkpoints import RIGHT, WRONG, Variant
+from tests.engine.checkpoints import RIGHT, WRONG, Variant, small_model
 
 PAIRS = [
     ("how to compress files", "gzip compresses files"),
@@ -23,14 +22,14 @@ PAIRS = [
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The sound folders that the variants are made from."""
+    """The sound folders that the variants edit."""
     root = tmp_path_factory.mktemp("checkpoints")
     bases = {repr(variant.base): variant.base for variant in RIGHT + WRONG}
-    return {key: make_model(root / str(i), std=0.03, **base) for i, (key, base) in enumerate(bases.items())}
+    return {key: small_model(root / str(i), **base) for i, (key, base) in enumerate(bases.items())}
 
 
 @pytest.fixture
-def made(request: pytest.FixtureRequest, folders: dict[str, Path], tmp_path: Path) -> Path:
+def path(request: pytest.FixtureRequest, folders: dict[str, Path], tmp_path: Path) -> Path:
     variant: Variant = request.getfixturevalue("variant")
     folder = Path(shutil.copytree(folders[repr(variant.base)], tmp_path / "model"))
     variant.edit(folder)
@@ -38,23 +37,23 @@ def made(request: pytest.FixtureRequest, folders: dict[str, Path], tmp_path: Pat
 
 
 @pytest.mark.parametrize("variant", RIGHT, ids=lambda variant: variant.name)
-def test_it_is_scored_as_the_card_scores_it(variant: Variant, made: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_it_is_scored_as_the_card_scores_it(variant: Variant, path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        scorer = Scorer.load(made, device="cpu", precision="float32")
+        scorer = Scorer.load(path, device="cpu", precision="float32")
     warnings = [r.getMessage() for r in caplog.records if "self-check" not in r.getMessage()]
     assert len(warnings) == bool(variant.warned), warnings
     assert variant.warned in "".join(warnings)
-    card = Card(made)
+    card = Card(path)
     for query, document in PAIRS:
         expected = card.logit(query, document, variant.instruction or INSTRUCTION)
-        [got] = scorer.score(scorer.pack([_whole(scorer, query, [document])]))
-        assert got == pytest.approx(expected, abs=1e-4)
+        [logit] = scorer.score(scorer.pack([_whole(scorer, query, [document])]))
+        assert logit == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("variant", WRONG, ids=lambda variant: variant.name)
-def test_it_is_refused_in_one_line(variant: Variant, made: Path) -> None:
+def test_it_is_refused_in_one_line(variant: Variant, path: Path) -> None:
     with pytest.raises(ModelLoadError) as caught:
-        Scorer.load(made, device="cpu", precision="float32")
+        Scorer.load(path, device="cpu", precision="float32")
     message = str(caught.value)
     assert variant.refused in message
     assert "\n" not in message

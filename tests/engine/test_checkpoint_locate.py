@@ -32,7 +32,7 @@ def refused(path: Path | str, revision: str | None = None) -> str:
 
 @pytest.fixture
 def cache(model_path: Path, tmp_path: Path) -> Path:
-    """A folder of the hub's cache as the hub's client lays it out: blobs, links to them, and the branch main."""
+    """A folder of the hub's cache in the layout of the hub's client: blobs, links to them, and the branch main."""
     root = tmp_path / "hub" / "models--Qwen--Qwen3-Reranker-0.6B"
     for commit in ("aaaa", "bbbb"):
         (root / "snapshots" / commit).mkdir(parents=True)
@@ -75,8 +75,8 @@ def readable(model_path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def somebody() -> Iterator[None]:
-    """Not root, to whom nothing is closed."""
+def another_user() -> Iterator[None]:
+    """Another user than root, who may read every file."""
     root = os.geteuid() == 0
     if root:
         os.seteuid(65534)
@@ -90,17 +90,17 @@ def somebody() -> Iterator[None]:
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "."])
 def test_what_may_not_be_read_is_named(readable: Path, name: str) -> None:
     (readable / name).chmod(0)
-    with somebody():
+    with another_user():
         message = refused(readable)
     assert "Permission denied (this process runs as uid" in message
     (readable / name).chmod(0o755)
 
 
 def test_a_folder_beside_the_files_that_may_not_be_entered_is_left_alone(readable: Path) -> None:
-    """lost+found on a volume of its own."""
+    """Such as lost+found at the root of a volume."""
     (readable / "lost+found").mkdir(mode=0)
     (readable / "secret.json").touch(mode=0)
-    with somebody():
+    with another_user():
         assert locate(str(readable)) == readable
     (readable / "lost+found").chmod(0o755)
 
@@ -112,7 +112,7 @@ def test_what_is_no_name_at_all_is_one_line(name: str) -> None:
 
 def test_a_reference_that_is_no_text_is_one_line(cache: Path) -> None:
     (cache / "refs" / "main").write_bytes(b"\xff\xfe")
-    assert "is no model folder" in refused(cache)
+    assert "is not a model folder" in refused(cache)
 
 
 @pytest.mark.parametrize("name", ["model-Q8_0.gguf", "model.safetensors"])
@@ -178,7 +178,7 @@ def test_the_folder_above_checkpoints_names_them(model_path: Path, tmp_path: Pat
 def test_half_a_download_without_a_network_is_named(
     cache: Path, monkeypatch: pytest.MonkeyPatch, absent: list[str], words: str
 ) -> None:
-    """Through the hub's own client."""
+    """With the hub's own client."""
     for name in absent:
         (cache / "snapshots" / "aaaa" / name).unlink()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -204,22 +204,22 @@ def test_half_a_download_is_one_line_of_the_command_line(cache: Path, tmp_path: 
 
 
 def test_everything_that_is_read_is_downloaded() -> None:
-    got = set(filter_repo_objects(ORIGINAL, allow_patterns=FILES))
-    assert got == set(ORIGINAL) - {".gitattributes", "LICENSE", "README.md"}
+    downloaded = set(filter_repo_objects(ORIGINAL, allow_patterns=FILES))
+    assert downloaded == set(ORIGINAL) - {".gitattributes", "LICENSE", "README.md"}
     others = ["pytorch_model.bin", "modeling.py", "model.onnx", "model.gguf", "onnx/model.onnx", "image.png"]
     assert not list(filter_repo_objects(others, allow_patterns=FILES))
 
 
 def test_a_hub_name_is_downloaded_with_its_revision(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[object] = []
+    calls: list[object] = []
 
     def download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
-        asked.append((name, revision, allow_patterns))
+        calls.append((name, revision, allow_patterns))
         return str(model_path)
 
     monkeypatch.setattr(module, "snapshot_download", download)
     scorer = Scorer.load("Qwen/Qwen3-Reranker-0.6B", device="cpu", revision="main")
-    assert asked == [("Qwen/Qwen3-Reranker-0.6B", "main", FILES)]
+    assert calls == [("Qwen/Qwen3-Reranker-0.6B", "main", FILES)]
     assert scorer.info.name == "Qwen/Qwen3-Reranker-0.6B"
 
 

@@ -17,16 +17,16 @@ def test_parameters_are_counted_from_all_shards(tmp_path: Path) -> None:
 
 def test_the_inventory_is_that_of_the_files_which_are_loaded(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "a", layers=1)
-    tensors(folder, lambda found: {name: tensor.bfloat16() for name, tensor in found.items()})
-    (folder / "adapter_model.safetensors").write_bytes(b"not looked at")
-    found = inventory(folder)
-    assert found["model.embed_tokens.weight"].shape == (8192, 96)
-    assert {stored.dtype for stored in found.values()} == {"BF16"}
+    tensors(folder, lambda f: {name: tensor.bfloat16() for name, tensor in f.items()})
+    (folder / "adapter_model.safetensors").write_bytes(b"not read")
+    stored = inventory(folder)
+    assert stored["model.embed_tokens.weight"].shape == (8192, 96)
+    assert {tensor.dtype for tensor in stored.values()} == {"BF16"}
 
 
 def test_the_first_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "a", layers=2)
     assert not_finite(folder) is None
     for value in (float("nan"), float("inf"), float("-inf")):
-        tensors(folder, lambda found, v=value: found | {"model.norm.weight": torch.full((96,), v)})  # type: ignore[misc]
+        tensors(folder, lambda f, v=value: f | {"model.norm.weight": torch.full((96,), v)})  # type: ignore[misc]
         assert not_finite(folder) == f"model.norm.weight in {folder / 'model.safetensors'}"

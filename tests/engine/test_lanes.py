@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import gc
 import random
 import threading
@@ -13,24 +14,24 @@ import torch
 from reranker import Scorer
 from reranker.engine import lanes as lanes_module
 from reranker.engine.batch import PackedBatch
-from reranker.engine.lanes import LEAST_TOKENS, DealtBatch, Lanes, deal
+from reranker.engine.lanes import MIN_TOKENS, DealtBatch, Lanes, deal
 from reranker.types import EncodedRequest, Slice
 from tests.engine.card import Card
 from tests.engine.test_scorer import expected, packed, requests
 
 
 def slices(rng: random.Random, count: int, documents: int) -> list[Slice]:
-    """Slices of random requests, some of which begin in the middle of theirs."""
-    made = []
+    """Slices of random requests; some start in the middle of their request."""
+    result = []
     for _ in range(count):
-        kept = rng.choice([0, 5])
+        cached = rng.choice([0, 5])
         texts = [
             [rng.randrange(100)] * rng.choice([1, 5, rng.randrange(1, 300)]) for _ in range(rng.randrange(1, documents))
         ]
         start = rng.randrange(len(texts))
-        request = EncodedRequest([1] * (kept + rng.randrange(1, 60)), texts, cached_prefix_len=kept)
-        made.append(Slice(request, start, rng.randrange(start, len(texts)) + 1))
-    return made
+        request = EncodedRequest([1] * (cached + rng.randrange(1, 60)), texts, cached_prefix_len=cached)
+        result.append(Slice(request, start, rng.randrange(start, len(texts)) + 1))
+    return result
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -41,9 +42,9 @@ def test_every_document_is_dealt_once_and_lanes_are_even(seed: int) -> None:
     dealt = deal(batch, lanes)
     flat = [document for part in batch for document in part.documents]
     assert 1 <= len(dealt) <= min(lanes, len(flat))
-    assert sorted(place for lane in dealt for place in lane.places) == list(range(len(flat)))
+    assert sorted(position for lane in dealt for position in lane.positions) == list(range(len(flat)))
     for lane in dealt:
-        assert [document for part in lane.slices for document in part.documents] == [flat[p] for p in lane.places]
+        assert [document for part in lane.slices for document in part.documents] == [flat[p] for p in lane.positions]
         assert all(part.start < part.stop for part in lane.slices)
     # No worse than the bound of longest-first dealing: an equal share, and one more document with its prefix.
     loads = [sum(part.tokens for part in lane.slices) for lane in dealt]
@@ -61,21 +62,27 @@ def test_requests_stay_whole_where_that_is_even() -> None:
 def test_one_request_is_split_longest_documents_first() -> None:
     documents = [[2] * n for n in (100, 90, 10, 20, 30, 50)]
     first, second = deal([Slice(EncodedRequest([1] * 5, documents), 0, 6)], 2)
-    assert {first.places, second.places} == {(0, 4, 3), (1, 5, 2)} or sum(
+    assert {first.positions, second.positions} == {(0, 4, 3), (1, 5, 2)} or sum(
         map(len, first.slices[0].documents)
     ) == pytest.approx(150, abs=10)
 
 
-@pytest.fixture
-def scorer(model_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Scorer:
-    if "256_tokens" not in request.node.name:
-        monkeypatch.setattr(lanes_module, "LEAST_TOKENS", 1)  # small batches, that many shapes are tried
+@pytest.fixture(scope="module")
+def loaded(model_path: Path) -> Scorer:
     return Scorer.load(model_path, device="cpu", precision="float32")
+
+
+@pytest.fixture
+def scorer(loaded: Scorer, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Scorer:
+    """A copy, whose lanes, model and budget a test may replace."""
+    if "256_tokens" not in request.node.name:
+        monkeypatch.setattr(lanes_module, "MIN_TOKENS", 1)  # small batches, so that many shapes are dealt
+    return copy.copy(loaded)
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_lanes_equal_the_card_on_random_shapes(scorer: Scorer, card: Card, count: int) -> None:
-    """The licence of the whole module."""
+    """The test that licenses the module."""
     scorer.lanes = Lanes(count, count)
     rng = random.Random(count)
     dealt = 0
@@ -108,12 +115,12 @@ def test_a_batch_has_at_most_a_lane_for_each_document_and_256_tokens(scorer: Sco
     ):
         size = (tokens - 10) // documents
         part = Slice(EncodedRequest([1] * 10, [[2] * size] * documents), 0, documents)
-        assert lanes.wanted([part]) == expected_lanes
+        assert lanes.count_for([part]) == expected_lanes
         assert isinstance(scorer.pack([part]), PackedBatch if expected_lanes == 1 else DealtBatch)
 
 
 def test_int8_in_lanes_gives_the_same_scores(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lanes_module, "LEAST_TOKENS", 1)
+    monkeypatch.setattr(lanes_module, "MIN_TOKENS", 1)
     scorer = Scorer.load(model_path, device="cpu", precision="int8")
     group = requests(random.Random(5), 4, documents=9)
     plain = packed(scorer, group)
@@ -147,7 +154,7 @@ def test_lanes_share_the_cores_and_leave_the_number_of_threads_alone(scorer: Sco
 
 
 class Failing:
-    """A model whose forward pass fails where a test wants it, and says which passes are under way."""
+    """A model whose forward pass fails on chosen batches, and that counts the passes in flight."""
 
     def __init__(self, scorer: Scorer, error: Exception, when: Any) -> None:
         self.model, self.error, self.when = scorer.model, error, when
@@ -163,7 +170,7 @@ class Failing:
             held = torch.ones(4)
             self.alive.append(weakref.ref(held))
             if self.when(batch):
-                raise type(self.error)(*self.error.args)  # a new one: kept, it would keep its frames
+                raise type(self.error)(*self.error.args)  # a new exception, because a stored one would keep its frames
             return self.model.forward(batch)
         finally:
             self.running -= 1
@@ -218,13 +225,13 @@ def test_as_many_lanes_as_are_fastest(
     monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
 
     def fastest(self: Scorer, documents: int) -> float:
-        if self.lanes:  # what is measured is what is asked about
+        if self.lanes:  # the measured batch must use the lanes in question
             batch = self._warm_up_batch(documents)
             assert isinstance(batch, DealtBatch)
             assert len(batch.parts) == self.lanes.count
         return seconds[self.lanes.count if self.lanes else 1]
 
-    monkeypatch.setattr(lanes_module, "LEAST_TOKENS", LEAST_TOKENS)
+    monkeypatch.setattr(lanes_module, "MIN_TOKENS", MIN_TOKENS)
     monkeypatch.setattr(Scorer, "_fastest", fastest)
     scorer._choose_lanes(1, scorer._measure(scorer._warm_up_batch(1))[0])
     assert (scorer.lanes.count if scorer.lanes else None) == chosen

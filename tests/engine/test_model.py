@@ -82,4 +82,4 @@ def test_a_precision_that_is_not_honoured_is_a_warning(model_path: Path, caplog:
     with caplog.at_level(logging.WARNING):
         scorer = Scorer.load(model_path, device="cpu", precision="float8")
     assert scorer.info.precision != "float8"
-    assert "float8 was asked for, which is for NVIDIA GPUs only" in caplog.text
+    assert "float8 is for NVIDIA GPUs only" in caplog.text

@@ -12,15 +12,13 @@ import torch
 from torch import nn
 
 from reranker import Scorer
-from reranker.engine import device as devices
-from reranker.engine import model, quantized
+from reranker.engine import model, precision, quantized
 from reranker.engine.quantized import Float8Linear, Int8Linear, difference, quantize
 from tests.conftest import DEMO, ROOT
 from tests.engine.card import Card
 from tests.engine.test_scorer import expected, packed, requests, worst
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 def linear(inputs: int, outputs: int, bias: bool = False) -> nn.Linear:
@@ -39,10 +37,10 @@ def test_products_are_near_those_of_the_weights(inputs: int, outputs: int, bias:
 
 @pytest.mark.parametrize("kind", [Int8Linear, Float8Linear])
 def test_a_tokens_product_does_not_depend_on_its_neighbours(kind: type[nn.Module]) -> None:
-    made = kind(linear(128, 64).to(torch.bfloat16 if kind is Float8Linear else torch.float32))
+    layer = kind(linear(128, 64).to(torch.bfloat16 if kind is Float8Linear else torch.float32))
     x = torch.randn(5, 128).to(torch.bfloat16 if kind is Float8Linear else torch.float32)
     large = torch.cat([x, 1000 * x])
-    torch.testing.assert_close(made(large)[:5], made(x), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(layer(large)[:5], layer(x), atol=1e-6, rtol=1e-6)
 
 
 def test_a_zero_token_gives_zero() -> None:
@@ -50,7 +48,7 @@ def test_a_zero_token_gives_zero() -> None:
 
 
 def test_a_product_that_overflows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantized, "difference", lambda made, exact: 0.5)
+    monkeypatch.setattr(quantized, "difference", lambda quantized, linear: 0.5)
     with pytest.raises(RuntimeError, match="off by 50%"):
         quantize(linear(64, 64), torch.int8)
 
@@ -64,7 +62,7 @@ def test_the_proof_finds_the_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_int8_stays_near_the_card_and_does_not_depend_on_neighbours(model_path: Path, card: Card) -> None:
-    """Random weights of this spread make logits of about 4; the tolerance is what rounding does to them."""
+    """Random weights of this spread give logits of about 4; the tolerance is the effect of rounding on them."""
     scorer = Scorer.load(model_path, device="cpu", precision="int8")
     assert scorer.info.precision == "int8"
     rng = random.Random(16)
@@ -79,8 +77,8 @@ def test_int8_stays_near_the_card_and_does_not_depend_on_neighbours(model_path: 
 
 
 def test_float8_arithmetic_stays_near_the_card(model_path: Path, card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same layers on the CPU, whose `_scaled_mm` is slow and right."""
-    monkeypatch.setattr(devices, "_missing", lambda precision, device: "")
+    """The same layers on the CPU, whose `_scaled_mm` is slow and correct."""
+    monkeypatch.setattr(precision, "_unsupported", lambda dtype, device: "")
     scorer = Scorer.load(model_path, device="cpu", precision="fp8")
     assert scorer.info.precision == "float8"
     group = requests(random.Random(16), 3)
@@ -92,7 +90,7 @@ def test_float8_arithmetic_stays_near_the_card(model_path: Path, card: Card, mon
 def test_float8_is_proved_as_it_is_used_however_the_weights_are_stored(
     monkeypatch: pytest.MonkeyPatch, stored: torch.dtype
 ) -> None:
-    """A GPU's product with a scale for each row gives bfloat16 and nothing else."""
+    """A GPU's product with a scale per row supports bfloat16 results only."""
     scaled: Any = torch._scaled_mm
 
     def only_bfloat16(*args: Any, out_dtype: torch.dtype, **options: Any) -> Any:
@@ -101,8 +99,8 @@ def test_float8_is_proved_as_it_is_used_however_the_weights_are_stored(
         return scaled(*args, out_dtype=out_dtype, **options)
 
     monkeypatch.setattr(torch, "_scaled_mm", only_bfloat16)
-    made = quantize(linear(128, 64, bias=True).to(stored), quantized.FLOAT8)
-    assert made(torch.randn(3, 128).bfloat16()).dtype is torch.bfloat16
+    layer = quantize(linear(128, 64, bias=True).to(stored), precision.FLOAT8)
+    assert layer(torch.randn(3, 128).bfloat16()).dtype is torch.bfloat16
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, ValueError, NotImplementedError, AttributeError])
@@ -112,48 +110,31 @@ def test_whatever_a_kernel_says_float8_falls_back(
     def none(*args: object, **options: object) -> None:
         raise kind("not on this device")
 
-    monkeypatch.setattr(devices, "_missing", lambda precision, device: "")
+    monkeypatch.setattr(precision, "_unsupported", lambda dtype, device: "")
     monkeypatch.setattr(torch, "_scaled_mm", none)
     assert Scorer.load(model_path, device="cpu", precision="float8").info.precision == "float32"
 
 
 def test_float8_layers_can_be_compiled() -> None:
-    """Traced whole and for any number of tokens; the kernels themselves are the GPU's affair."""
-    made = Float8Linear(linear(128, 64).bfloat16())
-    traced = torch.compile(made, backend="aot_eager", dynamic=True, fullgraph=True)
+    """Traced as one graph for any number of tokens; only a GPU has the kernels."""
+    layer = Float8Linear(linear(128, 64).bfloat16())
+    traced = torch.compile(layer, backend="aot_eager", dynamic=True, fullgraph=True)
     for tokens in (5, 9):
         x = torch.randn(tokens, 128).bfloat16()
-        torch.testing.assert_close(traced(x), made(x))
+        torch.testing.assert_close(traced(x), layer(x))
 
 
 def test_the_demo_ranks_as_well_in_int8() -> None:
     part = json.loads((ROOT / "demo" / "heldout.json").read_text(encoding="utf-8"))["en"]
     means = []
-    for precision in ("float32", "int8"):
-        scorer = Scorer.load(DEMO, device="cpu", precision=precision)
+    for name in ("float32", "int8"):
+        scorer = Scorer.load(DEMO, device="cpu", precision=name)
         ranks = []
         for task in part["tasks"][:12]:
             scores = scorer.rerank(task["query"], [part["documents"][i] for i in task["documents"]])
             ranks.append(1 + sum(score > scores[task["answer"]] for score in scores))
         means.append(sum(1 / rank for rank in ranks) / len(ranks))
     assert means[1] == pytest.approx(means[0], abs=0.05)  # 12 tasks; benchmarks/int8.py measures all of them
-
-
-def test_what_the_device_lacks_falls_back_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    for wanted, where, reason in (("float8", CPU, "is for NVIDIA GPUs only"), ("fp8", CPU, "fp8 was asked for")):
-        first = devices.choose_precisions(wanted, where)[0]
-        assert first.value is torch.float32
-        assert reason in first.reason
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    for wanted, reason in (("float8", "needs compute capability 8.9"), ("int8", "is for the CPU only")):
-        first = devices.choose_precisions(wanted, GPU)[0]
-        assert first.value is torch.bfloat16
-        assert reason in first.reason
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    choices = devices.choose_precisions("fp8", GPU)
-    assert [devices.short(c.value) for c in choices] == ["float8", "bfloat16", "float32"]
-    assert [devices.short(c.value) for c in devices.choose_precisions("int8", CPU)] == ["int8", "float32"]
 
 
 def test_a_machine_without_the_kernel_falls_back(

@@ -295,7 +295,7 @@ def test_a_precision_without_finite_scores_falls_back(tmp_path: Path, caplog: py
 def test_the_choices_are_logged_with_their_reasons(model_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         scorer = Scorer.load(model_path, device="cpu", batch_size=3)
-    for part in ("device: cpu (asked for)", "attention: ", "precision: ", "token budget: "):
+    for part in ("device: cpu (requested)", "attention: ", "precision: ", "token budget: "):
         assert part in caplog.text
     assert scorer.max_batch_documents == 3
     assert scorer.max_batch_tokens >= 1024

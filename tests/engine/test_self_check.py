@@ -18,9 +18,9 @@ from tests.engine.checkpoints import tensors
 
 
 def inverted(path: Path) -> Path:
-    """The demo model with the sign of its last norm turned: what was relevant is not."""
+    """The demo model with the sign of its last norm flipped, so that it ranks the wrong way."""
     shutil.copytree(DEMO, path)
-    tensors(path, lambda found: found | {"model.norm.weight": -found["model.norm.weight"]})
+    tensors(path, lambda f: f | {"model.norm.weight": -f["model.norm.weight"]})
     return path
 
 
@@ -38,14 +38,14 @@ def test_a_model_that_ranks_the_wrong_way_says_so(tmp_path: Path, caplog: pytest
 
 
 def test_equal_scores_are_no_pass(tmp_path: Path) -> None:
-    """As where every layer was saved as zeros."""
+    """As of a model whose layers were saved as zeros."""
     path = make_model(tmp_path / "m", layers=1)
-    tensors(path, lambda found: {n: t * ("embed" in n or n == "model.norm.weight") for n, t in found.items()})
+    tensors(path, lambda f: {n: t * ("embed" in n or n == "model.norm.weight") for n, t in f.items()})
     assert Scorer.load(path, device="cpu").info.self_check == "failed: English, Chinese"
 
 
 class Stub:
-    """A scorer that keeps what it is asked."""
+    """A scorer with fixed logits that records its requests."""
 
     def __init__(self, logits: list[float], error: Exception | None = None) -> None:
         self.logits, self.error = logits, error

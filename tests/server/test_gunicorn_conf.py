@@ -86,8 +86,8 @@ def test_the_workers_share_the_cores_that_they_may_use(
     monkeypatch: pytest.MonkeyPatch, cores: int, workers: str, threads: str | None
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr("reranker.server.cpu.allowed", lambda: 16)
-    monkeypatch.setattr("reranker.server.cpu.cores", lambda: cores)
+    monkeypatch.setattr("reranker.cgroup.allowed", lambda: 16)
+    monkeypatch.setattr("reranker.cgroup.cores", lambda: cores)
     conf(monkeypatch, WORKERS=workers)
     assert os.environ.get("OMP_NUM_THREADS") == threads
     monkeypatch.setenv("OMP_NUM_THREADS", "7")

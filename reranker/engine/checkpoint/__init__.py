@@ -1,1 +1,1 @@
-"""A folder or a hub name: what it holds, or one line why it cannot be served."""
+"""Find a checkpoint by folder or hub name, read it, and refuse what cannot be served, in one line with the reason."""

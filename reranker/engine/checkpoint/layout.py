@@ -1,4 +1,4 @@
-"""Read the files of the sentence-transformers layout: which words are the answer, which prompt, which instruction.
+"""Read the sentence-transformers files of a checkpoint: the words that are scored, the prompt, the instruction.
 
 Source: sentence-transformers' CrossEncoder, whose LogitScore module takes logit(true) - logit(false) of a prompt that
 the folder's chat template renders from the roles system (the instruction), query and document.
@@ -12,35 +12,35 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from reranker.engine.checkpoint.config import first_line, read_json
+from reranker.engine.checkpoint.files import AGAIN, RERANKER, first_line, read_json, refuse_if
 from reranker.engine.prompt import SUFFIX, SYSTEM
 from reranker.errors import ModelLoadError
 
 logger = logging.getLogger(__name__)
 
 _INSTRUCTION, _QUERY, _DOCUMENT = "\n sentinel instruction ", " sentinel <query>\n", " sentinel &amp; document "
-"""With outer white space: a template that trims its texts renders another prompt."""
+"""With outer white space, so that a template that trims its texts renders another prompt."""
 _EMBEDDING = ("Pooling", "Normalize", "WordEmbeddings", "StaticEmbedding")
+"""Modules that only embedding models have."""
 
 
 def default_instruction(path: Path, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return the instruction that the folder names for requests without one; None where it names none.
+    """Return the instruction that the folder names for requests without one; None if it names none.
 
     Raises:
-        ModelLoadError: the folder describes another answer or another prompt than this service computes.
+        ModelLoadError: the folder describes another score or another prompt than this service computes.
     """
-    scored = _check_modules(path, tokenizer)
-    template = _check_template(path, tokenizer, scored)
-    file = path / "config_sentence_transformers.json"
+    has_answers = _check_modules(path, tokenizer)
+    template = _check_template(path, tokenizer, has_answers)
+    file, transformer = path / "config_sentence_transformers.json", path / "sentence_bert_config.json"
     settings = read_json(file) if file.is_file() else {}
-    if settings.get("model_type") == "SentenceTransformer" or settings.get("similarity_fn_name"):
-        raise ModelLoadError(f"{path} is an embedding model ({file.name}), and gives no relevance: use a reranker")
+    embedding = settings.get("model_type") == "SentenceTransformer" or settings.get("similarity_fn_name")
+    refuse_if(embedding, f"{path} is an embedding model ({file.name}), which {RERANKER}")
     activation = str(settings.get("activation_fn") or "Sigmoid").rpartition(".")[2]
     if activation not in ("Sigmoid", "Identity"):
-        logger.warning("the activation %s of %s is not used: scores are sigmoid(yes - no)", activation[:40], path)
-    transformer = path / "sentence_bert_config.json"
-    if transformer.is_file() and read_json(transformer).get("do_lower_case"):
-        raise ModelLoadError(f"{transformer} sets do_lower_case, which is not done here: remove it")
+        logger.warning("the activation %s of %s is ignored: scores are sigmoid(yes - no)", activation[:40], path)
+    lower = transformer.is_file() and read_json(transformer).get("do_lower_case")
+    refuse_if(lower, f"{transformer} sets do_lower_case, which is not supported: remove it")
     name, prompts = settings.get("default_prompt_name"), settings.get("prompts") or {}
     if name is None:
         return template
@@ -51,78 +51,65 @@ def default_instruction(path: Path, tokenizer: PreTrainedTokenizerBase) -> str |
 
 
 def _check_modules(path: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Refuse an embedding model, a trained head, and other answers than yes and no; True where LogitScore is named."""
-    answers = sorted(path.glob("*_LogitScore/config.json"))
-    pooling = next((name for name in _EMBEDDING for _ in path.glob(f"*_{name}")), "")
-    file = path / "modules.json"
-    above = path.parent / "modules.json"
-    if above.is_file() and any(module.get("path") == path.name for module in _modules(above)):
-        raise ModelLoadError(f"{path} is a part of {path.parent}, whose modules.json says how it is scored: use that")
-    for module in _modules(file) if file.is_file() else []:
-        kind = str(module.get("type", "")).rpartition(".")[2]
-        folder = path / str(module.get("path") or "")
-        if kind in _EMBEDDING:
-            pooling = kind
-        elif kind == "LogitScore":
-            answers.append(folder / "config.json")
+    """Refuse an embedding model, a trained head, and other words than yes and no; True if there is a LogitScore."""
+    above = any(folder == path for _, folder in _modules(path.parent))
+    refuse_if(above, f"{path} is a part of {path.parent}, whose modules.json says how it is scored: use that folder")
+    modules = _modules(path)
+    kinds = [kind for kind, _ in modules]
+    embedding = next((kind for kind in _EMBEDDING if kind in kinds or any(path.glob(f"*_{kind}"))), None)
+    refuse_if(embedding, f"{path} is an embedding model ({embedding} in modules.json or beside it), which {RERANKER}")
+    files = sorted(path.glob("*_LogitScore/config.json"))
+    for kind, folder in modules:
+        if kind == "LogitScore":
+            files.append(folder / "config.json")
         elif kind != "Transformer":
-            raise ModelLoadError(f"{file} names the module {kind[:40]!r}, which is not computed here")
+            raise ModelLoadError(f"{path / 'modules.json'} names the module {kind[:40]!r}, which is not computed here")
         elif folder != path:
             raise ModelLoadError(f"{path} keeps its weights in {folder.name}: move the files of {folder} into {path}")
-    if pooling:
-        raise ModelLoadError(
-            f"{path} is an embedding model ({pooling} in modules.json or beside it), and gives no relevance: use a "
-            f"reranker, such as Qwen/Qwen3-Reranker-4B"
-        )
-    for answer in answers:
-        _check_answers(answer, tokenizer)
-    return bool(answers)
+    for file in files:
+        _check_answers(file, tokenizer)
+    return bool(files)
 
 
-def _modules(file: Path) -> list[dict[str, object]]:
-    modules = read_json(file, list)
-    if not all(isinstance(module, dict) for module in modules):
-        raise ModelLoadError(f"{file} is not a list of modules: download the checkpoint again")
-    return list(modules)
+def _modules(path: Path) -> list[tuple[str, Path]]:
+    """Return the kind and the folder of each module in modules.json; nothing without that file."""
+    file = path / "modules.json"
+    modules = read_json(file, list) if file.is_file() else []
+    broken = not all(isinstance(module, dict) for module in modules)
+    refuse_if(broken, f"{file} is not a list of modules: {AGAIN}")
+    return [(str(m.get("type", "")).rpartition(".")[2], path / str(m.get("path") or "")) for m in modules]
 
 
 def _check_answers(file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     settings = read_json(file)
-    expected = [tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no")]
-    actual = [settings.get(name) for name in ("true_token_id", "false_token_id")]
-    if actual != expected:
-        raise ModelLoadError(
-            f"{file} scores by the tokens {actual[0]} and {actual[1]}, which are not this tokenizer's yes "
-            f"({expected[0]}) and no ({expected[1]}): only yes minus no is computed here"
-        )
+    yes, no = (tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no"))
+    true, false = (settings.get(name) for name in ("true_token_id", "false_token_id"))
+    problem = f"{file} scores by the tokens {true} and {false}, not by this tokenizer's yes ({yes}) and no ({no})"
+    refuse_if((true, false) != (yes, no), f"{problem}: only yes minus no is computed here")
 
 
-def _check_template(path: Path, tokenizer: PreTrainedTokenizerBase, scored: bool) -> str | None:
-    """Return the instruction in a chat template of the card's prompt; None where there is none, or a generic one.
+def _check_template(path: Path, tokenizer: PreTrainedTokenizerBase, has_answers: bool) -> str | None:
+    """Refuse a chat template of another prompt than the card's; return its default instruction, if it has one.
 
-    A template that takes a query and a document is the prompt that the checkpoint was trained with, and so is every
-    template beside a LogitScore module. A generic one, as fine-tuning tools leave beside the weights, knows neither of
-    the two roles.
-
-    Raises:
-        ModelLoadError: the template renders another prompt.
+    A template with the roles query and document is the prompt that the checkpoint was trained with, and so is every
+    template beside a LogitScore module. Fine-tuning tools leave a generic template beside the weights, which has
+    neither role and is ignored.
     """
     templates = tokenizer.chat_template
     for template in templates.values() if isinstance(templates, dict) else [templates]:
-        roles = ("query", "document")
-        if not isinstance(template, str) or not (
-            scored or all(re.search(rf"['\"]{role}['\"]", template) for role in roles)
-        ):
+        if not isinstance(template, str):
             continue
-        if _render(path, tokenizer, template, _INSTRUCTION) != _card(_INSTRUCTION):
-            raise ModelLoadError(
-                f"the chat template in {path} renders another prompt than Qwen3-Reranker's, and would be ignored: "
-                f"use the original's chat_template.jinja if the model was trained with the original's prompt"
-            )
+        if not has_answers and not all(re.search(f"['\"]{role}['\"]", template) for role in ("query", "document")):
+            continue
+        refuse_if(
+            _render(path, tokenizer, template, _INSTRUCTION) != _card(_INSTRUCTION),
+            f"the chat template in {path} renders another prompt than Qwen3-Reranker's, and would be ignored: use the "
+            f"original's chat_template.jinja if the model was trained with the original's prompt",
+        )
         before, after = _card("\0").split("\0")
-        alone = _render(path, tokenizer, template, None)
-        if alone and alone.startswith(before) and alone.endswith(after):
-            return alone[len(before) : len(alone) - len(after)] or None
+        rendered = _render(path, tokenizer, template, None) or ""
+        if rendered.startswith(before) and rendered.endswith(after):
+            return rendered[len(before) : len(rendered) - len(after)] or None
     return None
 
 
@@ -131,7 +118,7 @@ def _card(instruction: str) -> str:
 
 
 def _render(path: Path, tokenizer: PreTrainedTokenizerBase, template: str, instruction: str | None) -> str | None:
-    """Render a prompt in transformers' sandbox; None where a template insists on an instruction."""
+    """Render a prompt in transformers' sandbox; None if the template requires an instruction."""
     messages = [{"role": "query", "content": _QUERY}, {"role": "document", "content": _DOCUMENT}]
     if instruction is not None:
         messages.insert(0, {"role": "system", "content": instruction})

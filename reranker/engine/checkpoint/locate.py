@@ -1,4 +1,4 @@
-"""Find a checkpoint: a folder as it is, a folder of the hub's cache by its snapshot, a hub name by download."""
+"""Find a checkpoint: a folder, a snapshot in a folder of the hub's cache, or a download by its hub name."""
 
 from __future__ import annotations
 
@@ -11,50 +11,50 @@ from pathlib import Path
 
 from huggingface_hub import constants, snapshot_download
 
+from reranker.engine.checkpoint.files import AGAIN, refuse_if, refuse_pointer
 from reranker.errors import ModelLoadError
 
 logger = logging.getLogger(__name__)
 
 FILES = ["*.safetensors", "*.json", "*.jinja", "merges.txt"]
-"""What is downloaded: weights, settings, both forms of the tokenizer, the sentence-transformers layout."""
-LFS_POINTER = b"version https://git-lfs"
-_DOWNLOAD = (
-    "download it first, for example `hf download Qwen/Qwen3-Reranker-4B --local-dir {path}` "
-    "or `modelscope download --model Qwen/Qwen3-Reranker-4B --local_dir {path}`"
-)
-_AGAIN = "download the checkpoint again"
-_ORIGINAL = "use a checkpoint with *.safetensors, such as Qwen/Qwen3-Reranker-4B"
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-_READ = (
+"""Patterns to download: weights, settings, both forms of the tokenizer, the sentence-transformers layout."""
+_OPENED = (
     *("config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json"),
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json"),
     *("special_tokens_map.json", "chat_template.jinja", "chat_template.json", "modules.json"),
     *("config_sentence_transformers.json", "sentence_bert_config.json", "model-*-of-*.safetensors"),
 )
-"""Names and patterns of the files that loading opens."""
-_PICKLES = f"pickles are not read, because loading one runs code: {_ORIGINAL}, or convert it with save_pretrained"
+"""Patterns of the files that loading opens."""
+_DOWNLOAD = (
+    "download it first, for example `hf download Qwen/Qwen3-Reranker-4B --local-dir {path}` "
+    "or `modelscope download --model Qwen/Qwen3-Reranker-4B --local_dir {path}`"
+)
+_SAFETENSORS = "use a checkpoint with *.safetensors, such as Qwen/Qwen3-Reranker-4B"
+_PICKLE = f"pickles are not read, because loading one runs code: {_SAFETENSORS}, or convert it with save_pretrained"
 _OTHER_FORMATS = {
-    "*.gguf": f"GGUF is not read: {_ORIGINAL} and MODEL_PRECISION=int8 on a CPU or float8 on a GPU",
-    "*.onnx": f"ONNX is not read: {_ORIGINAL}",
-    "onnx/*.onnx": f"ONNX is not read: {_ORIGINAL}",
-    "openvino*.xml": f"OpenVINO is not read: {_ORIGINAL}",
-    "*.h5": f"TensorFlow's weights are not read: {_ORIGINAL}",
-    "*.msgpack": f"Flax's weights are not read: {_ORIGINAL}",
-    **dict.fromkeys(("*.bin", "*.pt", "*.pth", "*.ckpt"), _PICKLES),
+    "*.gguf": f"GGUF is not read: {_SAFETENSORS} and MODEL_PRECISION=int8 on a CPU or float8 on a GPU",
+    "*.onnx": f"ONNX is not read: {_SAFETENSORS}",
+    "onnx/*.onnx": f"ONNX is not read: {_SAFETENSORS}",
+    "openvino*.xml": f"OpenVINO is not read: {_SAFETENSORS}",
+    "*.h5": f"TensorFlow weights are not read: {_SAFETENSORS}",
+    "*.msgpack": f"Flax weights are not read: {_SAFETENSORS}",
+    **dict.fromkeys(("*.bin", "*.pt", "*.pth", "*.ckpt"), _PICKLE),
 }
 _TRAINING_STATE = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states).*")
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+_MERGE = "merge it into its base model first (peft: model.merge_and_unload().save_pretrained(folder))"
 
 
 def locate(name: str, revision: str | None = None) -> Path:
     """Return the folder of a checkpoint, with all files that loading needs.
 
     Args:
-        name: a folder, a folder `models--X--Y` of the hub's cache, or a hub name, which is downloaded or found in the
-            cache.
+        name: a folder, a folder `models--X--Y` of the hub's cache, or a hub name, which is downloaded unless the cache
+            has it.
         revision: branch, tag or commit of a hub name or of a cache folder; None: the newest.
 
     Raises:
-        ModelLoadError: the folder does not exist or is incomplete, holds another format, or the hub has no such model.
+        ModelLoadError: the folder does not exist, is incomplete or holds another format, or the hub has no such model.
     """
     try:
         return _locate(name, revision)
@@ -63,12 +63,13 @@ def locate(name: str, revision: str | None = None) -> Path:
         raise ModelLoadError(
             f"cannot read {file}: {error.strerror} (this process runs as uid {os.getuid()})"
         ) from error
-    except (RuntimeError, ValueError) as error:  # a home folder of nobody, a zero byte, a reference that is no text
-        raise ModelLoadError(f"{name[:200]!r} is no model folder: {error}") from error
+    except (RuntimeError, ValueError) as error:  # an unknown user's home, a zero byte, a reference that is not text
+        raise ModelLoadError(f"{name[:200]!r} is not a model folder: {error}") from error
 
 
 def _locate(name: str, revision: str | None) -> Path:
     path = Path(name).expanduser()
+    download = _DOWNLOAD.format(path=path)
     if path.is_file():
         other = _other_format(path.parent, path.name)
         raise ModelLoadError(
@@ -77,22 +78,20 @@ def _locate(name: str, revision: str | None) -> Path:
         )
     if path.is_dir():
         if path.name.startswith("models--") and (path / "snapshots").is_dir():
-            path = _snapshot(path, revision)
-        elif revision:
-            raise ModelLoadError(
-                f"MODEL_REVISION={revision} cannot be honoured: {path} is a folder and not a hub name; leave it empty"
-            )
-        check_files(path, _DOWNLOAD.format(path=path))
+            path, revision = _snapshot(path, revision), None
+        problem = f"MODEL_REVISION={revision} cannot be honoured: {path} is a folder and not a hub name"
+        refuse_if(revision, f"{problem}; leave it empty")
+        _check_files(path, download)
         return path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith(".") or path.parent.is_dir():
-        raise ModelLoadError(f"the model folder {path} does not exist: {_DOWNLOAD.format(path=path)}")
+    hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith(".") and not path.parent.is_dir()
+    refuse_if(not hub_name, f"the model folder {path} does not exist: {download}")
     return _download(name, revision)
 
 
 def _download(name: str, revision: str | None) -> Path:
     try:
         path = Path(snapshot_download(name, revision=revision, allow_patterns=FILES))
-    except Exception as error:  # every failure of the hub's client means the same here: no model
+    except Exception as error:  # the hub's client raises many types, and each means that there is no model
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelLoadError(
             f"cannot download {name}: {reason[0]} (behind a firewall set HF_ENDPOINT to a mirror, "
@@ -103,75 +102,63 @@ def _download(name: str, revision: str | None) -> Path:
         advice += ", with network access: HF_HUB_OFFLINE is set, so nothing is fetched now"
     else:
         advice += "; if it has no such file, it holds another format (GGUF, ONNX and pickles are not read)"
-    check_files(path, advice)
+    _check_files(path, advice)
     return path
 
 
 def _snapshot(path: Path, revision: str | None) -> Path:
-    """Return the snapshot that `revision` or else the branch main names, or else the newest one."""
-    snapshots = sorted((p for p in (path / "snapshots").iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime)
+    """Return the snapshot of `revision`, else that of the branch main, else the newest."""
+    snapshots = _oldest_first((path / "snapshots").iterdir())
     reference = path / "refs" / (revision or "main")
     commit = reference.read_text().strip() if reference.is_file() else revision
     chosen = [p for p in snapshots if p.name == commit]
     if not chosen and (revision or not snapshots):
         names = ", ".join(p.name for p in snapshots) or "none"
         target = f"MODEL_REVISION={revision}" if revision else "a snapshot"
-        raise ModelLoadError(f"{path} does not hold {target} (snapshots: {names}): download it again")
+        raise ModelLoadError(f"{path} does not hold {target} (snapshots: {names}): {AGAIN}")
     snapshot = (chosen or snapshots)[-1]
     logger.info("%s is a folder of the hub's cache: serving its snapshot %s", path, snapshot.name)
     return snapshot
 
 
-def check_files(path: Path, advice: str) -> None:
-    """Refuse a folder in which a file is missing, is a pointer or a dead link, or has a format that is not read.
-
-    Args:
-        path: the folder.
-        advice: what to do where something was never downloaded.
-
-    Raises:
-        ModelLoadError: names the file and the way out.
-    """
-    for file in sorted(file for file in path.iterdir() if any(fnmatch(file.name, pattern) for pattern in _READ)):
-        _check_file(path, file)
+def _check_files(path: Path, advice: str) -> None:
+    """Refuse a folder with a missing or unreadable file, or in another format; `advice` is for a missing file."""
+    for file in sorted(file for file in path.iterdir() if any(fnmatch(file.name, pattern) for pattern in _OPENED)):
+        _check_file(file)
     _refuse_adapter(path)
-    if not (path / "config.json").is_file():
-        raise ModelLoadError(f"{path} holds no config.json{_without_config(path, advice)}")
+    present = {file.name for file in path.iterdir() if os.path.isfile(file)}
     shards = sorted(path.glob("*.safetensors"))
+    if "config.json" not in present:
+        raise ModelLoadError(f"{path} holds no config.json{_without_config(path, advice)}")
     if not shards:
         raise ModelLoadError(f"{path} holds no *.safetensors: {_other_format(path) or advice}")
-    if not (path / "model.safetensors").is_file() and not (path / "model.safetensors.index.json").is_file():
-        many = len(shards) > 1 or "-of-" in shards[0].name
-        raise ModelLoadError(
-            f"{path} holds {shards[0].name}, but neither model.safetensors nor model.safetensors.index.json: "
-            + (f"the index of the shards is missing, {_AGAIN}" if many else "rename it if it is the whole model")
-        )
-    if not (path / "tokenizer.json").is_file():
-        absent = [name for name in ("vocab.json", "merges.txt") if not (path / name).is_file()]
-        if absent:
-            raise ModelLoadError(f"{path} holds no tokenizer (no tokenizer.json, no {absent[0]}): {advice}")
+    many = len(shards) > 1 or "-of-" in shards[0].name
+    cause = f"the index of the shards is missing, {AGAIN}" if many else "rename it if it is the whole model"
+    refuse_if(
+        present.isdisjoint({"model.safetensors", "model.safetensors.index.json"}),
+        f"{path} holds {shards[0].name}, but neither model.safetensors nor model.safetensors.index.json: {cause}",
+    )
+    absent = next((name for name in ("vocab.json", "merges.txt") if name not in present), None)
+    missing = absent and "tokenizer.json" not in present
+    refuse_if(missing, f"{path} holds no tokenizer (no tokenizer.json, no {absent}): {advice}")
 
 
-def _check_file(path: Path, file: Path) -> None:
+def _check_file(file: Path) -> None:
     if file.is_symlink() and not file.exists():
         raise ModelLoadError(
             f"{file} is a link to {os.readlink(file)}, which does not exist here: mount or copy the whole cache "
             f"folder (with its blobs), not the snapshot alone"
         )
-    if file.is_dir():
-        raise ModelLoadError(f"{file} is a folder and not a file: look at what is mounted there")
+    refuse_if(file.is_dir(), f"{file} is a folder and not a file: look at what is mounted there")
     with file.open("rb") as opened:
-        if opened.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise ModelLoadError(
-                f"{file} is a git-lfs pointer and not the file itself: run `git lfs pull` in {path}, or {_AGAIN}"
-            )
+        refuse_pointer(file, opened.read(100))
 
 
 def _without_config(path: Path, advice: str) -> str:
-    """Return what the folder holds in place of config.json, and what to do."""
+    """Return where else the configuration or which other format the folder holds, and the way out."""
     inner = [
         folder
-        for folder in _folders(path, "*", "snapshots/*")
+        for folder in _oldest_first([*path.glob("*"), *path.glob("snapshots/*")])
         if os.path.isfile(folder / "config.json") and any(folder.glob("*.safetensors"))
     ]
     if inner and not (path / "modules.json").is_file():
@@ -180,25 +167,23 @@ def _without_config(path: Path, advice: str) -> str:
     return f": {_other_format(path) or advice}"
 
 
-def _folders(path: Path, *patterns: str) -> Iterable[Path]:
-    """Return the folders inside a folder, oldest first; one that cannot be entered is none."""
-    folders = [folder for pattern in patterns for folder in path.glob(pattern) if os.path.isdir(folder)]
-    return sorted(folders, key=lambda folder: folder.stat().st_mtime)
+def _oldest_first(paths: Iterable[Path]) -> list[Path]:
+    """Return the folders among the paths by their time of change, without those that cannot be entered."""
+    return sorted((path for path in paths if os.path.isdir(path)), key=lambda path: path.stat().st_mtime)
 
 
 def _refuse_adapter(path: Path) -> None:
-    """Refuse a LoRA adapter: it changes the scores of the weights beside it, or has no weights of its own."""
-    advice = "merge it into its base model first (peft: model.merge_and_unload().save_pretrained(folder))"
-    for folder in (path, *_folders(path, "*")):
-        file = next((name for name in _ADAPTER_FILES if os.path.exists(folder / name)), None)
-        if file and folder == path:
-            raise ModelLoadError(f"{path / file} is a LoRA adapter, which is not applied: {advice}")
-        if file:
-            logger.warning("the LoRA adapter in %s is not applied: %s", folder, advice)
+    """Refuse a LoRA adapter, which is not the whole model; warn of one in a folder beside the weights."""
+    for folder in (path, *_oldest_first(path.glob("*"))):
+        name = next((name for name in _ADAPTER_FILES if os.path.exists(folder / name)), None)
+        if name and folder == path:
+            raise ModelLoadError(f"{path / name} is a LoRA adapter, which is not applied: {_MERGE}")
+        if name:
+            logger.warning("the LoRA adapter in %s is not applied: %s", folder, _MERGE)
 
 
 def _other_format(path: Path, name: str = "") -> str:
-    """Return which other format a folder (or its file `name`) holds, and what to do; empty if it holds none."""
+    """Return the unsupported format of a folder, or of its file `name`, and the way out; '' if it has none."""
     for pattern, advice in _OTHER_FORMATS.items():
         for file in sorted(path.glob(pattern)):
             if name in ("", file.name) and not _TRAINING_STATE.fullmatch(file.name):

@@ -1,0 +1,65 @@
+"""Load a checkpoint's tokenizer, and refuse one that gives other tokens than the model was trained with."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from reranker.engine.checkpoint.files import AGAIN, first_line, read_json, read_text, refuse_if
+from reranker.errors import ModelLoadError
+
+_CONTROL_TOKENS = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """Load the checkpoint's fast tokenizer.
+
+    Raises:
+        ModelLoadError: its files are missing or broken.
+    """
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "added_tokens.json"):
+        if (path / name).is_file():
+            read_json(path / name)
+    if (path / "chat_template.jinja").is_file():
+        read_text(path / "chat_template.jinja")
+    if not (path / "tokenizer.json").is_file():
+        _check_merges(path / "merges.txt", read_json(path / "vocab.json"))
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+    except Exception as error:  # the Rust library raises bare Exceptions
+        raise ModelLoadError(f"no usable tokenizer in {path}: {first_line(error)}") from error
+    return tokenizer
+
+
+def check_tokenizer(path: Path, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """Refuse a tokenizer that splits a control token, draws ids at random, or has ids without a row of the embedding.
+
+    Raises:
+        ModelLoadError: names the cause.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    dropout = backend is not None and getattr(backend.model, "dropout", None)
+    refuse_if(dropout, f"the tokenizer in {path} drops merges at random (dropout): set it to null")
+    split = getattr(tokenizer, "split_special_tokens", False)
+    refuse_if(split, f"{path / 'tokenizer_config.json'} sets split_special_tokens: remove it")
+    configured = any((path / name).is_file() for name in ("tokenizer_config.json", "added_tokens.json"))
+    cause = "it is not a Qwen3-Reranker's" if configured else "tokenizer_config.json is missing"
+    largest = 0
+    for text in _CONTROL_TOKENS:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        refuse_if(len(ids) != 1, f"the tokenizer in {path} splits {text} into {len(ids)} tokens: {cause}")
+        largest = max(largest, ids[0])
+    if backend is not None:
+        largest = max(largest, *backend.get_vocab(with_added_tokens=False).values(), 0)
+    problem = f"the tokenizer in {path} has the token id {largest}, but config.json has a vocab_size of {rows}"
+    refuse_if(largest >= rows, f"{problem}: they do not belong to one model")
+
+
+def _check_merges(file: Path, vocabulary: dict[str, int]) -> None:
+    """Refuse a truncated merges.txt: it would give other tokens without an error."""
+    merged = {line.replace(" ", "") for line in read_text(file).splitlines()}
+    absent = [t for t in vocabulary if len(t) > 1 and t not in merged and not re.fullmatch(r"<.*>", t)]
+    problem = f"{file} has no merge for {len(absent)} of the {len(vocabulary)} tokens in vocab.json"
+    refuse_if(absent, f"{problem}: it is truncated, {AGAIN}")

@@ -1,0 +1,73 @@
+"""Choose the precision: a table of names, hardware requirements, and the fallbacks with their reasons."""
+
+from __future__ import annotations
+
+import torch
+
+from reranker.engine.device import Choice
+
+FLOAT8 = torch.float8_e4m3fn
+PRECISIONS = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "int8": torch.int8,
+    "float8": FLOAT8,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp8": FLOAT8,
+}
+"""The values of MODEL_PRECISION besides `auto`."""
+QUANTIZED = {torch.int8: torch.float32, FLOAT8: torch.bfloat16}
+"""Precisions of the layers' products only, and the precision of everything between the products."""
+_MIN_CAPABILITY = {torch.bfloat16: (8, 0), FLOAT8: (8, 9)}
+"""Compute capabilities. Emulated bfloat16 is slower than float16; `_scaled_mm` takes a scale per row from 8.9 on."""
+
+
+def choose_precisions(wanted: str, device: torch.device) -> list[Choice[torch.dtype]]:
+    """Return the precisions to try in order; each is for the case that the one before it fails at warm-up.
+
+    Args:
+        wanted: `auto` or a key of PRECISIONS.
+        device: where the model will run.
+    """
+    best = _best(device)
+    if wanted == "auto":
+        first = best
+    elif reason := _unsupported(PRECISIONS[wanted], device):
+        first = Choice(best.value, f"{wanted} {reason}; {best.reason}")
+    else:
+        first = Choice(PRECISIONS[wanted], "requested")
+    choices = [first]
+    for dtype in (best.value if first.value in QUANTIZED else first.value, torch.float32):
+        if dtype is not choices[-1].value:
+            choices.append(Choice(dtype, f"{short(choices[-1].value)} failed"))
+    return choices
+
+
+def short(dtype: torch.dtype) -> str:
+    """torch.bfloat16 -> 'bfloat16'; torch.float8_e4m3fn -> 'float8'"""
+    return str(dtype).removeprefix("torch.").removesuffix("_e4m3fn")
+
+
+def _best(device: torch.device) -> Choice[torch.dtype]:
+    if device.type == "cpu":
+        if torch.cpu._is_amx_tile_supported():
+            return Choice(torch.bfloat16, "auto: the processor multiplies bfloat16 in hardware (AMX)")
+        return Choice(torch.float32, "auto: fastest on this processor (no AMX)")
+    if _unsupported(torch.bfloat16, device):
+        return Choice(torch.float16, "auto: the GPU has no bfloat16")
+    return Choice(torch.bfloat16, "auto: the GPU has bfloat16")
+
+
+def _unsupported(dtype: torch.dtype, device: torch.device) -> str:
+    """Return why a device cannot compute a precision, or ''. The proof at load (quantized.py) has the last word."""
+    if dtype is torch.int8:
+        return "" if device.type == "cpu" else "is for the CPU only"
+    if device.type != "cuda":
+        return "is for NVIDIA GPUs only" if dtype is FLOAT8 else ""
+    capability = _MIN_CAPABILITY.get(dtype, (0, 0))
+    if torch.cuda.get_device_capability(device) >= capability:
+        return ""
+    return "needs compute capability {}.{}".format(*capability)
