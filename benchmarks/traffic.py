@@ -130,9 +130,10 @@ def main() -> None:
     """Count tokens and bytes of both files."""
     from benchmarks.models import tokenizer
     from reranker.engine.checkpoint.config import load_tokenizer
+    from reranker.engine.families.qwen3 import TEMPLATE
     from reranker.engine.prompt import Prompt
 
-    prompt = Prompt(load_tokenizer(tokenizer()), max_seq_length=MAX_TOKENS)
+    prompt = Prompt(load_tokenizer(tokenizer()), TEMPLATE, max_seq_length=MAX_TOKENS)
     made: dict[str, Any] = {}
     for name in ("short", "long"):
         work = json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from reranker.engine.budget import fit
+from reranker.engine.budget import fit_documents
 from reranker.types import EncodedRequest, Slice
 
 
@@ -107,7 +107,7 @@ class TokenQueue:
         documents = max((max_documents + self._odd) // 2, max_documents - oldest.documents)
         batch: list[tuple[Job, Slice]] = []
         for job in sorted(others, key=lambda job: max(half, job.tokens)):  # of equal ones the older first
-            stop = fit(job.request, job.taken, tokens, documents)
+            stop = fit_documents(job.request, job.taken, tokens, documents)
             if stop == job.taken:
                 break
             part = job.take(stop)
@@ -115,7 +115,7 @@ class TokenQueue:
             tokens, documents = tokens - part.tokens, documents - (stop - part.start)
             max_tokens, max_documents = max_tokens - part.tokens, max_documents - (stop - part.start)
         if max_documents > 0:
-            stop = fit(oldest.request, oldest.taken, max_tokens, max_documents)
+            stop = fit_documents(oldest.request, oldest.taken, max_tokens, max_documents)
             batch.append((oldest, oldest.take(max(stop, oldest.taken + 1))))
         self._keep(lambda job: job.documents > 0)
         return batch

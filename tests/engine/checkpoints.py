@@ -16,7 +16,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from tests.engine.card import PREFIX, SUFFIX
+from benchmarks.card import PREFIX, SUFFIX
 
 Edit = Callable[[Path], None]
 

@@ -14,12 +14,13 @@ import torch
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
 
+from benchmarks.card import Card
 from reranker import Scorer
-from reranker.engine import acceleration as speedup
-from reranker.engine.acceleration import accelerate, compiled_stages, sample
-from reranker.engine.families.qwen3 import PLAIN, LayerFns
+from reranker.engine import acceleration
+from reranker.engine.acceleration import accelerate, compile_layer_fns, sample
+from reranker.engine.families.base import LayerFns
+from reranker.engine.families.qwen3 import EAGER
 from reranker.engine.model import Model
-from tests.engine.card import Card
 from tests.engine.test_scorer import expected, packed, requests, worst
 
 
@@ -30,14 +31,14 @@ def test_compiled_layers_equal_the_card_and_compile_once(
 ) -> None:
     scorer = Scorer.load(model_path, device="cpu", precision="float32")
     model = scorer.model
-    compiled, ran = compiled_stages(), []
+    compiled, ran = compile_layer_fns(EAGER), []
     counters.clear()
     with torch.inference_mode():  # in another thread, as at a start, and for a size of its own
-        assert speedup._in_time(3600, lambda: model.hidden(sample(1000, model), compiled)) == ""
-        assert speedup._in_time(3600, lambda: ran.append(inductor.compile_threads)) == ""
+        assert acceleration._run_within(3600, lambda: model.hidden(sample(1000, model), compiled)) == ""
+        assert acceleration._run_within(3600, lambda: ran.append(inductor.compile_threads)) == ""
     assert ran.pop() == 1  # what is set here is set there
     assert counters["stats"]["unique_graphs"] == 2
-    model.stages = LayerFns(
+    model.compiled = LayerFns(
         lambda *args: ran.append(1) or compiled.before(*args),  # type: ignore[func-returns-value]
         compiled.after,
     )
@@ -68,18 +69,18 @@ def model(model_path: Path) -> Model:
 @pytest.mark.parametrize(
     ("set_up", "reason"),
     [
-        (lambda model: "hidden states differ by 40% from the plain way's", "differ by 40%"),
+        (lambda model: "hidden states differ from the eager path's by 40%", "by 40%"),
         (lambda model: 1 / 0, "ZeroDivisionError: division by zero"),
     ],
 )
 def test_a_path_that_does_not_hold_is_named_and_not_taken(
     model: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, set_up: object, reason: str
 ) -> None:
-    monkeypatch.setattr(speedup, "compile_layers", set_up)
-    monkeypatch.setattr(speedup, "record_passes", set_up)
+    monkeypatch.setattr(acceleration, "compile_layers", set_up)
+    monkeypatch.setattr(acceleration, "record_passes", set_up)
     with caplog.at_level(logging.INFO):
         accelerate(cuda(model, monkeypatch))
-    assert model.stages is PLAIN
+    assert model.compiled is None
     assert model.graphs is None
     for path in ("compiled layers", "CUDA graphs"):
         assert [m for m in caplog.messages if m.startswith(f"{path}: not used (") and reason in m]
@@ -89,31 +90,33 @@ def test_while_a_compiler_that_was_left_behind_still_runs_nothing_is_recorded(
     model: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     over, recorded = threading.Event(), []
-    monkeypatch.setattr(speedup, "compile_layers", lambda model: speedup._in_time(0.01, lambda: over.wait(30)))
-    monkeypatch.setattr(speedup, "record_passes", lambda model: recorded.append(1) or "")  # type: ignore[func-returns-value]
+    monkeypatch.setattr(
+        acceleration, "compile_layers", lambda model: acceleration._run_within(0.01, lambda: over.wait(30))
+    )
+    monkeypatch.setattr(acceleration, "record_passes", lambda model: recorded.append(1) or "")  # type: ignore[func-returns-value]
     try:
         with caplog.at_level(logging.INFO):
             accelerate(cuda(model, monkeypatch))
         assert "compiled layers: not used (not ready within 0 s)" in caplog.text
-        assert "CUDA graphs: not used (the compiler is not done yet)" in caplog.text
+        assert "CUDA graphs: not used (the compiler is still running)" in caplog.text
         assert recorded == []
     finally:
         over.set()
-        while speedup._compiling():
+        while acceleration._compiling():
             time.sleep(0.001)
 
 
 def test_compiled_layers_that_compute_something_else_are_refused(
     model: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    wrong = LayerFns(PLAIN.before, lambda layer, x, attended: PLAIN.after(layer, x, attended.roll(1, 1)))
-    monkeypatch.setattr(speedup, "compiled_stages", lambda: wrong)
-    monkeypatch.setattr(speedup, "_COMPARED_TOKENS", 512)
-    assert "differ by" in speedup.compile_layers(model)
-    assert model.stages is PLAIN
-    monkeypatch.setattr(speedup, "compiled_stages", lambda: LayerFns(*map(_same, PLAIN)))  # type: ignore[arg-type]
-    assert speedup.compile_layers(model) == ""
-    assert model.stages is not PLAIN
+    wrong = LayerFns(EAGER.before, lambda layer, x, attended: EAGER.after(layer, x, attended.roll(1, 1)))
+    monkeypatch.setattr(acceleration, "compile_layer_fns", lambda eager: wrong)
+    monkeypatch.setattr(acceleration, "_COMPARED_TOKENS", 512)
+    assert "hidden states differ" in acceleration.compile_layers(model)
+    assert model.compiled is None
+    monkeypatch.setattr(acceleration, "compile_layer_fns", lambda eager: LayerFns(*map(_same, EAGER)))  # type: ignore[arg-type]
+    assert acceleration.compile_layers(model) == ""
+    assert model.compiled is not None
 
 
 def _same(function: object) -> object:
@@ -132,4 +135,4 @@ def test_a_cpu_tries_neither(model: Model, caplog: pytest.LogCaptureFixture) -> 
     with caplog.at_level(logging.INFO):
         accelerate(model)
     assert not caplog.messages
-    assert model.stages is PLAIN
+    assert model.compiled is None

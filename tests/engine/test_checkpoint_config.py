@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.card import INSTRUCTION, Card
 from reranker import ModelLoadError, Scorer
 from reranker.types import RerankRequest, Slice
 from tests.conftest import make_model
-from tests.engine.card import INSTRUCTION, Card
 from tests.engine.checkpoints import RIGHT, WRONG, Variant
 
 PAIRS = [

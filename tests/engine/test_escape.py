@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from benchmarks.card import Card
 from benchmarks.escape import ATTACKS, DOCUMENTS, HEAD, Outcome, as_text, row, run
 from reranker import Scorer
-from reranker.engine.prompt import SUFFIX, SYSTEM, Prompt
+from reranker.engine.families.qwen3 import TEMPLATE
+from reranker.engine.prompt import Prompt
 from reranker.text import printable
 from reranker.types import RerankRequest
 from tests.conftest import DEMO, ROOT
@@ -22,7 +23,11 @@ CONTROL = (
     "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|box_end|> <|vision_pad|> <|image_pad|> <tool_call> "
     "</tool_call> <|fim_prefix|> <|fim_pad|> <|repo_name|> <|file_sep|> <tool_response> <think> </think>"
 ).split()
-PROMPT = [SYSTEM, SUFFIX, *"<Instruct>: |<Query>: |<Document>: |\n<Query>:|\n<Document>:|<|im_start|>user\n".split("|")]
+PROMPT = [
+    TEMPLATE.system,
+    TEMPLATE.suffix,
+    *"<Instruct>: |<Query>: |<Document>: |\n<Query>:|\n<Document>:|<|im_start|>user\n".split("|"),
+]
 ODD = ["\ud800", "\udfff", "\ud83d\ude00", *"\x00\x1b\n\r\t\v\u0085\u2028\u3000\u00a0\u200b\u200d\ufeff\u202e\u2066"]
 JOINING = ["\u0301", "\u0338", "\u0327", "\u3099", "\u1161", "\u11a8", "e\u0301", "가", "́<", "'s", "  ", ">:", ": "]
 # Every character there is, surrogates included, and the pieces that break prompts: whole, cut and glued together.
@@ -38,7 +43,7 @@ TEXT = st.lists(PIECE, max_size=8).map("".join)
 
 @pytest.fixture(scope="module")
 def prompt(tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    return Prompt(tokenizer)
+    return Prompt(tokenizer, TEMPLATE)
 
 
 @pytest.fixture(scope="module")
@@ -68,14 +73,14 @@ def test_every_text_stays_in_its_own_span(
     encoded = prompt.encode(RerankRequest(query, documents, instruction))
     spans = [tokens(f" {instruction}\n"), tokens(f" {query}\n"), *(tokens(f" {document}") for document in documents)]
     assert encoded.prefix == (
-        tokenizer.encode(SYSTEM, add_special_tokens=False)
+        tokenizer.encode(TEMPLATE.system, add_special_tokens=False)
         + tokens("<Instruct>:")
         + spans[0]
         + tokens("<Query>:")
         + spans[1]
         + tokens("<Document>:")
     )
-    suffix = tokenizer.encode(SUFFIX, add_special_tokens=False)
+    suffix = tokenizer.encode(TEMPLATE.suffix, add_special_tokens=False)
     assert encoded.documents == [span + suffix for span in spans[2:]]
     control = set(tokenizer.added_tokens_decoder)
     assert len(control) == 26
@@ -155,7 +160,7 @@ def test_a_text_cut_before_it_is_tokenised_has_the_same_first_tokens(
     room = data.draw(st.integers(1, 60))
     request = RerankRequest("q", [text], max_tokens_per_doc=room)
     encoded = prompt.encode(request)
-    whole = prompt.plain.encode(" " + text, add_special_tokens=False).ids
+    whole = prompt.text_tokenizer.encode(" " + text, add_special_tokens=False).ids
     assert encoded.documents[0] == whole[:room] + prompt.suffix
     assert encoded.truncated == ({0} if len(whole) > room else set())
 

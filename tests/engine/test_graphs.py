@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from reranker import Scorer
-from reranker.engine import acceleration as speedup
-from reranker.engine import attention
+from reranker.engine import acceleration, attention
 from reranker.engine.acceleration import (
     TOLERANCE,
     TOLERANCE_QUANTIZED,
@@ -25,8 +24,7 @@ from reranker.engine.acceleration import (
 )
 from reranker.engine.attention import SdpaAttention, VarlenAttention
 from reranker.engine.batch import PackedBatch, pack, pad
-from reranker.engine.families.qwen3 import PLAIN
-from reranker.engine.graphs import MOST_TOKENS, SIZES, Graphs, bucket, fits
+from reranker.engine.graphs import MAX_TOKENS, SIZES, Graphs, bucket, fits
 from reranker.engine.model import Model
 from reranker.types import EncodedRequest, Slice
 from tests.engine.test_attention import by_the_book
@@ -84,9 +82,9 @@ def test_a_batch_that_fills_its_bucket_is_padded_with_nothing(scorer: Scorer) ->
 
 def test_buckets_cover_the_small_batches_and_nothing_else() -> None:
     assert [bucket(tokens).tokens for tokens in (1, 128, 129, 2048)] == [128, 128, 256, 2048]
-    assert bucket(MOST_TOKENS).tokens == SIZES[-1]
-    assert bucket(MOST_TOKENS + 1).tokens not in SIZES
-    assert all(bucket(size).documents <= attention._MOST_LAST for size in SIZES)
+    assert bucket(MAX_TOKENS).tokens == SIZES[-1]
+    assert bucket(MAX_TOKENS + 1).tokens not in SIZES
+    assert all(bucket(size).documents <= attention.MAX_LAST_QUERIES for size in SIZES)
     words = [1] * 130
     ten = pack([Slice(EncodedRequest([1] * 80, [words] * 10), 0, 10)])
     assert fits(ten, bucket(ten.tokens))
@@ -117,15 +115,15 @@ def test_the_comparison_finds_a_wrong_and_a_slow_way() -> None:
     assert slower(lambda: right * 1.01, lambda: right) == ""
     wrong = right.clone()
     wrong[3] = wrong[3].roll(1)
-    assert "differ by" in differs(lambda: wrong, lambda: right)
-    assert "differ by" in differs(lambda: right * float("nan"), lambda: right)
+    assert "hidden states differ" in differs(lambda: wrong, lambda: right)
+    assert "hidden states differ" in differs(lambda: right * float("nan"), lambda: right)
     # One document of eight that is wrong hides behind the mean of coarse ones.
     many = torch.randn(8, 32)
     one = torch.cat([many[:1].roll(1), many[1:]])
     assert ((one - many).norm(dim=-1) / many.norm(dim=-1)).mean() < TOLERANCE_QUANTIZED
-    assert "differ by" in differs(lambda: one, lambda: many, TOLERANCE_QUANTIZED)
-    assert "differ by" in differs(lambda: right * (1 + 2 * TOLERANCE), lambda: right)
-    assert "does not take" in differs(lambda: None, lambda: right)
+    assert "hidden states differ" in differs(lambda: one, lambda: many, TOLERANCE_QUANTIZED)
+    assert "hidden states differ" in differs(lambda: right * (1 + 2 * TOLERANCE), lambda: right)
+    assert "does not accept" in differs(lambda: None, lambda: right)
 
     def slow() -> torch.Tensor:
         time.sleep(0.05)
@@ -194,7 +192,7 @@ def test_a_replay_is_the_pass_of_the_batch_that_is_put_in(scorer: Scorer, record
             assert recorder.replays[-1] == shape.tokens
             torch.testing.assert_close(got, recorder.model.hidden(batch), atol=1e-5, rtol=1e-5)
     assert set(recorder.replays) == {128, 256, 512}
-    graphs.forget(256)
+    graphs.drop(256)
     assert len(graphs) == 2
     assert graphs.replay(sample(250, recorder.model)) is None
 
@@ -213,7 +211,7 @@ def test_scores_come_from_replays_where_there_are_some(scorer: Scorer, recorder:
 @pytest.fixture
 def quick(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> Recorder:
     """For `record_passes`, to which no replay is slower: one costs nothing here but the plain pass itself."""
-    monkeypatch.setattr(speedup, "slower", lambda fast, plain: "")
+    monkeypatch.setattr(acceleration, "slower", lambda fast, eager: "")
     return recorder
 
 
@@ -225,13 +223,13 @@ def test_every_size_that_holds_is_recorded(quick: Recorder) -> None:
 
 def test_one_that_computes_something_else_speaks_against_all(quick: Recorder) -> None:
     quick.wrong.add(256)
-    assert record_passes(quick.model).startswith("256 tokens: hidden states differ by")
+    assert record_passes(quick.model).startswith("256 tokens: hidden states differ")
     assert quick.model.graphs is None
 
 
 def test_one_that_is_slower_is_left_out(quick: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = iter(["slower than the plain way", *[""] * 15])  # the largest, which is recorded first
-    monkeypatch.setattr(speedup, "slower", lambda fast, plain: next(told))
+    told = iter(["slower than the eager path", *[""] * 15])  # the largest, which is recorded first
+    monkeypatch.setattr(acceleration, "slower", lambda fast, eager: next(told))
     assert record_passes(quick.model) == ""
     assert quick.model.graphs is not None
     assert len(quick.model.graphs) == len(SIZES) - 1
@@ -260,7 +258,7 @@ def test_where_attention_runs_segment_by_segment_nothing_is_recorded(quick: Reco
 def test_replays_equal_the_plain_way(model_path: Path, precision: str) -> None:
     scorer = Scorer.load(model_path, device="cuda", precision=precision)
     model = scorer.model
-    graphs = Graphs(lambda batch: model.hidden(batch, model.stages), model.device)
+    graphs = Graphs(lambda batch: model.hidden(batch, model.compiled), model.device)
     for size in (512, 256, 128):
         graphs.record(sample(size, model))
     rng = random.Random(22)
@@ -302,4 +300,4 @@ def test_the_paths_are_taken_on_this_gpu(model_path: Path, caplog: pytest.LogCap
         model = Scorer.load(model_path, device="cuda", precision="bfloat16").model
     assert model.graphs is not None, caplog.text
     assert len(model.graphs) == len(SIZES)
-    assert model.stages is not PLAIN, caplog.text
+    assert model.compiled is not None, caplog.text

@@ -9,15 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from reranker.engine.prompt import QWEN3_TOKENS, Prompt
+from benchmarks.card import Card
+from reranker.engine.families.qwen3 import TEMPLATE, answer_tokens
+from reranker.engine.prompt import Prompt
 from reranker.engine.scores import per_document
 from reranker.errors import InvalidRequestError, ModelLoadError
 from reranker.types import MAX_CHUNKS, EncodedRequest, RerankRequest, RerankResult, Slice
 from tests.conftest import DEMO
-from tests.engine.card import Card
 
 TOKENIZER = AutoTokenizer.from_pretrained(str(DEMO))
-PROMPT = Prompt(TOKENIZER)
+PROMPT = Prompt(TOKENIZER, TEMPLATE)
 CONTROL = [str(token) for token in TOKENIZER.added_tokens_decoder.values()]
 # Text of every kind, and the pieces that break prompts.
 TEXT = st.text(max_size=60) | st.lists(
@@ -68,7 +69,7 @@ def test_no_text_becomes_a_control_token(parts: list[str]) -> None:
 
 
 def test_what_is_kept_is_what_prompts_begin_with() -> None:
-    prompt = Prompt(TOKENIZER, instruction="Find the bug")
+    prompt = Prompt(TOKENIZER, TEMPLATE, instruction="Find the bug")
     plain = RerankRequest("q", ["d", "e"])
 
     def shared(request: RerankRequest) -> int:
@@ -92,14 +93,14 @@ def test_what_is_kept_is_what_prompts_begin_with() -> None:
 
 def test_some_of_a_prefix_is_always_left_to_compute() -> None:
     """A default instruction that holds a whole prompt of another."""
-    prompt = Prompt(TOKENIZER, instruction="Find\n<Query>: q\n<Document>: and so on")
+    prompt = Prompt(TOKENIZER, TEMPLATE, instruction="Find\n<Query>: q\n<Document>: and so on")
     encoded = prompt.encode(RerankRequest("q", ["d"], "Find"), prompt.static_prefix)
     assert prompt.static_prefix[: len(encoded.prefix)] == encoded.prefix
     assert encoded.cached_prefix_len == len(encoded.prefix) - 1
 
 
 def test_of_a_very_long_default_instruction_the_start_is_kept() -> None:
-    prompt = Prompt(TOKENIZER, instruction="word " * 5000)
+    prompt = Prompt(TOKENIZER, TEMPLATE, instruction="word " * 5000)
     encoded = prompt.encode(RerankRequest("q", ["d"]), prompt.static_prefix)
     assert encoded.cached_prefix_len == len(prompt.static_prefix) == 512
 
@@ -111,7 +112,7 @@ def test_a_surrogate_is_replaced() -> None:
 @pytest.mark.parametrize("unit", ["word ", "中文字", "a", " ", "\n", "=-", "e\u0301", "🙂"])
 @pytest.mark.parametrize("room", [20, 100, 700])
 def test_a_long_document_is_cut_where_the_card_cuts_it(card: Card, unit: str, room: int) -> None:
-    prompt = Prompt(TOKENIZER, max_seq_length=room + 100)
+    prompt = Prompt(TOKENIZER, TEMPLATE, max_seq_length=room + 100)
     card.max_length = room + 100
     try:
         encoded = prompt.encode(RerankRequest("q", [unit * 20_000, "short"]))
@@ -127,9 +128,9 @@ def test_a_long_document_is_cut_where_the_card_cuts_it(card: Card, unit: str, ro
 def test_a_document_that_just_fits_is_not_cut() -> None:
     encoded = PROMPT.encode(RerankRequest("q", ["word " * 50]))
     needed = len(encoded.prefix) + len(encoded.documents[0])
-    fits = Prompt(TOKENIZER, max_seq_length=needed).encode(RerankRequest("q", ["word " * 50]))
+    fits = Prompt(TOKENIZER, TEMPLATE, max_seq_length=needed).encode(RerankRequest("q", ["word " * 50]))
     assert fits == encoded
-    cut = Prompt(TOKENIZER, max_seq_length=needed - 1).encode(RerankRequest("q", ["word " * 50]))
+    cut = Prompt(TOKENIZER, TEMPLATE, max_seq_length=needed - 1).encode(RerankRequest("q", ["word " * 50]))
     assert cut.truncated == {0}
     assert len(cut.documents[0]) == len(encoded.documents[0]) - 1
 
@@ -141,16 +142,16 @@ def test_ten_million_characters_are_not_tokenised(monkeypatch: pytest.MonkeyPatc
         def encode_batch_fast(self, texts: list[str], **options: bool) -> object:
             nonlocal seen
             seen += sum(map(len, texts))
-            return PROMPT.plain.encode_batch_fast(texts, **options)
+            return PROMPT.text_tokenizer.encode_batch_fast(texts, **options)
 
-    prompt = Prompt(TOKENIZER, max_seq_length=512)
-    monkeypatch.setattr(prompt, "plain", Counting())
+    prompt = Prompt(TOKENIZER, TEMPLATE, max_seq_length=512)
+    monkeypatch.setattr(prompt, "text_tokenizer", Counting())
     assert prompt.encode(RerankRequest("q", ["some words " * 1_000_000])).truncated == {0}
     assert seen < 10_000
 
 
 def test_a_query_without_room_for_a_document_is_refused() -> None:
-    prompt = Prompt(TOKENIZER, max_seq_length=256)
+    prompt = Prompt(TOKENIZER, TEMPLATE, max_seq_length=256)
     with pytest.raises(InvalidRequestError, match="leave no room for a document") as caught:
         prompt.encode(RerankRequest("word " * 1000, ["a"]))
     assert caught.value.status == 422
@@ -158,7 +159,7 @@ def test_a_query_without_room_for_a_document_is_refused() -> None:
 
 
 def test_the_instruction_of_the_request_replaces_the_default() -> None:
-    prompt = Prompt(TOKENIZER, instruction="Find the bug")
+    prompt = Prompt(TOKENIZER, TEMPLATE, instruction="Find the bug")
     assert prompt.encode(RerankRequest("q", ["d"])) == PROMPT.encode(RerankRequest("q", ["d"], "Find the bug"))
     assert prompt.encode(RerankRequest("q", ["d"], "")) == PROMPT.encode(RerankRequest("q", ["d"], ""))
 
@@ -167,7 +168,7 @@ def test_a_tokenizer_whose_control_tokens_can_be_forged_is_refused() -> None:
     tokenizer = AutoTokenizer.from_pretrained(str(DEMO))
     tokenizer.add_special_tokens({"extra_special_tokens": ["the"]})  # an ordinary entry of the vocabulary as well
     with pytest.raises(ModelLoadError, match="could be forged"):
-        Prompt(tokenizer)
+        Prompt(tokenizer, TEMPLATE)
 
 
 @pytest.mark.parametrize("token", [None, TOKENIZER.unk_token_id])
@@ -175,19 +176,19 @@ def test_a_tokenizer_without_the_answers_is_refused(monkeypatch: pytest.MonkeyPa
     known = TOKENIZER.convert_tokens_to_ids
     monkeypatch.setattr(TOKENIZER, "convert_tokens_to_ids", lambda text: token if text == "no" else known(text))
     with pytest.raises(ModelLoadError, match="has no token 'no'"):
-        Prompt(TOKENIZER)
+        answer_tokens(TOKENIZER)
 
 
 def test_words_that_a_fine_tune_added_are_known_and_control_tokens_are_not() -> None:
     tokenizer = AutoTokenizer.from_pretrained(str(DEMO))
     tokenizer.add_tokens(["gzip", "<Query>"])
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|steer|>"]})
-    prompt = Prompt(tokenizer)
+    prompt = Prompt(tokenizer, TEMPLATE)
     prompt.check(tokenizer)
     text = "gzip and <Query> of a gzipped file"
-    assert prompt.plain.encode(text).ids == tokenizer.encode(text, add_special_tokens=False)
-    for control in [*QWEN3_TOKENS, "<|steer|>"]:
-        ids = prompt.plain.encode(f"a {control} b").ids
+    assert prompt.text_tokenizer.encode(text).ids == tokenizer.encode(text, add_special_tokens=False)
+    for control in [*TEMPLATE.control_tokens, "<|steer|>"]:
+        ids = prompt.text_tokenizer.encode(f"a {control} b").ids
         assert tokenizer.convert_tokens_to_ids(control) not in ids
         assert tokenizer.decode(ids) == f"a {control} b"
 
@@ -241,7 +242,7 @@ def test_borders_of_chunks_are_those_of_the_text() -> None:
     parts = [text[a:b] for a, b in itertools.pairwise(borders)]
     assert "".join(parts) == text
     for part, document in zip(parts, encoded.documents, strict=True):
-        assert PROMPT.plain.decode(rest(document)).strip() == part.strip()
+        assert PROMPT.text_tokenizer.decode(rest(document)).strip() == part.strip()
 
 
 def test_the_number_of_chunks_is_bounded() -> None:
@@ -253,7 +254,7 @@ def test_the_number_of_chunks_is_bounded() -> None:
 def test_a_document_that_may_not_be_cut_is_named_by_its_place() -> None:
     documents = ["a", "one two three four five"]
     request = RerankRequest("q", documents, max_tokens_per_doc=3, truncate=False, positions=[4, 11])
-    with pytest.raises(InvalidRequestError, match=r"documents\[11\]: longer than the 3 tokens") as caught:
+    with pytest.raises(InvalidRequestError, match=r"documents\[11\]: longer than the limit of 3 tokens") as caught:
         PROMPT.encode(request)
     assert "four" not in str(caught.value)
     fits = RerankRequest("q", ["a", "one two three"], max_chunks_per_doc=2, max_tokens_per_doc=3, truncate=False)
@@ -262,14 +263,14 @@ def test_a_document_that_may_not_be_cut_is_named_by_its_place() -> None:
 
 def read_query(prompt: Prompt, prefix: list[int]) -> str:
     """The query in a prefix, of a vocabulary in which every token is text."""
-    text: str = prompt.plain.decode(prefix[len(prompt.system) :])
+    text: str = prompt.text_tokenizer.decode(prefix[len(prompt.system) :])
     return text.partition("\n<Query>: ")[2].removesuffix("\n<Document>:")
 
 
 @pytest.mark.parametrize("unit", ["word ", "中文字", "a", " ", "\n", "=-", "e\u0301", "🙂", "don't "])
 @pytest.mark.parametrize("length", [100, 257, 1000])
 def test_a_truncated_query_is_the_cards_prompt_of_its_start(card: Card, unit: str, length: int) -> None:
-    prompt = Prompt(TOKENIZER, max_seq_length=length)
+    prompt = Prompt(TOKENIZER, TEMPLATE, max_seq_length=length)
     query = unit * 5000
     request = RerankRequest(query, ["a document", "word " * 5000], truncate_query=True)
     encoded = prompt.encode(request)
@@ -296,11 +297,11 @@ def test_a_query_that_leaves_any_room_stays_whole() -> None:
     words = "word " * 100
     needed = len(PROMPT.encode(RerankRequest(words, [""])).prefix) + len(PROMPT.suffix)
     for room in (1, 2, 100):
-        prompt = Prompt(TOKENIZER, max_seq_length=needed + room)
+        prompt = Prompt(TOKENIZER, TEMPLATE, max_seq_length=needed + room)
         whole = prompt.encode(RerankRequest(words, ["one two three"], truncate_query=True))
         assert whole == prompt.encode(RerankRequest(words, ["one two three"]))
         assert not whole.query_truncated
-    prompt = Prompt(TOKENIZER, max_seq_length=needed)
+    prompt = Prompt(TOKENIZER, TEMPLATE, max_seq_length=needed)
     assert prompt.encode(RerankRequest(words, ["one"], truncate_query=True)).query_truncated
     with pytest.raises(InvalidRequestError, match=r"send truncate: true to have it truncated, or raise MAX_SEQ_LENGTH"):
         prompt.encode(RerankRequest(words, ["one"]))
@@ -309,7 +310,7 @@ def test_a_query_that_leaves_any_room_stays_whole() -> None:
 @pytest.mark.parametrize("truncate_query", [True, False])
 @pytest.mark.parametrize("words", [150, 100_000])
 def test_an_instruction_is_never_truncated(words: int, truncate_query: bool) -> None:
-    prompt = Prompt(TOKENIZER, max_seq_length=200)
+    prompt = Prompt(TOKENIZER, TEMPLATE, max_seq_length=200)
     request = RerankRequest("word " * 500, ["a"], "word " * words, truncate_query=truncate_query)
     with pytest.raises(InvalidRequestError, match="the instruction leaves no room for a query and a document in 200 t"):
         prompt.encode(request)
@@ -323,19 +324,19 @@ def test_ten_million_characters_of_a_query_are_not_tokenised(monkeypatch: pytest
             def encode(texts: list[str], **options: bool) -> object:
                 nonlocal seen
                 seen += sum(map(len, texts))
-                return getattr(PROMPT.plain, name)(texts, **options)
+                return getattr(PROMPT.text_tokenizer, name)(texts, **options)
 
             return encode
 
-    prompt = Prompt(TOKENIZER, max_seq_length=512)
-    monkeypatch.setattr(prompt, "plain", Counting())
+    prompt = Prompt(TOKENIZER, TEMPLATE, max_seq_length=512)
+    monkeypatch.setattr(prompt, "text_tokenizer", Counting())
     encoded = prompt.encode(RerankRequest("some words " * 1_000_000, ["a"], truncate_query=True))
     assert encoded.query_truncated
     assert seen < 20_000
 
 
 def test_parts_of_a_request_know_that_its_query_was_truncated() -> None:
-    prompt = Prompt(TOKENIZER, max_seq_length=200)
+    prompt = Prompt(TOKENIZER, TEMPLATE, max_seq_length=200)
     request = RerankRequest("word " * 500, ["a", "b", "c"], truncate_query=True)
     whole = prompt.encode(request)
     assert EncodedRequest.join([prompt.encode(request.only([0])), prompt.encode(request.only([1, 2]))]) == whole

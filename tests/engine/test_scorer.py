@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.card import Card
 from reranker import Scorer
 from reranker.engine.batch import PackedBatch
 from reranker.engine.budget import split
@@ -22,7 +23,6 @@ from reranker.engine.scores import sigmoid
 from reranker.errors import DeviceLostError, InvalidRequestError, ModelLoadError, ScoringError
 from reranker.types import RerankRequest, Slice
 from tests.conftest import DEMO, make_model
-from tests.engine.card import Card
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 WORDS = "the a of cat compress 压缩 文件 library 12 <|im_end|> \n 中文 . Python naïve , 🙂 http://x/y?z=1".split(" ")
@@ -251,7 +251,7 @@ def test_a_precision_that_failed_is_freed_before_the_next_is_loaded(
         gc.collect()
         alive.extend(reference() is not None for reference in earlier)
         model = load(*args)
-        earlier.append(weakref.ref(model.decoder))
+        earlier.append(weakref.ref(model.backbone))
         return model
 
     path = make_model(tmp_path / "m", std=100.0)

@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 
 from reranker import Scorer
-from reranker.engine.budget import fill
+from reranker.engine.budget import full_batches
 from reranker.engine.scores import sigmoid
 from reranker.engine.stream import rerank_many
 from reranker.errors import InvalidRequestError, RerankError, ScoringError
@@ -87,7 +87,7 @@ def test_batches_hold_everything_once_in_order_and_follow_changing_limits() -> N
             for _ in range(rng.randrange(6))
         ]
         asked = iter(limits)
-        got = list(fill(wanted, lambda asked=asked: next(asked)))  # type: ignore[misc]
+        got = list(full_batches(wanted, lambda asked=asked: next(asked)))  # type: ignore[misc]
         flat = [(id(s.request), i) for batch in got for s in batch for i in range(s.start, s.stop)]
         assert flat == [(id(r), i) for r in wanted for i in range(len(r.documents))]
         for batch, (tokens, documents) in zip(got, limits, strict=False):

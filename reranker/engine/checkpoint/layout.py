@@ -13,8 +13,8 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from reranker.engine.checkpoint.config import first_line, read_json
-from reranker.engine.prompt import SUFFIX, SYSTEM
 from reranker.errors import ModelLoadError
+from reranker.request.template import SUFFIX, SYSTEM
 
 logger = logging.getLogger(__name__)
 
