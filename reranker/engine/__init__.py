@@ -1,8 +1,8 @@
-"""Text in, scores out: synchronous, without the web stack, usable alone."""
+"""Texts in, scores out: synchronous, without the web stack, usable alone."""
 
 import os
 
-# A thread that waits for another sleeps instead of spinning. Alone it makes no clear difference; beside one busy
-# process a request takes 7 s instead of 10, and 7 s of processor time instead of 13 (benchmarks/breakdown.py). OpenMP
-# reads it when torch is loaded: whoever imports torch before this package sets it himself.
+# OpenMP threads sleep while they wait and do not spin. Alone this makes no clear difference; beside one busy process a
+# request takes 7 s, not 10, and 7 s of CPU time, not 13 (benchmarks/breakdown.py). OpenMP reads it when torch is
+# loaded: a program that imports torch first must set it itself.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -120,7 +120,7 @@ class Scorer:
 
     @property
     def info(self) -> ModelInfo:
-        """What was loaded and chosen."""
+        """The loaded model and the choices made at load."""
         return ModelInfo(
             name=self.name,
             device=str(self.model.device),

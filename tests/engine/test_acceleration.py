@@ -1,4 +1,4 @@
-"""The optional paths on the CPU, where inductor compiles to C++: equal to the card, once for all layers and sizes."""
+"""The accelerated paths on the CPU, where inductor compiles to C++."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_compiled_layers_equal_the_card_and_compile_once(
     with torch.inference_mode():  # in another thread, as at a start, and for a size of its own
         assert acceleration._run_within(3600, lambda: model.hidden(sample(1000, model), compiled)) == ""
         assert acceleration._run_within(3600, lambda: ran.append(inductor.compile_threads)) == ""
-    assert ran.pop() == 1  # what is set here is set there
+    assert ran.pop() == 1  # the thread has the context's settings
     assert counters["stats"]["unique_graphs"] == 2
     model.compiled = LayerFns(
         lambda *args: ran.append(1) or compiled.before(*args),  # type: ignore[func-returns-value]
@@ -49,13 +49,13 @@ def test_compiled_layers_equal_the_card_and_compile_once(
     assert len(ran) == 4 * 3
     assert counters["stats"]["unique_graphs"] == 2  # three layers and five sizes later
     assert not counters["graph_break"]
-    # What was compiled is what ran: not the plain functions behind the compiler's back.
+    # The compiled functions ran, not the eager ones without a notice.
     with torch.inference_mode(), torch.compiler.set_stance("fail_on_recompile"):
         model.hidden(sample(200, model), compiled)
 
 
 def cuda(model: Model, monkeypatch: pytest.MonkeyPatch) -> Model:
-    """The model as `accelerate` would find it on a GPU, as far as the choices can see."""
+    """The model with a GPU as its device, as far as `accelerate` looks."""
     monkeypatch.setattr(model, "device", torch.device("cuda"), raising=False)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     return model
@@ -73,7 +73,7 @@ def model(model_path: Path) -> Model:
         (lambda model: 1 / 0, "ZeroDivisionError: division by zero"),
     ],
 )
-def test_a_path_that_does_not_hold_is_named_and_not_taken(
+def test_a_path_that_fails_its_checks_is_logged_and_not_used(
     model: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, set_up: object, reason: str
 ) -> None:
     monkeypatch.setattr(acceleration, "compile_layers", set_up)
@@ -86,7 +86,7 @@ def test_a_path_that_does_not_hold_is_named_and_not_taken(
         assert [m for m in caplog.messages if m.startswith(f"{path}: not used (") and reason in m]
 
 
-def test_while_a_compiler_that_was_left_behind_still_runs_nothing_is_recorded(
+def test_nothing_is_recorded_while_a_late_compiler_runs(
     model: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     over, recorded = threading.Event(), []
@@ -131,7 +131,7 @@ def test_torchs_own_switch_turns_them_off(
     assert caplog.messages == ["compiled layers and CUDA graphs: off (TORCH_COMPILE_DISABLE=1)"]
 
 
-def test_a_cpu_tries_neither(model: Model, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_cpu_uses_neither(model: Model, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         accelerate(model)
     assert not caplog.messages

@@ -17,7 +17,7 @@ STATIC_PREFIX = 25
 
 
 def batch_of(rng: random.Random) -> PackedBatch:
-    """Prefixes longer and shorter than their documents: both ways through the segment-wise kernel. Some are kept."""
+    """Prefixes longer and shorter than their documents, for both branches of the kernel; some are cached."""
     slices = []
     for _ in range(rng.randrange(1, 4)):
         documents = [[1] * rng.randrange(1, 60) for _ in range(rng.randrange(1, 5))]
@@ -98,12 +98,12 @@ def by_the_book(
     scale: float,
     **_: object,
 ) -> Tensor:
-    """What stands for the kernel on the CPU: it follows the kernel's documentation."""
+    """A stand-in for the kernel on the CPU, which follows the kernel's documentation."""
     assert (cu_q.dtype, cu_k.dtype) == (torch.int32, torch.int32)
     assert max_q >= int(cu_q.diff().max())
     assert max_k >= int(cu_k.diff().max())
     assert int(cu_q[-1]) == len(q)
-    assert int(cu_k[-1]) <= len(k)  # a padded batch gathers more than anybody reads
+    assert int(cu_k[-1]) <= len(k)  # a padded batch gathers keys that no segment reads
     out = torch.empty_like(q)
     for s in range(len(cu_q) - 1):
         qs, ks, vs = q[cu_q[s] : cu_q[s + 1]], k[cu_k[s] : cu_k[s + 1]], v[cu_k[s] : cu_k[s + 1]]
@@ -116,12 +116,12 @@ def by_the_book(
 
 
 def test_varlen_is_called_with_what_the_kernel_expects(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU the kernel is replaced by one that follows its documentation: cu_seq, bottom-right causal."""
+    """cu_seq and bottom-right causal attention, checked by a stand-in on the CPU."""
     monkeypatch.setattr(attention, "varlen_attn", by_the_book)
     check_against_definition(VarlenAttention, "cpu", torch.float32, 1e-5)
 
 
-def test_the_installed_torch_takes_the_options_that_are_sent() -> None:
+def test_the_installed_torch_accepts_the_options() -> None:
     import inspect
 
     assert attention.varlen_attn is not None

@@ -34,7 +34,7 @@ CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA
 
 @pytest.fixture
 def scorer(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scorer:
-    """The model with the GPU's attention, whose kernel is replaced by one that follows its documentation."""
+    """The model with the GPU's attention and a stand-in for the kernel that follows its documentation."""
     monkeypatch.setattr(attention, "varlen_attn", by_the_book)
     scorer = Scorer.load(model_path, device="cpu", precision="float32")
     scorer.model.kernel = VarlenAttention
@@ -99,9 +99,7 @@ def test_buckets_cover_the_small_batches_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("static_prefix", [1, 60, 512])
-def test_what_is_recorded_and_compared_fits_its_bucket(
-    scorer: Scorer, static_prefix: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_samples_fit_their_buckets(scorer: Scorer, static_prefix: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scorer.model, "static_prefix", [7] * static_prefix)
     for tokens in (*SIZES, *(size - 16 for size in SIZES)):
         batch = sample(tokens, scorer.model)
@@ -109,7 +107,7 @@ def test_what_is_recorded_and_compared_fits_its_bucket(
         assert fits(batch, bucket(tokens))
 
 
-def test_the_comparison_finds_a_wrong_and_a_slow_way() -> None:
+def test_the_comparison_finds_a_wrong_and_a_slow_path() -> None:
     right = torch.randn(4, 32)
     assert differs(lambda: right * 1.01, lambda: right) == ""
     assert slower(lambda: right * 1.01, lambda: right) == ""
@@ -133,14 +131,14 @@ def test_the_comparison_finds_a_wrong_and_a_slow_way() -> None:
 
 
 class Recorder:
-    """CUDA graphs on the CPU: a replay reads what the recorded call read and writes what it wrote, as a GPU's does."""
+    """CUDA graphs on the CPU: a replay reads the input and writes the output of the recorded call, as on a GPU."""
 
     def __init__(self, scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
         self.model = scorer.model
         self.calls: list[tuple[PackedBatch, torch.Tensor]] = []
         self.replays: list[int] = []
         self.wrong: set[int] = set()
-        """Tokens whose replays compute something else."""
+        """Sizes in tokens whose replays give wrong results."""
         recorder, nothing, hidden = self, contextlib.nullcontext(), Model.hidden
 
         class Graph:
@@ -179,7 +177,7 @@ def recorder(scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> Recorder:
     return Recorder(scorer, monkeypatch)
 
 
-def test_a_replay_is_the_pass_of_the_batch_that_is_put_in(scorer: Scorer, recorder: Recorder) -> None:
+def test_a_replay_is_the_pass_of_its_input_batch(scorer: Scorer, recorder: Recorder) -> None:
     graphs = Graphs(recorder.model.hidden, torch.device("cpu"))
     for size in (512, 256, 128):
         graphs.record(sample(size, recorder.model))
@@ -197,7 +195,7 @@ def test_a_replay_is_the_pass_of_the_batch_that_is_put_in(scorer: Scorer, record
     assert graphs.replay(sample(250, recorder.model)) is None
 
 
-def test_scores_come_from_replays_where_there_are_some(scorer: Scorer, recorder: Recorder) -> None:
+def test_scores_come_from_replays_where_a_recording_fits(scorer: Scorer, recorder: Recorder) -> None:
     rng = random.Random(24)
     batches = [batch_of(rng, scorer) for _ in range(20)]
     wanted = [scorer.score(batch) for batch in batches]
@@ -210,26 +208,26 @@ def test_scores_come_from_replays_where_there_are_some(scorer: Scorer, recorder:
 
 @pytest.fixture
 def quick(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    """For `record_passes`, to which no replay is slower: one costs nothing here but the plain pass itself."""
+    """A recorder whose replays never count as slower: here a replay is an eager pass."""
     monkeypatch.setattr(acceleration, "slower", lambda fast, eager: "")
     return recorder
 
 
-def test_every_size_that_holds_is_recorded(quick: Recorder) -> None:
+def test_every_size_that_passes_is_recorded(quick: Recorder) -> None:
     assert record_passes(quick.model) == ""
     assert quick.model.graphs is not None
     assert len(quick.model.graphs) == len(SIZES)
 
 
-def test_one_that_computes_something_else_speaks_against_all(quick: Recorder) -> None:
+def test_one_wrong_recording_rules_out_all(quick: Recorder) -> None:
     quick.wrong.add(256)
     assert record_passes(quick.model).startswith("256 tokens: hidden states differ")
     assert quick.model.graphs is None
 
 
-def test_one_that_is_slower_is_left_out(quick: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = iter(["slower than the eager path", *[""] * 15])  # the largest, which is recorded first
-    monkeypatch.setattr(acceleration, "slower", lambda fast, eager: next(told))
+def test_a_slower_size_is_dropped(quick: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons = iter(["slower than the eager path", *[""] * 15])  # the largest, which is recorded first
+    monkeypatch.setattr(acceleration, "slower", lambda fast, eager: next(reasons))
     assert record_passes(quick.model) == ""
     assert quick.model.graphs is not None
     assert len(quick.model.graphs) == len(SIZES) - 1
@@ -255,7 +253,7 @@ def test_where_attention_runs_segment_by_segment_nothing_is_recorded(quick: Reco
 @pytest.mark.cuda
 @CUDA
 @pytest.mark.parametrize("precision", ["bfloat16", "float16", "float8"])
-def test_replays_equal_the_plain_way(model_path: Path, precision: str) -> None:
+def test_replays_equal_the_eager_path(model_path: Path, precision: str) -> None:
     scorer = Scorer.load(model_path, device="cuda", precision=precision)
     model = scorer.model
     graphs = Graphs(lambda batch: model.hidden(batch, model.compiled), model.device)
@@ -277,7 +275,7 @@ def test_replays_equal_the_plain_way(model_path: Path, precision: str) -> None:
 @pytest.mark.cuda
 @CUDA
 def test_a_pass_synchronises_once(model_path: Path) -> None:
-    """From the packed batch to the logits on the device there is none; `tolist` is the one."""
+    """In `tolist`; none from the packed batch to the logits on the device."""
     scorer = Scorer.load(model_path, device="cuda", precision="bfloat16")
     small = scorer.pack(sample(512, scorer.model).slices)
     large = scorer.pack(sample(4096, scorer.model).slices)
@@ -294,8 +292,8 @@ def test_a_pass_synchronises_once(model_path: Path) -> None:
 
 @pytest.mark.cuda
 @CUDA
-def test_the_paths_are_taken_on_this_gpu(model_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Not a matter of right or wrong, which the fall-back sees to, but of speed: here it would be lost in silence."""
+def test_this_gpu_uses_both_paths(model_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The fallback keeps scores right without them, so only this test notices the loss of speed."""
     with caplog.at_level("INFO"):
         model = Scorer.load(model_path, device="cuda", precision="bfloat16").model
     assert model.graphs is not None, caplog.text

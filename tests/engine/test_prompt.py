@@ -20,7 +20,7 @@ from tests.conftest import DEMO
 TOKENIZER = AutoTokenizer.from_pretrained(str(DEMO))
 PROMPT = Prompt(TOKENIZER, TEMPLATE)
 CONTROL = [str(token) for token in TOKENIZER.added_tokens_decoder.values()]
-# Text of every kind, and the pieces that break prompts.
+# Arbitrary text, and pieces that break prompts.
 TEXT = st.text(max_size=60) | st.lists(
     st.sampled_from(
         [
@@ -48,7 +48,7 @@ ORDINARY = TEXT.filter(lambda text: not any(token in text for token in CONTROL))
 
 @settings(max_examples=300, deadline=None)
 @given(query=ORDINARY, document=ORDINARY, instruction=ORDINARY)
-def test_the_cut_prompt_is_the_cards_prompt_token_for_token(
+def test_the_prompt_is_the_cards_prompt_token_for_token(
     card: Card, query: str, document: str, instruction: str
 ) -> None:
     encoded = PROMPT.encode(RerankRequest(query, [document], instruction))
@@ -68,7 +68,7 @@ def test_no_text_becomes_a_control_token(parts: list[str]) -> None:
     assert encoded.documents[0][-len(PROMPT.suffix) :] == PROMPT.suffix
 
 
-def test_what_is_kept_is_what_prompts_begin_with() -> None:
+def test_the_cached_prefix_is_the_common_start_with_the_static_prefix() -> None:
     prompt = Prompt(TOKENIZER, TEMPLATE, instruction="Find the bug")
     plain = RerankRequest("q", ["d", "e"])
 
@@ -91,15 +91,15 @@ def test_what_is_kept_is_what_prompts_begin_with() -> None:
     assert prompt.encode(plain).cached_prefix_len == 0
 
 
-def test_some_of_a_prefix_is_always_left_to_compute() -> None:
-    """A default instruction that holds a whole prompt of another."""
+def test_a_prefix_is_never_cached_as_a_whole() -> None:
+    """Even if the default instruction contains a whole prompt of another one."""
     prompt = Prompt(TOKENIZER, TEMPLATE, instruction="Find\n<Query>: q\n<Document>: and so on")
     encoded = prompt.encode(RerankRequest("q", ["d"], "Find"), prompt.static_prefix)
     assert prompt.static_prefix[: len(encoded.prefix)] == encoded.prefix
     assert encoded.cached_prefix_len == len(encoded.prefix) - 1
 
 
-def test_of_a_very_long_default_instruction_the_start_is_kept() -> None:
+def test_only_the_start_of_a_very_long_default_instruction_is_cached() -> None:
     prompt = Prompt(TOKENIZER, TEMPLATE, instruction="word " * 5000)
     encoded = prompt.encode(RerankRequest("q", ["d"]), prompt.static_prefix)
     assert encoded.cached_prefix_len == len(prompt.static_prefix) == 512
@@ -111,7 +111,7 @@ def test_a_surrogate_is_replaced() -> None:
 
 @pytest.mark.parametrize("unit", ["word ", "中文字", "a", " ", "\n", "=-", "e\u0301", "🙂"])
 @pytest.mark.parametrize("room", [20, 100, 700])
-def test_a_long_document_is_cut_where_the_card_cuts_it(card: Card, unit: str, room: int) -> None:
+def test_a_long_document_is_truncated_as_on_the_card(card: Card, unit: str, room: int) -> None:
     prompt = Prompt(TOKENIZER, TEMPLATE, max_seq_length=room + 100)
     card.max_length = room + 100
     try:
@@ -125,7 +125,7 @@ def test_a_long_document_is_cut_where_the_card_cuts_it(card: Card, unit: str, ro
     assert encoded.prefix + encoded.documents[0] == expected
 
 
-def test_a_document_that_just_fits_is_not_cut() -> None:
+def test_a_document_that_just_fits_is_not_truncated() -> None:
     encoded = PROMPT.encode(RerankRequest("q", ["word " * 50]))
     needed = len(encoded.prefix) + len(encoded.documents[0])
     fits = Prompt(TOKENIZER, TEMPLATE, max_seq_length=needed).encode(RerankRequest("q", ["word " * 50]))
@@ -199,12 +199,12 @@ def rest(document: list[int]) -> list[int]:
     return document[: -len(PROMPT.suffix)]
 
 
-def test_max_tokens_per_doc_cuts_shorter_than_what_fits() -> None:
+def test_max_tokens_per_doc_truncates_below_the_room() -> None:
     whole = PROMPT.encode(RerankRequest("q", ["one two three four five", "x"]))
     cut = PROMPT.encode(RerankRequest("q", ["one two three four five", "x"], max_tokens_per_doc=3))
     assert (whole.truncated, cut.truncated) == (frozenset(), frozenset({0}))
     assert [rest(d) for d in cut.documents] == [rest(d)[:3] for d in whole.documents]
-    # More than fits is no wish at all.
+    # A limit above the room has no effect.
     large = PROMPT.encode(RerankRequest("q", ["word " * 20_000], max_tokens_per_doc=10**30))
     assert large == PROMPT.encode(RerankRequest("q", ["word " * 20_000]))
 
@@ -234,7 +234,7 @@ def test_chunks_are_consecutive_windows_of_the_documents_tokens(documents: list[
     assert encoded.truncated == cut
 
 
-def test_borders_of_chunks_are_those_of_the_text() -> None:
+def test_borders_of_chunks_partition_the_text() -> None:
     text = "one two three four five six seven"
     encoded = PROMPT.encode(RerankRequest("q", [text], max_tokens_per_doc=1, max_chunks_per_doc=99))
     assert encoded.chunks is not None
@@ -251,7 +251,7 @@ def test_the_number_of_chunks_is_bounded() -> None:
     assert (len(encoded.documents), encoded.truncated) == (MAX_CHUNKS, frozenset({0}))
 
 
-def test_a_document_that_may_not_be_cut_is_named_by_its_place() -> None:
+def test_a_document_that_may_not_be_truncated_is_named_by_its_index() -> None:
     documents = ["a", "one two three four five"]
     request = RerankRequest("q", documents, max_tokens_per_doc=3, truncate=False, positions=[4, 11])
     with pytest.raises(InvalidRequestError, match=r"documents\[11\]: longer than the limit of 3 tokens") as caught:
@@ -278,7 +278,7 @@ def test_a_truncated_query_is_the_cards_prompt_of_its_start(card: Card, unit: st
     assert encoded.query_truncated
     assert unicodedata.normalize("NFC", query).startswith(start)  # which the tokenizer composes
     assert start
-    # What is left beside prompt and instruction is shared between the query and a document.
+    # Query and document share the room beside template and instruction.
     free = length - len(prompt.suffix) - len(prompt.encode(RerankRequest("", ["x"])).prefix)
     used = len(encoded.prefix) + free + len(prompt.suffix) - length
     assert free / 2 - 8 <= used <= free / 2 + 2
@@ -335,7 +335,7 @@ def test_ten_million_characters_of_a_query_are_not_tokenised(monkeypatch: pytest
     assert seen < 20_000
 
 
-def test_parts_of_a_request_know_that_its_query_was_truncated() -> None:
+def test_parts_of_a_request_record_that_its_query_was_truncated() -> None:
     prompt = Prompt(TOKENIZER, TEMPLATE, max_seq_length=200)
     request = RerankRequest("word " * 500, ["a", "b", "c"], truncate_query=True)
     whole = prompt.encode(request)

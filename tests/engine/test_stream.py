@@ -1,4 +1,4 @@
-"""Many requests through one scorer: the same scores as one by one, in order, in full passes, read lazily."""
+"""Many requests through one scorer: scores as one by one, in order, in full passes, read lazily."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.fake import PREFIX, FakeScorer
 
 
 @pytest.mark.parametrize("budget", [300, 5000])
-def test_the_same_as_one_by_one(budget: int, model_path: Path) -> None:
+def test_scores_equal_those_of_single_requests(budget: int, model_path: Path) -> None:
     scorer = Scorer.load(model_path, device="cpu", precision="float32", max_batch_tokens=budget)
     stream = requests(random.Random(5), 30)
     outcomes = list(rerank_many(scorer, stream))
@@ -37,7 +37,7 @@ def run(scorer: FakeScorer, stream: list[RerankRequest] | Iterator[RerankRequest
     return list(rerank_many(cast("Any", scorer), stream))
 
 
-def test_an_error_takes_its_place_and_spoils_no_other() -> None:
+def test_an_error_takes_the_place_of_its_result_only() -> None:
     stream = [
         RerankRequest("too long", ["a"]),
         RerankRequest("a b", ["a", "a b"]),
@@ -62,14 +62,14 @@ def test_passes_are_full_and_requests_are_read_as_they_are_needed() -> None:
             read += 1
             yield RerankRequest("a", ["a b"])
 
-    answers = rerank_many(cast("Any", scorer), stream())
-    next(answers)
-    assert read <= 13  # a pass of four, the next one made beside it, and the request that did not fit any more
-    assert len(list(answers)) == 99
+    results = rerank_many(cast("Any", scorer), stream())
+    next(results)
+    assert read <= 13  # a pass of four, the next two, and the request that did not fit
+    assert len(list(results)) == 99
     assert {len(batch) for batch in scorer.passes} == {4}
 
 
-def test_an_exception_of_the_stream_comes_through() -> None:
+def test_an_exception_of_the_stream_is_raised() -> None:
     def stream() -> Iterator[RerankRequest]:
         yield RerankRequest("a", ["a"])
         raise OSError("the file is gone")

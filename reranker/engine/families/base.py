@@ -29,8 +29,8 @@ class Template:
 
     system + opening + " " + query + closing + " " + document + suffix
 
-    The prefix ends after `closing`; the documents of a request share it. Only `system` and `suffix` are encoded with
-    control tokens. The tokenizer must not merge across the ends of `opening` and `closing` (`Prompt.check`).
+    The prefix ends after `closing`; the documents of a request share it. `system` and `suffix` are encoded alone, and
+    only they with control tokens. The tokenizer must not merge `closing` with the space after it (`Prompt.check`).
     """
 
     system: str
@@ -93,7 +93,7 @@ class Backbone(ABC):
 
 
 class Family(ABC):
-    """What a checkpoint's folder says about its model.
+    """A model family as a checkpoint's folder describes it, before its weights.
 
     Raises:
         ModelLoadError: the tokenizer lacks a token that the head needs.
