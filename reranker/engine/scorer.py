@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from reranker.engine import device as devices
 from reranker.engine.batch import PackedBatch, pack
@@ -102,7 +103,8 @@ class Scorer:
         prompt = Prompt(
             checkpoint.tokenizer, family.template, max_seq_length=max_seq_length, instruction=instruction or trained
         )
-        _check_prompt(prompt, checkpoint)
+        _check_prompt(prompt, checkpoint.tokenizer)
+        _warn_about_length(checkpoint.config, max_seq_length)
 
         def start(dtype: torch.dtype) -> tuple[Scorer, Rate]:
             model = load(checkpoint, family, target.value, dtype, max_memory_percentage)
@@ -229,25 +231,27 @@ def _trained_instruction(checkpoint: Checkpoint, family: Family, requested: str 
     return stored
 
 
-def _check_prompt(prompt: Prompt, checkpoint: Checkpoint) -> None:
-    """Refuse a tokenizer or instruction that allows no prompt; warn about more tokens than the model has positions."""
-    prompt.check(checkpoint.tokenizer)
+def _check_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer that splits prompts differently, and a default instruction that leaves no room."""
+    prompt.check(tokenizer)
     try:
         prompt.encode(RerankRequest("warm-up", ["document"]))
     except InvalidRequestError as error:
         raise ModelLoadError(
             f"DEFAULT_INSTRUCTION leaves no room for a query and a document in MAX_SEQ_LENGTH={prompt.max_seq_length}"
         ) from error
-    config, rope = checkpoint.config, checkpoint.config.rope_parameters or {}
-    scaled = int(
-        (rope.get("original_max_position_embeddings") or config.max_position_embeddings) * (rope.get("factor") or 1.0)
-    )
-    positions = max(config.max_position_embeddings, scaled)
-    if prompt.max_seq_length > positions:
+
+
+def _warn_about_length(config: PretrainedConfig, max_seq_length: int) -> None:
+    """Warn if prompts may have more tokens than the model has positions."""
+    rope, positions = config.rope_parameters or {}, config.max_position_embeddings
+    original = rope.get("original_max_position_embeddings") or positions
+    positions = max(positions, int(original * (rope.get("factor") or 1.0)))
+    if max_seq_length > positions:
         logger.warning(
             "MAX_SEQ_LENGTH=%d is above the model's %d positions (max_position_embeddings): scores of longer prompts "
             "are unreliable",
-            prompt.max_seq_length,
+            max_seq_length,
             positions,
         )
 

@@ -171,6 +171,12 @@ def test_a_tokenizer_whose_control_tokens_can_be_forged_is_refused() -> None:
         Prompt(tokenizer, TEMPLATE)
 
 
+def test_a_tokenizer_without_the_templates_control_tokens_is_refused() -> None:
+    tokens = TEMPLATE.control_tokens | {"<|turn|>"}
+    with pytest.raises(ModelLoadError, match=r"has no token <\|turn\|>: use the original checkpoint's tokenizer"):
+        Prompt(TOKENIZER, replace(TEMPLATE, suffix="<|turn|>", control_tokens=tokens))
+
+
 @pytest.mark.parametrize("token", [None, TOKENIZER.unk_token_id])
 def test_a_tokenizer_without_the_answers_is_refused(monkeypatch: pytest.MonkeyPatch, token: int | None) -> None:
     known = TOKENIZER.convert_tokens_to_ids
