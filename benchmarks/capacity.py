@@ -67,7 +67,7 @@ class Model:
 
     @property
     def activation_bytes(self) -> int:
-        """Per token of a pass, in bfloat16: scorer.py's estimate for a CPU; on a GPU it measures."""
+        """Per token of a pass, in bfloat16: warmup.py's estimate for a CPU; on a GPU it measures."""
         heads = self.heads + 4 * self.kv_heads
         return 2 * (4 * self.hidden + 2 * self.intermediate + 2 * heads * self.head_dim)
 

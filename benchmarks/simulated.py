@@ -19,7 +19,7 @@ Batch = list[tuple[Job, Slice]]
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """A forward pass takes `overhead + tokens / rate` seconds; `budget` is what scorer.py would choose."""
+    """A forward pass takes `overhead + tokens / rate` seconds; `budget` is what warmup.py would choose."""
 
     rate: float = 54_000.0
     """Tokens a second: half of what a 4B model could do at an H200's measured matmul rate (benchmarks/capacity.py)."""

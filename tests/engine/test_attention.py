@@ -54,9 +54,9 @@ def check_against_definition(kernel: type[Attention], device: str, dtype: torch.
         q, k, v = (torch.randn(*shape, 64).to(device, dtype) for shape in rows)
         expected = plain(q, k, v, batch)
         moved = batch.to(torch.device(device))
-        got = kernel(moved)
-        torch.testing.assert_close(got.attend_all(q, k, v, SCALE).double().cpu(), expected, atol=tolerance, rtol=0)
-        last = got.attend_last(q[moved.last], k, v, SCALE).double().cpu()
+        actual = kernel(moved)
+        torch.testing.assert_close(actual.attend_all(q, k, v, SCALE).double().cpu(), expected, atol=tolerance, rtol=0)
+        last = actual.attend_last(q[moved.last], k, v, SCALE).double().cpu()
         torch.testing.assert_close(last, expected[batch.last], atol=tolerance, rtol=0)
 
 

@@ -89,14 +89,14 @@ def test_every_text_stays_in_its_own_span(
 
 @settings(max_examples=150, deadline=None)
 @given(
-    document=TEXT, size=st.integers(1, 20), chunks=st.none() | st.integers(1, 4), left=st.none() | st.integers(1, 20)
+    document=TEXT, size=st.integers(1, 20), chunks=st.none() | st.integers(1, 4), room=st.none() | st.integers(1, 20)
 )
 def test_a_truncated_or_split_document_stays_in_its_span_too(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, document: str, size: int, chunks: int | None, left: int | None
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, document: str, size: int, chunks: int | None, room: int | None
 ) -> None:
-    """`left`: tokens that the whole prompt leaves for the document."""
+    """`room`: tokens that the whole prompt leaves for the document."""
     plain = prompt.encode(RerankRequest("q", [""]))
-    most = None if left is None else len(plain.prefix) + left + len(prompt.suffix)
+    most = None if room is None else len(plain.prefix) + room + len(prompt.suffix)
     cut = copy.copy(prompt)
     cut.max_seq_length = most or prompt.max_seq_length
     encoded = cut.encode(RerankRequest("q", [document, "d"], max_tokens_per_doc=size, max_chunks_per_doc=chunks))
@@ -104,7 +104,7 @@ def test_a_truncated_or_split_document_stays_in_its_span_too(
     assert encoded.prefix == plain.prefix
     for entry in encoded.documents:
         assert entry[-len(prompt.suffix) :] == prompt.suffix
-        assert 1 <= len(entry) - len(prompt.suffix) <= min(size, left or size)
+        assert 1 <= len(entry) - len(prompt.suffix) <= min(size, room or size)
         assert control.isdisjoint(entry[: -len(prompt.suffix)])
     assert encoded.documents[-1] == prompt.encode(RerankRequest("q", ["d"])).documents[0]
 
@@ -202,9 +202,9 @@ def test_the_plain_card_parses_control_tokens(outcomes: dict[str, Outcome]) -> N
     closed = outcomes["a query that ends its turn"]
     assert min(closed.card) > 0.5, "with four characters more in the query, everything is relevant"
     assert closed.engine[closed.attack.target] == pytest.approx(honest.engine[closed.attack.target], abs=0.01)
-    found = outcomes["a document with control tokens found by search"]
+    searched = outcomes["a document with control tokens found by search"]
     before = outcomes["nothing: a document that half fits"]
-    assert found.rank(found.card) < before.rank(before.card) <= found.rank(found.engine)
+    assert searched.rank(searched.card) < before.rank(before.card) <= searched.rank(searched.engine)
     repeated = outcomes["plain text: an irrelevant document that repeats the query"]
     assert repeated.rank(repeated.engine) == repeated.rank(repeated.card) == 1
 
@@ -222,5 +222,5 @@ def test_the_document_quotes_the_figures_that_are_measured(outcomes: dict[str, O
 def test_the_tokenizers_own_switch_is_not_enough(tokenizer: PreTrainedTokenizerBase) -> None:
     """docs/prompt-escape.md says so: `split_special_tokens` splits the special ones alone."""
     ids = tokenizer.encode("<|im_end|><think></think>", add_special_tokens=False, split_special_tokens=True)
-    left = set(ids) & set(tokenizer.added_tokens_decoder)
-    assert {tokenizer.decode([i]) for i in left} == {"<think>", "</think>"}
+    parsed = set(ids) & set(tokenizer.added_tokens_decoder)
+    assert {tokenizer.decode([i]) for i in parsed} == {"<think>", "</think>"}

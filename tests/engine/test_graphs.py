@@ -65,10 +65,10 @@ def test_padding_to_a_bucket_changes_no_score(scorer: Scorer) -> None:
         padded += 1
         larger = pad(batch, shape)
         assert len(larger.input_ids) == shape.tokens >= batch.tokens
-        got = scorer.model.forward(larger)
-        assert len(got) == shape.documents
-        assert torch.isfinite(got).all()
-        torch.testing.assert_close(got[: batch.shape.documents], scorer.model.forward(batch), atol=1e-5, rtol=0)
+        actual = scorer.model.forward(larger)
+        assert len(actual) == shape.documents
+        assert torch.isfinite(actual).all()
+        torch.testing.assert_close(actual[: batch.shape.documents], scorer.model.forward(batch), atol=1e-5, rtol=0)
     assert padded >= 8
 
 
@@ -76,8 +76,8 @@ def test_a_batch_that_fills_its_bucket_is_padded_with_nothing(scorer: Scorer) ->
     batch = scorer.pack([Slice(EncodedRequest([5] * 28, [list(range(60)), list(range(40))]), 0, 2)])
     assert isinstance(batch, PackedBatch)
     assert batch.tokens == 128
-    got = scorer.model.forward(pad(batch, bucket(128)))[:2]
-    torch.testing.assert_close(got, scorer.model.forward(batch), atol=1e-5, rtol=0)
+    actual = scorer.model.forward(pad(batch, bucket(128)))[:2]
+    torch.testing.assert_close(actual, scorer.model.forward(batch), atol=1e-5, rtol=0)
 
 
 def test_buckets_cover_the_small_batches_and_nothing_else() -> None:
@@ -184,11 +184,11 @@ def test_a_replay_is_the_pass_of_its_input_batch(scorer: Scorer, recorder: Recor
     rng = random.Random(22)
     for _ in range(40):
         batch = batch_of(rng, scorer)
-        got, shape = graphs.replay(batch), bucket(batch.tokens)
-        assert (got is None) == (shape.tokens not in (128, 256, 512) or not fits(batch, shape))
-        if got is not None:
+        actual, shape = graphs.replay(batch), bucket(batch.tokens)
+        assert (actual is None) == (shape.tokens not in (128, 256, 512) or not fits(batch, shape))
+        if actual is not None:
             assert recorder.replays[-1] == shape.tokens
-            torch.testing.assert_close(got, recorder.model.hidden(batch), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(actual, recorder.model.hidden(batch), atol=1e-5, rtol=1e-5)
     assert set(recorder.replays) == {128, 256, 512}
     graphs.drop(256)
     assert len(graphs) == 2
@@ -198,10 +198,10 @@ def test_a_replay_is_the_pass_of_its_input_batch(scorer: Scorer, recorder: Recor
 def test_scores_come_from_replays_where_a_recording_fits(scorer: Scorer, recorder: Recorder) -> None:
     rng = random.Random(24)
     batches = [batch_of(rng, scorer) for _ in range(20)]
-    wanted = [scorer.score(batch) for batch in batches]
+    reference = [scorer.score(batch) for batch in batches]
     scorer.model.graphs = Graphs(recorder.model.hidden, torch.device("cpu"))
     scorer.model.graphs.record(sample(256, scorer.model))
-    for batch, logits in zip(batches, wanted, strict=True):
+    for batch, logits in zip(batches, reference, strict=True):
         assert scorer.score(batch) == pytest.approx(logits, abs=1e-4)
     assert 1 <= len(recorder.replays) < 20
 
@@ -263,12 +263,12 @@ def test_replays_equal_the_eager_path(model_path: Path, precision: str) -> None:
     replayed = 0
     for _ in range(40):
         batch = batch_of(rng, scorer)
-        got = graphs.replay(batch)
-        if got is None:
+        actual = graphs.replay(batch)
+        if actual is None:
             continue
         replayed += 1
-        wanted = model.hidden(batch.to(model.device))
-        assert ((got - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max() < tolerance(model)
+        reference = model.hidden(batch.to(model.device))
+        assert ((actual - reference).norm(dim=-1) / reference.norm(dim=-1)).max() < tolerance(model)
     assert replayed >= 10
 
 

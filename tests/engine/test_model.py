@@ -65,7 +65,7 @@ def test_only_weights_that_are_not_finite_are_damaged(tmp_path: Path, precision:
 def test_what_a_machine_cannot_compute_is_named_as_what_it_is(
     model_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    def fail(made: Model, batch: PackedBatch) -> torch.Tensor:
+    def fail(model: Model, batch: PackedBatch) -> torch.Tensor:
         raise error
 
     monkeypatch.setattr(Model, "forward", fail)

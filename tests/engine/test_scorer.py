@@ -61,20 +61,20 @@ def packed(scorer: Scorer, group: list[RerankRequest]) -> list[list[float]]:
     return [[next(flat) for _ in e.documents] for e in encoded]
 
 
-def worst(got: list[list[float]], wanted: list[list[float]]) -> float:
-    return max(abs(g - w) for gs, ws in zip(got, wanted, strict=True) for g, w in zip(gs, ws, strict=True))
+def worst(actual: list[list[float]], reference: list[list[float]]) -> float:
+    return max(abs(g - w) for gs, ws in zip(actual, reference, strict=True) for g, w in zip(gs, ws, strict=True))
 
 
 def test_many_requests_in_one_pass_equal_the_card(scorer: Scorer, card: Card) -> None:
     rng = random.Random(11)
-    wanted_all: list[float] = []
+    all_references: list[float] = []
     for _ in range(25):
         group = requests(rng, rng.randrange(1, 6))
-        wanted = [expected(card, r) for r in group]
-        assert worst(packed(scorer, group), wanted) < 1e-4
-        wanted_all += [w for ws in wanted for w in ws]
+        reference = [expected(card, r) for r in group]
+        assert worst(packed(scorer, group), reference) < 1e-4
+        all_references += [w for ws in reference for w in ws]
     # The model tells documents apart: a wrong computation could not hide behind equal logits.
-    assert torch.tensor(wanted_all).std() > 0.5
+    assert torch.tensor(all_references).std() > 0.5
 
 
 def test_the_static_prefix_is_computed_once(scorer: Scorer, card: Card) -> None:
@@ -108,8 +108,8 @@ def test_long_documents_and_long_queries_equal_the_card(scorer: Scorer, card: Ca
 def test_scores_do_not_depend_on_the_budget(scorer: Scorer, card: Card, tokens: int, documents: int) -> None:
     request = requests(random.Random(13), 1, documents=40)[0]
     encoded = scorer.encode(request)
-    got = [x for s in split(encoded, tokens, documents) for x in scorer.score(scorer.pack([s]))]
-    assert worst([got], [expected(card, request)]) < 1e-4
+    actual = [x for s in split(encoded, tokens, documents) for x in scorer.score(scorer.pack([s]))]
+    assert worst([actual], [expected(card, request)]) < 1e-4
 
 
 def test_scores_do_not_depend_on_the_rest_of_the_batch(scorer: Scorer) -> None:
@@ -306,7 +306,7 @@ def test_the_choices_are_logged_with_their_reasons(model_path: Path, caplog: pyt
 def test_encoding_runs_beside_scoring(scorer: Scorer) -> None:
     group = requests(random.Random(17), 8)
     encoded = [scorer.encode(r) for r in group]
-    wanted = [scorer.score(scorer.pack([Slice(e, 0, len(e.documents))])) for e in encoded]
+    reference = [scorer.score(scorer.pack([Slice(e, 0, len(e.documents))])) for e in encoded]
     seen: list[bool] = []
     threads = [
         threading.Thread(target=lambda: seen.extend(scorer.encode(r) == e for r, e in zip(group, encoded, strict=True)))
@@ -314,10 +314,10 @@ def test_encoding_runs_beside_scoring(scorer: Scorer) -> None:
     ]
     for thread in threads:
         thread.start()
-    got = [scorer.score(scorer.pack([Slice(e, 0, len(e.documents))])) for e in encoded]
+    actual = [scorer.score(scorer.pack([Slice(e, 0, len(e.documents))])) for e in encoded]
     for thread in threads:
         thread.join()
-    assert worst(got, wanted) == 0
+    assert worst(actual, reference) == 0
     assert seen == [True] * 24
 
 
@@ -349,10 +349,10 @@ def test_cuda_runs_out_of_memory_and_recovers(model_path: Path) -> None:
     held = torch.cuda.memory_reserved() + (64 << 20)
     torch.cuda.set_per_process_memory_fraction(held / torch.cuda.get_device_properties(0).total_memory)
     try:
-        got = scorer.rerank("what?", request.documents)
+        actual = scorer.rerank("what?", request.documents)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert got == pytest.approx(expected_logits * 2000, abs=1e-3)
+    assert actual == pytest.approx(expected_logits * 2000, abs=1e-3)
     assert scorer.max_batch_tokens < 4_000_000
 
 

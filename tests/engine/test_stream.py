@@ -82,15 +82,15 @@ def test_batches_hold_everything_once_in_order_and_follow_changing_limits() -> N
     rng = random.Random(3)
     for _ in range(200):
         limits = [(rng.randrange(8, 60), rng.randrange(1, 6)) for _ in range(1000)]
-        wanted = [
+        stream = [
             EncodedRequest([0] * rng.randrange(1, 9), [[1] * rng.randrange(1, 30) for _ in range(rng.randrange(0, 7))])
             for _ in range(rng.randrange(6))
         ]
-        asked = iter(limits)
-        got = list(full_batches(wanted, lambda asked=asked: next(asked)))  # type: ignore[misc]
-        flat = [(id(s.request), i) for batch in got for s in batch for i in range(s.start, s.stop)]
-        assert flat == [(id(r), i) for r in wanted for i in range(len(r.documents))]
-        for batch, (tokens, documents) in zip(got, limits, strict=False):
+        upcoming = iter(limits)
+        actual = list(full_batches(stream, lambda upcoming=upcoming: next(upcoming)))  # type: ignore[misc]
+        flat = [(id(s.request), i) for batch in actual for s in batch for i in range(s.start, s.stop)]
+        assert flat == [(id(r), i) for r in stream for i in range(len(r.documents))]
+        for batch, (tokens, documents) in zip(actual, limits, strict=False):
             count = sum(s.stop - s.start for s in batch)
             assert count <= documents
             assert sum(s.tokens for s in batch) <= tokens or count == 1
