@@ -28,7 +28,7 @@ UTILISATION = 0.7
 """Share of the time in which a GPU computes when p99 must hold: see the simulation in docs/scale.md."""
 VOCABULARY = 151_669
 MODELS = {"0.6B": "0.6b", "4B": "4b", "8B": "8b"}
-_BATCH_SECONDS, _MOST_BATCH_TOKENS = 0.5, 262_144  # reranker/engine/scorer.py
+BATCH_SECONDS, MAX_BATCH_TOKENS = 0.5, 262_144  # reranker/engine/warmup.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class Model:
 
     @property
     def activation_bytes(self) -> int:
-        """Per token of a pass, in bfloat16: scorer.py's estimate for a CPU; on a GPU it measures."""
+        """Per token of a pass, in bfloat16: warmup.py's estimate for a CPU; on a GPU it measures."""
         heads = self.heads + 4 * self.kv_heads
         return 2 * (4 * self.hidden + 2 * self.intermediate + 2 * heads * self.head_dim)
 
@@ -76,7 +76,7 @@ class Model:
 
     def budget(self, flops: float) -> int:
         """Tokens of a pass, where memory allows them."""
-        return min(_MOST_BATCH_TOKENS, int(self.rate(flops) * _BATCH_SECONDS))
+        return min(MAX_BATCH_TOKENS, int(self.rate(flops) * BATCH_SECONDS))
 
 
 def models() -> dict[str, Model]:

@@ -24,6 +24,7 @@ from benchmarks.peers import CONTESTANTS, Round, start
 from benchmarks.report import header, table
 from benchmarks.workloads import Requests, read
 from reranker.engine.checkpoint.tokenizer import load_tokenizer
+from reranker.engine.families.qwen3 import TEMPLATE
 from reranker.engine.prompt import Prompt
 from reranker.types import RerankRequest
 
@@ -87,7 +88,7 @@ def main() -> None:
 
 def _tokens(path: Path, work: Requests) -> tuple[int, int]:
     """Tokens of a workload: each request's prefix once, and once for each document."""
-    prompt = Prompt(load_tokenizer(path))
+    prompt = Prompt(load_tokenizer(path), TEMPLATE)
     encoded = [prompt.encode(RerankRequest(r["query"], r["documents"])) for r in work]
     own = sum(len(d) for e in encoded for d in e.documents)
     return own + sum(len(e.prefix) for e in encoded), own + sum(len(e.prefix) * len(e.documents) for e in encoded)

@@ -13,14 +13,12 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from tokenizers import Tokenizer
 
-from benchmarks.card import Card
+from benchmarks.card import INSTRUCTION, PREFIX, SUFFIX, Card
 from benchmarks.report import header, table
 from reranker import RerankRequest, Scorer
 from reranker.engine.scores import sigmoid
-from tests.engine.card import INSTRUCTION, PREFIX, SUFFIX
 
 DEMO = Path(__file__).resolve().parents[1] / "models" / "demo"
 QUERY = "how to compress files"
@@ -125,16 +123,10 @@ def run(attack: Attack, card: Card, scorer: Scorer) -> Outcome:
         attack,
         list(map(sigmoid, card.logits(attack.query, attack.documents, batch=1))),
         scorer.rerank(attack.query, attack.documents),
-        [_score(card, card.prefix + as_text(backend, text) + card.suffix) for text in texts],
+        [sigmoid(card.logit_of(card.prefix + as_text(backend, text) + card.suffix)) for text in texts],
         sum(i in control for i in card.tokenizer.encode(texts[attack.target], add_special_tokens=False)),
         sum(i in control for i in middle),
     )
-
-
-@torch.inference_mode()
-def _score(card: Card, ids: list[int]) -> float:
-    last = card.model(input_ids=torch.tensor([ids], device=card.device), logits_to_keep=1).logits[0, -1].float()
-    return sigmoid(float(last[card.yes] - last[card.no]))
 
 
 def row(outcome: Outcome) -> list[str]:

@@ -14,6 +14,7 @@ from app import create_app
 from config import load_settings
 from reranker.engine.batch import pack
 from reranker.engine.checkpoint.tokenizer import load_tokenizer
+from reranker.engine.families.qwen3 import TEMPLATE
 from reranker.engine.prompt import Prompt
 from reranker.engine.scorer import DEMO
 from reranker.scheduler.compute import ScorerLike
@@ -45,7 +46,7 @@ class TokenisingScorer(FreeScorer):
     """Costs all that a request costs but its forward pass."""
 
     def __init__(self) -> None:
-        self.prompt = Prompt(load_tokenizer(DEMO))
+        self.prompt = Prompt(load_tokenizer(DEMO), TEMPLATE)
 
     def encode(self, request: RerankRequest) -> EncodedRequest:
         """As the engine does."""
@@ -53,7 +54,7 @@ class TokenisingScorer(FreeScorer):
 
     def pack(self, slices: Sequence[Slice]) -> Any:
         """As the engine does."""
-        return pack(slices, static_prefix=len(self.prompt.static_prefix))
+        return pack(slices, static_prefix_len=len(self.prompt.static_prefix))
 
 
 def load() -> ScorerLike:

@@ -41,14 +41,16 @@ from benchmarks.report import header, table
 from benchmarks.workloads import TOKENS, read, ten_documents
 from reranker import Scorer
 from reranker.engine import device as devices
-from reranker.engine.attention import choose
+from reranker.engine.attention import choose_kernel
 from reranker.engine.checkpoint.tokenizer import load_tokenizer
-from reranker.engine.families.qwen3 import PLAIN, fuse
+from reranker.engine.families.base import Head, Wrap
+from reranker.engine.families.qwen3 import TEMPLATE, Qwen3Backbone, answer_tokens
 from reranker.engine.model import Model
 from reranker.engine.precision import FLOAT8, QUANTIZED, short
 from reranker.engine.prompt import Prompt
 from reranker.engine.quantized import quantize
 from reranker.engine.scorer import DEMO
+from reranker.engine.warmup import choose_budget, warm_up
 from reranker.scheduler.batcher import Batcher
 from reranker.types import EncodedRequest, RerankRequest, Slice
 
@@ -72,21 +74,21 @@ class TrueLengths(Prompt):
     """The demo's tokenizer; its tokens are truncated or repeated to the counts of Qwen3's own tokenizer."""
 
     def __init__(self, tokenizer: Any, static_prefix: int, lengths: dict[str, tuple[int, list[int]]]) -> None:
-        super().__init__(tokenizer)
+        super().__init__(tokenizer, TEMPLATE)
         self.static_prefix = _fit(self.static_prefix, static_prefix)
         self.lengths = lengths
         """Of the prefix and of each document, by the first document of the request."""
 
-    def encode(self, request: RerankRequest, kept: Sequence[int] = ()) -> EncodedRequest:
+    def encode(self, request: RerankRequest, cached_prefix: Sequence[int] = ()) -> EncodedRequest:
         """Of a request of short.json, or the one of ten documents; another one as it is."""
-        encoded = super().encode(request, kept)
+        encoded = super().encode(request, cached_prefix)
         if request.documents[0] not in self.lengths:
             return encoded
         prefix, documents = self.lengths[request.documents[0]]
         return EncodedRequest(
             [*self.static_prefix, *_fit(encoded.prefix, prefix - len(self.static_prefix))],
             [_fit(tokens, count) for tokens, count in zip(encoded.documents, documents, strict=True)],
-            cached_prefix_len=len(kept),
+            cached_prefix_len=len(cached_prefix),
         )
 
 
@@ -119,10 +121,12 @@ class Bench:
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         true = CACHE / "tokenizer"
         self.true = (true / "tokenizer_config.json").is_file()
-        self.prompt = Prompt(load_tokenizer(true)) if self.true else true_lengths()
+        tokenizer = load_tokenizer(true if self.true else DEMO)
+        self.answers = answer_tokens(tokenizer)
+        self.prompt = Prompt(tokenizer, TEMPLATE) if self.true else true_lengths()
         hidden, intermediate, layers, heads, groups, head, tied = TINY if shape == "tiny" else SHAPES[shape]
         settings: dict[str, Any] = {
-            "vocab_size": 151_669 if shape != "tiny" else len(self.prompt.plain.get_vocab()) + 64,
+            "vocab_size": 151_669 if shape != "tiny" else len(self.prompt.text_tokenizer.get_vocab()) + 64,
             "hidden_size": hidden,
             "intermediate_size": intermediate,
             "num_hidden_layers": layers,
@@ -160,17 +164,16 @@ class Bench:
     def load(self, precision: torch.dtype) -> tuple[Scorer, float]:
         """A scorer and the seconds of its warm-up, compiling and recording included."""
         decoder = self.make(Qwen3Model)
-        if precision in QUANTIZED:
-            fuse(decoder, lambda linear: quantize(linear, precision))
-        else:
-            fuse(decoder)
-        rows = decoder.embed_tokens.weight.detach()[[self.prompt.yes, self.prompt.no]].float()
-        kernel, _ = choose(self.device, self.dtype)
-        model = Model(decoder, rows[0] - rows[1], self.device, precision, kernel)
+        quantized = precision in QUANTIZED
+        wrap: Wrap = (lambda linear: quantize(linear, precision)) if quantized else (lambda linear: linear)
+        rows = decoder.embed_tokens.weight.detach()[self.answers].float()
+        kernel, _ = choose_kernel(self.device, self.dtype)
+        backbone = Qwen3Backbone(decoder, self.dtype, wrap)
+        model = Model(backbone, Head(rows[0] - rows[1]), self.device, precision, kernel)
         scorer = Scorer(model, self.prompt, name="random weights", max_batch_tokens=1024)
         start = time.perf_counter()
-        rate = scorer._warm_up()
-        scorer._choose_budget(rate, devices.memory(self.device, 90), None)
+        rate = warm_up(scorer)
+        scorer.max_batch_tokens = choose_budget(rate, devices.memory(self.device, 90), None)
         return scorer, time.perf_counter() - start
 
     def matmul(self) -> str:
@@ -296,9 +299,9 @@ class Bench:
     def _paths(self, scorer: Scorer) -> str:
         """The accelerated paths in use; a missing one on a GPU fails the run."""
         model = scorer.model
-        compiled = "compiled" if model.stages is not PLAIN else "plain"
+        compiled = "plain" if model.compiled is None else "compiled"
         recorded = f"{len(model.graphs)} recorded sizes" if model.graphs is not None else "none recorded"
-        if self.device.type == "cuda" and (model.stages is PLAIN or model.graphs is None):
+        if self.device.type == "cuda" and None in (model.compiled, model.graphs):
             self.lost.append(f"{short(model.dtype)}: layers {compiled}, {recorded} (the log says why)")
         return f"attention {model.kernel.__name__}, layers {compiled}, CUDA graphs: {recorded}"
 
@@ -318,7 +321,7 @@ class Bench:
     def _pair(self, made: Any, tokens: list[int]) -> float:
         """The card's logit: of "yes" minus of "no" at the last token, in float32 as the service has it."""
         state = made.model(input_ids=torch.tensor([tokens], device=self.device)).last_hidden_state[0, -1]
-        rows = made.model.embed_tokens.weight.detach()[[self.prompt.yes, self.prompt.no]].float()
+        rows = made.model.embed_tokens.weight.detach()[self.answers].float()
         return float(state.float() @ (rows[0] - rows[1]))
 
     def _encode(self, request: dict[str, Any]) -> EncodedRequest:

@@ -25,7 +25,8 @@ from benchmarks.report import header, table
 from benchmarks.workloads import read
 from reranker.engine.batch import PackedBatch
 from reranker.engine.budget import split
-from reranker.engine.families.qwen3 import fuse
+from reranker.engine.families.base import Head
+from reranker.engine.families.qwen3 import Qwen3Backbone
 from reranker.engine.lanes import DealtBatch, Lanes
 from reranker.engine.model import Model
 from reranker.engine.scorer import Scorer
@@ -98,7 +99,7 @@ def _asleep(scorer: Scorer, part: Slice, counts: list[int]) -> None:
     used = time.process_time()
     thin.hidden(batch)
     dispatch = time.process_time() - used
-    linears = [module for module in thin.decoder.modules() if isinstance(module, nn.Linear)]
+    linears = [module for module in _decoder(thin).modules() if isinstance(module, nn.Linear)]
     for module in linears:
         _sleeping(module, max(0.0, seconds - dispatch) / len(linears))
 
@@ -128,14 +129,18 @@ def _asleep(scorer: Scorer, part: Slice, counts: list[int]) -> None:
 
 def _thin(whole: Model) -> Model:
     """The same layers and calls with almost no arithmetic: the rest of a pass is Python and torch's dispatch."""
-    config = copy.deepcopy(whole.decoder.config)
+    config = copy.deepcopy(_decoder(whole).config)
     config.hidden_size, config.intermediate_size, config.head_dim = 16, 16, 8
     config.num_attention_heads, config.num_key_value_heads = 2, 1
-    decoder = Qwen3Model(config).eval()
-    fuse(decoder)
-    thin = Model(decoder, torch.zeros(16), whole.device, whole.dtype, whole.kernel)
-    thin.keep(list(whole.static_prefix))
+    backbone = Qwen3Backbone(Qwen3Model(config).eval(), whole.dtype)
+    thin = Model(backbone, Head(torch.zeros(16)), whole.device, whole.dtype, whole.kernel)
+    thin.cache_prefix(list(whole.static_prefix))
     return thin
+
+
+def _decoder(model: Model) -> Qwen3Model:
+    assert isinstance(model.backbone, Qwen3Backbone)
+    return model.backbone.decoder
 
 
 def _sleeping(module: nn.Linear, seconds: float) -> None:

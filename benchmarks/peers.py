@@ -18,9 +18,9 @@ from typing import Any, cast
 
 import torch
 
+from benchmarks.card import INSTRUCTION, PREFIX, SUFFIX, Card
 from benchmarks.openmp import OWN, environment
 from benchmarks.workloads import Requests
-from tests.engine.card import INSTRUCTION, PREFIX, SUFFIX
 
 Rerank = Callable[[str, list[str]], list[float]]
 """A query and its documents -> probabilities in document order."""
@@ -46,8 +46,6 @@ def ours(path: Path, device: str, dtype: torch.dtype) -> Rerank:
 
 def card(path: Path, device: str, dtype: torch.dtype, *, batch: int, all_positions: bool = False) -> Rerank:
     """The model card's code; `all_positions` as it is printed there."""
-    from benchmarks.card import Card
-
     made = Card(path, device=device, dtype=dtype)
 
     def rerank(query: str, documents: list[str]) -> list[float]:

@@ -75,9 +75,10 @@ def main() -> None:
     """Count tokens and bytes of both files, and write tokens.json."""
     from benchmarks.models import tokenizer
     from reranker.engine.checkpoint.tokenizer import load_tokenizer
+    from reranker.engine.families.qwen3 import TEMPLATE
     from reranker.engine.prompt import Prompt
 
-    prompt = Prompt(load_tokenizer(tokenizer()), max_seq_length=MAX_TOKENS)
+    prompt = Prompt(load_tokenizer(tokenizer()), TEMPLATE, max_seq_length=MAX_TOKENS)
     counts: dict[str, Any] = {}
     for name in ("short", "long"):
         work = read(name)

@@ -1,6 +1,6 @@
-"""Reranking with Qwen3-Reranker: `from reranker import Scorer` is all that a library user needs.
+"""Reranking with Qwen3-Reranker. The library's interface is `from reranker import Scorer`.
 
-`Scorer` is imported on first use, because it brings torch along and the service must answer before torch is there.
+`Scorer` is imported on first use: it imports torch, and the service must respond before torch is loaded.
 """
 
 from __future__ import annotations

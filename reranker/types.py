@@ -1,7 +1,4 @@
-"""The values that travel between the layers: plain records, no behaviour beyond counting.
-
-Everything on the way of a request has a name and a unit here, so that a signature says what it carries.
-"""
+"""The records that the packages exchange: requests, tokens, scores. No behaviour beyond counting."""
 
 from __future__ import annotations
 
@@ -11,63 +8,63 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 MAX_CHUNKS = 64
-"""A document is split into at most so many chunks: with 8192 tokens each, a second of tokenising."""
+"""Max chunks of a document: with 8192 tokens each, they take a second to tokenise."""
 
 
 @dataclass(frozen=True, slots=True)
 class RerankRequest:
-    """What a client asks: rank `documents` by relevance to `query`. Texts as they came, nothing cut."""
+    """A client's request to rank `documents` by relevance to `query`; texts as received, not truncated."""
 
     query: str
     documents: Sequence[str]
     instruction: str | None = None
-    """Replaces the default instruction of the service when it is given."""
+    """None: the service's default instruction."""
     max_tokens_per_doc: int | None = None
-    """Tokens of a document that the model reads at once, where that is less than what fits beside the query."""
+    """Max tokens of a document, or of a chunk, if that is less than the room beside the query."""
     max_chunks_per_doc: int | None = None
-    """A longer document is split into up to so many chunks of that size and counts by its best; None: it is cut."""
+    """Max chunks of a longer document, which is then scored by its best chunk; None: it is truncated."""
     truncate: bool = True
-    """False: a document of which a part would not be read is an error instead."""
+    """False: a document that would have to be truncated is an error."""
     truncate_query: bool = False
-    """True: a query that leaves no room for a document is truncated instead of refused."""
+    """True: a query that leaves no room for a document is truncated, not refused."""
     positions: Sequence[int] | None = None
-    """Where each document stands in the client's request, if this is a part of it; errors name documents by that."""
+    """Each document's index in the client's request, if this is a part of it; error texts use it."""
 
     @property
     def characters(self) -> int:
-        """Size of all texts in characters; known before anything is tokenised."""
+        """Characters of query and documents; known before anything is tokenised."""
         return len(self.query) + sum(map(len, self.documents))
 
     def position(self, index: int) -> int:
-        """Where a document of this request stands in the client's."""
+        """Index in the client's request of a document of this one."""
         return index if self.positions is None else self.positions[index]
 
     def only(self, indices: Sequence[int]) -> RerankRequest:
-        """The same request for some of its documents."""
+        """Return the request with some of its documents."""
         documents, positions = [self.documents[i] for i in indices], [self.position(i) for i in indices]
         return replace(self, documents=documents, positions=positions)
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedRequest:
-    """The same request in tokens: one prefix, and each document with the suffix behind it."""
+    """A tokenised request: one prefix, and each document followed by the suffix."""
 
     prefix: list[int]
     documents: list[list[int]]
-    """What is scored, one logit each: a document, or where `chunks` says so each chunk of it, in order."""
+    """In order, one logit each: the documents, or their chunks where `chunks` is set."""
     truncated: frozenset[int] = frozenset()
-    """The documents, by index, that did not fit and were cut."""
+    """Indices of the documents that were truncated."""
     chunks: list[list[int]] | None = None
-    """None: nothing may be split. Else for each document the characters at which its chunks begin and the last one
-    ends: n + 1 numbers for n chunks."""
+    """For each document the characters at which its chunks begin and the last one ends: n + 1 numbers for n chunks;
+    None: documents are not split."""
     cached_prefix_len: int = 0
-    """Tokens at the prefix's start that no pass computes again: the model keeps their keys and values."""
+    """Tokens at the prefix's start whose keys and values the model has cached."""
     query_truncated: bool = False
-    """Whether only the start of the query is in the prefix."""
+    """Whether the query in the prefix is truncated."""
 
     @classmethod
     def join(cls, parts: Sequence[EncodedRequest]) -> EncodedRequest:
-        """The parts of one request, in order, as one."""
+        """Join the parts of one request, in order."""
         if len(parts) == 1:
             return parts[0]
         before = list(itertools.accumulate((part.count for part in parts), initial=0))
@@ -82,23 +79,23 @@ class EncodedRequest:
 
     @property
     def count(self) -> int:
-        """Documents, however many chunks they have."""
+        """Number of documents; chunks do not count."""
         return len(self.documents if self.chunks is None else self.chunks)
 
     @property
     def tokens(self) -> int:
-        """The cost of the request: the prefix's own part once, every document once. The unit of queue and budget."""
+        """Cost in queue and budget: the prefix without its cached part once, every document once."""
         return len(self.prefix) - self.cached_prefix_len + sum(map(len, self.documents))
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of the prompts as the model reads them: the prefix in front of every document."""
+        """Tokens of all prompts: the whole prefix once per document."""
         return len(self.prefix) * len(self.documents) + sum(map(len, self.documents))
 
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Documents `start` to `stop` (exclusive) of a request: what one forward pass takes of it."""
+    """Documents `start` to `stop` (exclusive) of a request, for one forward pass."""
 
     request: EncodedRequest
     start: int
@@ -106,23 +103,23 @@ class Slice:
 
     @property
     def documents(self) -> list[list[int]]:
-        """The token ids of the documents of this slice."""
+        """Token ids of this slice's documents."""
         return self.request.documents[self.start : self.stop]
 
     @property
     def tokens(self) -> int:
-        """Cost in a forward pass: the prefix's own part once, these documents once."""
+        """Cost in a forward pass: the prefix without its cached part once, these documents once."""
         return len(self.request.prefix) - self.request.cached_prefix_len + sum(map(len, self.documents))
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of these documents' prompts as the model reads them: the prefix in front of every document."""
+        """Tokens of these documents' prompts: the whole prefix once per document."""
         return len(self.request.prefix) * (self.stop - self.start) + sum(map(len, self.documents))
 
 
 @dataclass(slots=True)
 class Timings:
-    """Where the time of a request went, in seconds."""
+    """Seconds that a request spent in each stage."""
 
     tokenization: float = 0.0
     queue: float = 0.0
@@ -132,7 +129,7 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A part of a document: its place among the document's chunks, and characters `start` to `stop` (exclusive)."""
+    """A part of a document: its index among the chunks, and characters `start` to `stop` (exclusive)."""
 
     index: int
     start: int
@@ -140,34 +137,34 @@ class Chunk:
 
 
 class DocumentScore(NamedTuple):
-    """What a document got."""
+    """The score of a document."""
 
     logit: float
     prompt_tokens: int
-    """Of all its prompts, as the model reads them."""
+    """Of all its prompts, each with the whole prefix."""
     truncated: bool = False
     best_chunk: Chunk | None = None
-    """The one that the logit is from, where the document was split."""
+    """The chunk with the highest logit, if the document was split."""
     query_truncated: bool = False
-    """Whether only the start of the query was read."""
+    """Whether the query was truncated."""
 
 
 @dataclass(frozen=True, slots=True)
 class RerankResult:
-    """The answer: one logit (yes minus no) per document, in the order of the documents."""
+    """The result of a request: one logit per document, in the order of the documents."""
 
     logits: list[float]
     prompt_tokens: int
     truncated_documents: int
     timings: Timings = field(default_factory=Timings)
     best_chunks: Mapping[int, Chunk] = field(default_factory=dict)
-    """By document index: the chunk that a document which was split got its logit from."""
+    """The best chunk of each document that was split, by the document's index."""
     query_truncated: bool = False
-    """Whether only the start of the query was read."""
+    """Whether the query was truncated."""
 
     @classmethod
     def of(cls, scores: Sequence[DocumentScore], timings: Timings | None = None) -> RerankResult:
-        """The result of documents in their order."""
+        """Join the scores of all documents, in their order."""
         return cls(
             [score.logit for score in scores],
             sum(score.prompt_tokens for score in scores),
@@ -180,7 +177,7 @@ class RerankResult:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What was loaded and chosen, for logs and answers."""
+    """The loaded model and the choices made at load, for logs and responses."""
 
     name: str
     device: str
@@ -189,4 +186,4 @@ class ModelInfo:
     max_batch_tokens: int
     demo: bool = False
     self_check: str = "passed"
-    """Whether obvious pairs were ranked right at the start: `passed`, or `failed: ` and the languages."""
+    """Result of ranking obvious pairs at load: `passed`, or `failed: ` and the languages."""

@@ -83,7 +83,7 @@ def main() -> None:
 
 def _measure(scorer: Scorer, documents: int, length: int) -> Point:
     source = torch.Generator().manual_seed(length)
-    vocabulary = scorer.model.decoder.config.vocab_size
+    vocabulary = scorer.model.backbone.vocab_size
     words = torch.randint(100, vocabulary, (documents, length), generator=source).tolist()
     request = EncodedRequest(words[0][:1] * PREFIX, words)
     start, tokens = time.perf_counter(), 0

@@ -1,4 +1,4 @@
-"""Text in, scores out: synchronous, without the web stack, usable alone."""
+"""Texts in, scores out: synchronous, without the web stack, usable alone."""
 
 import os
 

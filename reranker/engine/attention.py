@@ -1,7 +1,7 @@
-"""Attention over a packed batch: one interface, two kernels, held equal by tests/engine/test_attention.py.
+"""Attention over a packed batch: one interface, two kernels; tests/engine/test_attention.py compares them.
 
-An attention object is made once per batch and called once per layer. Shapes: H query heads, G key/value heads, D head
-dimension; T tokens, N documents, P keys kept of the static prefix, K gathered keys (see batch.py).
+An attention object is created once per batch and called once per layer. Shapes: H query heads, G key/value heads, D
+head dimension; T tokens, N documents, P cached keys of the static prefix, K gathered keys (see batch.py).
 """
 
 from __future__ import annotations
@@ -19,51 +19,50 @@ from reranker.engine.batch import PackedBatch
 varlen_attn: Callable[..., Any] | None
 try:
     from torch.nn.attention import varlen
-except ImportError:  # torch without it, or without the kernel behind it
+except ImportError:  # this torch has no varlen kernel
     varlen_attn = None
 else:
     varlen_attn = varlen.varlen_attn
 
-# A mask is only made while it is small: [1024, 1024] floats.
-_MASK_LIMIT = 1 << 20
-# Queries of a segment in the last layer: one a document, and a padded batch's own segment up to so many (graphs.py).
-_MOST_LAST = 64
+# Largest mask: [1024, 1024] floats.
+_MAX_MASK = 1 << 20
+# Queries of a segment in the last layer: 1 for a document, at most 64 for the padding of a recorded batch (graphs.py).
+MAX_LAST_QUERIES = 64
 
 
 class Attention(Protocol):
-    """What a layer needs: outputs for every token, or for the last token of each document alone."""
+    """Attention of one batch: for every token, or for the last token of each document."""
 
     def __init__(self, batch: PackedBatch) -> None: ...
 
-    def every(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend_all(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """q [T, H, D], k and v [P + T, G, D] -> [T, H, D]"""
 
-    def last(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend_last(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """q [N, H, D] of the documents' last tokens, k and v [P + T, G, D] -> [N, H, D]"""
 
 
-def choose(device: torch.device, dtype: torch.dtype) -> tuple[type[Attention], str]:
-    """The kernel for a device and precision, and the reason, for the log."""
+def choose_kernel(device: torch.device, dtype: torch.dtype) -> tuple[type[Attention], str]:
+    """Return the kernel for a device and precision, and the reason, for the log."""
     if device.type != "cuda":
-        return SdpaAttention, "scaled_dot_product_attention per segment (no varlen kernel on this device)"
-    if varlen_attn is None:
-        return SdpaAttention, "scaled_dot_product_attention per segment (this torch has no varlen_attn)"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return SdpaAttention, "scaled_dot_product_attention per segment (the varlen kernel takes 16-bit types only)"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return (
-            SdpaAttention,
-            "scaled_dot_product_attention per segment (the varlen kernel needs compute capability 8.0)",
-        )
-    return VarlenAttention, "varlen_attn (one call per layer)"
+        missing = "no varlen kernel on this device"
+    elif varlen_attn is None:
+        missing = "this torch has no varlen_attn"
+    elif dtype not in (torch.bfloat16, torch.float16):
+        missing = "the varlen kernel takes 16-bit types only"
+    elif torch.cuda.get_device_capability(device) < (8, 0):
+        missing = "the varlen kernel needs compute capability 8.0"
+    else:
+        return VarlenAttention, "varlen_attn (one call per layer)"
+    return SdpaAttention, f"scaled_dot_product_attention per segment ({missing})"
 
 
 class SdpaAttention:
-    """`scaled_dot_product_attention` segment by segment: the CPU's way, and a GPU's without the varlen kernel.
+    """`scaled_dot_product_attention` segment by segment: for a CPU, and for a GPU without the varlen kernel.
 
-    A segment's queries see what is shared before it as well, so the causal diagonal is shifted. Where the segment is
-    longer than that, as many queries of zeros are computed along and dropped: the kernel's own causal mode skips more
-    than that costs, and no mask of the document's length squared is made. Shorter ones take a small mask.
+    A segment's queries also see the keys shared before it, so the causal diagonal is shifted. A segment longer than
+    its shared keys gets that number of zero queries in front, and their outputs are dropped: the kernel's causal mode
+    skips more work than they add, and no mask of the document's length squared is built. Shorter segments use a mask.
     """
 
     def __init__(self, batch: PackedBatch) -> None:
@@ -76,23 +75,23 @@ class SdpaAttention:
         for queries, keys in zip(batch.lengths_q, batch.lengths_k, strict=True):
             shared = keys - queries
             mask = None
-            if queries < shared and queries * keys <= _MASK_LIMIT:
+            if queries < shared and queries * keys <= _MAX_MASK:
                 if shared not in masks:
-                    longest = min(shared, _MASK_LIMIT // shared)
+                    longest = min(shared, _MAX_MASK // shared)
                     masks[shared] = _shifted_causal(longest, shared, batch.input_ids.device)
                 mask = masks[shared][:queries, :keys]
             self.segments.append((start, start + queries, key, key + keys, mask))
             start, key = start + queries, key + keys
 
-    def every(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """See `Attention.every`."""
+    def attend_all(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """See `Attention.attend_all`."""
         heads, keys, values = q.transpose(0, 1)[None], *self._gather(q, k, v)
         out = torch.empty_like(q)
         for start, stop, k0, k1, mask in self.segments:
             queries = heads[:, :, start:stop]
             if mask is None:
                 queries = F.pad(queries, (0, 0, k1 - k0 - (stop - start), 0))
-            got = F.scaled_dot_product_attention(
+            attended = F.scaled_dot_product_attention(
                 queries,
                 keys[:, :, k0:k1],
                 values[:, :, k0:k1],
@@ -101,24 +100,24 @@ class SdpaAttention:
                 scale=scale,
                 enable_gqa=True,
             )
-            out[start:stop] = got[0, :, start - stop :].transpose(0, 1)
+            out[start:stop] = attended[0, :, start - stop :].transpose(0, 1)
         return out
 
-    def last(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """See `Attention.last`."""
+    def attend_last(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """See `Attention.attend_last`."""
         keys, values = self._gather(q, k, v)
         out = torch.empty_like(q)
         for i, (_, _, k0, k1, _) in enumerate(self.segments[self.first_document :]):
-            got = F.scaled_dot_product_attention(
+            attended = F.scaled_dot_product_attention(
                 q[i][None, :, None], keys[:, :, k0:k1], values[:, :, k0:k1], scale=scale, enable_gqa=True
             )
-            out[i] = got[0, :, 0]
+            out[i] = attended[0, :, 0]
         return out
 
     def _gather(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """[P + T, G, D] -> [1, G, K, D], the keys of each segment contiguous; on a GPU [1, H, K, D]"""
+        """[P + T, G, D] -> [1, G, K, D], contiguous per segment; on a GPU [1, H, K, D]"""
         k, v = k[self.kv_index], v[self.kv_index]
-        if k.is_cuda:  # with unequal head counts only the math kernel would be left, whose memory is quadratic
+        if k.is_cuda:  # unequal head counts would leave only the math kernel, whose memory is quadratic
             groups = q.shape[1] // k.shape[1]
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         return k.transpose(0, 1)[None], v.transpose(0, 1)[None]
@@ -132,15 +131,15 @@ class VarlenAttention:
         self.cu_q, self.cu_k, self.cu_last = batch.cu_seqlens
         self.max_q, self.max_k = batch.shape.longest_q, batch.shape.longest_k
 
-    def every(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """See `Attention.every`."""
+    def attend_all(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """See `Attention.attend_all`."""
         k, v = k[self.kv_index], v[self.kv_index]
         return _varlen(q, k, v, self.cu_q, self.cu_k, self.max_q, self.max_k, scale)
 
-    def last(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """See `Attention.last`."""
+    def attend_last(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """See `Attention.attend_last`."""
         k, v = k[self.kv_index], v[self.kv_index]
-        return _varlen(q, k, v, self.cu_last, self.cu_k, _MOST_LAST, self.max_k, scale)
+        return _varlen(q, k, v, self.cu_last, self.cu_k, MAX_LAST_QUERIES, self.max_k, scale)
 
 
 def _shifted_causal(queries: int, shared: int, device: torch.device) -> Tensor:
@@ -150,18 +149,18 @@ def _shifted_causal(queries: int, shared: int, device: torch.device) -> Tensor:
 
 
 def _varlen_options() -> dict[str, Any]:
-    """How the installed torch spells "causal, aligned to the end of the keys, fewer key than query heads".
+    """Return the installed torch's options for "causal, aligned to the end of the keys, fewer key than query heads".
 
-    torch 2.10 has `is_causal`, 2.11 `window_size` (and lets head counts differ), later ones also `enable_gqa`, and
-    `num_splits`: 1 keeps a document's result free of its neighbours' lengths.
+    torch 2.10 has `is_causal`, 2.11 `window_size` (and unequal head counts), later ones also `enable_gqa` and
+    `num_splits`: 1 makes a document's result independent of its neighbours' lengths.
     """
     if varlen_attn is None:
         return {}
-    known = inspect.signature(varlen_attn).parameters
-    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-    if "enable_gqa" in known:
+    parameters = inspect.signature(varlen_attn).parameters
+    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in parameters else {"is_causal": True}
+    if "enable_gqa" in parameters:
         options["enable_gqa"] = True
-    if "num_splits" in known:
+    if "num_splits" in parameters:
         options["num_splits"] = 1
     return options
 
@@ -173,7 +172,7 @@ def _varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, scale: float
 ) -> Tensor:
     """[Tq, H, D], [K, G, D], [K, G, D] -> [Tq, H, D]"""
-    assert varlen_attn is not None  # `choose` has seen to it
+    assert varlen_attn is not None  # `choose_kernel` has checked it
     out = varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, **_OPTIONS)
-    assert isinstance(out, Tensor)  # a tuple only where auxiliary outputs are asked for
+    assert isinstance(out, Tensor)  # a tuple only if auxiliary outputs are requested
     return out

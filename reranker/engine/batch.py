@@ -1,11 +1,11 @@
-"""Many requests in one padding-free sequence, with each request's prefix there once. Pure: no model, no device.
+"""Pack requests into one padding-free sequence that holds each request's prefix once. Pure: no model, no device.
 
-Layout of a batch of R requests and N documents: first all prefixes, then all documents in order. A segment is one
-prefix or one document; there are S = R + N of them. T tokens in all. Of the static prefix, with which every prompt
-begins, the model keeps the keys and values (P rows): a prefix is there from where it leaves the static prefix.
+Layout of a batch of R requests and N documents: all prefixes, then all documents in order. A segment is one prefix or
+one document; there are S = R + N segments and T tokens. The model has cached the keys and values of the static prefix
+(P rows), the common start of all prompts: the batch holds only the rest of each prefix.
 
     tokens     [prefix 0][prefix 1] ... [document 0,0][document 0,1] ... [document 1,0] ...
-    keys       [static_prefix][as the tokens]
+    keys       [static prefix][one per token]
     attention  a prefix sees its part of the static prefix, then itself; a document sees both, then itself; all causally
 """
 
@@ -43,12 +43,12 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """One forward pass. All index tensors are made once a batch, none once a layer."""
+    """One forward pass. Its index tensors are built once per batch, not once per layer."""
 
     slices: tuple[Slice, ...]
     shape: Shape
     index: Tensor
-    """[2T + N + K + 3(S + 1)] int64: every index tensor, one behind the other, so that one copy moves them all"""
+    """[2T + N + K + 3(S + 1)] int64: all index tensors, concatenated, so that one copy moves them"""
     lengths_q: tuple[int, ...]
     """[S] tokens of each segment, on the host"""
     lengths_k: tuple[int, ...]
@@ -71,7 +71,7 @@ class PackedBatch:
 
     @property
     def position_ids(self) -> Tensor:
-        """[T] int64; a document's positions start at the length of its prefix, a prefix's at what is kept of it"""
+        """[T] int64; a document's positions start at its prefix's length, a prefix's at its cached length"""
         return self.index[self.tokens : 2 * self.tokens]
 
     @property
@@ -81,42 +81,43 @@ class PackedBatch:
 
     @property
     def kv_index(self) -> Tensor:
-        """[K] int64, below P + T: keys of every segment, contiguous: what it sees before itself, and itself"""
+        """[K] int64, below P + T: the keys that each segment sees, contiguous per segment"""
         return self.index[2 * self.tokens + self.shape.documents :][: self.shape.keys]
 
     @property
     def cu_seqlens(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Three times [S + 1] int32: where each segment begins among the tokens, the gathered keys, and `last`"""
+        """Three times [S + 1] int32: each segment's start among the tokens, the gathered keys, and `last`"""
         q, k, last = self.index[-3 * (self.shape.segments + 1) :].int().chunk(3)
         return q, k, last
 
     def to(self, device: torch.device) -> PackedBatch:
-        """The same batch on a device; the copy runs behind the host where memory is pinned."""
+        """Return the batch on a device; the copy is asynchronous if the memory is pinned."""
         if device.type == "cpu":
             return self
         return replace(self, index=self.index.to(device, non_blocking=True))
 
 
-def pack(slices: Sequence[Slice], *, static_prefix: int = 0, pinned: bool = False) -> PackedBatch:
-    """Lay slices out as one sequence; every slice has at least one document, and not all of its prefix is kept.
+def pack(slices: Sequence[Slice], *, static_prefix_len: int = 0, pinned: bool = False) -> PackedBatch:
+    """Pack slices into one sequence.
 
-    In plain integers: for a short request, thirty small tensor operations cost three times as much.
+    With lists of integers: for a short request, thirty small tensor operations take three times as long.
 
     Args:
-        slices: what one forward pass takes.
-        static_prefix: P, the rows that the model keeps; no request has more kept.
+        slices: each has at least one document, and a prefix that is not wholly cached.
+        static_prefix_len: P, the rows that the model has cached; no request uses more.
         pinned: for a copy to a GPU.
     """
-    kept = [range(s.request.cached_prefix_len) for s in slices]
+    cached = [range(s.request.cached_prefix_len) for s in slices]
     groups = [s.documents for s in slices]
     segments = [*(s.request.prefix[s.request.cached_prefix_len :] for s in slices), *chain(*groups)]
     lengths_q = [len(segment) for segment in segments]
     cu_q = [*accumulate(lengths_q, initial=0)]
-    own = [range(static_prefix + start, static_prefix + stop) for start, stop in pairwise(cu_q)]
-    prefixes = [*zip(kept, own, strict=False)]
-    documents = chain(*([prefix] * len(group) for prefix, group in zip(prefixes, groups, strict=True)))
-    keys = [*prefixes, *((*prefix, itself) for prefix, itself in zip(documents, own[len(slices) :], strict=True))]
-    lengths_k = [sum(map(len, seen)) for seen in keys]
+    own = [range(static_prefix_len + start, static_prefix_len + stop) for start, stop in pairwise(cu_q)]
+    prefixes = [*zip(cached, own, strict=False)]
+    prefix_of_document = chain(*([prefix] * len(group) for prefix, group in zip(prefixes, groups, strict=True)))
+    documents = zip(prefix_of_document, own[len(slices) :], strict=True)
+    keys = [*prefixes, *((*prefix, document) for prefix, document in documents)]
+    lengths_k = [sum(map(len, ranges)) for ranges in keys]
     cu_k = [*accumulate(lengths_k, initial=0)]
 
     index = array("q", chain(*segments))
@@ -125,7 +126,7 @@ def pack(slices: Sequence[Slice], *, static_prefix: int = 0, pinned: bool = Fals
     index.extend(chain(*chain(*keys)))
     index.extend(cu_q)
     index.extend(cu_k)
-    index.extend([0] * len(slices))  # one query a document, none a prefix
+    index.extend([0] * len(slices))  # in the last layer a document has one query, a prefix none
     index.extend(range(len(segments) - len(slices) + 1))
     tensor = torch.frombuffer(index, dtype=torch.int64)
     return PackedBatch(
@@ -138,21 +139,17 @@ def pack(slices: Sequence[Slice], *, static_prefix: int = 0, pinned: bool = Fals
 
 
 def pad(batch: PackedBatch, shape: Shape, *, pinned: bool = False) -> PackedBatch:
-    """The same batch in a larger shape, for kernels that were recorded for that shape.
+    """Return the batch padded to a larger shape, for kernels that were recorded with that shape.
 
-    All that is added is one segment of its own behind the documents, all of whose keys are the first one, and segments
-    of no length behind it; nothing of the batch sees them. Logits beyond the batch's N mean nothing. The batch is on
-    the host and leaves room: `shape.keys - K >= shape.tokens - T`, `shape.segments > S`. The lengths stay the batch's.
+    The padding is one segment after the documents, whose keys are all the first key, and empty segments after it;
+    nothing of the batch sees them. Logits after the batch's N are meaningless. The batch is on the host, and the
+    shape is large enough: `shape.keys - K >= shape.tokens - T`, `shape.segments > S`. The lengths stay the batch's.
     """
     cu_q, cu_k, cu_last = (cu.long() for cu in batch.cu_seqlens)
     added = shape.tokens - batch.tokens
     parts = [batch.input_ids, batch.position_ids, batch.last, batch.kv_index, cu_q, cu_k, cu_last]
     sizes = [shape.tokens, shape.tokens, shape.documents, shape.keys, *[shape.segments + 1] * 3]
-    fill = [0, 0, 0, 0, shape.tokens, batch.shape.keys + added, shape.documents]
-    padded = [F.pad(part, (0, size - len(part)), value=v) for part, size, v in zip(parts, sizes, fill, strict=True)]
-    return replace(batch, shape=shape, index=_joined(padded, pinned))
-
-
-def _joined(parts: list[Tensor], pinned: bool) -> Tensor:
-    """One int64 tensor of all parts."""
-    return torch.cat(parts, out=torch.empty(sum(map(len, parts)), dtype=torch.int64, pin_memory=pinned))
+    values = [0, 0, 0, 0, shape.tokens, batch.shape.keys + added, shape.documents]
+    padded = [F.pad(part, (0, size - len(part)), value=v) for part, size, v in zip(parts, sizes, values, strict=True)]
+    index = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=pinned)
+    return replace(batch, shape=shape, index=torch.cat(padded, out=index))

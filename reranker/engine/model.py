@@ -1,4 +1,4 @@
-"""Load a checked checkpoint: the decoder on its device, and the two-row head that reads "yes" and "no"."""
+"""Load a checked checkpoint onto its device; run a packed batch through backbone and head."""
 
 from __future__ import annotations
 
@@ -6,173 +6,157 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Model, Qwen3RMSNorm
+from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.utils.logging import disable_progress_bar
 
 from reranker.engine import device as devices
-from reranker.engine.attention import Attention, choose
+from reranker.engine.attention import Attention, choose_kernel
 from reranker.engine.batch import PackedBatch
 from reranker.engine.checkpoint.config import Checkpoint
 from reranker.engine.checkpoint.files import first_line
 from reranker.engine.checkpoint.weights import check_weights, parameters
-from reranker.engine.families.qwen3 import PLAIN, LayerFns, fuse, keep, last_hidden
+from reranker.engine.families.base import Backbone, Family, Head, LayerFns
 from reranker.engine.graphs import Graphs
 from reranker.engine.precision import QUANTIZED, short
 from reranker.engine.quantized import quantize
 from reranker.errors import ModelLoadError, ScoringError
 
 logger = logging.getLogger(__name__)
-disable_progress_bar()  # it writes half lines into the service's log
+disable_progress_bar()  # it writes partial lines into the service's log
 
 
 @dataclass(slots=True)
 class Model:
-    """A loaded checkpoint: decoder, attention kernel and head. `forward` is what it is for."""
+    """A loaded checkpoint: backbone, head and attention kernel."""
 
-    decoder: Qwen3Model
-    head: Tensor
-    """[hidden_size] float32: W[yes] - W[no]"""
+    backbone: Backbone
+    head: Head
     device: torch.device
     dtype: torch.dtype
     """Precision of the layers' products."""
     kernel: type[Attention]
-    stages: LayerFns = PLAIN
-    """What runs around each layer's attention; speedup.py puts compiled ones here."""
+    compiled: LayerFns | None = None
+    """Compiled layers, set by acceleration.py; None: the eager path."""
     graphs: Graphs | None = None
-    """Recorded passes for small batches; speedup.py puts them here."""
+    """Recorded passes for small batches, set by acceleration.py."""
     static_prefix: Sequence[int] = ()
-    """[P] tokens whose keys and values every layer keeps: requests are encoded, and batches packed, for them."""
+    """[P] tokens whose keys and values every layer has cached; requests are encoded, and batches packed, for them."""
 
-    def keep(self, tokens: list[int]) -> None:
-        """Compute what every prompt begins with once and for all, before anything is compiled or recorded."""
-        keep(self.decoder, tokens, self.kernel)
+    def cache_prefix(self, tokens: list[int]) -> None:
+        """Compute the start of every prompt once; call it before anything is compiled or recorded."""
+        self.backbone.cache_prefix(tokens, self.kernel)
         self.static_prefix = tokens
 
     @torch.inference_mode()
     def forward(self, batch: PackedBatch) -> Tensor:
-        """[N] float32 logits (yes minus no) of the batch's documents, on the device.
+        """[N] float32 logits of the batch's documents, on the device.
 
-        The head is two rows of the output matrix, not 151,669, and runs in float32: the card's softmax over the two
-        logits is the sigmoid of their difference, and a bfloat16 one would tie scores.
+        The head runs in float32, because a bfloat16 softmax would tie scores.
         """
         recorded = None if self.graphs is None else self.graphs.replay(batch)
         if recorded is not None:
-            return recorded @ self.head
-        if self.stages is PLAIN:
-            return self.hidden(batch.to(self.device)) @ self.head
-        with torch.compiler.set_stance("eager_on_recompile"):  # nobody waits for a compiler
-            return self.hidden(batch.to(self.device), self.stages) @ self.head
+            return self.head.logits(recorded)
+        if self.compiled is None:
+            return self.head.logits(self.hidden(batch.to(self.device)))
+        with torch.compiler.set_stance("eager_on_recompile"):  # a request must not wait for the compiler
+            return self.head.logits(self.hidden(batch.to(self.device), self.compiled))
 
     @torch.inference_mode()
-    def hidden(self, batch: PackedBatch, stages: LayerFns = PLAIN) -> Tensor:
-        """[N, hidden_size] float32: last hidden states, normalised; `batch` is on the device."""
-        hidden = last_hidden(self.decoder, batch, self.kernel, stages).float()
-        norm = self.decoder.norm
-        return F.rms_norm(hidden, (hidden.shape[-1],), norm.weight.float(), norm.variance_epsilon)
+    def hidden(self, batch: PackedBatch, layer_fns: LayerFns | None = None) -> Tensor:
+        """[N, hidden_size] float32: each document's last hidden state, normalised; `batch` is on the device."""
+        return self.backbone.hidden(batch, self.kernel, layer_fns or self.backbone.eager)
 
 
 def load(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, yes: int, no: int, max_memory_percentage: float
+    checkpoint: Checkpoint, family: Family, device: torch.device, dtype: torch.dtype, max_memory_percentage: float
 ) -> Model:
-    """Load a checked checkpoint straight onto the device in the chosen precision, shard by shard.
+    """Load a checked checkpoint onto the device in the chosen precision, shard by shard.
 
-    A quantised precision is made from the weights as they are stored, a layer at a time; each product is proved.
+    A quantised precision is made from the weights as stored, a layer at a time; each product is verified.
 
     Raises:
         ModelLoadError: the weights do not fit, are not those of the model, or the files are broken.
         ScoringError: this machine does not compute the quantised precision.
     """
     path, config = checkpoint.path, checkpoint.config
-    between = QUANTIZED.get(dtype, dtype)
-    stored = dtype
-    if dtype in QUANTIZED:
-        stored = config.dtype if isinstance(config.dtype, torch.dtype) else between
+    compute_dtype = stored_dtype = QUANTIZED.get(dtype, dtype)
+    if dtype in QUANTIZED and isinstance(config.dtype, torch.dtype):
+        stored_dtype = config.dtype
     check_weights(path, config)
-    _check_memory(parameters(path) * stored.itemsize, stored, device, max_memory_percentage)
-    try:
-        with _own_report():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                str(path),
-                config=config,
-                dtype=stored,
-                device_map={"": device},
-                use_safetensors=True,
-                trust_remote_code=False,
-                attn_implementation="sdpa",  # unused: reranker.engine.attention takes its place
-                output_loading_info=True,
-            )
-    except torch.OutOfMemoryError as error:
-        raise ModelLoadError(
-            f"the weights do not fit beside what else is on {device}: free memory, or a smaller model"
-        ) from error
-    except Exception as error:  # of any library that reads one of the files
-        raise ModelLoadError(f"cannot load the weights in {path}: {first_line(error)}") from error
-    whole, report = loaded
-    if absent := sorted(report["missing_keys"]):  # check_weights has not seen them, and they hold random numbers now
-        raise ModelLoadError(f"{len(absent)} weights were not found in {path}, the first is {absent[0]}")
-    whole.eval()
-    rows = whole.lm_head.weight.detach()[[yes, no]].float()
-    head = rows[0] - rows[1]
-    if not head.any():
-        raise ModelLoadError(
-            f"lm_head in {path} has equal rows for yes and no, so that every score would be 0.5: it was not saved"
-        )
+    _check_memory(parameters(path) * stored_dtype.itemsize, stored_dtype, device, max_memory_percentage)
+    whole = _from_pretrained(path, config, device, stored_dtype)
+    head = family.head(whole)
     if dtype in QUANTIZED:
-        _quantize(whole.model, dtype, between)
+        backbone = _quantized_backbone(family, whole, compute_dtype, dtype)
     else:
-        fuse(whole.model)
-    kernel, why = choose(device, between)
-    logger.info("attention: %s", why)
-    # Of an untied output matrix (8B: 1.2 GB) the two rows are all that is kept.
-    return Model(whole.model, head, device, dtype, kernel)
+        backbone = family.backbone(whole, compute_dtype, lambda linear: linear)
+    kernel, reason = choose_kernel(device, compute_dtype)
+    logger.info("attention: %s", reason)
+    return Model(backbone, head, device, dtype, kernel)
 
 
 def _check_memory(needed: int, stored: torch.dtype, device: torch.device, percentage: float) -> None:
-    there = devices.memory(device, percentage)
-    if needed > there.available:
-        gib = 1 << 30
+    memory, gib = devices.memory(device, percentage), 1 << 30
+    if needed > memory.available:
         raise ModelLoadError(
-            f"the weights take {needed / gib:.1f} GiB in {short(stored)}, but only {there} on {device} "
-            f"(MAX_MEMORY_PERCENTAGE={percentage:g} of {there.total / gib:.1f} GiB): raise it, free memory, "
+            f"the weights take {needed / gib:.1f} GiB in {short(stored)}, but only {memory} on {device} "
+            f"(MAX_MEMORY_PERCENTAGE={percentage:g} of {memory.total / gib:.1f} GiB): raise it, free memory, "
             f"or use a smaller model"
         )
 
 
-@contextmanager
-def _own_report() -> Iterator[None]:
-    """Drop transformers' report of missing and left-over tensors: check_weights has judged them."""
-    report = logging.getLogger("transformers.modeling_utils")
+def _from_pretrained(path: Path, config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> Any:
+    try:
+        with _without_load_report():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                str(path),
+                config=config,
+                dtype=dtype,
+                device_map={"": device},
+                use_safetensors=True,
+                trust_remote_code=False,
+                attn_implementation="sdpa",  # unused: reranker.engine.attention replaces it
+                output_loading_info=True,
+            )
+    except torch.OutOfMemoryError as error:
+        raise ModelLoadError(
+            f"the weights do not fit in the free memory of {device}: free memory, or use a smaller model"
+        ) from error
+    except Exception as error:  # of any library that reads one of the files
+        raise ModelLoadError(f"cannot load the weights in {path}: {first_line(error)}") from error
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):  # transformers fills them with random numbers
+        raise ModelLoadError(f"{len(missing)} weights were not found in {path}, the first is {missing[0]}")
+    return model.eval()
 
-    def other(record: logging.LogRecord) -> bool:
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Drop transformers' report of missing and unexpected tensors: check_weights has judged them."""
+
+    def is_other(record: logging.LogRecord) -> bool:
         return "LOAD REPORT" not in record.getMessage()
 
-    report.addFilter(other)
+    loading = logging.getLogger("transformers.modeling_utils")
+    loading.addFilter(is_other)
     try:
         yield
     finally:
-        report.removeFilter(other)
+        loading.removeFilter(is_other)
 
 
-def _quantize(decoder: Qwen3Model, precision: torch.dtype, between: torch.dtype) -> None:
+def _quantized_backbone(family: Family, model: Any, compute_dtype: torch.dtype, precision: torch.dtype) -> Backbone:
     try:
-        fuse(decoder, lambda linear: quantize(linear, precision))
-    except (
-        RuntimeError,
-        ValueError,
-        NotImplementedError,
-        AttributeError,
-    ) as error:  # whichever part of the kernel is missing
-        if isinstance(error, torch.OutOfMemoryError):
-            raise ModelLoadError("the weights fit, but not one layer's quantised copy beside them") from error
+        backbone = family.backbone(model, compute_dtype, lambda linear: quantize(linear, precision))
+    except torch.OutOfMemoryError as error:
+        raise ModelLoadError("the weights fit, but no layer's quantised copy beside them") from error
+    except (RuntimeError, ValueError, NotImplementedError, AttributeError) as error:  # part of the kernel is missing
         raise ScoringError(str(error).splitlines()[0]) from error
-    for module in decoder.modules():
-        if isinstance(module, Qwen3RMSNorm):  # the embeddings stay as they are stored; a row is cast when it is read
-            module.to(between)
     if precision is torch.int8 and not torch.cpu._is_vnni_supported():
-        logger.warning("int8: this processor has no VNNI (AVX-512): activations get 7 bits, and less time is gained")
+        logger.warning("int8: this processor has no VNNI (AVX-512): 7-bit activations, and less speed is gained")
+    return backbone

@@ -1,4 +1,4 @@
-"""From logits to relevance scores; free of torch."""
+"""Turn logits into relevance scores; free of torch."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from reranker.types import Chunk, DocumentScore, EncodedRequest
 
 
 def per_document(request: EncodedRequest, logits: Sequence[float]) -> list[DocumentScore]:
-    """Logits of what was scored -> what each document got.
+    """Turn the logits of a request's documents or chunks into one score per document.
 
-    The best chunk is the one with the highest logit, the first of equals. `logits` are finite.
+    The best chunk is the one with the highest logit, the first of equals. `logits` must be finite.
     """
     prefix = len(request.prefix)
     if request.chunks is None:
@@ -24,14 +24,14 @@ def per_document(request: EncodedRequest, logits: Sequence[float]) -> list[Docum
     for i, borders in enumerate(request.chunks):
         stop = start + len(borders) - 1
         tokens = prefix * (stop - start) + sum(map(len, request.documents[start:stop]))
-        place = max(range(stop - start), key=logits[start:stop].__getitem__)
-        chunk = Chunk(place, *borders[place : place + 2]) if stop - start > 1 else None
-        cut = i in request.truncated
-        scores.append(DocumentScore(logits[start + place], tokens, cut, chunk, request.query_truncated))
+        best = max(range(stop - start), key=logits[start:stop].__getitem__)
+        chunk = Chunk(best, *borders[best : best + 2]) if stop - start > 1 else None
+        truncated = i in request.truncated
+        scores.append(DocumentScore(logits[start + best], tokens, truncated, chunk, request.query_truncated))
         start = stop
     return scores
 
 
 def sigmoid(logit: float) -> float:
-    """The probability of "yes": the card's softmax over the two logits equals this of their difference."""
+    """Turn a logit into a probability without overflow."""
     return 1 / (1 + math.exp(-logit)) if logit >= 0 else math.exp(logit) / (1 + math.exp(logit))

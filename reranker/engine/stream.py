@@ -1,7 +1,7 @@
-"""A long stream of requests through one scorer: forward passes are shared between requests and always full.
+"""Score a long stream of requests: forward passes are shared between requests and always full.
 
-The offline counterpart of the service's batcher: nobody waits for an answer, so requests keep their order, and while
-one pass runs, a thread tokenises and packs the next.
+The offline counterpart of the service's batcher. Requests keep their order; a thread tokenises and packs the next pass
+during the current one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from reranker.engine.budget import fill
+from reranker.engine.budget import full_batches
 from reranker.engine.scorer import Batch, Scorer
 from reranker.engine.scores import per_document
 from reranker.errors import RerankError, ScoringError
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 def rerank_many(scorer: Scorer, requests: Iterable[RerankRequest]) -> Iterator[RerankResult | RerankError]:
-    """For each request, in order, its result (without timings) or the error that it alone causes.
+    """Yield for each request, in order, its result (without timings) or its own error.
 
     `requests` is read in a thread, about two forward passes ahead of the results.
 
@@ -30,34 +30,34 @@ def rerank_many(scorer: Scorer, requests: Iterable[RerankRequest]) -> Iterator[R
         ScoringError: a document does not fit into the device's memory.
         DeviceLostError: the device needs a new process.
     """
-    waiting: deque[EncodedRequest | RerankError] = deque()
+    pending: deque[EncodedRequest | RerankError] = deque()
     logits: deque[float] = deque()
 
     def encoded() -> Iterator[EncodedRequest]:
         for request in requests:
             try:
-                waiting.append(scorer.encode(request))
+                pending.append(scorer.encode(request))
             except RerankError as error:
-                waiting.append(error)
+                pending.append(error)
             else:
-                yield waiting[-1]  # type: ignore[misc]  # the success just appended
+                yield pending[-1]  # type: ignore[misc]  # an EncodedRequest, just appended
 
-    def passes() -> Iterator[Batch]:
-        for slices in fill(encoded(), lambda: (scorer.max_batch_tokens, scorer.max_batch_documents)):
+    def batches() -> Iterator[Batch]:
+        for slices in full_batches(encoded(), lambda: (scorer.max_batch_tokens, scorer.max_batch_documents)):
             yield scorer.pack(slices)
 
     def finished() -> Iterator[RerankResult | RerankError]:
-        while waiting:
-            first = waiting[0]
+        while pending:
+            first = pending[0]
             if isinstance(first, RerankError):
                 yield first
             elif len(logits) >= len(first.documents):
                 yield _result(first, [logits.popleft() for _ in first.documents])
             else:
                 return
-            waiting.popleft()
+            pending.popleft()
 
-    for batch in _ahead(passes()):
+    for batch in _prefetch(batches()):
         logits += scorer.score(batch)
         yield from finished()
     yield from finished()
@@ -69,10 +69,10 @@ def _result(request: EncodedRequest, logits: list[float]) -> RerankResult | Rera
     return RerankResult.of(per_document(request, logits))
 
 
-def _ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items; the next one is made in a thread while the caller works with this one."""
-    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as pool:
-        coming = pool.submit(next, items, None)
-        while (item := coming.result()) is not None:
-            coming = pool.submit(next, items, None)
+def _prefetch(items: Iterator[T]) -> Iterator[T]:
+    """Yield the items; a thread computes the next one while the caller works with the current one."""
+    with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
+        following = pool.submit(next, items, None)
+        while (item := following.result()) is not None:
+            following = pool.submit(next, items, None)
             yield item

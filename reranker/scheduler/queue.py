@@ -9,7 +9,7 @@ import asyncio
 import math
 from dataclasses import dataclass, field
 
-from reranker.engine.budget import fit
+from reranker.engine.budget import fit_documents
 from reranker.types import EncodedRequest, Slice
 
 
@@ -110,14 +110,16 @@ class TokenQueue:
         oldest_tokens, oldest_documents = max_tokens - tokens, max_documents - documents
         batch: Batch = []
         for job in sorted(others, key=lambda job: max(half, job.pending_tokens)):  # stable: of equal ones the older
-            stop = fit(job.request, job.pending_from, tokens, documents)
+            stop = fit_documents(job.request, job.pending_from, tokens, documents)
             if stop == job.pending_from:
                 break
             part = job.take(stop)
             batch.append((job, part))
             tokens, documents = tokens - part.tokens, documents - (stop - part.start)
         if documents + oldest_documents > 0:
-            stop = fit(oldest.request, oldest.pending_from, tokens + oldest_tokens, documents + oldest_documents)
+            stop = fit_documents(
+                oldest.request, oldest.pending_from, tokens + oldest_tokens, documents + oldest_documents
+            )
             batch.append((oldest, oldest.take(max(stop, oldest.pending_from + 1))))
         self.drop_finished()
         return batch

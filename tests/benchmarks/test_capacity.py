@@ -12,7 +12,7 @@ from transformers import AutoConfig, Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks import capacity
 from reranker import Scorer
-from reranker.engine import scorer as engine
+from reranker.engine import warmup
 from tests.conftest import ROOT
 
 TEXT = (ROOT / "docs" / "scale.md").read_text()
@@ -44,10 +44,8 @@ def test_parameters_are_those_that_transformers_counts(name: str) -> None:
 
 
 def test_the_budget_is_chosen_by_the_engines_constants() -> None:
-    assert (capacity._BATCH_SECONDS, capacity._MOST_BATCH_TOKENS) == (
-        engine._BATCH_SECONDS,
-        engine._MOST_BATCH_TOKENS,
-    )
+    chosen = capacity.BATCH_SECONDS, capacity.MAX_BATCH_TOKENS
+    assert chosen == (warmup.BATCH_SECONDS, warmup.MAX_BATCH_TOKENS)
 
 
 def test_activations_are_estimated_as_the_engine_does(model_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -16,8 +16,8 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from benchmarks.card import PREFIX, SUFFIX
 from tests.conftest import make_model
-from tests.engine.card import PREFIX, SUFFIX
 
 Edit = Callable[[Path], object]
 Tensors = dict[str, Tensor]

@@ -1,4 +1,4 @@
-"""The optional paths on the CPU, where inductor compiles to C++: equal to the card, once for all layers and sizes."""
+"""The accelerated paths on the CPU, where inductor compiles to C++."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ import torch
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
 
+from benchmarks.card import Card
 from reranker import Scorer
-from reranker.engine import acceleration as speedup
-from reranker.engine.acceleration import accelerate, compiled_stages, sample
-from reranker.engine.families.qwen3 import PLAIN, LayerFns
+from reranker.engine import acceleration
+from reranker.engine.acceleration import accelerate, compile_layer_fns, sample
+from reranker.engine.families.base import LayerFns
+from reranker.engine.families.qwen3 import EAGER
 from reranker.engine.model import Model
-from tests.engine.card import Card
 from tests.engine.test_scorer import expected, packed, requests, worst
 
 
@@ -31,14 +32,14 @@ def test_compiled_layers_equal_the_card_and_compile_once(
 ) -> None:
     scorer = Scorer.load(model_path, device="cpu", precision="float32")
     model = scorer.model
-    compiled, ran = compiled_stages(), []
+    compiled, ran = compile_layer_fns(EAGER), []
     counters.clear()
     with torch.inference_mode():  # in another thread, as at a start, and for a size of its own
-        assert speedup._in_time(3600, lambda: model.hidden(sample(1000, model), compiled)) == ""
-        assert speedup._in_time(3600, lambda: ran.append(inductor.compile_threads)) == ""
-    assert ran.pop() == 1  # what is set here is set there
+        assert acceleration._run_within(3600, lambda: model.hidden(sample(1000, model), compiled)) == ""
+        assert acceleration._run_within(3600, lambda: ran.append(inductor.compile_threads)) == ""
+    assert ran.pop() == 1  # the thread has the context's settings
     assert counters["stats"]["unique_graphs"] == 2
-    model.stages = LayerFns(
+    model.compiled = LayerFns(
         lambda *args: ran.append(1) or compiled.before(*args),  # type: ignore[func-returns-value]
         compiled.after,
     )
@@ -49,13 +50,13 @@ def test_compiled_layers_equal_the_card_and_compile_once(
     assert len(ran) == 4 * 3
     assert counters["stats"]["unique_graphs"] == 2  # three layers and five sizes later
     assert not counters["graph_break"]
-    # What was compiled is what ran: not the plain functions behind the compiler's back.
+    # The compiled functions ran, not the eager ones without a notice.
     with torch.inference_mode(), torch.compiler.set_stance("fail_on_recompile"):
         model.hidden(sample(200, model), compiled)
 
 
 def cuda(model: Model, monkeypatch: pytest.MonkeyPatch) -> Model:
-    """The model as `accelerate` would find it on a GPU, as far as the choices can see."""
+    """The model with a GPU as its device, as far as `accelerate` looks."""
     monkeypatch.setattr(model, "device", torch.device("cuda"), raising=False)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     return model
@@ -69,52 +70,54 @@ def model(model_path: Path) -> Model:
 @pytest.mark.parametrize(
     ("set_up", "reason"),
     [
-        (lambda model: "hidden states differ by 40% from the plain way's", "differ by 40%"),
+        (lambda model: "hidden states differ from the eager path's by 40%", "by 40%"),
         (lambda model: 1 / 0, "ZeroDivisionError: division by zero"),
     ],
 )
-def test_a_path_that_does_not_hold_is_named_and_not_taken(
+def test_a_path_that_fails_its_checks_is_logged_and_not_used(
     model: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, set_up: object, reason: str
 ) -> None:
-    monkeypatch.setattr(speedup, "compile_layers", set_up)
-    monkeypatch.setattr(speedup, "record_passes", set_up)
+    monkeypatch.setattr(acceleration, "compile_layers", set_up)
+    monkeypatch.setattr(acceleration, "record_passes", set_up)
     with caplog.at_level(logging.INFO):
         accelerate(cuda(model, monkeypatch))
-    assert model.stages is PLAIN
+    assert model.compiled is None
     assert model.graphs is None
     for path in ("compiled layers", "CUDA graphs"):
         assert [m for m in caplog.messages if m.startswith(f"{path}: not used (") and reason in m]
 
 
-def test_while_a_compiler_that_was_left_behind_still_runs_nothing_is_recorded(
+def test_nothing_is_recorded_while_a_late_compiler_runs(
     model: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     over, recorded = threading.Event(), []
-    monkeypatch.setattr(speedup, "compile_layers", lambda model: speedup._in_time(0.01, lambda: over.wait(30)))
-    monkeypatch.setattr(speedup, "record_passes", lambda model: recorded.append(1) or "")  # type: ignore[func-returns-value]
+    monkeypatch.setattr(
+        acceleration, "compile_layers", lambda model: acceleration._run_within(0.01, lambda: over.wait(30))
+    )
+    monkeypatch.setattr(acceleration, "record_passes", lambda model: recorded.append(1) or "")  # type: ignore[func-returns-value]
     try:
         with caplog.at_level(logging.INFO):
             accelerate(cuda(model, monkeypatch))
         assert "compiled layers: not used (not ready within 0 s)" in caplog.text
-        assert "CUDA graphs: not used (the compiler is not done yet)" in caplog.text
+        assert "CUDA graphs: not used (the compiler is still running)" in caplog.text
         assert recorded == []
     finally:
         over.set()
-        while speedup._compiling():
+        while acceleration._compiling():
             time.sleep(0.001)
 
 
 def test_compiled_layers_that_compute_something_else_are_refused(
     model: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    wrong = LayerFns(PLAIN.before, lambda layer, x, attended: PLAIN.after(layer, x, attended.roll(1, 1)))
-    monkeypatch.setattr(speedup, "compiled_stages", lambda: wrong)
-    monkeypatch.setattr(speedup, "_COMPARED_TOKENS", 512)
-    assert "differ by" in speedup.compile_layers(model)
-    assert model.stages is PLAIN
-    monkeypatch.setattr(speedup, "compiled_stages", lambda: LayerFns(*map(_same, PLAIN)))  # type: ignore[arg-type]
-    assert speedup.compile_layers(model) == ""
-    assert model.stages is not PLAIN
+    wrong = LayerFns(EAGER.before, lambda layer, x, attended: EAGER.after(layer, x, attended.roll(1, 1)))
+    monkeypatch.setattr(acceleration, "compile_layer_fns", lambda eager: wrong)
+    monkeypatch.setattr(acceleration, "_COMPARED_TOKENS", 512)
+    assert "hidden states differ" in acceleration.compile_layers(model)
+    assert model.compiled is None
+    monkeypatch.setattr(acceleration, "compile_layer_fns", lambda eager: LayerFns(*map(_same, EAGER)))  # type: ignore[arg-type]
+    assert acceleration.compile_layers(model) == ""
+    assert model.compiled is not None
 
 
 def _same(function: object) -> object:
@@ -129,8 +132,8 @@ def test_torchs_own_switch_turns_them_off(
     assert caplog.messages == ["compiled layers and CUDA graphs: off (TORCH_COMPILE_DISABLE=1)"]
 
 
-def test_a_cpu_tries_neither(model: Model, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_cpu_uses_neither(model: Model, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         accelerate(model)
     assert not caplog.messages
-    assert model.stages is PLAIN
+    assert model.compiled is None

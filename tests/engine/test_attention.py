@@ -7,24 +7,26 @@ import torch
 from torch import Tensor
 
 from reranker.engine import attention
-from reranker.engine.attention import Attention, SdpaAttention, VarlenAttention, choose
+from reranker.engine.attention import Attention, SdpaAttention, VarlenAttention, choose_kernel
 from reranker.engine.batch import PackedBatch, pack
 from reranker.types import EncodedRequest, Slice
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 SCALE = 0.3
-PREAMBLE = 25
+STATIC_PREFIX = 25
 
 
 def batch_of(rng: random.Random) -> PackedBatch:
-    """Prefixes longer and shorter than their documents: both ways through the segment-wise kernel. Some are kept."""
+    """Prefixes longer and shorter than their documents, for both branches of the kernel; some are cached."""
     slices = []
     for _ in range(rng.randrange(1, 4)):
         documents = [[1] * rng.randrange(1, 60) for _ in range(rng.randrange(1, 5))]
         prefix = rng.randrange(1, 40)
-        request = EncodedRequest([1] * prefix, documents, cached_prefix_len=rng.choice((0, min(prefix - 1, PREAMBLE))))
+        request = EncodedRequest(
+            [1] * prefix, documents, cached_prefix_len=rng.choice((0, min(prefix - 1, STATIC_PREFIX)))
+        )
         slices.append(Slice(request, 0, len(documents)))
-    return pack(slices, static_prefix=PREAMBLE)
+    return pack(slices, static_prefix_len=STATIC_PREFIX)
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch) -> Tensor:
@@ -48,13 +50,13 @@ def check_against_definition(kernel: type[Attention], device: str, dtype: torch.
     torch.manual_seed(3)
     for _ in range(12):
         batch = batch_of(rng)
-        rows = (batch.tokens, 4), (PREAMBLE + batch.tokens, 2), (PREAMBLE + batch.tokens, 2)
+        rows = (batch.tokens, 4), (STATIC_PREFIX + batch.tokens, 2), (STATIC_PREFIX + batch.tokens, 2)
         q, k, v = (torch.randn(*shape, 64).to(device, dtype) for shape in rows)
         expected = plain(q, k, v, batch)
         moved = batch.to(torch.device(device))
-        got = kernel(moved)
-        torch.testing.assert_close(got.every(q, k, v, SCALE).double().cpu(), expected, atol=tolerance, rtol=0)
-        last = got.last(q[moved.last], k, v, SCALE).double().cpu()
+        actual = kernel(moved)
+        torch.testing.assert_close(actual.attend_all(q, k, v, SCALE).double().cpu(), expected, atol=tolerance, rtol=0)
+        last = actual.attend_last(q[moved.last], k, v, SCALE).double().cpu()
         torch.testing.assert_close(last, expected[batch.last], atol=tolerance, rtol=0)
 
 
@@ -63,7 +65,7 @@ def test_segment_wise_attention_equals_the_definition() -> None:
 
 
 def test_segment_wise_attention_without_any_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_MASK_LIMIT", 0)
+    monkeypatch.setattr(attention, "_MAX_MASK", 0)
     check_against_definition(SdpaAttention, "cpu", torch.float32, 1e-5)
 
 
@@ -96,12 +98,12 @@ def by_the_book(
     scale: float,
     **_: object,
 ) -> Tensor:
-    """What stands for the kernel on the CPU: it follows the kernel's documentation."""
+    """A stand-in for the kernel on the CPU, which follows the kernel's documentation."""
     assert (cu_q.dtype, cu_k.dtype) == (torch.int32, torch.int32)
     assert max_q >= int(cu_q.diff().max())
     assert max_k >= int(cu_k.diff().max())
     assert int(cu_q[-1]) == len(q)
-    assert int(cu_k[-1]) <= len(k)  # a padded batch gathers more than anybody reads
+    assert int(cu_k[-1]) <= len(k)  # a padded batch gathers keys that no segment reads
     out = torch.empty_like(q)
     for s in range(len(cu_q) - 1):
         qs, ks, vs = q[cu_q[s] : cu_q[s + 1]], k[cu_k[s] : cu_k[s + 1]], v[cu_k[s] : cu_k[s + 1]]
@@ -114,12 +116,12 @@ def by_the_book(
 
 
 def test_varlen_is_called_with_what_the_kernel_expects(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU the kernel is replaced by one that follows its documentation: cu_seq, bottom-right causal."""
+    """cu_seq and bottom-right causal attention, checked by a stand-in on the CPU."""
     monkeypatch.setattr(attention, "varlen_attn", by_the_book)
     check_against_definition(VarlenAttention, "cpu", torch.float32, 1e-5)
 
 
-def test_the_installed_torch_takes_the_options_that_are_sent() -> None:
+def test_the_installed_torch_accepts_the_options() -> None:
     import inspect
 
     assert attention.varlen_attn is not None
@@ -128,11 +130,11 @@ def test_the_installed_torch_takes_the_options_that_are_sent() -> None:
 
 
 def test_the_choice_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose(torch.device("cpu"), torch.float32)[0] is SdpaAttention
+    assert choose_kernel(torch.device("cpu"), torch.float32)[0] is SdpaAttention
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert choose(torch.device("cuda"), torch.bfloat16) == (VarlenAttention, "varlen_attn (one call per layer)")
-    kernel, reason = choose(torch.device("cuda"), torch.float32)
+    assert choose_kernel(torch.device("cuda"), torch.bfloat16) == (VarlenAttention, "varlen_attn (one call per layer)")
+    kernel, reason = choose_kernel(torch.device("cuda"), torch.float32)
     assert kernel is SdpaAttention
     assert "16-bit" in reason
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert choose(torch.device("cuda"), torch.float16)[0] is SdpaAttention
+    assert choose_kernel(torch.device("cuda"), torch.float16)[0] is SdpaAttention

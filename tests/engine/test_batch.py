@@ -7,11 +7,11 @@ import torch
 from reranker.engine.batch import pack
 from reranker.types import EncodedRequest, Slice
 
-PREAMBLE = 6
+STATIC_PREFIX = 6
 
 
 def request(rng: random.Random, prefix: int, lengths: list[int]) -> EncodedRequest:
-    kept = rng.randrange(min(prefix, PREAMBLE + 1))
+    kept = rng.randrange(min(prefix, STATIC_PREFIX + 1))
     ids = [rng.randrange(99) for _ in range(prefix)]
     return EncodedRequest(ids, [[rng.randrange(99)] * n for n in lengths], cached_prefix_len=kept)
 
@@ -24,7 +24,7 @@ def test_every_segment_holds_its_tokens_positions_and_keys() -> None:
             r = request(rng, rng.randrange(1, 9), [rng.randrange(1, 12) for _ in range(rng.randrange(1, 6))])
             start = rng.randrange(len(r.documents))
             slices.append(Slice(r, start, rng.randrange(start, len(r.documents)) + 1))
-        batch = pack(slices, static_prefix=PREAMBLE)
+        batch = pack(slices, static_prefix_len=STATIC_PREFIX)
         cu_q, cu_k, cu_last = batch.cu_seqlens
 
         prefixes = [(s.request.prefix[s.request.cached_prefix_len :], i) for i, s in enumerate(slices)]
@@ -36,11 +36,11 @@ def test_every_segment_holds_its_tokens_positions_and_keys() -> None:
             kept = slices[owner].request.cached_prefix_len
             before = [*range(kept)]  # keys; the tokens' begin behind those of the static prefix
             if i >= len(slices):
-                first = PREAMBLE + starts[owner]
+                first = STATIC_PREFIX + starts[owner]
                 before += range(first, first + len(slices[owner].request.prefix) - kept)
             assert batch.input_ids[at : at + len(ids)].tolist() == ids
             assert batch.position_ids[at : at + len(ids)].tolist() == list(range(len(before), len(before) + len(ids)))
-            expected = [*before, *range(PREAMBLE + at, PREAMBLE + at + len(ids))]
+            expected = [*before, *range(STATIC_PREFIX + at, STATIC_PREFIX + at + len(ids))]
             assert batch.kv_index[key : key + len(expected)].tolist() == expected
             assert cu_q[i] == at
             assert cu_k[i] == key

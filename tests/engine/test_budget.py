@@ -3,7 +3,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
-from reranker.engine.budget import fit, split, split_in_half
+from reranker.engine.budget import fit_documents, split, split_in_half
 from reranker.types import EncodedRequest, Slice
 
 
@@ -11,16 +11,16 @@ def request(lengths: list[int], prefix: int = 5, kept: int = 0) -> EncodedReques
     return EncodedRequest([0] * prefix, [[1] * n for n in lengths], cached_prefix_len=kept)
 
 
-def test_fit_stays_within_both_limits() -> None:
+def test_documents_fit_within_both_limits() -> None:
     r = request([10, 10, 10, 10])
-    assert fit(r, 0, 45, 9) == 4
-    assert fit(r, 0, 44, 9) == 3
-    assert fit(r, 0, 100, 2) == 2
-    assert fit(r, 3, 15, 9) == 4
-    assert fit(r, 3, 14, 9) == 3
-    assert fit(r, 0, 4, 9) == 0
-    assert fit(request([10, 10, 10, 10], prefix=65, kept=60), 0, 45, 9) == 4
-    assert fit(request([10, 10, 10, 10], prefix=65, kept=60), 0, 44, 9) == 3
+    assert fit_documents(r, 0, 45, 9) == 4
+    assert fit_documents(r, 0, 44, 9) == 3
+    assert fit_documents(r, 0, 100, 2) == 2
+    assert fit_documents(r, 3, 15, 9) == 4
+    assert fit_documents(r, 3, 14, 9) == 3
+    assert fit_documents(r, 0, 4, 9) == 0
+    assert fit_documents(request([10, 10, 10, 10], prefix=65, kept=60), 0, 45, 9) == 4
+    assert fit_documents(request([10, 10, 10, 10], prefix=65, kept=60), 0, 44, 9) == 3
 
 
 def test_a_long_query_before_tiny_documents_gathers_a_bounded_number_of_keys() -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.card import INSTRUCTION, Card
 from reranker import ModelLoadError, Scorer
 from reranker.types import RerankRequest, Slice
-from tests.engine.card import INSTRUCTION, Card
 from tests.engine.checkpoints import RIGHT, WRONG, Variant, small_model
 
 PAIRS = [

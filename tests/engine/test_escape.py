@@ -1,4 +1,4 @@
-"""No text, whatever it holds, changes a token outside its own span; and what that is worth, against the plain card."""
+"""No text changes a token outside its own span; a comparison with the plain card shows the difference."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from benchmarks.card import Card
 from benchmarks.escape import ATTACKS, DOCUMENTS, HEAD, Outcome, as_text, row, run
 from reranker import Scorer
-from reranker.engine.prompt import SUFFIX, SYSTEM, Prompt
+from reranker.engine.families.qwen3 import TEMPLATE
+from reranker.engine.prompt import Prompt
 from reranker.text import printable
 from reranker.types import RerankRequest
 from tests.conftest import DEMO, ROOT
@@ -22,10 +23,14 @@ CONTROL = (
     "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|box_end|> <|vision_pad|> <|image_pad|> <tool_call> "
     "</tool_call> <|fim_prefix|> <|fim_pad|> <|repo_name|> <|file_sep|> <tool_response> <think> </think>"
 ).split()
-PROMPT = [SYSTEM, SUFFIX, *"<Instruct>: |<Query>: |<Document>: |\n<Query>:|\n<Document>:|<|im_start|>user\n".split("|")]
+PROMPT = [
+    TEMPLATE.system,
+    TEMPLATE.suffix,
+    *"<Instruct>: |<Query>: |<Document>: |\n<Query>:|\n<Document>:|<|im_start|>user\n".split("|"),
+]
 ODD = ["\ud800", "\udfff", "\ud83d\ude00", *"\x00\x1b\n\r\t\v\u0085\u2028\u3000\u00a0\u200b\u200d\ufeff\u202e\u2066"]
 JOINING = ["\u0301", "\u0338", "\u0327", "\u3099", "\u1161", "\u11a8", "e\u0301", "가", "́<", "'s", "  ", ">:", ": "]
-# Every character there is, surrogates included, and the pieces that break prompts: whole, cut and glued together.
+# All characters, surrogates included, and pieces that break prompts: whole, split and joined.
 PIECE = (
     st.sampled_from(CONTROL + PROMPT)
     | st.sampled_from(CONTROL).flatmap(lambda token: st.integers(1, len(token) - 1).map(lambda n: token[:n]))
@@ -38,12 +43,12 @@ TEXT = st.lists(PIECE, max_size=8).map("".join)
 
 @pytest.fixture(scope="module")
 def prompt(tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    return Prompt(tokenizer)
+    return Prompt(tokenizer, TEMPLATE)
 
 
 @pytest.fixture(scope="module")
 def tokens(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[int]]:
-    """Tokens of a text by a way in which control tokens do not occur; for ordinary text they are the tokenizer's."""
+    """Encoder that never gives control tokens; for ordinary text it equals the tokenizer."""
     backend = tokenizer.backend_tokenizer
     for text in ("<Instruct>: a\n<Query>:", " Größe, 中文！ <b>don't</b> 123\r\n\n  x", "\u1100\u1161 e\u0301 🙂"):
         assert as_text(backend, text) == tokenizer.encode(text, add_special_tokens=False)
@@ -60,22 +65,22 @@ def test_every_text_stays_in_its_own_span(
     documents: list[str],
     instruction: str,
 ) -> None:
-    """The prompt is a row of pieces of which each is known from its own text alone.
+    """The prompt is a sequence of pieces, and each is determined by its own text alone.
 
-    So nothing that one text holds can change the tokens of another, of the prompt before, between and behind them, or
-    their number. The space before a text and the line break behind it belong to its span.
+    So no text can change the tokens of another one, of the template around them, or their number. The space before a
+    text and the line break after it belong to its span.
     """
     encoded = prompt.encode(RerankRequest(query, documents, instruction))
     spans = [tokens(f" {instruction}\n"), tokens(f" {query}\n"), *(tokens(f" {document}") for document in documents)]
     assert encoded.prefix == (
-        tokenizer.encode(SYSTEM, add_special_tokens=False)
+        tokenizer.encode(TEMPLATE.system, add_special_tokens=False)
         + tokens("<Instruct>:")
         + spans[0]
         + tokens("<Query>:")
         + spans[1]
         + tokens("<Document>:")
     )
-    suffix = tokenizer.encode(SUFFIX, add_special_tokens=False)
+    suffix = tokenizer.encode(TEMPLATE.suffix, add_special_tokens=False)
     assert encoded.documents == [span + suffix for span in spans[2:]]
     control = set(tokenizer.added_tokens_decoder)
     assert len(control) == 26
@@ -84,14 +89,14 @@ def test_every_text_stays_in_its_own_span(
 
 @settings(max_examples=150, deadline=None)
 @given(
-    document=TEXT, size=st.integers(1, 20), chunks=st.none() | st.integers(1, 4), left=st.none() | st.integers(1, 20)
+    document=TEXT, size=st.integers(1, 20), chunks=st.none() | st.integers(1, 4), room=st.none() | st.integers(1, 20)
 )
-def test_a_cut_or_split_document_stays_in_its_span_too(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, document: str, size: int, chunks: int | None, left: int | None
+def test_a_truncated_or_split_document_stays_in_its_span_too(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, document: str, size: int, chunks: int | None, room: int | None
 ) -> None:
-    """`left`: tokens that the whole prompt leaves for the document."""
+    """`room`: tokens that the whole prompt leaves for the document."""
     plain = prompt.encode(RerankRequest("q", [""]))
-    most = None if left is None else len(plain.prefix) + left + len(prompt.suffix)
+    most = None if room is None else len(plain.prefix) + room + len(prompt.suffix)
     cut = copy.copy(prompt)
     cut.max_seq_length = most or prompt.max_seq_length
     encoded = cut.encode(RerankRequest("q", [document, "d"], max_tokens_per_doc=size, max_chunks_per_doc=chunks))
@@ -99,7 +104,7 @@ def test_a_cut_or_split_document_stays_in_its_span_too(
     assert encoded.prefix == plain.prefix
     for entry in encoded.documents:
         assert entry[-len(prompt.suffix) :] == prompt.suffix
-        assert 1 <= len(entry) - len(prompt.suffix) <= min(size, left or size)
+        assert 1 <= len(entry) - len(prompt.suffix) <= min(size, room or size)
         assert control.isdisjoint(entry[: -len(prompt.suffix)])
     assert encoded.documents[-1] == prompt.encode(RerankRequest("q", ["d"])).documents[0]
 
@@ -131,10 +136,10 @@ UNITS = [
 
 @settings(max_examples=150, deadline=None)
 @given(query=TEXT, document=TEXT, instruction=TEXT)
-def test_the_cut_prompt_is_the_whole_pairs_tokens(
+def test_the_split_prompt_has_the_whole_pairs_tokens(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt, query: str, document: str, instruction: str
 ) -> None:
-    """The card tokenises the pair in one piece; cut at `<Document>:` it has the same tokens, whatever the texts are."""
+    """The card tokenises the pair in one piece; split at `<Document>:` it has the same tokens for every text."""
     query, document, instruction = map(printable, (query, document, instruction))
     pair = f"<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {document}"
     encoded = prompt.encode(RerankRequest(query, [document], instruction))
@@ -146,16 +151,16 @@ def test_the_cut_prompt_is_the_whole_pairs_tokens(
 
 @settings(max_examples=150, deadline=None)
 @given(units=st.lists(st.sampled_from(UNITS) | st.text(max_size=6), min_size=1, max_size=3), data=st.data())
-def test_a_text_cut_before_it_is_tokenised_has_the_same_first_tokens(
+def test_a_text_shortened_before_tokenising_has_the_same_first_tokens(
     prompt: Prompt, units: list[str], data: st.DataObject
 ) -> None:
-    """As tokenising all of it and cutting then; thousands of combining marks in a row aside, which NFC sorts."""
+    """Equal to truncating all tokens, except for thousands of combining marks in a row, which NFC sorts."""
     order = data.draw(st.lists(st.sampled_from(units), min_size=1, max_size=20))
     text = "".join(order) * data.draw(st.integers(1, 400))
     room = data.draw(st.integers(1, 60))
     request = RerankRequest("q", [text], max_tokens_per_doc=room)
     encoded = prompt.encode(request)
-    whole = prompt.plain.encode(" " + text, add_special_tokens=False).ids
+    whole = prompt.text_tokenizer.encode(" " + text, add_special_tokens=False).ids
     assert encoded.documents[0] == whole[:room] + prompt.suffix
     assert encoded.truncated == ({0} if len(whole) > room else set())
 
@@ -191,15 +196,15 @@ def test_the_engine_reads_an_attack_as_the_text_that_it_is(outcomes: dict[str, O
             assert outcome.card == pytest.approx(outcome.engine, abs=1e-4)
 
 
-def test_what_the_plain_card_makes_of_it(outcomes: dict[str, Outcome]) -> None:
-    """The three findings that docs/prompt-escape.md draws from the table."""
+def test_the_plain_card_parses_control_tokens(outcomes: dict[str, Outcome]) -> None:
+    """The three findings of docs/prompt-escape.md."""
     honest = outcomes["nothing: an irrelevant document"]
     closed = outcomes["a query that ends its turn"]
     assert min(closed.card) > 0.5, "with four characters more in the query, everything is relevant"
     assert closed.engine[closed.attack.target] == pytest.approx(honest.engine[closed.attack.target], abs=0.01)
-    found = outcomes["a document with control tokens found by search"]
+    searched = outcomes["a document with control tokens found by search"]
     before = outcomes["nothing: a document that half fits"]
-    assert found.rank(found.card) < before.rank(before.card) <= found.rank(found.engine)
+    assert searched.rank(searched.card) < before.rank(before.card) <= searched.rank(searched.engine)
     repeated = outcomes["plain text: an irrelevant document that repeats the query"]
     assert repeated.rank(repeated.engine) == repeated.rank(repeated.card) == 1
 
@@ -217,5 +222,5 @@ def test_the_document_quotes_the_figures_that_are_measured(outcomes: dict[str, O
 def test_the_tokenizers_own_switch_is_not_enough(tokenizer: PreTrainedTokenizerBase) -> None:
     """docs/prompt-escape.md says so: `split_special_tokens` splits the special ones alone."""
     ids = tokenizer.encode("<|im_end|><think></think>", add_special_tokens=False, split_special_tokens=True)
-    left = set(ids) & set(tokenizer.added_tokens_decoder)
-    assert {tokenizer.decode([i]) for i in left} == {"<think>", "</think>"}
+    parsed = set(ids) & set(tokenizer.added_tokens_decoder)
+    assert {tokenizer.decode([i]) for i in parsed} == {"<think>", "</think>"}

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from reranker import Scorer
-from reranker.engine import acceleration as speedup
-from reranker.engine import attention
+from reranker.engine import acceleration, attention
 from reranker.engine.acceleration import (
     TOLERANCE,
     TOLERANCE_QUANTIZED,
@@ -25,8 +24,7 @@ from reranker.engine.acceleration import (
 )
 from reranker.engine.attention import SdpaAttention, VarlenAttention
 from reranker.engine.batch import PackedBatch, pack, pad
-from reranker.engine.families.qwen3 import PLAIN
-from reranker.engine.graphs import MOST_TOKENS, SIZES, Graphs, bucket, fits
+from reranker.engine.graphs import MAX_TOKENS, SIZES, Graphs, bucket, fits
 from reranker.engine.model import Model
 from reranker.types import EncodedRequest, Slice
 from tests.engine.test_attention import by_the_book
@@ -36,7 +34,7 @@ CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA
 
 @pytest.fixture
 def scorer(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scorer:
-    """The model with the GPU's attention, whose kernel is replaced by one that follows its documentation."""
+    """The model with the GPU's attention and a stand-in for the kernel that follows its documentation."""
     monkeypatch.setattr(attention, "varlen_attn", by_the_book)
     scorer = Scorer.load(model_path, device="cpu", precision="float32")
     scorer.model.kernel = VarlenAttention
@@ -67,10 +65,10 @@ def test_padding_to_a_bucket_changes_no_score(scorer: Scorer) -> None:
         padded += 1
         larger = pad(batch, shape)
         assert len(larger.input_ids) == shape.tokens >= batch.tokens
-        got = scorer.model.forward(larger)
-        assert len(got) == shape.documents
-        assert torch.isfinite(got).all()
-        torch.testing.assert_close(got[: batch.shape.documents], scorer.model.forward(batch), atol=1e-5, rtol=0)
+        actual = scorer.model.forward(larger)
+        assert len(actual) == shape.documents
+        assert torch.isfinite(actual).all()
+        torch.testing.assert_close(actual[: batch.shape.documents], scorer.model.forward(batch), atol=1e-5, rtol=0)
     assert padded >= 8
 
 
@@ -78,15 +76,15 @@ def test_a_batch_that_fills_its_bucket_is_padded_with_nothing(scorer: Scorer) ->
     batch = scorer.pack([Slice(EncodedRequest([5] * 28, [list(range(60)), list(range(40))]), 0, 2)])
     assert isinstance(batch, PackedBatch)
     assert batch.tokens == 128
-    got = scorer.model.forward(pad(batch, bucket(128)))[:2]
-    torch.testing.assert_close(got, scorer.model.forward(batch), atol=1e-5, rtol=0)
+    actual = scorer.model.forward(pad(batch, bucket(128)))[:2]
+    torch.testing.assert_close(actual, scorer.model.forward(batch), atol=1e-5, rtol=0)
 
 
 def test_buckets_cover_the_small_batches_and_nothing_else() -> None:
     assert [bucket(tokens).tokens for tokens in (1, 128, 129, 2048)] == [128, 128, 256, 2048]
-    assert bucket(MOST_TOKENS).tokens == SIZES[-1]
-    assert bucket(MOST_TOKENS + 1).tokens not in SIZES
-    assert all(bucket(size).documents <= attention._MOST_LAST for size in SIZES)
+    assert bucket(MAX_TOKENS).tokens == SIZES[-1]
+    assert bucket(MAX_TOKENS + 1).tokens not in SIZES
+    assert all(bucket(size).documents <= attention.MAX_LAST_QUERIES for size in SIZES)
     words = [1] * 130
     ten = pack([Slice(EncodedRequest([1] * 80, [words] * 10), 0, 10)])
     assert fits(ten, bucket(ten.tokens))
@@ -101,9 +99,7 @@ def test_buckets_cover_the_small_batches_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("static_prefix", [1, 60, 512])
-def test_what_is_recorded_and_compared_fits_its_bucket(
-    scorer: Scorer, static_prefix: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_samples_fit_their_buckets(scorer: Scorer, static_prefix: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scorer.model, "static_prefix", [7] * static_prefix)
     for tokens in (*SIZES, *(size - 16 for size in SIZES)):
         batch = sample(tokens, scorer.model)
@@ -111,21 +107,21 @@ def test_what_is_recorded_and_compared_fits_its_bucket(
         assert fits(batch, bucket(tokens))
 
 
-def test_the_comparison_finds_a_wrong_and_a_slow_way() -> None:
+def test_the_comparison_finds_a_wrong_and_a_slow_path() -> None:
     right = torch.randn(4, 32)
     assert differs(lambda: right * 1.01, lambda: right) == ""
     assert slower(lambda: right * 1.01, lambda: right) == ""
     wrong = right.clone()
     wrong[3] = wrong[3].roll(1)
-    assert "differ by" in differs(lambda: wrong, lambda: right)
-    assert "differ by" in differs(lambda: right * float("nan"), lambda: right)
+    assert "hidden states differ" in differs(lambda: wrong, lambda: right)
+    assert "hidden states differ" in differs(lambda: right * float("nan"), lambda: right)
     # One document of eight that is wrong hides behind the mean of coarse ones.
     many = torch.randn(8, 32)
     one = torch.cat([many[:1].roll(1), many[1:]])
     assert ((one - many).norm(dim=-1) / many.norm(dim=-1)).mean() < TOLERANCE_QUANTIZED
-    assert "differ by" in differs(lambda: one, lambda: many, TOLERANCE_QUANTIZED)
-    assert "differ by" in differs(lambda: right * (1 + 2 * TOLERANCE), lambda: right)
-    assert "does not take" in differs(lambda: None, lambda: right)
+    assert "hidden states differ" in differs(lambda: one, lambda: many, TOLERANCE_QUANTIZED)
+    assert "hidden states differ" in differs(lambda: right * (1 + 2 * TOLERANCE), lambda: right)
+    assert "does not accept" in differs(lambda: None, lambda: right)
 
     def slow() -> torch.Tensor:
         time.sleep(0.05)
@@ -135,14 +131,14 @@ def test_the_comparison_finds_a_wrong_and_a_slow_way() -> None:
 
 
 class Recorder:
-    """CUDA graphs on the CPU: a replay reads what the recorded call read and writes what it wrote, as a GPU's does."""
+    """CUDA graphs on the CPU: a replay reads the input and writes the output of the recorded call, as on a GPU."""
 
     def __init__(self, scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
         self.model = scorer.model
         self.calls: list[tuple[PackedBatch, torch.Tensor]] = []
         self.replays: list[int] = []
         self.wrong: set[int] = set()
-        """Tokens whose replays compute something else."""
+        """Sizes in tokens whose replays give wrong results."""
         recorder, nothing, hidden = self, contextlib.nullcontext(), Model.hidden
 
         class Graph:
@@ -181,57 +177,57 @@ def recorder(scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> Recorder:
     return Recorder(scorer, monkeypatch)
 
 
-def test_a_replay_is_the_pass_of_the_batch_that_is_put_in(scorer: Scorer, recorder: Recorder) -> None:
+def test_a_replay_is_the_pass_of_its_input_batch(scorer: Scorer, recorder: Recorder) -> None:
     graphs = Graphs(recorder.model.hidden, torch.device("cpu"))
     for size in (512, 256, 128):
         graphs.record(sample(size, recorder.model))
     rng = random.Random(22)
     for _ in range(40):
         batch = batch_of(rng, scorer)
-        got, shape = graphs.replay(batch), bucket(batch.tokens)
-        assert (got is None) == (shape.tokens not in (128, 256, 512) or not fits(batch, shape))
-        if got is not None:
+        actual, shape = graphs.replay(batch), bucket(batch.tokens)
+        assert (actual is None) == (shape.tokens not in (128, 256, 512) or not fits(batch, shape))
+        if actual is not None:
             assert recorder.replays[-1] == shape.tokens
-            torch.testing.assert_close(got, recorder.model.hidden(batch), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(actual, recorder.model.hidden(batch), atol=1e-5, rtol=1e-5)
     assert set(recorder.replays) == {128, 256, 512}
-    graphs.forget(256)
+    graphs.drop(256)
     assert len(graphs) == 2
     assert graphs.replay(sample(250, recorder.model)) is None
 
 
-def test_scores_come_from_replays_where_there_are_some(scorer: Scorer, recorder: Recorder) -> None:
+def test_scores_come_from_replays_where_a_recording_fits(scorer: Scorer, recorder: Recorder) -> None:
     rng = random.Random(24)
     batches = [batch_of(rng, scorer) for _ in range(20)]
-    wanted = [scorer.score(batch) for batch in batches]
+    reference = [scorer.score(batch) for batch in batches]
     scorer.model.graphs = Graphs(recorder.model.hidden, torch.device("cpu"))
     scorer.model.graphs.record(sample(256, scorer.model))
-    for batch, logits in zip(batches, wanted, strict=True):
+    for batch, logits in zip(batches, reference, strict=True):
         assert scorer.score(batch) == pytest.approx(logits, abs=1e-4)
     assert 1 <= len(recorder.replays) < 20
 
 
 @pytest.fixture
 def quick(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    """For `record_passes`, to which no replay is slower: one costs nothing here but the plain pass itself."""
-    monkeypatch.setattr(speedup, "slower", lambda fast, plain: "")
+    """A recorder whose replays never count as slower: here a replay is an eager pass."""
+    monkeypatch.setattr(acceleration, "slower", lambda fast, eager: "")
     return recorder
 
 
-def test_every_size_that_holds_is_recorded(quick: Recorder) -> None:
+def test_every_size_that_passes_is_recorded(quick: Recorder) -> None:
     assert record_passes(quick.model) == ""
     assert quick.model.graphs is not None
     assert len(quick.model.graphs) == len(SIZES)
 
 
-def test_one_that_computes_something_else_speaks_against_all(quick: Recorder) -> None:
+def test_one_wrong_recording_rules_out_all(quick: Recorder) -> None:
     quick.wrong.add(256)
-    assert record_passes(quick.model).startswith("256 tokens: hidden states differ by")
+    assert record_passes(quick.model).startswith("256 tokens: hidden states differ")
     assert quick.model.graphs is None
 
 
-def test_one_that_is_slower_is_left_out(quick: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = iter(["slower than the plain way", *[""] * 15])  # the largest, which is recorded first
-    monkeypatch.setattr(speedup, "slower", lambda fast, plain: next(told))
+def test_a_slower_size_is_dropped(quick: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons = iter(["slower than the eager path", *[""] * 15])  # the largest, which is recorded first
+    monkeypatch.setattr(acceleration, "slower", lambda fast, eager: next(reasons))
     assert record_passes(quick.model) == ""
     assert quick.model.graphs is not None
     assert len(quick.model.graphs) == len(SIZES) - 1
@@ -257,29 +253,29 @@ def test_where_attention_runs_segment_by_segment_nothing_is_recorded(quick: Reco
 @pytest.mark.cuda
 @CUDA
 @pytest.mark.parametrize("precision", ["bfloat16", "float16", "float8"])
-def test_replays_equal_the_plain_way(model_path: Path, precision: str) -> None:
+def test_replays_equal_the_eager_path(model_path: Path, precision: str) -> None:
     scorer = Scorer.load(model_path, device="cuda", precision=precision)
     model = scorer.model
-    graphs = Graphs(lambda batch: model.hidden(batch, model.stages), model.device)
+    graphs = Graphs(lambda batch: model.hidden(batch, model.compiled), model.device)
     for size in (512, 256, 128):
         graphs.record(sample(size, model))
     rng = random.Random(22)
     replayed = 0
     for _ in range(40):
         batch = batch_of(rng, scorer)
-        got = graphs.replay(batch)
-        if got is None:
+        actual = graphs.replay(batch)
+        if actual is None:
             continue
         replayed += 1
-        wanted = model.hidden(batch.to(model.device))
-        assert ((got - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max() < tolerance(model)
+        reference = model.hidden(batch.to(model.device))
+        assert ((actual - reference).norm(dim=-1) / reference.norm(dim=-1)).max() < tolerance(model)
     assert replayed >= 10
 
 
 @pytest.mark.cuda
 @CUDA
 def test_a_pass_synchronises_once(model_path: Path) -> None:
-    """From the packed batch to the logits on the device there is none; `tolist` is the one."""
+    """In `tolist`; none from the packed batch to the logits on the device."""
     scorer = Scorer.load(model_path, device="cuda", precision="bfloat16")
     small = scorer.pack(sample(512, scorer.model).slices)
     large = scorer.pack(sample(4096, scorer.model).slices)
@@ -296,10 +292,10 @@ def test_a_pass_synchronises_once(model_path: Path) -> None:
 
 @pytest.mark.cuda
 @CUDA
-def test_the_paths_are_taken_on_this_gpu(model_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Not a matter of right or wrong, which the fall-back sees to, but of speed: here it would be lost in silence."""
+def test_this_gpu_uses_both_paths(model_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The fallback keeps scores right without them, so only this test notices the loss of speed."""
     with caplog.at_level("INFO"):
         model = Scorer.load(model_path, device="cuda", precision="bfloat16").model
     assert model.graphs is not None, caplog.text
     assert len(model.graphs) == len(SIZES)
-    assert model.stages is not PLAIN, caplog.text
+    assert model.compiled is not None, caplog.text

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.card import Card
 from reranker import Scorer
 from reranker.engine import lanes as lanes_module
+from reranker.engine import warmup
 from reranker.engine.batch import PackedBatch
 from reranker.engine.lanes import MIN_TOKENS, DealtBatch, Lanes, deal
 from reranker.types import EncodedRequest, Slice
-from tests.engine.card import Card
 from tests.engine.test_scorer import expected, packed, requests
 
 
@@ -224,14 +225,14 @@ def test_as_many_lanes_as_are_fastest(
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
 
-    def fastest(self: Scorer, documents: int) -> float:
-        if self.lanes:  # the measured batch must use the lanes in question
-            batch = self._warm_up_batch(documents)
+    def shortest_pass(scorer: Scorer, documents: int) -> float:
+        if scorer.lanes:  # what is measured is what is asked about
+            batch = warmup.warm_up_batch(scorer, documents)
             assert isinstance(batch, DealtBatch)
-            assert len(batch.parts) == self.lanes.count
-        return seconds[self.lanes.count if self.lanes else 1]
+            assert len(batch.parts) == scorer.lanes.count
+        return seconds[scorer.lanes.count if scorer.lanes else 1]
 
     monkeypatch.setattr(lanes_module, "MIN_TOKENS", MIN_TOKENS)
-    monkeypatch.setattr(Scorer, "_fastest", fastest)
-    scorer._choose_lanes(1, scorer._measure(scorer._warm_up_batch(1))[0])
+    monkeypatch.setattr(warmup, "shortest_pass", shortest_pass)
+    warmup.choose_lanes(scorer, 1, warmup.Rate(1.0, 1.0))
     assert (scorer.lanes.count if scorer.lanes else None) == chosen

@@ -31,8 +31,8 @@ def test_remote_code_beside_a_right_checkpoint_does_not_run(tmp_path: Path) -> N
     assert len(Scorer.load(path, device="cpu").rerank("a", ["b"])) == 1
 
 
-def test_the_attention_of_the_config_is_not_what_decides(tmp_path: Path) -> None:
-    """It names a package that a checkpoint was trained with; the engine has attention of its own."""
+def test_the_attention_of_the_config_is_ignored(tmp_path: Path) -> None:
+    """It names a package used in training; the engine has its own attention."""
     path = make_model(tmp_path / "m", layers=1)
     scores = Scorer.load(path, device="cpu").rerank("a", ["b", "c"])
     for name in ("attn_implementation", "_attn_implementation"):
@@ -40,7 +40,7 @@ def test_the_attention_of_the_config_is_not_what_decides(tmp_path: Path) -> None
         assert Scorer.load(path, device="cpu").rerank("a", ["b", "c"]) == scores
 
 
-def test_weights_that_do_not_fit_are_an_error_with_figures(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_do_not_fit_are_an_error_with_sizes(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model, "parameters", lambda path: 4 * 10**12)
     message = refused(model_path, precision="bfloat16", max_memory_percentage=50)
     assert "7450.6 GiB in bfloat16" in message
@@ -65,7 +65,7 @@ def test_only_weights_that_are_not_finite_are_damaged(tmp_path: Path, precision:
 def test_what_a_machine_cannot_compute_is_named_as_what_it_is(
     model_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    def fail(made: Model, batch: PackedBatch) -> torch.Tensor:
+    def fail(model: Model, batch: PackedBatch) -> torch.Tensor:
         raise error
 
     monkeypatch.setattr(Model, "forward", fail)

@@ -9,17 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from reranker.engine.prompt import QWEN3_TOKENS, Prompt
+from benchmarks.card import Card
+from reranker.engine.families.qwen3 import TEMPLATE, answer_tokens
+from reranker.engine.prompt import Prompt
 from reranker.engine.scores import per_document
 from reranker.errors import InvalidRequestError, ModelLoadError
 from reranker.types import MAX_CHUNKS, EncodedRequest, RerankRequest, RerankResult, Slice
 from tests.conftest import DEMO
-from tests.engine.card import Card
 
 TOKENIZER = AutoTokenizer.from_pretrained(str(DEMO))
-PROMPT = Prompt(TOKENIZER)
+PROMPT = Prompt(TOKENIZER, TEMPLATE)
 CONTROL = [str(token) for token in TOKENIZER.added_tokens_decoder.values()]
-# Text of every kind, and the pieces that break prompts.
+# Arbitrary text, and pieces that break prompts.
 TEXT = st.text(max_size=60) | st.lists(
     st.sampled_from(
         [
@@ -47,7 +48,7 @@ ORDINARY = TEXT.filter(lambda text: not any(token in text for token in CONTROL))
 
 @settings(max_examples=300, deadline=None)
 @given(query=ORDINARY, document=ORDINARY, instruction=ORDINARY)
-def test_the_cut_prompt_is_the_cards_prompt_token_for_token(
+def test_the_prompt_is_the_cards_prompt_token_for_token(
     card: Card, query: str, document: str, instruction: str
 ) -> None:
     encoded = PROMPT.encode(RerankRequest(query, [document], instruction))
@@ -67,8 +68,8 @@ def test_no_text_becomes_a_control_token(parts: list[str]) -> None:
     assert encoded.documents[0][-len(PROMPT.suffix) :] == PROMPT.suffix
 
 
-def test_what_is_kept_is_what_prompts_begin_with() -> None:
-    prompt = Prompt(TOKENIZER, instruction="Find the bug")
+def test_the_cached_prefix_is_the_common_start_with_the_static_prefix() -> None:
+    prompt = Prompt(TOKENIZER, TEMPLATE, instruction="Find the bug")
     plain = RerankRequest("q", ["d", "e"])
 
     def shared(request: RerankRequest) -> int:
@@ -90,16 +91,16 @@ def test_what_is_kept_is_what_prompts_begin_with() -> None:
     assert prompt.encode(plain).cached_prefix_len == 0
 
 
-def test_some_of_a_prefix_is_always_left_to_compute() -> None:
-    """A default instruction that holds a whole prompt of another."""
-    prompt = Prompt(TOKENIZER, instruction="Find\n<Query>: q\n<Document>: and so on")
+def test_a_prefix_is_never_cached_as_a_whole() -> None:
+    """Even if the default instruction contains a whole prompt of another one."""
+    prompt = Prompt(TOKENIZER, TEMPLATE, instruction="Find\n<Query>: q\n<Document>: and so on")
     encoded = prompt.encode(RerankRequest("q", ["d"], "Find"), prompt.static_prefix)
     assert prompt.static_prefix[: len(encoded.prefix)] == encoded.prefix
     assert encoded.cached_prefix_len == len(encoded.prefix) - 1
 
 
-def test_of_a_very_long_default_instruction_the_start_is_kept() -> None:
-    prompt = Prompt(TOKENIZER, instruction="word " * 5000)
+def test_only_the_start_of_a_very_long_default_instruction_is_cached() -> None:
+    prompt = Prompt(TOKENIZER, TEMPLATE, instruction="word " * 5000)
     encoded = prompt.encode(RerankRequest("q", ["d"]), prompt.static_prefix)
     assert encoded.cached_prefix_len == len(prompt.static_prefix) == 512
 
@@ -110,8 +111,8 @@ def test_a_surrogate_is_replaced() -> None:
 
 @pytest.mark.parametrize("unit", ["word ", "中文字", "a", " ", "\n", "=-", "e\u0301", "🙂"])
 @pytest.mark.parametrize("room", [20, 100, 700])
-def test_a_long_document_is_cut_where_the_card_cuts_it(card: Card, unit: str, room: int) -> None:
-    prompt = Prompt(TOKENIZER, max_seq_length=room + 100)
+def test_a_long_document_is_truncated_as_on_the_card(card: Card, unit: str, room: int) -> None:
+    prompt = Prompt(TOKENIZER, TEMPLATE, max_seq_length=room + 100)
     card.max_length = room + 100
     try:
         encoded = prompt.encode(RerankRequest("q", [unit * 20_000, "short"]))
@@ -124,12 +125,12 @@ def test_a_long_document_is_cut_where_the_card_cuts_it(card: Card, unit: str, ro
     assert encoded.prefix + encoded.documents[0] == expected
 
 
-def test_a_document_that_just_fits_is_not_cut() -> None:
+def test_a_document_that_just_fits_is_not_truncated() -> None:
     encoded = PROMPT.encode(RerankRequest("q", ["word " * 50]))
     needed = len(encoded.prefix) + len(encoded.documents[0])
-    fits = Prompt(TOKENIZER, max_seq_length=needed).encode(RerankRequest("q", ["word " * 50]))
+    fits = Prompt(TOKENIZER, TEMPLATE, max_seq_length=needed).encode(RerankRequest("q", ["word " * 50]))
     assert fits == encoded
-    cut = Prompt(TOKENIZER, max_seq_length=needed - 1).encode(RerankRequest("q", ["word " * 50]))
+    cut = Prompt(TOKENIZER, TEMPLATE, max_seq_length=needed - 1).encode(RerankRequest("q", ["word " * 50]))
     assert cut.truncated == {0}
     assert len(cut.documents[0]) == len(encoded.documents[0]) - 1
 
@@ -141,16 +142,16 @@ def test_ten_million_characters_are_not_tokenised(monkeypatch: pytest.MonkeyPatc
         def encode_batch_fast(self, texts: list[str], **options: bool) -> object:
             nonlocal seen
             seen += sum(map(len, texts))
-            return PROMPT.plain.encode_batch_fast(texts, **options)
+            return PROMPT.text_tokenizer.encode_batch_fast(texts, **options)
 
-    prompt = Prompt(TOKENIZER, max_seq_length=512)
-    monkeypatch.setattr(prompt, "plain", Counting())
+    prompt = Prompt(TOKENIZER, TEMPLATE, max_seq_length=512)
+    monkeypatch.setattr(prompt, "text_tokenizer", Counting())
     assert prompt.encode(RerankRequest("q", ["some words " * 1_000_000])).truncated == {0}
     assert seen < 10_000
 
 
 def test_a_query_without_room_for_a_document_is_refused() -> None:
-    prompt = Prompt(TOKENIZER, max_seq_length=256)
+    prompt = Prompt(TOKENIZER, TEMPLATE, max_seq_length=256)
     with pytest.raises(InvalidRequestError, match="leave no room for a document") as caught:
         prompt.encode(RerankRequest("word " * 1000, ["a"]))
     assert caught.value.status == 422
@@ -158,7 +159,7 @@ def test_a_query_without_room_for_a_document_is_refused() -> None:
 
 
 def test_the_instruction_of_the_request_replaces_the_default() -> None:
-    prompt = Prompt(TOKENIZER, instruction="Find the bug")
+    prompt = Prompt(TOKENIZER, TEMPLATE, instruction="Find the bug")
     assert prompt.encode(RerankRequest("q", ["d"])) == PROMPT.encode(RerankRequest("q", ["d"], "Find the bug"))
     assert prompt.encode(RerankRequest("q", ["d"], "")) == PROMPT.encode(RerankRequest("q", ["d"], ""))
 
@@ -167,7 +168,13 @@ def test_a_tokenizer_whose_control_tokens_can_be_forged_is_refused() -> None:
     tokenizer = AutoTokenizer.from_pretrained(str(DEMO))
     tokenizer.add_special_tokens({"extra_special_tokens": ["the"]})  # an ordinary entry of the vocabulary as well
     with pytest.raises(ModelLoadError, match="could be forged"):
-        Prompt(tokenizer)
+        Prompt(tokenizer, TEMPLATE)
+
+
+def test_a_tokenizer_without_the_templates_control_tokens_is_refused() -> None:
+    tokens = TEMPLATE.control_tokens | {"<|turn|>"}
+    with pytest.raises(ModelLoadError, match=r"has no token <\|turn\|>: use the original checkpoint's tokenizer"):
+        Prompt(TOKENIZER, replace(TEMPLATE, suffix="<|turn|>", control_tokens=tokens))
 
 
 @pytest.mark.parametrize("token", [None, TOKENIZER.unk_token_id])
@@ -175,19 +182,19 @@ def test_a_tokenizer_without_the_answers_is_refused(monkeypatch: pytest.MonkeyPa
     known = TOKENIZER.convert_tokens_to_ids
     monkeypatch.setattr(TOKENIZER, "convert_tokens_to_ids", lambda text: token if text == "no" else known(text))
     with pytest.raises(ModelLoadError, match="has no token 'no'"):
-        Prompt(TOKENIZER)
+        answer_tokens(TOKENIZER)
 
 
 def test_words_that_a_fine_tune_added_are_known_and_control_tokens_are_not() -> None:
     tokenizer = AutoTokenizer.from_pretrained(str(DEMO))
     tokenizer.add_tokens(["gzip", "<Query>"])
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|steer|>"]})
-    prompt = Prompt(tokenizer)
+    prompt = Prompt(tokenizer, TEMPLATE)
     prompt.check(tokenizer)
     text = "gzip and <Query> of a gzipped file"
-    assert prompt.plain.encode(text).ids == tokenizer.encode(text, add_special_tokens=False)
-    for control in [*QWEN3_TOKENS, "<|steer|>"]:
-        ids = prompt.plain.encode(f"a {control} b").ids
+    assert prompt.text_tokenizer.encode(text).ids == tokenizer.encode(text, add_special_tokens=False)
+    for control in [*TEMPLATE.control_tokens, "<|steer|>"]:
+        ids = prompt.text_tokenizer.encode(f"a {control} b").ids
         assert tokenizer.convert_tokens_to_ids(control) not in ids
         assert tokenizer.decode(ids) == f"a {control} b"
 
@@ -198,12 +205,12 @@ def rest(document: list[int]) -> list[int]:
     return document[: -len(PROMPT.suffix)]
 
 
-def test_max_tokens_per_doc_cuts_shorter_than_what_fits() -> None:
+def test_max_tokens_per_doc_truncates_below_the_room() -> None:
     whole = PROMPT.encode(RerankRequest("q", ["one two three four five", "x"]))
     cut = PROMPT.encode(RerankRequest("q", ["one two three four five", "x"], max_tokens_per_doc=3))
     assert (whole.truncated, cut.truncated) == (frozenset(), frozenset({0}))
     assert [rest(d) for d in cut.documents] == [rest(d)[:3] for d in whole.documents]
-    # More than fits is no wish at all.
+    # A limit above the room has no effect.
     large = PROMPT.encode(RerankRequest("q", ["word " * 20_000], max_tokens_per_doc=10**30))
     assert large == PROMPT.encode(RerankRequest("q", ["word " * 20_000]))
 
@@ -233,7 +240,7 @@ def test_chunks_are_consecutive_windows_of_the_documents_tokens(documents: list[
     assert encoded.truncated == cut
 
 
-def test_borders_of_chunks_are_those_of_the_text() -> None:
+def test_borders_of_chunks_partition_the_text() -> None:
     text = "one two three four five six seven"
     encoded = PROMPT.encode(RerankRequest("q", [text], max_tokens_per_doc=1, max_chunks_per_doc=99))
     assert encoded.chunks is not None
@@ -241,7 +248,7 @@ def test_borders_of_chunks_are_those_of_the_text() -> None:
     parts = [text[a:b] for a, b in itertools.pairwise(borders)]
     assert "".join(parts) == text
     for part, document in zip(parts, encoded.documents, strict=True):
-        assert PROMPT.plain.decode(rest(document)).strip() == part.strip()
+        assert PROMPT.text_tokenizer.decode(rest(document)).strip() == part.strip()
 
 
 def test_the_number_of_chunks_is_bounded() -> None:
@@ -250,10 +257,10 @@ def test_the_number_of_chunks_is_bounded() -> None:
     assert (len(encoded.documents), encoded.truncated) == (MAX_CHUNKS, frozenset({0}))
 
 
-def test_a_document_that_may_not_be_cut_is_named_by_its_place() -> None:
+def test_a_document_that_may_not_be_truncated_is_named_by_its_index() -> None:
     documents = ["a", "one two three four five"]
     request = RerankRequest("q", documents, max_tokens_per_doc=3, truncate=False, positions=[4, 11])
-    with pytest.raises(InvalidRequestError, match=r"documents\[11\]: longer than the 3 tokens") as caught:
+    with pytest.raises(InvalidRequestError, match=r"documents\[11\]: longer than the limit of 3 tokens") as caught:
         PROMPT.encode(request)
     assert "four" not in str(caught.value)
     fits = RerankRequest("q", ["a", "one two three"], max_chunks_per_doc=2, max_tokens_per_doc=3, truncate=False)
@@ -262,14 +269,14 @@ def test_a_document_that_may_not_be_cut_is_named_by_its_place() -> None:
 
 def read_query(prompt: Prompt, prefix: list[int]) -> str:
     """The query in a prefix, of a vocabulary in which every token is text."""
-    text: str = prompt.plain.decode(prefix[len(prompt.system) :])
+    text: str = prompt.text_tokenizer.decode(prefix[len(prompt.system) :])
     return text.partition("\n<Query>: ")[2].removesuffix("\n<Document>:")
 
 
 @pytest.mark.parametrize("unit", ["word ", "中文字", "a", " ", "\n", "=-", "e\u0301", "🙂", "don't "])
 @pytest.mark.parametrize("length", [100, 257, 1000])
 def test_a_truncated_query_is_the_cards_prompt_of_its_start(card: Card, unit: str, length: int) -> None:
-    prompt = Prompt(TOKENIZER, max_seq_length=length)
+    prompt = Prompt(TOKENIZER, TEMPLATE, max_seq_length=length)
     query = unit * 5000
     request = RerankRequest(query, ["a document", "word " * 5000], truncate_query=True)
     encoded = prompt.encode(request)
@@ -277,7 +284,7 @@ def test_a_truncated_query_is_the_cards_prompt_of_its_start(card: Card, unit: st
     assert encoded.query_truncated
     assert unicodedata.normalize("NFC", query).startswith(start)  # which the tokenizer composes
     assert start
-    # What is left beside prompt and instruction is shared between the query and a document.
+    # Query and document share the room beside template and instruction.
     free = length - len(prompt.suffix) - len(prompt.encode(RerankRequest("", ["x"])).prefix)
     used = len(encoded.prefix) + free + len(prompt.suffix) - length
     assert free / 2 - 8 <= used <= free / 2 + 2
@@ -296,11 +303,11 @@ def test_a_query_that_leaves_any_room_stays_whole() -> None:
     words = "word " * 100
     needed = len(PROMPT.encode(RerankRequest(words, [""])).prefix) + len(PROMPT.suffix)
     for room in (1, 2, 100):
-        prompt = Prompt(TOKENIZER, max_seq_length=needed + room)
+        prompt = Prompt(TOKENIZER, TEMPLATE, max_seq_length=needed + room)
         whole = prompt.encode(RerankRequest(words, ["one two three"], truncate_query=True))
         assert whole == prompt.encode(RerankRequest(words, ["one two three"]))
         assert not whole.query_truncated
-    prompt = Prompt(TOKENIZER, max_seq_length=needed)
+    prompt = Prompt(TOKENIZER, TEMPLATE, max_seq_length=needed)
     assert prompt.encode(RerankRequest(words, ["one"], truncate_query=True)).query_truncated
     with pytest.raises(InvalidRequestError, match=r"send truncate: true to have it truncated, or raise MAX_SEQ_LENGTH"):
         prompt.encode(RerankRequest(words, ["one"]))
@@ -309,7 +316,7 @@ def test_a_query_that_leaves_any_room_stays_whole() -> None:
 @pytest.mark.parametrize("truncate_query", [True, False])
 @pytest.mark.parametrize("words", [150, 100_000])
 def test_an_instruction_is_never_truncated(words: int, truncate_query: bool) -> None:
-    prompt = Prompt(TOKENIZER, max_seq_length=200)
+    prompt = Prompt(TOKENIZER, TEMPLATE, max_seq_length=200)
     request = RerankRequest("word " * 500, ["a"], "word " * words, truncate_query=truncate_query)
     with pytest.raises(InvalidRequestError, match="the instruction leaves no room for a query and a document in 200 t"):
         prompt.encode(request)
@@ -323,19 +330,19 @@ def test_ten_million_characters_of_a_query_are_not_tokenised(monkeypatch: pytest
             def encode(texts: list[str], **options: bool) -> object:
                 nonlocal seen
                 seen += sum(map(len, texts))
-                return getattr(PROMPT.plain, name)(texts, **options)
+                return getattr(PROMPT.text_tokenizer, name)(texts, **options)
 
             return encode
 
-    prompt = Prompt(TOKENIZER, max_seq_length=512)
-    monkeypatch.setattr(prompt, "plain", Counting())
+    prompt = Prompt(TOKENIZER, TEMPLATE, max_seq_length=512)
+    monkeypatch.setattr(prompt, "text_tokenizer", Counting())
     encoded = prompt.encode(RerankRequest("some words " * 1_000_000, ["a"], truncate_query=True))
     assert encoded.query_truncated
     assert seen < 20_000
 
 
-def test_parts_of_a_request_know_that_its_query_was_truncated() -> None:
-    prompt = Prompt(TOKENIZER, max_seq_length=200)
+def test_parts_of_a_request_record_that_its_query_was_truncated() -> None:
+    prompt = Prompt(TOKENIZER, TEMPLATE, max_seq_length=200)
     request = RerankRequest("word " * 500, ["a", "b", "c"], truncate_query=True)
     whole = prompt.encode(request)
     assert EncodedRequest.join([prompt.encode(request.only([0])), prompt.encode(request.only([1, 2]))]) == whole

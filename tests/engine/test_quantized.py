@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.card import Card
 from reranker import Scorer
 from reranker.engine import model, precision, quantized
 from reranker.engine.quantized import Float8Linear, Int8Linear, difference, quantize
 from tests.conftest import DEMO, ROOT
-from tests.engine.card import Card
 from tests.engine.test_scorer import expected, packed, requests, worst
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")

@@ -1,4 +1,4 @@
-"""The test that licenses every optimisation: the engine equals the model card, one pair at a time."""
+"""Compare the engine with the model card, one pair at a time: the condition for every optimisation."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.card import Card
 from reranker import Scorer
 from reranker.engine.batch import PackedBatch
 from reranker.engine.budget import split
@@ -22,7 +23,6 @@ from reranker.engine.scores import sigmoid
 from reranker.errors import DeviceLostError, InvalidRequestError, ModelLoadError, ScoringError
 from reranker.types import RerankRequest, Slice
 from tests.conftest import DEMO, make_model
-from tests.engine.card import Card
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 WORDS = "the a of cat compress 压缩 文件 library 12 <|im_end|> \n 中文 . Python naïve , 🙂 http://x/y?z=1".split(" ")
@@ -61,34 +61,35 @@ def packed(scorer: Scorer, group: list[RerankRequest]) -> list[list[float]]:
     return [[next(flat) for _ in e.documents] for e in encoded]
 
 
-def worst(got: list[list[float]], wanted: list[list[float]]) -> float:
-    return max(abs(g - w) for gs, ws in zip(got, wanted, strict=True) for g, w in zip(gs, ws, strict=True))
+def worst(actual: list[list[float]], reference: list[list[float]]) -> float:
+    return max(abs(g - w) for gs, ws in zip(actual, reference, strict=True) for g, w in zip(gs, ws, strict=True))
 
 
 def test_many_requests_in_one_pass_equal_the_card(scorer: Scorer, card: Card) -> None:
     rng = random.Random(11)
-    wanted_all: list[float] = []
+    all_references: list[float] = []
     for _ in range(25):
         group = requests(rng, rng.randrange(1, 6))
-        wanted = [expected(card, r) for r in group]
-        assert worst(packed(scorer, group), wanted) < 1e-4
-        wanted_all += [w for ws in wanted for w in ws]
+        reference = [expected(card, r) for r in group]
+        assert worst(packed(scorer, group), reference) < 1e-4
+        all_references += [w for ws in reference for w in ws]
     # The model tells documents apart: a wrong computation could not hide behind equal logits.
-    assert torch.tensor(wanted_all).std() > 0.5
+    assert torch.tensor(all_references).std() > 0.5
 
 
-def test_what_every_prompt_begins_with_is_computed_once(scorer: Scorer, card: Card) -> None:
-    """At load; a pass begins where a request's prompt leaves it, be it early or never."""
-    kept = scorer.prompt.static_prefix
-    assert scorer.model.static_prefix == kept
-    assert len(kept) > len(scorer.prompt.system)
+def test_the_static_prefix_is_computed_once(scorer: Scorer, card: Card) -> None:
+    """At load; a pass computes the rest of each prefix, whatever its instruction shares with the default one."""
+    static_prefix = scorer.prompt.static_prefix
+    assert scorer.model.static_prefix == static_prefix
+    assert len(static_prefix) > len(scorer.prompt.system)
     group = [
         RerankRequest("what is it?", ["a cat", "压缩 文件 " * 30], instruction)
         for instruction in (None, "Given a web search", "", "Find the code")
     ]
     encoded = [scorer.encode(request) for request in group]
     assert [e.cached_prefix_len for e in encoded] == sorted((e.cached_prefix_len for e in encoded), reverse=True)
-    assert (encoded[0].cached_prefix_len, len({e.cached_prefix_len for e in encoded}) >= 3) == (len(kept), True)
+    assert encoded[0].cached_prefix_len == len(static_prefix)
+    assert len({e.cached_prefix_len for e in encoded}) >= 3
     batch = scorer.pack([Slice(e, 0, 2) for e in encoded])
     assert batch.tokens == sum(len(e.prefix) - e.cached_prefix_len + sum(map(len, e.documents)) for e in encoded)
     assert worst(packed(scorer, group), [expected(card, r) for r in group]) < 1e-4
@@ -104,14 +105,14 @@ def test_long_documents_and_long_queries_equal_the_card(scorer: Scorer, card: Ca
 
 
 @pytest.mark.parametrize(("tokens", "documents"), [(200, 99), (400, 2), (1, 99), (10_000, 1)])
-def test_cutting_to_any_budget_changes_nothing(scorer: Scorer, card: Card, tokens: int, documents: int) -> None:
+def test_scores_do_not_depend_on_the_budget(scorer: Scorer, card: Card, tokens: int, documents: int) -> None:
     request = requests(random.Random(13), 1, documents=40)[0]
     encoded = scorer.encode(request)
-    got = [x for s in split(encoded, tokens, documents) for x in scorer.score(scorer.pack([s]))]
-    assert worst([got], [expected(card, request)]) < 1e-4
+    actual = [x for s in split(encoded, tokens, documents) for x in scorer.score(scorer.pack([s]))]
+    assert worst([actual], [expected(card, request)]) < 1e-4
 
 
-def test_neighbours_in_the_batch_change_nothing(scorer: Scorer) -> None:
+def test_scores_do_not_depend_on_the_rest_of_the_batch(scorer: Scorer) -> None:
     rng = random.Random(14)
     request = requests(rng, 1, documents=20)[0]
     alone = packed(scorer, [request])[0]
@@ -143,7 +144,7 @@ def test_other_shapes_equal_the_card(tmp_path: Path, changes: dict[str, object])
 def test_half_precision_stays_near_and_does_not_depend_on_neighbours(
     model_path: Path, card: Card, precision: str, tolerance: float
 ) -> None:
-    """Random weights of this spread make logits of about 4; the tolerance is what rounding does to them."""
+    """Random weights of this spread give logits of about 4; the tolerance is their rounding error."""
     scorer = Scorer.load(model_path, device="cpu", precision=precision)
     assert scorer.info.precision == precision
     rng = random.Random(16)
@@ -180,7 +181,7 @@ print(sorted({{"fastapi", "starlette", "uvicorn", "gunicorn", "pydantic", "confi
 
 
 class Flaky:
-    """Stands for a device: fails the forward passes that a test names, otherwise the real model."""
+    """The real model on a device that fails the forward passes chosen by a test."""
 
     def __init__(self, scorer: Scorer, fails: object) -> None:
         self.model, self.fails, self.passes = scorer.model, fails, list[int]()
@@ -204,7 +205,7 @@ class Flaky:
         RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory: you tried to allocate"),
     ],
 )
-def test_out_of_memory_halves_the_budget_and_still_answers(model_path: Path, error: RuntimeError) -> None:
+def test_out_of_memory_halves_the_budget_and_still_scores(model_path: Path, error: RuntimeError) -> None:
     scorer = Scorer.load(model_path, device="cpu", max_batch_tokens=8192)
     request = RerankRequest("what?", ["some words of a document " * 20] * 40)
     expected = packed(scorer, [request])
@@ -251,7 +252,7 @@ def test_a_precision_that_failed_is_freed_before_the_next_is_loaded(
         gc.collect()
         alive.extend(reference() is not None for reference in earlier)
         model = load(*args)
-        earlier.append(weakref.ref(model.decoder))
+        earlier.append(weakref.ref(model.backbone))
         return model
 
     path = make_model(tmp_path / "m", std=100.0)
@@ -265,7 +266,7 @@ def test_an_instruction_without_room_is_a_start_up_error(model_path: Path) -> No
         Scorer.load(model_path, device="cpu", max_seq_length=128, instruction="very long " * 100)
 
 
-def test_a_device_error_is_told_from_other_errors(model_path: Path) -> None:
+def test_a_device_error_differs_from_other_errors(model_path: Path) -> None:
     scorer = Scorer.load(model_path, device="cpu")
     scorer.model = Flaky(scorer, lambda batch: torch.AcceleratorError("CUDA error: device-side assert"))  # type: ignore[assignment]
     with pytest.raises(DeviceLostError):
@@ -275,7 +276,7 @@ def test_a_device_error_is_told_from_other_errors(model_path: Path) -> None:
         scorer.rerank("a", ["b"])
 
 
-def test_a_score_that_is_not_a_number_never_leaves(model_path: Path) -> None:
+def test_a_score_that_is_not_a_number_is_an_error(model_path: Path) -> None:
     scorer = Scorer.load(model_path, device="cpu")
     scorer.score = lambda batch: [0.0, float("nan")]  # type: ignore[method-assign]
     with pytest.raises(ScoringError, match="not a number"):
@@ -283,7 +284,7 @@ def test_a_score_that_is_not_a_number_never_leaves(model_path: Path) -> None:
 
 
 def test_a_precision_without_finite_scores_falls_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Weights that overflow float16 (largest 65,504) and nothing else."""
+    """The weights overflow float16 (largest number 65,504), and no other precision."""
     path = make_model(tmp_path / "m", std=100.0)
     with caplog.at_level(logging.INFO):
         scorer = Scorer.load(path, device="cpu", precision="float16")
@@ -305,7 +306,7 @@ def test_the_choices_are_logged_with_their_reasons(model_path: Path, caplog: pyt
 def test_encoding_runs_beside_scoring(scorer: Scorer) -> None:
     group = requests(random.Random(17), 8)
     encoded = [scorer.encode(r) for r in group]
-    wanted = [scorer.score(scorer.pack([Slice(e, 0, len(e.documents))])) for e in encoded]
+    reference = [scorer.score(scorer.pack([Slice(e, 0, len(e.documents))])) for e in encoded]
     seen: list[bool] = []
     threads = [
         threading.Thread(target=lambda: seen.extend(scorer.encode(r) == e for r, e in zip(group, encoded, strict=True)))
@@ -313,10 +314,10 @@ def test_encoding_runs_beside_scoring(scorer: Scorer) -> None:
     ]
     for thread in threads:
         thread.start()
-    got = [scorer.score(scorer.pack([Slice(e, 0, len(e.documents))])) for e in encoded]
+    actual = [scorer.score(scorer.pack([Slice(e, 0, len(e.documents))])) for e in encoded]
     for thread in threads:
         thread.join()
-    assert worst(got, wanted) == 0
+    assert worst(actual, reference) == 0
     assert seen == [True] * 24
 
 
@@ -340,7 +341,7 @@ def test_cuda_equals_the_card(model_path: Path, card: Card, precision: str, tole
 @pytest.mark.cuda
 @CUDA
 def test_cuda_runs_out_of_memory_and_recovers(model_path: Path) -> None:
-    """In float32: nothing is recorded, so every pass allocates; 64 MiB beside what is held are a part of this one."""
+    """In float32 nothing is recorded, so every pass allocates; 64 MiB of free memory are less than this one needs."""
     scorer = Scorer.load(model_path, device="cuda", precision="float32", max_batch_tokens=4_000_000)
     request = RerankRequest("what?", ["some words of a document " * 20] * 2000)
     expected_logits = scorer.rerank("what?", request.documents[:1])
@@ -348,15 +349,15 @@ def test_cuda_runs_out_of_memory_and_recovers(model_path: Path) -> None:
     held = torch.cuda.memory_reserved() + (64 << 20)
     torch.cuda.set_per_process_memory_fraction(held / torch.cuda.get_device_properties(0).total_memory)
     try:
-        got = scorer.rerank("what?", request.documents)
+        actual = scorer.rerank("what?", request.documents)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert got == pytest.approx(expected_logits * 2000, abs=1e-3)
+    assert actual == pytest.approx(expected_logits * 2000, abs=1e-3)
     assert scorer.max_batch_tokens < 4_000_000
 
 
 def test_a_folder_loaded_twice_gives_the_same_scores(model_path: Path) -> None:
-    """Weights that come from anywhere but the files would be others in every worker."""
+    """Weights that do not come from the files would differ between workers."""
     query, documents = "how to compress files", ["gzip compresses files", "a game of chess", "压缩"]
     first, second = (Scorer.load(model_path, device="cpu", precision="float32") for _ in range(2))
     assert first.rerank(query, documents) == second.rerank(query, documents)
@@ -364,7 +365,7 @@ def test_a_folder_loaded_twice_gives_the_same_scores(model_path: Path) -> None:
 
 @pytest.mark.parametrize("rope", ["default", "linear", "yarn", "llama3"])
 def test_a_document_scores_alone_as_beside_others(tmp_path: Path, rope: str) -> None:
-    """However long the others are: some kinds of rotary embedding choose their frequencies by the longest."""
+    """Some rotary embeddings choose their frequencies by the longest sequence; these do not."""
     parameters = {
         "rope_type": rope,
         "rope_theta": 1e6,
@@ -385,7 +386,7 @@ def test_a_document_scores_alone_as_beside_others(tmp_path: Path, rope: str) -> 
     assert together == pytest.approx(alone, abs=1e-4)
 
 
-def test_the_library_refuses_what_is_no_list_of_texts_and_says_what_is_truncated(
+def test_the_library_refuses_arguments_of_other_types_and_reports_truncation(
     model_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     scorer = Scorer.load(model_path, device="cpu", max_seq_length=200)

@@ -46,6 +46,6 @@ def test_parts_of_a_request_are_joined_in_order() -> None:
     assert whole == EncodedRequest([0], [[1], [2], [3]], frozenset({2}))
 
 
-def test_some_documents_of_a_request_know_their_places_in_it() -> None:
+def test_a_part_of_a_request_records_its_documents_indices() -> None:
     part = RerankRequest("q", ["a", "b", "c", "d"], "i", 5, 3, truncate=False).only([1, 3]).only(range(1, 2))
     assert part == RerankRequest("q", ["d"], "i", 5, 3, truncate=False, positions=[3])

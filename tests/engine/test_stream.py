@@ -1,4 +1,4 @@
-"""Many requests through one scorer: the same scores as one by one, in order, in full passes, read lazily."""
+"""Many requests through one scorer: scores as one by one, in order, in full passes, read lazily."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 
 from reranker import Scorer
-from reranker.engine.budget import fill
+from reranker.engine.budget import full_batches
 from reranker.engine.scores import sigmoid
 from reranker.engine.stream import rerank_many
 from reranker.errors import InvalidRequestError, RerankError, ScoringError
@@ -20,7 +20,7 @@ from tests.fake import PREFIX, FakeScorer
 
 
 @pytest.mark.parametrize("budget", [300, 5000])
-def test_the_same_as_one_by_one(budget: int, model_path: Path) -> None:
+def test_scores_equal_those_of_single_requests(budget: int, model_path: Path) -> None:
     scorer = Scorer.load(model_path, device="cpu", precision="float32", max_batch_tokens=budget)
     stream = requests(random.Random(5), 30)
     outcomes = list(rerank_many(scorer, stream))
@@ -37,7 +37,7 @@ def run(scorer: FakeScorer, stream: list[RerankRequest] | Iterator[RerankRequest
     return list(rerank_many(cast("Any", scorer), stream))
 
 
-def test_an_error_takes_its_place_and_spoils_no_other() -> None:
+def test_an_error_takes_the_place_of_its_result_only() -> None:
     stream = [
         RerankRequest("too long", ["a"]),
         RerankRequest("a b", ["a", "a b"]),
@@ -62,14 +62,14 @@ def test_passes_are_full_and_requests_are_read_as_they_are_needed() -> None:
             read += 1
             yield RerankRequest("a", ["a b"])
 
-    answers = rerank_many(cast("Any", scorer), stream())
-    next(answers)
-    assert read <= 13  # a pass of four, the next one made beside it, and the request that did not fit any more
-    assert len(list(answers)) == 99
+    results = rerank_many(cast("Any", scorer), stream())
+    next(results)
+    assert read <= 13  # a pass of four, the next two, and the request that did not fit
+    assert len(list(results)) == 99
     assert {len(batch) for batch in scorer.passes} == {4}
 
 
-def test_an_exception_of_the_stream_comes_through() -> None:
+def test_an_exception_of_the_stream_is_raised() -> None:
     def stream() -> Iterator[RerankRequest]:
         yield RerankRequest("a", ["a"])
         raise OSError("the file is gone")
@@ -82,15 +82,15 @@ def test_batches_hold_everything_once_in_order_and_follow_changing_limits() -> N
     rng = random.Random(3)
     for _ in range(200):
         limits = [(rng.randrange(8, 60), rng.randrange(1, 6)) for _ in range(1000)]
-        wanted = [
+        stream = [
             EncodedRequest([0] * rng.randrange(1, 9), [[1] * rng.randrange(1, 30) for _ in range(rng.randrange(0, 7))])
             for _ in range(rng.randrange(6))
         ]
-        asked = iter(limits)
-        got = list(fill(wanted, lambda asked=asked: next(asked)))  # type: ignore[misc]
-        flat = [(id(s.request), i) for batch in got for s in batch for i in range(s.start, s.stop)]
-        assert flat == [(id(r), i) for r in wanted for i in range(len(r.documents))]
-        for batch, (tokens, documents) in zip(got, limits, strict=False):
+        upcoming = iter(limits)
+        actual = list(full_batches(stream, lambda upcoming=upcoming: next(upcoming)))  # type: ignore[misc]
+        flat = [(id(s.request), i) for batch in actual for s in batch for i in range(s.start, s.stop)]
+        assert flat == [(id(r), i) for r in stream for i in range(len(r.documents))]
+        for batch, (tokens, documents) in zip(actual, limits, strict=False):
             count = sum(s.stop - s.start for s in batch)
             assert count <= documents
             assert sum(s.tokens for s in batch) <= tokens or count == 1

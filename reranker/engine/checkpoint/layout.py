@@ -13,8 +13,8 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from reranker.engine.checkpoint.files import AGAIN, RERANKER, first_line, read_json, refuse_if
-from reranker.engine.prompt import SUFFIX, SYSTEM
 from reranker.errors import ModelLoadError
+from reranker.request.template import SUFFIX, SYSTEM
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,117 @@
+"""The seam between the engine and a model family.
+
+`Family` reads a checkpoint's folder before the weights; `Backbone` computes hidden states once they are loaded; `Head`
+turns a hidden state into a logit. A family is one file that implements the first two, and one line of the registry.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from reranker.engine.attention import Attention
+from reranker.engine.batch import PackedBatch
+from reranker.engine.checkpoint.config import Checkpoint
+
+Wrap = Callable[[nn.Linear], nn.Module]
+"""Replaces a projection, for example by a quantised one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """The text around instruction, query and document:
+
+    system + opening + " " + query + closing + " " + document + suffix
+
+    The prefix ends after `closing`; the documents of a request share it. `system` and `suffix` are encoded alone, and
+    only they with control tokens. The tokenizer must not merge `closing` with the space after it (`Prompt.check`).
+    """
+
+    system: str
+    opening: str
+    """`{instruction}` stands for the instruction."""
+    closing: str
+    suffix: str
+    instruction: str
+    """The default instruction."""
+    control_tokens: frozenset[str]
+    """Added tokens of the family; they are plain text in instructions, queries and documents."""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """logit = hidden @ weight + bias; the family multiplies both by its scale."""
+
+    weight: Tensor
+    """[hidden_size] float32"""
+    bias: float = 0.0
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, hidden_size] float32 -> [N]"""
+        logits = hidden @ self.weight
+        return logits + self.bias if self.bias else logits
+
+
+class LayerFns(NamedTuple):
+    """The two halves of a layer: before and after its attention."""
+
+    before: Callable[[Any, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+    """layer, x [T, hidden], cos, sin -> q [T, H, D], k and v [P + T, G, D]"""
+    after: Callable[[Any, Tensor, Tensor], Tensor]
+    """layer, x [T, hidden], attended [T, H, D] -> [T, hidden]"""
+
+
+class Backbone(ABC):
+    """A loaded model without its head."""
+
+    causal: ClassVar[bool]
+    """Whether a prefix's keys and values do not depend on the document, so that they can be shared and cached."""
+    eager: ClassVar[LayerFns]
+    vocab_size: int
+    activation_width: int
+    """Upper bound of the numbers per token that a layer holds at the same time."""
+
+    @abstractmethod
+    def hidden(self, batch: PackedBatch, kernel: type[Attention], layer_fns: LayerFns) -> Tensor:
+        """Return the last token's final hidden state of each document, [N, hidden_size] float32.
+
+        The batch and all weights are on one device. The last layer's N rows always take the eager path.
+        """
+
+    @abstractmethod
+    def cache_prefix(self, tokens: list[int], kernel: type[Attention]) -> None:
+        """Cache the keys and values of the static prefix in every layer: [P, G, D], P = len(tokens).
+
+        From then on batches must be packed with `static_prefix_len=P`.
+        """
+
+
+class Family(ABC):
+    """A model family as a checkpoint's folder describes it, before its weights.
+
+    Raises:
+        ModelLoadError: the tokenizer lacks a token that the head needs.
+    """
+
+    template: Template
+
+    @abstractmethod
+    def __init__(self, checkpoint: Checkpoint) -> None: ...
+
+    @abstractmethod
+    def head(self, model: PreTrainedModel) -> Head:
+        """Read the head from the loaded weights.
+
+        Raises:
+            ModelLoadError: it gives every document the same score.
+        """
+
+    @abstractmethod
+    def backbone(self, model: PreTrainedModel, dtype: torch.dtype, wrap: Wrap) -> Backbone:
+        """Take the layers out of `model`, a layer at a time; `dtype`: of everything between the projections."""

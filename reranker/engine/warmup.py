@@ -1,0 +1,179 @@
+"""Measure at load, and choose from it: accelerated paths, lanes, token budget.
+
+Everything is measured with real forward passes on this device, small ones first.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from reranker.engine import device as devices
+from reranker.engine.acceleration import accelerate
+from reranker.engine.budget import MIN_BATCH_TOKENS
+from reranker.engine.lanes import MIN_TOKENS, Lanes
+from reranker.engine.precision import QUANTIZED
+from reranker.errors import ScoringError
+from reranker.types import RerankRequest, Slice
+
+if TYPE_CHECKING:
+    from reranker.engine.scorer import Batch, Scorer
+
+logger = logging.getLogger(__name__)
+
+# Target duration of a batch: a longer one makes small requests wait, a shorter one wastes launches.
+BATCH_SECONDS = 0.5
+MAX_BATCH_TOKENS = 262_144
+_MEMORY_SHARE = 0.8
+"""Share of the free memory that a batch may take by the estimate."""
+# Where one pass of the lanes' batch takes longer, only one lane per core is tried.
+_SLOW_SECONDS = 5.0
+# Lanes are used, and doubled, only if a batch takes at most this share of the time.
+_MAX_LANE_TIME = 0.97
+_DOCUMENT = "The warm-up document says nothing of interest, but it has about as many words as a short passage. " * 2
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """Speed and memory of a forward pass."""
+
+    tokens_per_second: float
+    bytes_per_token: float
+
+
+def warm_up(scorer: Scorer) -> Rate:
+    """Cache the static prefix, set up accelerated paths and lanes; return the best rate.
+
+    Raises:
+        ScoringError: a score is not finite, or the precision is not implemented on this device.
+    """
+    model = scorer.model
+    measure(scorer, warm_up_batch(scorer, 1))  # the eager path must work before another one is compared with it
+    if model.backbone.causal:
+        model.cache_prefix(scorer.prompt.static_prefix)
+    accelerate(model)
+    documents, rate = _measure_growing(scorer)
+    return choose_lanes(scorer, documents, rate) if model.device.type == "cpu" else rate
+
+
+def _measure_growing(scorer: Scorer) -> tuple[int, Rate]:
+    """Return the best rate, and the documents of the largest batch measured.
+
+    A 4B model on a laptop needs seconds for 128 tokens; a GPU is not busy below a few thousand.
+    """
+    best = Rate(0.0, 0.0)
+    documents, seconds = 1, 0.0
+    for documents in (1, 8, 64):
+        batch, start = warm_up_batch(scorer, documents), time.perf_counter()
+        for repeat in range(3):  # the first pass is cold, and another process may delay the second
+            rate = measure(scorer, batch)
+            seconds = batch.tokens / rate.tokens_per_second
+            best = Rate(max(best.tokens_per_second, rate.tokens_per_second), rate.bytes_per_token)
+            if repeat and time.perf_counter() - start > 2 * BATCH_SECONDS:
+                break
+        if seconds > BATCH_SECONDS / 2:
+            break
+    return documents, best
+
+
+def warm_up_batch(scorer: Scorer, documents: int) -> Batch:
+    """Return a batch of one request with equal documents, packed for the scorer's current lanes."""
+    return scorer.pack([Slice(scorer.encode(RerankRequest("warm-up", [_DOCUMENT] * documents)), 0, documents)])
+
+
+def measure(scorer: Scorer, batch: Batch) -> Rate:
+    """Score a batch once.
+
+    Raises:
+        ScoringError: see `warm_up`.
+    """
+    model, before = scorer.model, 0
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+        torch.cuda.reset_peak_memory_stats(model.device)
+        before = torch.cuda.memory_allocated(model.device)
+    start = time.perf_counter()
+    try:
+        logits = scorer.score(batch)
+    except RuntimeError as error:
+        raise ScoringError(f"warm-up failed: {str(error).splitlines()[0]}") from error
+    seconds = time.perf_counter() - start
+    if not all(map(math.isfinite, logits)):
+        raise ScoringError("a warm-up score is not a number")
+    width, dtype = model.backbone.activation_width, QUANTIZED.get(model.dtype, model.dtype)
+    bytes_per_token = float(width * dtype.itemsize)
+    if model.device.type == "cuda":  # a recorded pass allocates nothing, so the estimate is the lower bound
+        measured = (torch.cuda.max_memory_allocated(model.device) - before) / batch.tokens
+        bytes_per_token = max(bytes_per_token, measured)
+    return Rate(batch.tokens / seconds, bytes_per_token)
+
+
+def choose_lanes(scorer: Scorer, documents: int, rate: Rate) -> Rate:
+    """Set `scorer.lanes` to the fastest number of lanes, if they are faster than one pass; return the best rate."""
+    cores = torch.get_num_threads()
+    if cores == 1:
+        return rate
+    document_tokens = warm_up_batch(scorer, 2).tokens - warm_up_batch(scorer, 1).tokens
+    documents = max(documents, 2 * cores, -(-cores * MIN_TOKENS // document_tokens))  # enough for all lanes
+    tokens = warm_up_batch(scorer, documents).tokens
+    one_pass = best = shortest_pass(scorer, documents)
+    for count in _lane_counts(cores, one_pass):
+        previous, scorer.lanes = scorer.lanes, Lanes(count, cores)
+        seconds = shortest_pass(scorer, documents)
+        faster = seconds < best * _MAX_LANE_TIME
+        rejected = previous if faster else scorer.lanes
+        if rejected is not None:
+            rejected.close()
+        if not faster:
+            scorer.lanes = previous
+            break
+        best = seconds
+    logger.info(
+        "lanes: %s (%d cores; warm-up ran %.0f tokens/s in one pass with all cores, %.0f with these lanes)",
+        scorer.lanes.count if scorer.lanes else "none, one pass with all cores",
+        cores,
+        tokens / one_pass,
+        tokens / best,
+    )
+    return Rate(max(rate.tokens_per_second, tokens / best), rate.bytes_per_token)
+
+
+def _lane_counts(cores: int, one_pass: float) -> list[int]:
+    """Powers of two up to the cores, then the cores."""
+    powers = {2**i for i in range(1, cores.bit_length()) if 2**i < cores} if one_pass < _SLOW_SECONDS else set()
+    return sorted(powers | {cores})
+
+
+def shortest_pass(scorer: Scorer, documents: int) -> float:
+    """Seconds that a batch takes, the best of three."""
+    batch, start, shortest = warm_up_batch(scorer, documents), time.perf_counter(), math.inf
+    for _ in range(3):
+        shortest = min(shortest, batch.tokens / measure(scorer, batch).tokens_per_second)
+        if time.perf_counter() - start > 2 * BATCH_SECONDS:
+            break
+    return shortest
+
+
+def choose_budget(rate: Rate, memory: devices.Memory, requested: int | None) -> int:
+    """Return the tokens of a forward pass from speed and memory, and log the reason."""
+    by_memory = int(memory.available * _MEMORY_SHARE / rate.bytes_per_token)
+    by_speed = int(rate.tokens_per_second * BATCH_SECONDS)
+    budget = requested or max(MIN_BATCH_TOKENS, min(by_memory, by_speed, MAX_BATCH_TOKENS))
+    logger.info(
+        "token budget: %d per forward pass (%s; warm-up ran %.0f tokens/s, so %.1f s of work are %d tokens; memory "
+        "holds %d at %.0f KiB per token, %s)",
+        budget,
+        "requested" if requested else "chosen",
+        rate.tokens_per_second,
+        BATCH_SECONDS,
+        by_speed,
+        by_memory,
+        rate.bytes_per_token / 1024,
+        memory,
+    )
+    return budget

@@ -1,0 +1,75 @@
+"""The seam for model families: config.json chooses one, and another template and head need nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, BertConfig, PretrainedConfig, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+from reranker import ModelLoadError, Scorer
+from reranker.engine import families
+from reranker.engine.checkpoint.config import Checkpoint
+from reranker.engine.families import family_of
+from reranker.engine.families.base import Head, Template
+from reranker.engine.families.qwen3 import TEMPLATE, Qwen3
+from reranker.types import RerankRequest, Slice
+from tests.conftest import DEMO
+
+TOKENIZER = AutoTokenizer.from_pretrained(str(DEMO))
+
+
+@pytest.mark.parametrize("architectures", [None, ["Qwen3ForCausalLM"], ["Other", "Qwen3ForCausalLM"]])
+def test_the_family_is_chosen_by_config_json(architectures: list[str] | None) -> None:
+    config = Qwen3Config(architectures=architectures)
+    assert isinstance(family_of(Checkpoint(DEMO, config, TOKENIZER)), Qwen3)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [Qwen3Config(architectures=["Qwen3Model"]), BertConfig(architectures=["BertForSequenceClassification"])],
+)
+def test_a_model_of_no_family_is_refused_in_one_line(config: PretrainedConfig) -> None:
+    with pytest.raises(ModelLoadError) as caught:
+        family_of(Checkpoint(DEMO, config, TOKENIZER))
+    assert str(caught.value) == (
+        f"{DEMO / 'config.json'} has model_type {config.model_type!r} and architectures {config.architectures}: "
+        f"only Qwen3ForCausalLM is served"
+    )
+
+
+class Another(Qwen3):
+    """The same layers with another prompt, other answer tokens, a bias and a scale."""
+
+    template = Template(
+        system="<|im_start|>user\n",
+        opening="{instruction}\nquery:",
+        closing="\ndocument:",
+        suffix="\nRelevant?<|im_end|>\n<|im_start|>assistant\n",
+        instruction="Which document is relevant?",
+        control_tokens=TEMPLATE.control_tokens,
+    )
+
+    def head(self, model: PreTrainedModel) -> Head:
+        rows = model.get_output_embeddings().weight.detach()[[5, 7]].float()
+        return Head((rows[0] - rows[1]) / 2, bias=0.25)
+
+
+def test_another_prompt_and_head_need_a_class_and_a_line_of_the_registry(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(families.FAMILIES, ("qwen3", "Qwen3ForCausalLM"), Another)
+    scorer = Scorer.load(model_path, device="cpu", precision="float32")
+    documents = ["a cat is an animal", "bread"]
+    request = scorer.encode(RerankRequest("what is a cat?", documents))
+    assert request.cached_prefix_len == len(scorer.prompt.static_prefix) > len(scorer.prompt.system)
+    logits = scorer.score(scorer.pack([Slice(request, 0, 2)]))
+    whole = Qwen3ForCausalLM.from_pretrained(str(model_path), dtype=torch.float32).eval()
+    template = Another.template
+    for document, logit in zip(documents, logits, strict=True):
+        user = f"{template.instruction}\nquery: what is a cat?\ndocument: {document}"
+        ids = TOKENIZER(template.system + user + template.suffix, add_special_tokens=False, return_tensors="pt")
+        with torch.inference_mode():
+            last = whole(**ids).logits[0, -1]
+        assert logit == pytest.approx(float(last[5] - last[7]) / 2 + 0.25, abs=1e-4)
