@@ -19,6 +19,7 @@ import pytest
 
 from app import create_app
 from config import Settings
+from reranker.http.state import service_of
 from tests.conftest import DEMO, ROOT, Server, Start
 from tests.fake import FakeScorer
 from tests.faults.traffic import Traffic, all_ready, until
@@ -42,7 +43,7 @@ def test_the_garbage_collector_leaves_alone_what_was_loaded() -> None:
 
     async def main() -> bool:
         async with app.router.lifespan_context(app):
-            await app.state.batcher.wait_until_loaded()
+            await service_of(app).batcher.wait_until_loaded()
             return any(known is scorer for known in gc.get_objects())
 
     threshold = gc.get_threshold()
@@ -248,7 +249,7 @@ def test_unknown_paths_and_methods(server: Server) -> None:
         response = server.client.request(method, path)
         assert (response.status_code, response.json()["error_type"]) == (status, kind)
     answer = server.client.post("/v1/rerank/", json=BODY)
-    assert (answer.status_code, "leave out the slash at its end" in answer.json()["detail"]) == (404, True)
+    assert (answer.status_code, "remove the trailing slash" in answer.json()["detail"]) == (404, True)
 
 
 def test_a_control_token_is_ordinary_text(server: Server) -> None:
@@ -473,7 +474,7 @@ def test_a_client_that_leaves_takes_its_work_along(start: Start) -> None:
     assert response.status_code == 200
     # It waited for the pass that ran and the one packed ahead, not for the hundred seconds of work that left.
     assert float(response.headers["x-queue-time"]) < 5000
-    until(lambda: server.log.count("client=left") == 20, "all of them have left")
+    until(lambda: server.log.count("client=disconnected") == 20, "all of them have left")
 
 
 def test_a_full_queue_and_a_deadline(start: Start) -> None:

@@ -18,6 +18,7 @@ from uvicorn.config import Config
 from uvicorn.server import Server
 from uvicorn_worker import UvicornWorker
 
+from reranker.http.state import service_of
 from reranker.server.balance import Siblings
 from reranker.server.handover import Handover
 from reranker.server.protocol import Connections, HttpProtocol
@@ -68,8 +69,8 @@ class RerankWorker(UvicornWorker):  # type: ignore[misc]  # neither package is t
         self.config.http = partial(
             HttpProtocol,
             among=Connections(room(self.cfg.worker_connections + _SPARE_CONNECTIONS)),
-            metrics=self.wsgi.state.metrics,
-            patience=self.wsgi.state.body_timeout,
+            metrics=service_of(self.wsgi).metrics,
+            patience=service_of(self.wsgi).body_timeout,
             siblings=siblings,
         )
         server = DrainingServer(self.config, siblings, workers=self.cfg.workers)
@@ -205,7 +206,8 @@ class DrainingServer(Server):
 
     @property
     def _batcher(self) -> Batcher | None:
-        return getattr(getattr(self.config.app, "state", None), "batcher", None)
+        service = getattr(getattr(self.config.app, "state", None), "service", None)
+        return getattr(service, "batcher", None)
 
     def _drain(self) -> None:
         if self._batcher is not None:

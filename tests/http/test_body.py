@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reranker.engine.scores import sigmoid
-from reranker.http.body import more_values
+from reranker.http.body import exceeds_values
 from reranker.request.fields import FIELDS
 from tests.conftest import Server
 from tests.fake import PREFIX
@@ -140,11 +140,11 @@ NESTED = st.recursive(
 def test_values_are_counted_as_they_are(of: object, indent: int | None) -> None:
     separators = None if indent else (",", ":")
     content = json.dumps(of, indent=indent, separators=separators, ensure_ascii=False).encode()
-    assert not more_values(content, values(of))
-    assert more_values(content, values(of) - 1) or values(of) == 1
+    assert not exceeds_values(content, values(of))
+    assert exceeds_values(content, values(of) - 1) or values(of) == 1
 
 
 def test_values_are_counted_across_pieces() -> None:
     for count in (10_000, 60_001):
         texts = json.dumps([f'"{i},[' * 3 for i in range(count)]).encode()
-        assert [more_values(texts, count + 1), more_values(texts, count)] == [False, True]
+        assert [exceeds_values(texts, count + 1), exceeds_values(texts, count)] == [False, True]

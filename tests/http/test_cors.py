@@ -15,7 +15,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from app import create_app
 from config import Settings
-from reranker.scheduler.batcher import Batcher
+from reranker.http.state import service_of
 from tests.conftest import FAKE, Server, Start
 from tests.fake import FakeScorer
 from tests.faults.traffic import BODY
@@ -170,7 +170,7 @@ def test_a_busy_service_and_an_unexpected_error_can_be_read(monkeypatch: pytest.
             app.router.lifespan_context(app),
             httpx.AsyncClient(transport=transport, base_url="http://h") as client,
         ):
-            batcher: Batcher = app.state.batcher
+            batcher = service_of(app).batcher
             await batcher.wait_until_loaded()
             batcher.max_requests = 0
             busy = await client.post("/v1/rerank", json=BODY, headers={"Origin": APP})

@@ -61,7 +61,7 @@ def test_what_was_cut_is_said(short: Server) -> None:
     body = {"model": "m", "query": "how to compress files", "documents": [LONG, "gzip compresses files", LONG]}
     answer = short.client.post("/rerank", json=body)
     [warning] = answer.json()["meta"]["warnings"]
-    assert warning.startswith("2 of 3 documents did not fit and were cut")
+    assert warning.startswith("2 of 3 documents did not fit and were truncated")
     assert answer.headers["x-truncated-documents"] == "2"
     whole = short.client.post("/rerank", json=body | {"documents": ["gzip compresses files"]})
     assert "warnings" not in whole.json()["meta"]

@@ -32,7 +32,8 @@ from config import Settings
 from reranker import errors
 from reranker.engine.scorer import Scorer
 from reranker.http.access import AccessLog
-from reranker.http.metrics import _FILES, OTHER, Metrics
+from reranker.http.metrics import _FILES, OTHER, TABLE, Metrics
+from reranker.http.state import context_of, service_of
 from reranker.scheduler.batcher import Batcher
 from reranker.types import RerankRequest
 from tests.conftest import GUNICORN, ROOT, Server, Start
@@ -257,7 +258,7 @@ def test_a_client_that_leaves_is_no_error(start: Start) -> None:
     assert not [v for (name, _), v in found.items() if name == "reranker_errors_total" and v]
     assert value(found, "reranker_requests_in_progress") == 1
     assert '"ERROR"' not in server.log
-    left = [line for line in map(json.loads, server.log.splitlines()) if line.get("client") == "left"]
+    left = [line for line in map(json.loads, server.log.splitlines()) if line.get("client") == "disconnected"]
     assert [line["status"] for line in left] == [499, 499]
 
 
@@ -404,6 +405,16 @@ def test_all_that_can_be_counted_fits_into_the_space_that_was_taken(
 
 
 @pytest.mark.usefixtures("_library")
+def test_every_known_kind_of_error_starts_at_zero() -> None:
+    """To Prometheus a counter that appears with 1 has not risen."""
+    read = Metrics().registry.get_sample_value
+    kinds = {kind.error_type for kind in vars(errors).values() if hasattr(kind, "error_type")} | {"cors_refused"}
+    assert {read("reranker_errors_total", {"error_type": kind}) for kind in kinds} == {0.0}
+    assert {read("reranker_score_cache_documents_total", {"result": result}) for result in ("hit", "miss")} == {0.0}
+    assert {row.name for row in TABLE if row.zeros} == {"reranker_errors", "reranker_score_cache_documents"}
+
+
+@pytest.mark.usefixtures("_library")
 @pytest.mark.parametrize(
     "content", [b"", b"abc", struct.pack("i", 64) + b"\x7f" * 100], ids=["empty", "short", "nonsense"]
 )
@@ -476,34 +487,33 @@ def test_a_bug_is_answered_with_the_id_that_finds_it_and_is_counted() -> None:
     assert (answer.status_code, answer.headers["x-request-id"]) == (500, "bug-1")
     assert answer.json()["error_type"] == "internal_error"
     assert "confidential" not in answer.text
-    metrics: Metrics = app.state.metrics
+    metrics = service_of(app).metrics
     assert metrics.registry.get_sample_value("reranker_errors_total", {"error_type": "internal_error"}) == 1
 
 
 @pytest.mark.usefixtures("_library")
-@pytest.mark.parametrize(
-    ("facts", "status", "kind"), [({"client": "left", "error_type": "not_ready"}, "499", None), ({}, "500", True)]
-)
-def test_what_is_nobodys_fault_and_what_is_ours(facts: dict[str, str], status: str, kind: bool | None) -> None:
+@pytest.mark.parametrize(("disconnected", "status"), [(True, "499"), (False, "500")])
+def test_what_is_nobodys_fault_and_what_is_ours(disconnected: bool, status: str) -> None:
     metrics = Metrics()
 
     async def inner(scope: Any, receive: Any, send: Any) -> None:
-        scope["state"]["access"].update(facts)
-        if not facts:
+        if not disconnected:
             raise RuntimeError("a bug")
+        context_of(scope).error_type = "not_ready"
+        context_of(scope).client_disconnected = True
 
     async def main() -> None:
         scope = {"type": "http", "method": "POST", "path": "/v1/rerank", "headers": [], "query_string": b""}
         await AccessLog(inner, metrics, {"/v1/rerank"})(scope, None, None)  # type: ignore[arg-type]
 
-    if facts:
+    if disconnected:
         asyncio.run(main())
     else:
         with pytest.raises(RuntimeError, match="a bug"):
             asyncio.run(main())
     read = metrics.registry.get_sample_value
     assert read("reranker_requests_total", {"route": "/v1/rerank", "status": status}) == 1
-    assert read("reranker_errors_total", {"error_type": "internal_error"}) == (1 if kind else 0)
+    assert read("reranker_errors_total", {"error_type": "internal_error"}) == (0 if disconnected else 1)
     assert read("reranker_errors_total", {"error_type": "not_ready"}) == 0
     assert read("reranker_requests_in_progress") == 0
 

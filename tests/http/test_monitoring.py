@@ -16,7 +16,7 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 from prometheus_client import values
 
-from reranker.http.metrics import Metrics
+from reranker.http.metrics import TABLE, Metrics
 from tests.conftest import GUNICORN, ROOT, Start, free_port
 
 DEPLOY = ROOT / "deploy"
@@ -53,16 +53,14 @@ def compose(file: str) -> dict[str, Any]:
 def exported() -> Iterator[dict[str, set[str]]]:
     """Every sample name that the service exports, with its labels."""
     before = values.ValueClass
+    labels = {row.name: set(row.labels) for row in TABLE}
     result: dict[str, set[str]] = {}
     for family in Metrics().registry.collect():
-        metric = family.name + ("_total" if family.type == "counter" else "")
-        names = [metric + end for end in ("_bucket", "_sum", "_count")] if family.type == "histogram" else [metric]
-        result |= {name: set() for name in names}
-    metrics = Metrics()
-    for metric in vars(metrics).values():
-        for name in [n for n in result if hasattr(metric, "_labelnames") and n.startswith(metric._name)]:
-            if re.fullmatch(rf"{metric._name}(_total|_bucket|_sum|_count)?", name):
-                result[name] = set(metric._labelnames) | ({"le"} if name.endswith("_bucket") else set())
+        if family.type == "histogram":
+            result |= {f"{family.name}{end}": labels[family.name] for end in ("_sum", "_count")}
+            result[f"{family.name}_bucket"] = labels[family.name] | {"le"}
+        else:
+            result[family.name + ("_total" if family.type == "counter" else "")] = labels[family.name]
     yield result
     values.ValueClass = before
 
