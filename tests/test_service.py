@@ -23,7 +23,7 @@ from reranker.http.state import service_of
 from tests.conftest import DEMO, ROOT, Server, Start
 from tests.fake import FakeScorer
 from tests.faults.traffic import Traffic, all_ready, until
-from tests.http.test_metrics import once, value
+from tests.http.test_metrics import once, samples, value
 from tests.request.bodies import wear
 
 QUERY = "how to compress files"
@@ -56,7 +56,7 @@ def test_the_garbage_collector_leaves_alone_what_was_loaded() -> None:
 
 
 def test_no_request_leaves_anything_to_the_garbage_collector(start: Start) -> None:
-    server = start(command=FAKE, FAKE_SECONDS="0.03", REQUEST_TIMEOUT="0.4", BODY_TIMEOUT="0.2")
+    server = start(command=FAKE, FAKE_SECONDS="0.03", REQUEST_TIMEOUT="1", BODY_TIMEOUT="0.5")
     client = server.client
     big = "x" * 100_000
     bodies = [
@@ -71,7 +71,7 @@ def test_no_request_leaves_anything_to_the_garbage_collector(start: Start) -> No
         (422, {"query": big}),
         (422, {"query": QUERY, "documents": [big, 3]}),
         (422, [big]),
-        (504, {"query": QUERY, "documents": ["word " * 900] * 30}),  # a pass each
+        (504, {"query": QUERY, "documents": ["word " * 900] * 60}),  # a pass each
     ]
     rough = [(400, b"{" + big.encode()), (400, json.dumps(BODY).encode() + b"\xff"), (422, b'{"query": NaN}')]
     contents = [(status, json.dumps(body).encode()) for status, body in bodies] + rough
@@ -91,7 +91,7 @@ def test_no_request_leaves_anything_to_the_garbage_collector(start: Start) -> No
         return int(client.get("/garbage").text)
 
     before = ask_everything()  # the first of each may leave what is made once
-    rounds = 3
+    rounds = 2
     for _ in range(rounds):
         after = ask_everything()
     assert after - before < rounds
@@ -472,13 +472,15 @@ def test_a_client_that_leaves_takes_its_work_along(start: Start) -> None:
             time.sleep(0.02)
     response = server.client.post("/v1/rerank", json={"query": "q x", "documents": ["x"]})
     assert response.status_code == 200
-    # It waited for the pass that ran and the one packed ahead, not for the hundred seconds of work that left.
-    assert float(response.headers["x-queue-time"]) < 5000
+    # It waited for the pass that ran and the one packed ahead, not for the work of the clients that disconnected.
+    assert value(samples(server), "reranker_batch_documents_sum") < 20 * 30 / 2
     until(lambda: server.log.count("client=disconnected") == 20, "all of them have left")
 
 
 def test_a_full_queue_and_a_deadline(start: Start) -> None:
-    server = start(command=FAKE, FAKE_SECONDS="1.5", MAX_QUEUE_TOKENS="30", REQUEST_TIMEOUT="4", WORKER_CONNECTIONS="6")
+    server = start(
+        command=FAKE, FAKE_SECONDS="1.5", MAX_QUEUE_TOKENS="30", REQUEST_TIMEOUT="60", WORKER_CONNECTIONS="6"
+    )
 
     def ask(_: int) -> httpx.Response:
         return server.client.post("/v1/rerank", json={"query": "q", "documents": ["a b c d e"]})
@@ -549,7 +551,7 @@ def test_a_worker_that_is_started_beside_others_takes_requests_when_it_is_loaded
 
 def test_uvicorn_alone_works_too(start: Start) -> None:
     server = start(
-        command=[str(Path(sys.executable).with_name("uvicorn")), "app:app", "--host", "127.0.0.1", "--port", "{port}"],
+        command=[str(Path(sys.executable).with_name("uvicorn")), "tests.fake_app:app", "--port", "{port}"],
         ACCESS_TOKEN="s3cr3t",
         token="s3cr3t",
     )

@@ -19,6 +19,7 @@ from reranker.http.state import service_of
 from tests.conftest import FAKE, Server, Start
 from tests.fake import FakeScorer
 from tests.faults.traffic import BODY
+from tests.http.test_metrics import once, samples, value
 from tests.http.test_pages import CHROMIUM, FLAGS
 
 TOKEN = "s3cret-of-the-page"
@@ -60,6 +61,12 @@ def guarded(start: Start, home: str) -> Server:
         MAX_DOCUMENTS="10",
         BODY_TIMEOUT="1",
     )
+
+
+@pytest.fixture(scope="module")
+def loading(start: Start) -> Server:
+    """Never ready, and allows one origin, which is not that of the empty page."""
+    return start(command=FAKE, wait="loading", FAKE_LOAD_SECONDS="1000", CORS_ALLOW_ORIGINS=APP)
 
 
 @pytest.fixture(scope="module")
@@ -154,9 +161,8 @@ def test_every_response_can_be_read_errors_too(guarded: Server) -> None:
         assert answer.headers["x-request-id"]
 
 
-def test_a_service_that_loads_can_be_read(start: Start) -> None:
-    server = start(command=FAKE, wait="loading", FAKE_LOAD_SECONDS="1000", CORS_ALLOW_ORIGINS=APP)
-    answer = server.client.post("/v1/rerank", json=BODY, headers={"Origin": APP})
+def test_a_service_that_loads_can_be_read(loading: Server) -> None:
+    answer = loading.client.post("/v1/rerank", json=BODY, headers={"Origin": APP})
     assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (503, APP)
     assert answer.headers["retry-after"]
 
@@ -196,8 +202,8 @@ def test_a_star_allows_all(everybody: Server, origin: str) -> None:
 
 
 @pytest.mark.parametrize(("token", "status"), [("", 405), (TOKEN, 401)])
-def test_by_default_nothing_is_allowed(start: Start, token: str, status: int) -> None:
-    server = start(command=FAKE, ACCESS_TOKEN=token, token=token)
+def test_by_default_nothing_is_allowed(start: Start, fake_server: Server, token: str, status: int) -> None:
+    server = start(command=FAKE, ACCESS_TOKEN=token, token=token) if token else fake_server
     with bare(server) as client:
         answers = [
             client.options("/v1/rerank", headers=PREFLIGHT),
@@ -281,9 +287,11 @@ def test_a_script_reads_errors(guarded: Server, page: Page) -> None:
     assert (seen["status"], seen["body"]["error_type"]) == (422, "invalid_request")
 
 
-def test_a_script_of_another_origin_gets_nothing(start: Start, everybody: Server, page: Page) -> None:
-    assert fetch(page, start(command=FAKE)) == {"failed": "TypeError"}
-    assert fetch(page, start(command=FAKE, CORS_ALLOW_ORIGINS=APP)) == {"failed": "TypeError"}
+def test_a_script_of_another_origin_gets_nothing(
+    fake_server: Server, loading: Server, everybody: Server, page: Page
+) -> None:
+    assert fetch(page, fake_server) == {"failed": "TypeError"}
+    assert fetch(page, loading) == {"failed": "TypeError"}
     assert fetch(page, everybody)["status"] == 200
 
 
@@ -297,12 +305,14 @@ async ([url, body, type]) => {
 """
 
 
-def test_a_script_of_another_origin_makes_the_service_compute_nothing(start: Start, page: Page) -> None:
-    """Without a token only the content type stands between such a page and the model."""
-    server = start(command=FAKE)
-    url = f"http://127.0.0.1:{server.port}/v1/rerank"
+def test_a_script_of_another_origin_makes_the_service_compute_nothing(fake_server: Server, page: Page) -> None:
+    """Without a token only the content type protects the model from such a page."""
+    url = f"http://127.0.0.1:{fake_server.port}/v1/rerank"
+    labels = {"name": "reranker_requests_total", "route": "/v1/rerank"}
+    before = samples(fake_server)
+    refusals = value(before, **labels, status="415")
     for kind in ("", "text/plain", "application/json"):
         page.evaluate(SEND, [url, json.dumps(BODY), kind])
-    counts = server.client.get("/metrics").text
-    assert 'reranker_requests_total{route="/v1/rerank",status="415"} 3.0' in counts
-    assert 'route="/v1/rerank",status="200"' not in counts
+    after = once(fake_server, lambda now: value(now, **labels, status="415") == refusals + 3)
+    assert value(after, **labels, status="200") == value(before, **labels, status="200")
+    assert value(after, "reranker_batch_documents_sum") == value(before, "reranker_batch_documents_sum")

@@ -45,13 +45,6 @@ def test_a_search_unit_is_a_hundred_documents_begun(fake_server: Server, documen
     assert got["meta"]["billed_units"] == {"search_units": units}
 
 
-@pytest.fixture(scope="module")
-def short(start: Any) -> Server:
-    """The demo model with so little room that documents are cut."""
-    server: Server = start(MAX_SEQ_LENGTH="160", MODEL_DEVICE="cpu")
-    return server
-
-
 LONG = " ".join(f"word{i} of a long story" for i in range(60))
 # Words that are one token in any English vocabulary, so that a chunk of 40 tokens begins at "gzip".
 FINDABLE = " ".join(["the of and a in to by at"] * 15 + ["gzip compresses files on Linux"] + ["the of and a"] * 20)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import re
 import socket
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -207,14 +206,6 @@ def test_top_n_zero_is_all_beside_a_model(fake_server: Server) -> None:
             refused = fake_server.client.post(path, json={"query": QUERY, "documents": DOCUMENTS, "top_n": zero})
             assert refused.status_code == 422
         assert len(ranked(post(fake_server, path, {"documents": DOCUMENTS, "top_n": "1"}).json())) == 1
-
-
-@pytest.fixture(scope="module")
-def short(start: Start) -> Iterator[Server]:
-    """The demo model with little room, and a cache, which must remember what was truncated."""
-    server = start(MAX_SEQ_LENGTH="160", MODEL_DEVICE="cpu", SCORE_CACHE_ENTRIES="100")
-    yield server
-    server.stop()
 
 
 LONG = "how to compress files on Linux " * 40
