@@ -163,14 +163,11 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
         return server
 
     yield run
-    for server in servers:  # all together: each takes a moment
+    for server in servers:
         server.client.close()
         if server.process.poll() is None:
-            server.process.send_signal(signal.SIGTERM)
-    for server in servers:
-        if server.process.poll() is None:
             try:
-                server.process.wait(30)
+                server.stop()
             except subprocess.TimeoutExpired:
                 server.process.kill()
                 server.process.wait()

@@ -23,7 +23,7 @@ from reranker.http.state import service_of
 from tests.conftest import DEMO, ROOT, Server, Start
 from tests.fake import FakeScorer
 from tests.faults.traffic import Traffic, all_ready, until
-from tests.http.test_metrics import once, samples, value
+from tests.http.test_metrics import once, samples, stop, value
 from tests.request.bodies import wear
 
 QUERY = "how to compress files"
@@ -546,7 +546,7 @@ def test_a_worker_that_is_started_beside_others_takes_requests_when_it_is_loaded
         all_ready(server, 3)
         traffic.wait(30)
     assert set(traffic.seen) == {200}, traffic.seen
-    assert server.stop() == 0
+    assert stop(server) == 0
 
 
 def test_uvicorn_alone_works_too(start: Start) -> None:
@@ -560,5 +560,5 @@ def test_uvicorn_alone_works_too(start: Start) -> None:
         url = f"http://127.0.0.1:{server.port}/health?access_token="
         assert client.get(url + "s3cr3t").status_code == 200
         assert client.get(url + "s3cr3t-wrong").status_code == 401
-    assert server.stop() in (0, -signal.SIGTERM)
+    assert stop(server) in (0, -signal.SIGTERM)
     assert "s3cr3t" not in server.log

@@ -393,9 +393,9 @@ def test_files_are_refused_as_on_the_command_line(fake_server: Server, visit: Op
         assert "TypeError" not in result.get("error", "")
 
 
-def test_it_says_what_was_cut(short: Server, visit: Open) -> None:
-    page = visit(short)
-    fill(page, "cats", ["a cat", "cats and dogs " * 100])
+def test_it_says_what_was_cut(server: Server, visit: Open) -> None:
+    page = visit(server)
+    fill(page, "cats", ["a cat", "cats and dogs " * 3000])
     with page.expect_response("**/v1/rerank") as caught:
         page.click("#rank")
     assert caught.value.headers["x-truncated-documents"] == "1"
