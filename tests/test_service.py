@@ -1,4 +1,4 @@
-"""The whole service: a real gunicorn, a real HTTP client, the demo model."""
+"""The whole service: a real gunicorn with the demo model and a real HTTP client."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_no_request_leaves_anything_to_the_garbage_collector(start: Start) -> No
             leaves.sendall(half)
         return int(client.get("/garbage").text)
 
-    before = ask_everything()  # the first of each may leave what is made once
+    before = ask_everything()  # the first round may leave objects that are created once
     rounds = 2
     for _ in range(rounds):
         after = ask_everything()
@@ -159,7 +159,7 @@ def test_the_readmes_chinese_sample(server: Server) -> None:
     }
     response = server.client.post("/api/v1/rerank", json=body)
     assert response.json()["results"][0]["index"] == 1
-    assert "压缩" in response.text  # as it is, not escaped
+    assert "压缩" in response.text  # not escaped
 
 
 TOPS: list[object] = [0, -1, 1.5, "three", True, False, [], {}, -1e20]
@@ -293,7 +293,7 @@ def test_many_clients_at_once_get_the_scores_they_get_alone(server: Server) -> N
 
 
 def test_a_start_with_everything_in_the_legacy_file(start: Start) -> None:
-    """The file of existing deployments, unchanged but for the model's path; without CUDA also for the device."""
+    """The .env of existing deployments with another model path, and without CUDA another device."""
     import torch
 
     text = (ROOT / "tests" / "legacy.env").read_text()
@@ -357,7 +357,7 @@ def test_a_slow_load_answers_from_the_beginning(start: Start) -> None:
 
 @pytest.fixture(scope="module")
 def guarded(start: Start) -> Server:
-    """A quick scorer behind tokens, with small limits, logging everything."""
+    """A server with tokens, small limits, debug logs and a fast scorer."""
     return start(
         command=FAKE,
         token="old",
@@ -418,7 +418,7 @@ def test_a_body_that_is_too_large(guarded: Server) -> None:
 
 
 def raw(port: int, head: bytes, *, wait: float = 10) -> bytes:
-    """Bytes as they are over a socket; what comes back until the end or the deadline."""
+    """Send raw bytes over a socket; return the response until its end or the timeout."""
     with socket.create_connection(("127.0.0.1", port), timeout=wait) as connection:
         connection.sendall(head)
         answer = b""

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from reranker.errors import RerankError
 from reranker.http.metrics import OTHER, Metrics
-from reranker.http.state import RequestContext, set_context
+from reranker.http.state import RequestContext
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class AccessLog:
             return
         start = time.monotonic()
         context = RequestContext(id_of(scope))
-        set_context(scope, context)
+        scope.setdefault("state", {})["context"] = context
         status = 0
 
         async def send_with_id(message: Message) -> None:

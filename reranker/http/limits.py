@@ -47,11 +47,7 @@ class Limits:
             nonlocal body_bytes, more
             if not more:  # only the disconnect remains, which has no deadline
                 return await receive()
-            try:
-                async with asyncio.timeout(deadline - time.monotonic()):
-                    message = await receive()
-            except TimeoutError:
-                raise BodyTimeoutError(f"the body did not arrive within {self.body_timeout:g} s") from None
+            message = await self._before(deadline, receive)
             size = len(message.get("body", b""))
             more = bool(message.get("more_body", False))
             body_bytes += size
@@ -66,6 +62,13 @@ class Limits:
             await self.app(scope, receive_within_limits, send)
         finally:
             self.held_bytes -= body_bytes
+
+    async def _before(self, deadline: float, receive: Receive) -> Message:
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                return await receive()
+        except TimeoutError:
+            raise BodyTimeoutError(f"the body did not arrive within {self.body_timeout:g} s") from None
 
     def _refusal(self, scope: Scope) -> RerankError | None:
         target = len(scope["path"]) + len(scope["query_string"])

@@ -43,8 +43,9 @@ _RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
 
 # Bytes of each file of values: enough for every route and status (tests/http/test_metrics.py fills them).
 _FILES = {"counter": 1 << 18, "histogram": 1 << 18, "gauge_livesum": 1 << 16, "gauge_livemin": 1 << 16}
-_ERROR_TYPES = dict.fromkeys(
-    kind.error_type for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.RerankError)
+_ERROR_TYPES = (
+    *dict.fromkeys(kind.error_type for kind in vars(errors).values() if hasattr(kind, "error_type")),
+    "cors_refused",
 )
 
 
@@ -66,65 +67,37 @@ TABLE = (
     Row(
         "reranker_request_duration_seconds",
         Histogram,
-        "Time from the head of a request to the end of its response.",
+        "Time from head to response end.",
         ("route",),
         _SECONDS,
     ),
     Row("reranker_requests_in_progress", Gauge, "Requests without a complete response."),
-    Row(
-        "reranker_errors",
-        Counter,
-        "Refused and failed requests, by kind.",
-        ("error_type",),
-        zeros=(*_ERROR_TYPES, "cors_refused"),
-    ),
+    Row("reranker_errors", Counter, "Refused and failed requests.", ("error_type",), zeros=_ERROR_TYPES),
     Row("reranker_ready_workers", Gauge, "Workers that accept requests."),
-    Row(
-        "reranker_model_info",
-        Gauge,
-        "1 for every worker that has loaded the model.",
-        ("model", "device", "precision", "version"),
-    ),
-    Row(
-        "reranker_self_check_failed_workers",
-        Gauge,
-        "Workers whose model ranked an obvious pair wrong at the start: it does not behave like a reranker.",
-    ),
-    Row(
-        "reranker_device_memory_bytes",
-        Gauge,
-        "Device memory that the workers hold; on a CPU, the memory of the processes.",
-    ),
+    Row("reranker_model_info", Gauge, "1 per worker that has the model.", ("model", "device", "precision", "version")),
+    Row("reranker_self_check_failed_workers", Gauge, "Workers whose model ranked an obvious pair wrong at the start."),
+    Row("reranker_device_memory_bytes", Gauge, "Device memory of the workers; on a CPU, that of the processes."),
     Row("reranker_queue_tokens", Gauge, "Tokens in the queue."),
     Row("reranker_queue_wait_seconds", Histogram, "Time of a request in the queue.", (), _SECONDS),
     Row(
-        "reranker_stage_seconds",
-        Histogram,
-        "Time of scored requests by stage: tokenization, inference, and total with the queue.",
-        ("stage",),
-        _SECONDS,
+        "reranker_stage_seconds", Histogram, "Time of scored requests; total includes the queue.", ("stage",), _SECONDS
     ),
     Row("reranker_truncated_documents", Counter, "Documents that did not fit and were truncated."),
     Row(
         "reranker_score_cache_documents",
         Counter,
-        "Documents of scored requests: hit, from the score cache; miss, computed. Both 0 if the cache is off.",
+        "Documents of scored requests: hit, from the score cache; miss, computed. Both stay 0 if the cache is off.",
         ("result",),
         zeros=("hit", "miss"),
     ),
-    Row(
-        "reranker_batch_token_budget",
-        Gauge,
-        "Max tokens in one forward pass; lower after the device ran out of memory.",
-        mode="livemin",
-    ),
+    Row("reranker_batch_token_budget", Gauge, "Max tokens in a forward pass; out of memory lowers it.", mode="livemin"),
     Row("reranker_batch_tokens", Histogram, "Tokens in a forward pass, each uncached prefix once.", (), _TOKENS),
     Row("reranker_batch_documents", Histogram, "Documents in a forward pass.", (), _DOCUMENTS),
     Row("reranker_batch_duration_seconds", Histogram, "Time of a forward pass.", (), _SECONDS),
     Row(
         "reranker_batch_utilisation_ratio",
         Histogram,
-        "Tokens in a forward pass divided by the token budget; there is no padding.",
+        "Tokens of a forward pass divided by the budget.",
         (),
         _RATIOS,
     ),

@@ -27,21 +27,30 @@ class RawRoute(APIRoute):
         await response(scope, receive, send)
 
 
-def describe(model: object, requests: Mapping[str, object], responses: Mapping[str, object]) -> dict[str, Any]:
-    """Return the arguments of `add_api_route` that describe a rerank route.
+def describe(
+    name: str,
+    summary: str,
+    description: str,
+    model: object,
+    requests: Mapping[str, object],
+    responses: Mapping[str, object],
+) -> dict[str, Any]:
+    """Return the arguments of `add_api_route` for a rerank route.
 
     Args:
+        name: the start of the operation id.
+        summary, description: for readers.
         model: of the 200 response.
-        requests: example bodies by name.
-        responses: example contents of the 200 response by name.
+        requests, responses: example contents by name.
     """
-    request = {"schema": {"oneOf": [json_schema("documents"), json_schema("texts")]}, "examples": _examples(requests)}
-    ok = {"model": model, "headers": HEADERS, "content": {"application/json": {"examples": _examples(responses)}}}
+    bodies, contents = ({name: {"value": each[name]} for name in each} for each in (requests, responses))
+    request = {"schema": {"oneOf": [json_schema("documents"), json_schema("texts")]}, "examples": bodies}
+    ok = {"model": model, "headers": HEADERS, "content": {"application/json": {"examples": contents}}}
     return {
+        "methods": ["POST"],
+        "name": name,
+        "summary": summary,
+        "description": description,
         "responses": {**RESPONSES, 200: ok},
         "openapi_extra": {"requestBody": {"required": True, "content": {"application/json": request}}},
     }
-
-
-def _examples(values: Mapping[str, object]) -> dict[str, object]:
-    return {name: {"value": value} for name, value in values.items()}

@@ -72,12 +72,4 @@ async def _cancel_on_disconnect(request: Request, work: asyncio.Task[RerankResul
 
 
 for _route in ROUTES:
-    router.add_api_route(
-        _route.path,
-        rerank,
-        methods=["POST"],
-        name=_route.name,
-        summary=_route.summary,
-        description=_route.description,
-        **_route.openapi,
-    )
+    router.add_api_route(_route.path, rerank, **_route.openapi)

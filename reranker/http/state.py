@@ -45,12 +45,7 @@ class RequestContext:
     client_disconnected: bool = False
 
 
-def set_context(scope: Scope, context: RequestContext) -> None:
-    """Attach a context to a request. The server has put its lifespan state into `scope["state"]`."""
-    scope.setdefault("state", {})["context"] = context
-
-
 def context_of(scope: Scope) -> RequestContext:
-    """Return the context that the access log attached."""
+    """Return the context that the access log attached to a request."""
     context: RequestContext = scope["state"]["context"]
     return context

@@ -1,4 +1,4 @@
-"""Pages of other origins: preflights, which responses they may read, and a real browser on such a page."""
+"""Cross-origin requests: preflights, the headers that let pages read responses, and a real browser."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ HEADERS = "authorization,content-type,x-stainless-lang"
 
 @pytest.fixture(scope="module")
 def home() -> Iterator[str]:
-    """The origin of an empty page."""
+    """Return the origin of an empty page."""
 
     class Empty(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -51,7 +51,7 @@ def home() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def guarded(start: Start, home: str) -> Server:
-    """Asks for a token, and allows two origins."""
+    """A server that requires a token and allows two origins."""
     return start(
         command=FAKE,
         ACCESS_TOKEN=TOKEN,
@@ -65,7 +65,7 @@ def guarded(start: Start, home: str) -> Server:
 
 @pytest.fixture(scope="module")
 def loading(start: Start) -> Server:
-    """Never ready, and allows one origin, which is not that of the empty page."""
+    """A server that is never ready and allows one origin, not that of the empty page."""
     return start(command=FAKE, wait="loading", FAKE_LOAD_SECONDS="1000", CORS_ALLOW_ORIGINS=APP)
 
 
@@ -75,7 +75,7 @@ def everybody(start: Start) -> Server:
 
 
 def bare(server: Server) -> httpx.Client:
-    """A client without the token."""
+    """Return a client without the token."""
     return httpx.Client(base_url=server.client.base_url, timeout=60, trust_env=False)
 
 
@@ -217,7 +217,7 @@ def test_by_default_nothing_is_allowed(start: Start, fake_server: Server, token:
 @pytest.mark.parametrize("path", ["/v1/rerank", "/rerank", "/v2/rerank"])
 @pytest.mark.parametrize("origin", [APP, OTHER, "null"])
 def test_a_page_s_request_without_a_content_type_is_refused(guarded: Server, path: str, origin: str) -> None:
-    """A browser sends it without a preflight."""
+    """A browser sends such a request without a preflight."""
     content = json.dumps(BODY).encode()
     answer = guarded.client.post(path, content=content, headers={"Origin": origin})
     assert (answer.status_code, answer.json()["error_type"]) == (415, "unsupported_media_type")
@@ -253,7 +253,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(browser: Browser, home: str) -> Iterator[Page]:
-    """An empty page of another origin than the services."""
+    """An empty page whose origin is not that of the services."""
     page = browser.new_page()
     page.goto(home)
     yield page
@@ -261,7 +261,7 @@ def page(browser: Browser, home: str) -> Iterator[Page]:
 
 
 def fetch(page: Page, server: Server, body: object = BODY, **headers: str) -> dict[str, Any]:
-    """What a script on the page sees."""
+    """Return the response as a script on the page reads it."""
     names = {"Content-Type": "application/json"} | {name.replace("_", "-"): text for name, text in headers.items()}
     url = f"http://127.0.0.1:{server.port}/v1/rerank"
     seen: dict[str, Any] = page.evaluate(FETCH, [url, json.dumps(body), names])

@@ -75,12 +75,12 @@ def test_a_split_document_has_the_score_of_its_best_chunk(short: Server) -> None
     assert rows[1]["best_chunk"]["index"] == 3
     assert chunk.strip().startswith("gzip compresses files")
     assert chunk in FINDABLE
-    # The chunk alone, as a document of its own, gets the same logit.
+    # The chunk as a separate document gets the same logit.
     alone = short.client.post(
         "/v1/rerank", json={"query": body["query"], "documents": [chunk.strip()], "raw_scores": True}
     ).json()
     assert rows[1]["relevance_score"] == pytest.approx(alone[0]["score"], abs=1e-3)
-    # Without the chunk the document is cut before it, and has the score of what is left.
+    # With fewer chunks the document is truncated before this chunk, so its score is lower.
     fewer = short.client.post("/rerank", json=body | more | {"max_chunks_per_doc": 3}).json()
     assert fewer["meta"]["warnings"]
     assert {row["index"]: row for row in fewer["results"]}[1]["relevance_score"] < rows[1]["relevance_score"]

@@ -1,4 +1,4 @@
-"""What a request asks for and does not get is said: in headers, in `meta.warnings`, in the log and in errors."""
+"""Reports of unread fields and changed texts: headers, `meta.warnings`, the log and errors."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ VALUES: list[Any] = [
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_no_word_of_the_framework_reaches_a_client(fake_server: Server, name: str) -> None:
-    """Every field with every JSON type, in each dialect."""
+    """Send every field with every JSON type in each dialect."""
     shapes: list[dict[str, Any]] = [
         {"documents": DOCUMENTS},
         {"documents": DOCUMENTS, "model": "m"},
@@ -249,7 +249,7 @@ def test_a_truncated_query_scores_as_its_start(short: Server) -> None:
 
 
 def test_a_connection_takes_all_of_it_at_once(fake_server: Server) -> None:
-    """A header that a client's parser refuses would be worse than silence."""
+    """A client's parser must accept the header, whatever the name of a field."""
     body = b'{"query": "q", "documents": ["a"], "t\\u00f6pk\\r\\nx-evil: 1": 1}'
     with socket.create_connection(("127.0.0.1", fake_server.port)) as s:
         s.sendall(

@@ -1,4 +1,4 @@
-"""The pages for people, in a real browser: what is shown, what stays text, what never leaves the machine."""
+"""The pages in a real browser: visible results, users' texts as text only, no request to another host."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def fill(page: Page, query: str, documents: list[str], **fields: str) -> None:
 
 
 def ranking(page: Page) -> list[tuple[str, float]]:
-    """What is shown: (document, score), from top to bottom."""
+    """Return the visible (document, score) pairs, from top to bottom."""
     page.locator("#ranking li").first.wait_for()
     texts = page.locator("#ranking p").all_inner_texts()
     return list(zip(texts, map(float, page.locator("#ranking .score").all_inner_texts()), strict=True))

@@ -12,7 +12,8 @@ from pydantic import BaseModel, Field
 from reranker.http.ranking import Ranking
 
 _DOCUMENTS_PER_UNIT = 100
-"""Cohere bills a query with at most so many documents as one search unit."""
+"""Cohere bills a query with at most 100 documents as one search unit."""
+SCORE: Any = Field(description="Probability that the document meets the query; the logit with raw_scores")
 
 
 class Document(BaseModel):
@@ -32,9 +33,7 @@ class Result(BaseModel):
     """The rank of one document."""
 
     index: int = Field(ge=0, description="Position in `documents`, from 0")
-    relevance_score: float = Field(
-        description="Probability that the document meets the query; the logit with raw_scores"
-    )
+    relevance_score: float = SCORE
     document: Document | None = Field(None, description="If return_documents is true")
     best_chunk: BestChunk | None = Field(None, description="If return_documents is true and the document was split")
 
@@ -76,18 +75,13 @@ class Meta(BaseModel):
     )
 
 
-class About(BaseModel):
-    """The keys of a response other than its results."""
+class Results(BaseModel):
+    """All results, best first, and their cost."""
 
     id: str = Field(description="The x-request-id of the response")
     model: str = Field(description="The served model, whatever name the request has")
     usage: Usage
     meta: Meta
-
-
-class Results(About):
-    """All results, best first, and their cost."""
-
     results: list[Result]
 
 

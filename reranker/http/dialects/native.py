@@ -16,7 +16,7 @@ class Score(BaseModel):
     """The rank of one document."""
 
     index: int = Field(ge=0, description="Position among the documents of the request, from 0")
-    score: float = Field(description="Probability that the document meets the query; the logit with raw_scores")
+    score: float = cohere.SCORE
     text: str | None = Field(None, description="The document, if the request asks for it")
 
 
@@ -24,9 +24,7 @@ class TextResult(BaseModel):
     """The rank of one document, with its text."""
 
     index: int = Field(ge=0, description="Position in `documents`, from 0")
-    relevance_score: float = Field(
-        description="Probability that the document meets the query; the logit with raw_scores"
-    )
+    relevance_score: float = cohere.SCORE
     text: str = Field(description="The document")
 
 
