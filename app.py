@@ -19,15 +19,13 @@ from fastapi.routing import iter_route_contexts
 
 from config import Settings, SettingsError, load_settings, log_config, misspelt
 from reranker import __version__
-from reranker.http import cors, errors, health
-from reranker.http import metrics_route as metrics
-from reranker.http import pages as page
-from reranker.http import rerank as routes
+from reranker.http import cors, errors, health, metrics, pages, rerank
 from reranker.http.access import AccessLog
 from reranker.http.auth import TokenAuth, describe
 from reranker.http.dialects import openai, tei
 from reranker.http.limits import Limits
 from reranker.http.metrics import Metrics
+from reranker.http.state import Service
 from reranker.scheduler.batcher import Batcher
 from reranker.scheduler.compute import ScorerLike
 from reranker.server import fleet
@@ -48,9 +46,9 @@ def create_app(
     """Wire the service together.
 
     Args:
-        settings: all of them.
-        load: returns the scorer; default: `load_scorer` with the settings.
-        on_failure: called with the reason if no scorer can be loaded or it is lost; default: `end_process`.
+        settings: of the whole service.
+        load: creates the scorer; default: the one that the settings describe.
+        on_failure: called with the error if the scorer cannot be loaded or is lost; default: `end_process`.
     """
     logging.config.dictConfig(log_config(settings))
     logging.captureWarnings(True)
@@ -58,21 +56,21 @@ def create_app(
     worker = fleet.context
     counts = Metrics(worker.folder, worker.metrics_key)
 
+    batcher = Batcher(
+        lambda: load_and_freeze_gc(load or (lambda: load_scorer(settings))),
+        max_queue_tokens=settings.max_queue_tokens,
+        max_requests=settings.worker_connections,
+        load_timeout=settings.load_timeout,
+        pass_timeout=2 * settings.request_timeout,
+        cache_entries=settings.score_cache_entries,
+        on_failure=on_failure or end_process,
+        observer=counts,
+    )
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         if not tokens:
             warn_of_no_token(worker.listeners)
-        batcher = Batcher(
-            lambda: load_and_freeze_gc(load or (lambda: load_scorer(settings))),
-            max_queue_tokens=settings.max_queue_tokens,
-            max_requests=settings.worker_connections,
-            load_timeout=settings.load_timeout,
-            pass_timeout=2 * settings.request_timeout,
-            cache_entries=settings.score_cache_entries,
-            on_failure=on_failure or end_process,
-            observer=counts,
-        )
-        app.state.batcher = batcher
         await batcher.start()
         if worker.siblings_serve:  # listen when ready
             await batcher.wait_until_loaded()
@@ -86,19 +84,22 @@ def create_app(
         summary="Ranks documents by relevance to a query, with Qwen3-Reranker",
         version=__version__,
         lifespan=lifespan,
-        docs_url=None,  # page.py serves it without internet access
+        docs_url=None,  # pages.py serves it without internet access
         redoc_url=None,
-        redirect_slashes=False,  # where the token is in the address, a redirect would lose it
-        # FastAPI's own would hand whole addresses to whatever tracing the environment sets up, tokens in them.
+        redirect_slashes=False,  # a redirect would lose a token in the address
+        # FastAPI's tracing would record whole addresses, tokens included.
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
-    app.state.max_documents = settings.max_documents
-    app.state.max_values = max(1_000_000, settings.max_body_bytes // 16)
-    app.state.request_timeout = settings.request_timeout
-    app.state.body_timeout = settings.body_timeout  # for worker.py
-    app.state.metrics = counts
-    app.router.routes += routes.router.routes  # an included router looks for its route twice in every request
-    for part in (openai, tei, health, metrics, page):
+    app.state.service = Service(
+        batcher=batcher,
+        metrics=counts,
+        max_documents=settings.max_documents,
+        max_values=max(1_000_000, settings.max_body_bytes // 16),
+        request_timeout=settings.request_timeout,
+        body_timeout=settings.body_timeout,
+    )
+    app.router.routes += rerank.router.routes  # an included router would look for its route twice in every request
+    for part in (openai, tei, health, metrics, pages):
         app.include_router(part.router)
     errors.install(app)
     if tokens:

@@ -13,9 +13,10 @@ from config import load_settings, log_config
 
 logging.config.dictConfig(log_config(load_settings()))
 app = FastAPI()
-# Of the application, the worker wants to know these; it counts nothing here but what it refuses.
-app.state.metrics = SimpleNamespace(refused=lambda status, error_type: None)
-app.state.body_timeout = 20.0
+# The fields of reranker.http.state.Service that the worker reads.
+app.state.service = SimpleNamespace(
+    batcher=None, metrics=SimpleNamespace(refused=lambda status, error_type: None), body_timeout=20.0
+)
 
 
 @app.get("/readyz")

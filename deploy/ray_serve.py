@@ -66,17 +66,18 @@ def build(load: Callable[[], ScorerLike] | None = None) -> FastAPI:
     """The application of one replica, made inside it. Arguments: see `create_app`."""
     from app import create_app
     from deploy.ray_metrics import share
+    from reranker.http.state import service_of
 
     def failed(error: Exception) -> None:
         made.state.failure = error
-        if made.state.batcher.scorer is None:  # never loaded: Ray gives up on this replica and shows the reason
+        if service_of(made).batcher.scorer is None:  # never loaded: Ray gives up on this replica and shows the reason
             logger.critical("cannot serve: %s", error)
         else:  # Ray's checks come seconds apart; a process that ends is left out of the routing at once
             fleet.end_process(error)
 
     made = create_app(load_settings(), load, failed)
     made.state.failure = None
-    share(made.state.metrics)
+    share(service_of(made).metrics)
     return made
 
 

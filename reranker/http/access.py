@@ -1,4 +1,4 @@
-"""One line a request in the log and one count in the metrics, and an id that ties them to the answer.
+"""One log line and one count per request, and an id that connects them with the response.
 
 Sizes and times, never a text or a token.
 """
@@ -10,33 +10,32 @@ import re
 import time
 from collections.abc import Set
 from random import getrandbits
-from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from reranker.errors import RerankError
 from reranker.http.metrics import OTHER, Metrics
+from reranker.http.state import RequestContext
 
 logger = logging.getLogger(__name__)
 
 _REQUEST_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
-# "&access_token=" in place of "?access_token=": no parameter to anybody but the one who sent it. A token may hold any
-# character that could end it.
+# A path with "&access_token=" in place of "?access_token=". The token may contain any delimiter.
 _MISPLACED = re.compile(r"(access_token=).*", re.IGNORECASE | re.DOTALL)
 _QUIET = frozenset({"/health", "/livez", "/readyz", "/metrics"})
+_MAX_PATH = 200
+"""Characters of a path in the log."""
 
-CLIENT_LEFT = 499
-"""nginx's status for a client that did not wait for its answer; it stands in logs and metrics only."""
+CLIENT_DISCONNECTED = 499
+"""nginx's status for a client that closed its connection before the response; for logs and metrics only."""
 
 
 class AccessLog:
-    """Pure ASGI middleware, outermost: adds `x-request-id` (echoed where it is harmless, else made), logs and counts.
-
-    Routes put what they know into `scope["state"]["access"]`, a dict.
+    """Outermost ASGI middleware: attaches the `RequestContext`, adds `x-request-id`, logs and counts.
 
     Args:
-        metrics: where requests are counted.
-        routes: the fixed paths that the service has; what else is asked for counts as one.
+        metrics: counts the requests.
+        routes: the fixed paths of the service; all other paths are counted together.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, routes: Set[str]) -> None:
@@ -50,61 +49,67 @@ class AccessLog:
             await self.app(scope, receive, send)
             return
         start = time.monotonic()
-        request_id = id_of(scope)
-        facts: dict[str, Any] = {}
-        scope.setdefault("state", {}).update(access=facts, request_id=request_id)
+        context = RequestContext(id_of(scope))
+        scope.setdefault("state", {})["context"] = context
         status = 0
 
-        async def stamped(message: Message) -> None:
+        async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", context.request_id.encode())]
             await send(message)
 
         self.metrics.request_began()
         try:
-            await self.app(scope, receive, stamped)
-        except BaseException:  # a panic of a library in Rust is no Exception
+            await self.app(scope, receive, send_with_id)
+        except BaseException:  # a panic in a Rust library is not an Exception
             status = status or 500
-            facts["error_type"] = RerankError.error_type
+            context.error_type = RerankError.error_type
             raise
         finally:
-            seconds = time.monotonic() - start
-            if facts.get("client") == "left":  # nobody was refused anything, and nothing is wrong here
-                facts.pop("error_type", None)
-                status = CLIENT_LEFT
-            path, method = scope["path"], scope["method"]
-            route = path if path in self.routes else OTHER
-            self.metrics.request_ended(route, status, seconds, facts.get("error_type"))
-            fields = {"id": request_id, "method": method, "route": route, "status": status}
-            if route == OTHER:
-                fields["path"] = printable(path)
-            logger.log(
-                # Probes and scrapes come every few seconds; only their failures are news.
-                logging.DEBUG if path in _QUIET and status < 400 else logging.INFO,
-                "%s %s %d %.1f ms id=%s%s",
-                method,
-                path if route == path else printable(path),
-                status,
-                seconds * 1000,
-                request_id,
-                "".join(f" {name}={value}" for name, value in facts.items()),
-                extra={"facts": {**fields, "duration_ms": round(seconds * 1000, 1), **facts}},  # for logs.JsonFormatter
-            )
+            if context.client_disconnected:  # not an error of the service
+                context.error_type = None
+                status = CLIENT_DISCONNECTED
+            self._finish(scope, context, status, time.monotonic() - start)
+
+    def _finish(self, scope: Scope, context: RequestContext, status: int, seconds: float) -> None:
+        path, method = scope["path"], scope["method"]
+        route = path if path in self.routes else OTHER
+        self.metrics.request_ended(route, status, seconds, context.error_type)
+        fields = context.log_fields
+        if context.client_disconnected:
+            fields["client"] = "disconnected"
+        if context.error_type:
+            fields["error_type"] = context.error_type
+        json_fields = {"id": context.request_id, "method": method, "route": route, "status": status}
+        if route == OTHER:
+            json_fields["path"] = printable(path)
+        logger.log(
+            # Probes and scrapes arrive every few seconds: only their failures are logged.
+            logging.DEBUG if path in _QUIET and status < 400 else logging.INFO,
+            "%s %s %d %.1f ms id=%s%s",
+            method,
+            path if route == path else printable(path),
+            status,
+            seconds * 1000,
+            context.request_id,
+            "".join(f" {name}={value}" for name, value in fields.items()),
+            extra={"facts": {**json_fields, "duration_ms": round(seconds * 1000, 1), **fields}},  # for JsonFormatter
+        )
 
 
 def id_of(scope: Scope) -> str:
-    """The `x-request-id` that a request brings, where it is harmless; else a new one."""
-    sent = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"").decode("latin-1")
-    return sent if _REQUEST_ID.fullmatch(sent) else new_id()
+    """Return the `x-request-id` of a request if it has an accepted form, otherwise a new one."""
+    value = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"").decode("latin-1")
+    return value if _REQUEST_ID.fullmatch(value) else new_id()
 
 
 def new_id() -> str:
-    """A request id: 16 hexadecimal digits."""
+    """Return a request id: 16 hexadecimal digits."""
     return f"{getrandbits(64):016x}"
 
 
 def printable(path: str) -> str:
-    """A path as it may stand in a log line: no line breaks, not endless, no token."""
-    return repr(_MISPLACED.sub(r"\1***", path)[:200])[1:-1]
+    """Return a path for a log line: one line, of limited length, without a token."""
+    return repr(_MISPLACED.sub(r"\1***", path)[:_MAX_PATH])[1:-1]

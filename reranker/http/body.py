@@ -1,47 +1,69 @@
-"""Reading a JSON body: bytes to an object, with errors that say what and where and never echo the input.
-
-`reranker.request.parse` reads the fields of the object.
-"""
+"""Reading a request: bytes to a checked `ParsedRequest`. Errors give cause and place and never echo the input."""
 
 from __future__ import annotations
 
 import gc
 import json
+import logging
+import re
+from dataclasses import replace
 from typing import Any, NoReturn
 
-from fastapi import Request
+from starlette.datastructures import Headers
+from starlette.requests import Request
 
 from reranker.errors import InvalidRequestError, MalformedBodyError, UnsupportedMediaTypeError
+from reranker.notes import Notes
 from reranker.request.fields import json_kind
+from reranker.request.parse import ParsedRequest, parse_request
+from reranker.request.unread import MAX_NAMES
 
 _SEPARATORS = b",", b"[", b"{"
-"""Each value but the first stands behind one of these."""
+"""Each JSON value but the first one follows one of these."""
 _PIECE = 1 << 16
+"""Bytes that are split at quotes in one step."""
+_URL_PARAMETER = re.compile(rb"[A-Za-z_][A-Za-z0-9_-]{0,39}")
+_notes = Notes(logging.getLogger(__name__).warning)
+"""The operator's copy of the warnings that clients find in their responses; once per process and text."""
 
 
-async def read_json(request: Request) -> dict[str, Any]:
-    """The body as a JSON object.
+async def read(request: Request, *, max_documents: int, max_values: int) -> ParsedRequest:
+    """Read and check the body and the URL parameters of a request.
+
+    The JSON values are dropped on return: unread fields may be larger than the request, which may stay queued.
 
     Raises:
-        UnsupportedMediaTypeError: another content type than JSON, or none in a request of a web page.
+        UnsupportedMediaTypeError: the content type is not JSON, or a web page sent none.
         MalformedBodyError: not JSON.
-        InvalidRequestError: JSON, but not an object, or with NaN or Infinity, or with too many values.
+        InvalidRequestError: more than `max_values` JSON values, not an object, or a field is wrong.
     """
-    declared = request.headers.get("content-type")
-    if declared is None:  # a browser sends a body without a type to any service, and asks for no preflight
-        declared = "" if "origin" in request.headers else "application/json"
+    _check_media_type(request.headers)
+    # Not request.body(): the request would keep these bytes until its response.
+    content = b"".join([part async for part in request.stream()])
+    parsed = parse_request(_json_object(content, max_values), max_documents=max_documents)
+    if query_string := request.scope.get("query_string"):
+        parsed = _with_url_parameters(parsed, query_string)
+    if parsed.warnings:
+        _notes.add(parsed.warnings, "in a request (noted once): ")
+    return parsed
+
+
+def _check_media_type(headers: Headers) -> None:
+    declared = headers.get("content-type")
+    if declared is None:  # browsers send a body without a type to other origins, without a preflight
+        declared = "" if "origin" in headers else "application/json"
     kind = declared.partition(";")[0].strip().lower()
     if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
         raise UnsupportedMediaTypeError("the body must be JSON: send the header 'Content-Type: application/json'")
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
+    if headers.get("content-encoding", "identity").lower() != "identity":
         raise UnsupportedMediaTypeError("Content-Encoding is not supported: send the JSON uncompressed")
-    # Not request.body(), which keeps the bytes as long as the request waits.
-    content = b"".join([part async for part in request.stream()])
-    most: int = request.app.state.max_values
-    if more_values(content, most):
-        raise InvalidRequestError(f"the body holds more than {most} values: leave out what is not asked for")
+
+
+def _json_object(content: bytes, max_values: int) -> dict[str, Any]:
+    if exceeds_values(content, max_values):
+        raise InvalidRequestError(f"the body holds more than {max_values} JSON values: leave out unread fields")
     try:
-        value = _loads(content.decode("utf-8-sig"))
+        value = _decode(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise MalformedBodyError(
             f"the body is not UTF-8 at byte {error.start}: send UTF-8 (on Windows: chcp 65001, or --data-binary @file "
@@ -56,7 +78,7 @@ async def read_json(request: Request) -> dict[str, Any]:
         raise MalformedBodyError(
             f"the body is not JSON: {reason} at line {error.lineno} column {error.colno}"
         ) from None
-    except ValueError:  # the one left: an integer of thousands of digits
+    except ValueError:  # the only other one: Python's limit on the digits of an integer
         raise MalformedBodyError("the body holds a number with too many digits") from None
     if not isinstance(value, dict):
         raise InvalidRequestError(
@@ -65,26 +87,28 @@ async def read_json(request: Request) -> dict[str, Any]:
     return value
 
 
-def more_values(content: bytes, most: int) -> bool:
-    """Whether JSON has more than so many values: in memory each takes up to thirty times its bytes, and the event loop
-    waits while they are made. Texts may hold whatever they like. What is no JSON may have more, or not.
+def exceeds_values(content: bytes, limit: int) -> bool:
+    """Whether JSON holds more than `limit` values, before any of them is created.
+
+    In memory a value takes up to thirty times its bytes, and creating it blocks the event loop. Separators inside
+    strings do not count. For bytes that are not JSON the result is arbitrary.
     """
-    if len(content) < most or sum(map(content.count, _SEPARATORS)) < most:
+    if len(content) < limit or sum(map(content.count, _SEPARATORS)) < limit:
         return False
     unescaped = content.replace(b"\\\\", b"").replace(b'\\"', b"")
-    values, in_text = 0, False
+    values, in_string = 0, False
     for start in range(0, len(unescaped), _PIECE):
         parts = unescaped[start : start + _PIECE].split(b'"')
-        outside = b'"'.join(parts[in_text::2])
+        outside = b'"'.join(parts[in_string::2])
         values += sum(map(outside.count, _SEPARATORS)) - outside.count(b"[]") - outside.count(b"{}")
-        if values >= most:
+        if values >= limit:
             return True
-        in_text ^= len(parts) % 2 == 0
+        in_string ^= len(parts) % 2 == 0
     return False
 
 
-def _loads(text: str) -> Any:
-    """JSON to values, with the garbage collector off: it looks through millions of new lists again and again."""
+def _decode(text: str) -> Any:
+    """Decode JSON with the garbage collector off, which would scan millions of new lists repeatedly."""
     gc.disable()
     try:
         return _JSON.decode(text)
@@ -97,3 +121,13 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 _JSON = json.JSONDecoder(parse_constant=_refuse_constant)
+
+
+def _with_url_parameters(parsed: ParsedRequest, query_string: bytes) -> ParsedRequest:
+    """Report the parameters of the URL, of which only the token is read. A name may contain a misplaced token."""
+    parts = (part.partition(b"=") for part in query_string.split(b"&", MAX_NAMES)[:MAX_NAMES])
+    names = dict.fromkeys(name.decode() for name, equals, _ in parts if equals and _URL_PARAMETER.fullmatch(name))
+    capacity = max(0, MAX_NAMES - len(parsed.ignored))
+    unread = tuple(name for name in names if "token" not in name.lower())[:capacity]
+    warnings = tuple(f"{name} in the address is not read: send it in the body" for name in unread)
+    return replace(parsed, ignored=parsed.ignored + unread, warnings=parsed.warnings + warnings)

@@ -1,4 +1,4 @@
-"""Browsers on pages of other origins: preflights are answered, and responses say who may read them."""
+"""Cross-origin requests of browsers: preflights, and the headers that let pages read responses."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _METHODS = ("GET", "HEAD", "POST")
 
 
 class Cors(CORSMiddleware):
-    """Starlette's own, whose refusals are errors of this service."""
+    """Starlette's middleware, with refusals in the error format of this service."""
 
     def preflight_response(self, request_headers: Headers) -> Response:
-        """Answer a preflight; a refusal names the setting, or the methods."""
+        """Answer a preflight; a refusal names the setting, or the allowed methods."""
         response = super().preflight_response(request_headers)
         if response.status_code < 400:
             return response
@@ -38,22 +38,22 @@ def install(app: FastAPI, origins: Sequence[str]) -> None:
     Call it after the token guard is added, because a preflight never carries a token, and before the access log is.
 
     Args:
-        app: has its handler of unexpected errors already.
+        app: already has its handler of unexpected errors.
         origins: as browsers send them, or `*` for all.
     """
     options: dict[str, Any] = {
         "allow_origins": origins,
         "allow_methods": _METHODS,
-        "allow_headers": ["*"],  # clients written for Node send headers of their own
-        "expose_headers": ["*"],  # to scripts: x-request-id, Retry-After and all others
-        "allow_private_network": True,  # this service is usually in one
+        "allow_headers": ["*"],  # SDKs for Node send headers of their own
+        "expose_headers": ["*"],  # x-request-id, Retry-After and all others
+        "allow_private_network": True,  # the service is usually in one
     }
     app.add_middleware(Cors, **options)
     unexpected: Any = app.exception_handlers[Exception]
 
     async def readable(request: Request, error: Exception) -> ASGIApp:
-        answer = unexpected(request, error)
-        return Cors(await answer if isawaitable(answer) else answer, **options)
+        response = unexpected(request, error)
+        return Cors(await response if isawaitable(response) else response, **options)
 
     # Starlette sends the response to an unexpected error outside of all middleware.
     app.add_exception_handler(Exception, readable)  # type: ignore[arg-type]  # sent as an ASGI application

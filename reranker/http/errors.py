@@ -1,4 +1,4 @@
-"""From error to answer: one table, one shape. `detail` is always a string, and nothing a client sent is echoed."""
+"""From error to response: one table, one shape. `detail` is always a string and never echoes the input."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from starlette.types import Receive, Scope, Send
 
 from reranker import errors
 from reranker.errors import MalformedBodyError, RerankError, UnauthorizedError
+from reranker.http.state import context_of
 
 
 class ErrorBody(BaseModel):
-    """What every error answers."""
+    """The body of every error response."""
 
-    detail: str = Field(description="What was wrong, where, and how to mend it", examples=["no token was sent"])
+    detail: str = Field(description="What was wrong, where, and how to fix it", examples=["no token was sent"])
     error_type: str = Field(description="The kind of error, for programs", examples=["unauthorized"])
 
 
-_ANSWERS = [
+_DOCUMENTED = [
     errors.MalformedBodyError,
     errors.UnauthorizedError,
     errors.BodyTimeoutError,
@@ -36,26 +37,27 @@ _ANSWERS = [
     errors.DeadlineError,
 ]
 RESPONSES: dict[int | str, dict[str, object]] = {
-    error.status: {"model": ErrorBody, "description": str(error.__doc__).rstrip(".")} for error in _ANSWERS
+    error.status: {"model": ErrorBody, "description": str(error.__doc__).rstrip(".")} for error in _DOCUMENTED
 }
-"""OpenAPI's description of what a rerank route answers besides 200."""
+"""OpenAPI's description of the error responses of a rerank route."""
 
 
 class ErrorResponse(JSONResponse):
-    """An answer that tells the access log and the metrics its error type, whoever sends it."""
+    """An error response that reports its type to the access log and the metrics."""
 
     def __init__(self, detail: str, error_type: str, status: int, headers: Mapping[str, str] | None = None) -> None:
         self.error_type = error_type
         super().__init__({"detail": detail, "error_type": error_type}, status, headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Note the type and send the answer."""
-        scope.get("state", {}).get("access", {})["error_type"] = self.error_type
+        """Record the type and send the response."""
+        if "context" in scope.get("state", ()):  # absent in Ray's proxy
+            context_of(scope).error_type = self.error_type
         await super().__call__(scope, receive, send)
 
 
 def error_response(error: RerankError) -> ErrorResponse:
-    """The answer to an error of ours."""
+    """Return the response to one of the project's own errors."""
     headers: dict[str, str] = {}
     if error.retry_after is not None:
         headers["Retry-After"] = str(error.retry_after)
@@ -67,38 +69,39 @@ def error_response(error: RerankError) -> ErrorResponse:
 
 
 def install(app: FastAPI) -> None:
-    """Register the handlers: ours, the framework's own (404, 405), and everything unexpected."""
+    """Register handlers for the project's errors, the framework's (404, 405), disconnects and unexpected errors."""
+    app.add_exception_handler(RerankError, _own_error)
+    app.add_exception_handler(HTTPException, _framework_error)
+    app.add_exception_handler(ClientDisconnect, _disconnected)
+    app.add_exception_handler(Exception, _unexpected_error)
 
-    async def ours(request: Request, error: Exception) -> Response:
-        assert isinstance(error, RerankError)
-        return error_response(error)
 
-    async def framework(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        kind = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
-        detail = str(error.detail)
-        if kind == "method_not_allowed":
-            posts = "POST" in (error.headers or {}).get("Allow", "")
-            way = "POST with a JSON body" if posts else "GET"
-            detail = f"{request.method} is not served at this path: use {way}, see /docs"
-        if kind == "not_found":
-            slash = "leave out the slash at its end, or see" if request.scope["path"].endswith("/") else "see"
-            detail = f"there is nothing at this path; {slash} /docs for all there are"
-        return ErrorResponse(detail, kind, error.status_code, error.headers)
+async def _own_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RerankError)
+    return error_response(error)
 
-    async def gone(request: Request, error: Exception) -> Response:
-        # The client left in the middle of its body: no error of ours, and nobody reads the answer.
-        request.scope["state"]["access"]["client"] = "left"
-        return Response(status_code=MalformedBodyError.status)
 
-    async def unexpected(request: Request, error: Exception) -> Response:
-        # The traceback goes to the log: the server logs what is raised again behind this answer.
-        text = "unexpected error; the operator finds the cause in the log under this request's x-request-id"
-        # This answer is given outside of the access log's middleware.
-        headers = {"x-request-id": request.scope["state"]["request_id"]}
-        return ErrorResponse(text, RerankError.error_type, 500, headers)
+async def _framework_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    kind = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
+    detail = str(error.detail)
+    if kind == "method_not_allowed":
+        method = "POST with a JSON body" if "POST" in (error.headers or {}).get("Allow", "") else "GET"
+        detail = f"{request.method} is not served at this path: use {method}, see /docs"
+    if kind == "not_found":
+        slash = "remove the trailing slash, or " if request.scope["path"].endswith("/") else ""
+        detail = f"there is no such path; {slash}see /docs for all paths"
+    return ErrorResponse(detail, kind, error.status_code, error.headers)
 
-    app.add_exception_handler(RerankError, ours)
-    app.add_exception_handler(HTTPException, framework)
-    app.add_exception_handler(ClientDisconnect, gone)
-    app.add_exception_handler(Exception, unexpected)
+
+async def _disconnected(request: Request, error: Exception) -> Response:
+    context_of(request.scope).client_disconnected = True
+    return Response(status_code=MalformedBodyError.status)  # never received
+
+
+async def _unexpected_error(request: Request, error: Exception) -> Response:
+    """Answer with a generic text. Starlette raises the error again, so the server logs its traceback."""
+    text = "unexpected error; the operator finds the cause in the log under this request's x-request-id"
+    # Starlette sends this response outside of all middleware, so the access log cannot add the id.
+    headers = {"x-request-id": context_of(request.scope).request_id}
+    return ErrorResponse(text, RerankError.error_type, 500, headers)

@@ -1,4 +1,4 @@
-"""Is it alive, is it ready: for people (/health, with the token) and for orchestrators (/livez, /readyz, open)."""
+"""State of the worker: /health for people, with the token; /livez and /readyz for orchestrators, open."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from reranker.scheduler.batcher import Batcher
+from reranker.http.state import service_of
 
 router = APIRouter(tags=["health"])
 
@@ -19,16 +19,11 @@ class Health(BaseModel):
     status: Literal["ok", "loading", "draining", "unhealthy"]
 
 
-def _batcher(request: Request) -> Batcher:
-    batcher: Batcher = request.app.state.batcher
-    return batcher
-
-
-@router.head("/health", include_in_schema=False)  # load balancers ask so
+@router.head("/health", include_in_schema=False)  # used by load balancers
 @router.get("/health", summary="State of the service", responses={200: {"model": Health}, 503: {"model": Health}})
 async def health(request: Request) -> Response:
-    """200 and "ok", or 503 with what keeps it from being so."""
-    status = _batcher(request).status
+    """200 with "ok", or 503 with the state that prevents it."""
+    status = service_of(request.app).batcher.status
     if status == "ok":
         return JSONResponse({"status": "ok"})
     return JSONResponse({"status": status}, 503, {"Retry-After": "5"})
@@ -45,9 +40,8 @@ _TEXT = {"text/plain": {"schema": {"type": "string"}}}
     responses={503: {"description": "Restart it", "content": _TEXT}},
 )
 async def livez(request: Request) -> Response:
-    """503 only when a restart helps; loading and draining are alive."""
-    alive = _batcher(request).status != "unhealthy"
-    return PlainTextResponse("ok" if alive else "not ok", 200 if alive else 503)
+    """503 only if a restart helps: a loading or draining worker is alive."""
+    return _probe(service_of(request.app).batcher.status != "unhealthy")
 
 
 @router.head("/readyz", include_in_schema=False)
@@ -58,6 +52,9 @@ async def livez(request: Request) -> Response:
     responses={503: {"description": "Send no requests", "content": _TEXT}},
 )
 async def readyz(request: Request) -> Response:
-    """200 when requests are welcome."""
-    ready = _batcher(request).status == "ok"
-    return PlainTextResponse("ok" if ready else "not ok", 200 if ready else 503)
+    """200 while the worker accepts requests."""
+    return _probe(service_of(request.app).batcher.status == "ok")
+
+
+def _probe(ok: bool) -> Response:
+    return PlainTextResponse("ok" if ok else "not ok", 200 if ok else 503)

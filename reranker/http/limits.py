@@ -1,4 +1,4 @@
-"""How much may enter: bytes of headers and body, seconds for the body, bytes held by all requests together."""
+"""Limits of a request: bytes of headers and body, seconds for the body, bytes of all bodies in memory."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from reranker.errors import BodyTimeoutError, BodyTooLargeError, HeadersTooLarge
 from reranker.http.errors import error_response
 
 MAX_HEADER_BYTES = 32_768
-# All bodies in memory together: so many of the largest size.
-_BODIES_IN_MEMORY = 16
+_MAX_BODIES = 16
+"""Bodies of the maximum size that fit into memory together."""
 
 
 class Limits:
-    """Pure ASGI middleware; a body is refused at the first byte too many, or at once by its Content-Length.
+    """ASGI middleware that refuses a body by its Content-Length, or at the first byte above the limit.
 
     Args:
         max_body_bytes: of one request.
-        body_timeout: seconds from the head of the request to the last byte of its body.
+        body_timeout: seconds from the head of a request to the last byte of its body.
     """
 
     def __init__(self, app: ASGIApp, *, max_body_bytes: int, body_timeout: float) -> None:
         self.app = app
         self.max_body_bytes = max_body_bytes
-        self.max_held_bytes = max_body_bytes * _BODIES_IN_MEMORY
+        self.max_held_bytes = max_body_bytes * _MAX_BODIES
         self.body_timeout = body_timeout
         self.held_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on behind a receive channel that counts."""
+        """Pass the request on with a receive channel that counts bytes and has a deadline."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -40,32 +40,35 @@ class Limits:
             await error_response(refusal)(scope, receive, send)
             return
         deadline = time.monotonic() + self.body_timeout
-        taken = 0
+        body_bytes = 0
         more = True
 
-        async def counted() -> Message:
-            nonlocal taken, more
-            if not more:  # only the disconnect is still to come, and that may take its time
+        async def receive_within_limits() -> Message:
+            nonlocal body_bytes, more
+            if not more:  # only the disconnect remains, which has no deadline
                 return await receive()
-            try:
-                async with asyncio.timeout(deadline - time.monotonic()):
-                    message = await receive()
-            except TimeoutError:
-                raise BodyTimeoutError(f"the body did not arrive within {self.body_timeout:g} s") from None
+            message = await self._before(deadline, receive)
             size = len(message.get("body", b""))
             more = bool(message.get("more_body", False))
-            taken += size
+            body_bytes += size
             self.held_bytes += size
-            if taken > self.max_body_bytes:
+            if body_bytes > self.max_body_bytes:
                 raise self._too_large()
             if self.held_bytes > self.max_held_bytes:
-                raise QueueFullError("too many large requests at once; try again in 1 s", retry_after=1)
+                raise QueueFullError("too many large requests at the same time; try again in 1 s", retry_after=1)
             return message
 
         try:
-            await self.app(scope, counted, send)
+            await self.app(scope, receive_within_limits, send)
         finally:
-            self.held_bytes -= taken
+            self.held_bytes -= body_bytes
+
+    async def _before(self, deadline: float, receive: Receive) -> Message:
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                return await receive()
+        except TimeoutError:
+            raise BodyTimeoutError(f"the body did not arrive within {self.body_timeout:g} s") from None
 
     def _refusal(self, scope: Scope) -> RerankError | None:
         target = len(scope["path"]) + len(scope["query_string"])

@@ -1,233 +1,198 @@
-"""Every Prometheus metric, once; nothing else imports prometheus_client.
+"""Every Prometheus metric in one table, the counting, and GET /metrics; nothing else imports prometheus_client.
+
+To add a metric, add a row to `TABLE` and the line that counts it.
 
 Under gunicorn the workers share a folder (PROMETHEUS_MULTIPROC_DIR, made by gunicorn.conf.py): each writes its values
-into files of its own there, and whichever worker is asked adds all of them up. Files bear the worker's slot and not its
-process id, so a worker that replaces a dead one counts on where that one stopped, and no number of crashes makes more
-files. Without a folder the metrics are those of this one process.
+into its own files there, and the worker that serves /metrics adds them up. File names contain the worker's slot, not
+its process id, so a worker continues the counts of the dead worker that it replaces, and crashes add no files. Without
+a folder the metrics are those of one process.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import struct
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
+from fastapi import APIRouter, Request
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, values
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.multiprocess import MultiProcessCollector
+from starlette.responses import Response
 
 from reranker import __version__, errors
+from reranker.http.state import service_of
 from reranker.scheduler.events import ForwardPass, Observer
 from reranker.types import ModelInfo, RerankResult
 
 logger = logging.getLogger(__name__)
 
-# From a cached probe to REQUEST_TIMEOUT's default; 0.1 s and below is what a search page can spend on reranking.
+OTHER = "other"
+"""The route of every unknown path: clients must not be able to create label values."""
+
+# From a cached probe to the default of REQUEST_TIMEOUT; a search page can spend about 0.1 s on reranking.
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 100)
 _TOKENS = (256, 1024, 4096, 8192, 16_384, 32_768, 65_536, 131_072, 262_144)
 _DOCUMENTS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
 _RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
 
-# Bytes of each file of values, all that every route and status can fill (tests/http/test_metrics.py fills them).
+# Bytes of each file of values: enough for every route and status (tests/http/test_metrics.py fills them).
 _FILES = {"counter": 1 << 18, "histogram": 1 << 18, "gauge_livesum": 1 << 16, "gauge_livemin": 1 << 16}
+_ERROR_TYPES = (
+    *dict.fromkeys(kind.error_type for kind in vars(errors).values() if hasattr(kind, "error_type")),
+    "cors_refused",
+)
 
-OTHER = "other"
-"""The route of every path that the service does not have: a label must not be the client's choice."""
+
+class Row(NamedTuple):
+    """A metric. `name` has no `_total`; `mode` is how a gauge combines its values of several workers."""
+
+    name: str
+    kind: type[Counter | Gauge | Histogram]
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+    mode: Literal["livesum", "livemin"] = "livesum"
+    zeros: tuple[str, ...] = ()
+    """Values of its one label that start at 0, because to Prometheus a counter that appears with 1 has not risen."""
+
+
+TABLE = (
+    Row("reranker_requests", Counter, "Completed requests.", ("route", "status")),
+    Row(
+        "reranker_request_duration_seconds",
+        Histogram,
+        "Time from head to response end.",
+        ("route",),
+        _SECONDS,
+    ),
+    Row("reranker_requests_in_progress", Gauge, "Requests without a complete response."),
+    Row("reranker_errors", Counter, "Refused and failed requests.", ("error_type",), zeros=_ERROR_TYPES),
+    Row("reranker_ready_workers", Gauge, "Workers that accept requests."),
+    Row("reranker_model_info", Gauge, "1 per worker that has the model.", ("model", "device", "precision", "version")),
+    Row("reranker_self_check_failed_workers", Gauge, "Workers whose model ranked an obvious pair wrong at the start."),
+    Row("reranker_device_memory_bytes", Gauge, "Device memory of the workers; on a CPU, that of the processes."),
+    Row("reranker_queue_tokens", Gauge, "Tokens in the queue."),
+    Row("reranker_queue_wait_seconds", Histogram, "Time of a request in the queue.", (), _SECONDS),
+    Row(
+        "reranker_stage_seconds", Histogram, "Time of scored requests; total includes the queue.", ("stage",), _SECONDS
+    ),
+    Row("reranker_truncated_documents", Counter, "Documents that did not fit and were truncated."),
+    Row(
+        "reranker_score_cache_documents",
+        Counter,
+        "Documents of scored requests: hit, from the score cache; miss, computed. Both stay 0 if the cache is off.",
+        ("result",),
+        zeros=("hit", "miss"),
+    ),
+    Row("reranker_batch_token_budget", Gauge, "Max tokens in a forward pass; out of memory lowers it.", mode="livemin"),
+    Row("reranker_batch_tokens", Histogram, "Tokens in a forward pass, each uncached prefix once.", (), _TOKENS),
+    Row("reranker_batch_documents", Histogram, "Documents in a forward pass.", (), _DOCUMENTS),
+    Row("reranker_batch_duration_seconds", Histogram, "Time of a forward pass.", (), _SECONDS),
+    Row(
+        "reranker_batch_utilisation_ratio",
+        Histogram,
+        "Tokens of a forward pass divided by the budget.",
+        (),
+        _RATIOS,
+    ),
+    Row(
+        "reranker_prompt_tokens",
+        Counter,
+        "Tokens of the prompts as the model reads them; minus reranker_batch_tokens_sum: saved by sharing prefixes.",
+    ),
+)
 
 
 class Metrics(Observer):
-    """Counts what the batcher and the access log report.
+    """Counts the reports of the batcher, the access log and the protocol.
 
     Args:
         folder: shared by all workers of the service; None: the metrics of this process alone.
-        worker: names this worker's files; no other living worker may have it.
+        worker: names this worker's files; unique among the living workers.
     """
 
     def __init__(self, folder: str | None = None, worker: str = "0") -> None:
-        self.folder = folder if folder and _reserve(Path(folder), worker) else None
-        # The library would decide by the environment when it is imported, once, and take the process id.
+        self.folder = folder if folder and _reserve_files(Path(folder), worker) else None
+        # The library would choose by an environment variable at import, once, and name files by process id.
         values.ValueClass = values.MultiProcessValue(lambda: worker) if self.folder else values.MutexValue
         disable_created_metrics()
-        self.registry = registry = CollectorRegistry()
+        self.registry = CollectorRegistry()
+        metrics = {row.name: _create(row, self.registry) for row in TABLE}
 
-        self.requests = Counter("reranker_requests", "Requests answered.", ["route", "status"], registry=registry)
-        self.duration = Histogram(
-            "reranker_request_duration_seconds",
-            "From the head of a request to the end of its answer.",
-            ["route"],
-            buckets=_SECONDS,
-            registry=registry,
-        )
-        self.in_progress = Gauge(
-            "reranker_requests_in_progress",
-            "Requests being answered.",
-            multiprocess_mode="livesum",
-            registry=registry,
-        )
-        self.errors = Counter(
-            "reranker_errors", "Requests refused or failed, by kind.", ["error_type"], registry=registry
-        )
-        for kind in vars(errors).values():  # a counter that appears with a 1 has not risen, to Prometheus
-            if isinstance(kind, type) and issubclass(kind, errors.RerankError):
-                self.errors.labels(kind.error_type)
-        self.ready = Gauge(
-            "reranker_ready_workers",
-            "Workers that take requests.",
-            multiprocess_mode="livesum",
-            registry=registry,
-        )
-        self.model = Gauge(
-            "reranker_model_info",
-            "1 for every worker that holds the model.",
-            ["model", "device", "precision", "version"],
-            multiprocess_mode="livesum",
-            registry=registry,
-        )
-        self.self_check = Gauge(
-            "reranker_self_check_failed_workers",
-            "Workers whose model ranked an obvious pair wrong at the start: it does not behave like a reranker.",
-            multiprocess_mode="livesum",
-            registry=registry,
-        )
-        self.memory = Gauge(
-            "reranker_device_memory_bytes",
-            "Memory that the workers hold on their devices; on a CPU, that of the processes.",
-            multiprocess_mode="livesum",
-            registry=registry,
-        )
-        self.queue_tokens = Gauge(
-            "reranker_queue_tokens",
-            "Tokens that wait for the device.",
-            multiprocess_mode="livesum",
-            registry=registry,
-        )
-        self.queue_wait = Histogram(
-            "reranker_queue_wait_seconds",
-            "From the queue to the device, by request.",
-            buckets=_SECONDS,
-            registry=registry,
-        )
-        self.stages = Histogram(
-            "reranker_stage_seconds",
-            "Where the time of scored requests went: tokenization, inference, and total with the queue.",
-            ["stage"],
-            buckets=_SECONDS,
-            registry=registry,
-        )
-        self.truncated = Counter(
-            "reranker_truncated_documents", "Documents that did not fit and were cut.", registry=registry
-        )
-        self.cached = Counter(
-            "reranker_score_cache_documents",
-            "Documents of scored requests: hit, the score was known; miss, computed. None where the cache is off.",
-            ["result"],
-            registry=registry,
-        )
-        for result in ("hit", "miss"):
-            self.cached.labels(result)
-        self.budget = Gauge(
-            "reranker_batch_token_budget",
-            "Most tokens in one forward pass; lower after the device ran out of memory.",
-            multiprocess_mode="livemin",
-            registry=registry,
-        )
-        self.batch_tokens = Histogram(
-            "reranker_batch_tokens",
-            "Tokens in a forward pass, each prefix's own part once.",
-            buckets=_TOKENS,
-            registry=registry,
-        )
-        self.batch_documents = Histogram(
-            "reranker_batch_documents", "Documents in a forward pass.", buckets=_DOCUMENTS, registry=registry
-        )
-        self.batch_seconds = Histogram(
-            "reranker_batch_duration_seconds", "Time of a forward pass.", buckets=_SECONDS, registry=registry
-        )
-        self.utilisation = Histogram(
-            "reranker_batch_utilisation_ratio",
-            "Tokens in a forward pass by the token budget; nothing of it is padding.",
-            buckets=_RATIOS,
-            registry=registry,
-        )
-        self.prompt_tokens = Counter(
-            "reranker_prompt_tokens",
-            "Tokens of the prompts as the model reads them; against reranker_batch_tokens_sum: what sharing saves.",
-            registry=registry,
-        )
-        # The library finds a label's values anew each time, at several times the cost of counting.
-        self._requests = cache(self.requests.labels)
-        self._duration, self._stage = cache(self.duration.labels), cache(self.stages.labels)
+        @cache  # the library's own lookup costs several times as much as the counting
+        def child(name: str, *labels: object) -> Any:
+            return metrics[name].labels(*labels) if labels else metrics[name]
 
-    # What the batcher reports
+        self._child = child
 
     def status_changed(self, status: str) -> None:
-        """Count this worker among the ready ones, or not."""
-        self.ready.set(status == "ok")
+        """Count this worker as ready or not."""
+        self._child("reranker_ready_workers").set(status == "ok")
 
     def loaded(self, info: ModelInfo, memory: int) -> None:
-        """Say what is served."""
-        self.model.labels(info.name, info.device, info.precision, __version__).set(1)
-        self.self_check.set(info.self_check.startswith("failed"))
-        self.budget.set(info.max_batch_tokens)
-        self.memory.set(memory)
+        """Set the gauges of the model."""
+        self._child("reranker_model_info", info.name, info.device, info.precision, __version__).set(1)
+        self._child("reranker_self_check_failed_workers").set(info.self_check.startswith("failed"))
+        self._child("reranker_batch_token_budget").set(info.max_batch_tokens)
+        self._child("reranker_device_memory_bytes").set(memory)
 
     def queue_changed(self, tokens: int) -> None:
-        """Show the queue."""
-        self.queue_tokens.set(tokens)
+        """Set the size of the queue."""
+        self._child("reranker_queue_tokens").set(tokens)
 
     def request_started(self, wait: float) -> None:
-        """Count the wait of every request that comes to the device, whatever becomes of it there."""
-        self.queue_wait.observe(wait)
+        """Count the queue time of a request, even if it fails later."""
+        self._child("reranker_queue_wait_seconds").observe(wait)
 
     def pass_ended(self, done: ForwardPass) -> None:
-        """Count the batch."""
-        self.batch_tokens.observe(done.tokens)
-        self.batch_documents.observe(done.documents)
-        self.batch_seconds.observe(done.seconds)
-        self.utilisation.observe(done.tokens / done.budget)
-        self.prompt_tokens.inc(done.prompt_tokens)
-        self.budget.set(done.budget)
-        self.memory.set(done.memory)
+        """Count a forward pass."""
+        self._child("reranker_batch_tokens").observe(done.tokens)
+        self._child("reranker_batch_documents").observe(done.documents)
+        self._child("reranker_batch_duration_seconds").observe(done.seconds)
+        self._child("reranker_batch_utilisation_ratio").observe(done.tokens / done.budget)
+        self._child("reranker_prompt_tokens").inc(done.prompt_tokens)
+        self._child("reranker_batch_token_budget").set(done.budget)
+        self._child("reranker_device_memory_bytes").set(done.memory)
 
     def cache_used(self, hits: int, misses: int) -> None:
-        """Count the documents of a request that were known, and the others."""
-        self.cached.labels("hit").inc(hits)
-        self.cached.labels("miss").inc(misses)
+        """Count the documents of a request by their source."""
+        self._child("reranker_score_cache_documents", "hit").inc(hits)
+        self._child("reranker_score_cache_documents", "miss").inc(misses)
 
     def request_scored(self, result: RerankResult) -> None:
-        """Count the times of a request."""
+        """Count the times and truncated documents of a request."""
         for stage in ("tokenization", "inference", "total"):
-            self._stage(stage).observe(getattr(result.timings, stage))
+            self._child("reranker_stage_seconds", stage).observe(getattr(result.timings, stage))
         if result.truncated_documents:
-            self.truncated.inc(result.truncated_documents)
-
-    # What the access log and the protocol report
+            self._child("reranker_truncated_documents").inc(result.truncated_documents)
 
     def request_began(self) -> None:
-        """A request is here."""
-        self.in_progress.inc()
+        """Count a request as in progress."""
+        self._child("reranker_requests_in_progress").inc()
 
     def request_ended(self, route: str, status: int, seconds: float, error_type: str | None) -> None:
-        """A request is answered. `route` is one of the service's own paths or `OTHER`."""
-        self.in_progress.dec()
-        self._requests(route, status).inc()
-        self._duration(route).observe(seconds)
+        """Count a completed request. `route` is a path of the service or `OTHER`."""
+        self._child("reranker_requests_in_progress").dec()
+        self._child("reranker_requests", route, status).inc()
+        self._child("reranker_request_duration_seconds", route).observe(seconds)
         if error_type is not None:
-            self.errors.labels(error_type).inc()
+            self._child("reranker_errors", error_type).inc()
 
     def refused(self, status: int, error_type: str) -> None:
-        """A connection was refused before there was a request."""
-        self.requests.labels(OTHER, str(status)).inc()
-        self.errors.labels(error_type).inc()
-
-    # What Prometheus reads
+        """Count a connection that was refused before it sent a request."""
+        self._child("reranker_requests", OTHER, status).inc()
+        self._child("reranker_errors", error_type).inc()
 
     def render(self, accept: str) -> tuple[bytes, str]:
-        """All metrics and their content type, in the format that the Accept header asks for. Reads files: not for
-        the event loop.
+        """Return all metrics in the format that the Accept header asks for, and its content type.
+
+        It reads files, so it must not run on the event loop.
         """
         encode, kind = choose_encoder(accept)
         if self.folder:
@@ -235,29 +200,56 @@ class Metrics(Observer):
             try:
                 MultiProcessCollector(shared, self.folder)
                 return encode(shared), kind
-            except (OSError, ValueError, RuntimeError, struct.error) as error:  # a clean-up of /dev/shm, say
+            except (OSError, ValueError, RuntimeError, struct.error) as error:  # for example after a clean-up of /tmp
                 logger.warning("the folder of shared metrics cannot be read, so /metrics is one worker's: %s", error)
         return encode(self.registry), kind
 
 
-def _reserve(folder: Path, worker: str) -> bool:
-    """Take the space of this worker's files; False where that is not possible.
+def _create(row: Row, registry: CollectorRegistry) -> Any:
+    options: dict[str, Any] = {"registry": registry}
+    if row.kind is Histogram:
+        options["buckets"] = row.buckets
+    if row.kind is Gauge:
+        options["multiprocess_mode"] = row.mode
+    metric = row.kind(row.name, row.help, row.labels, **options)
+    for value in row.zeros:
+        metric.labels(value)
+    return metric
 
-    The library makes files with holes and writes through a memory map, so a disk that is full later would end the
-    process with SIGBUS. A file whose blocks are there already cannot do that. Siblings read every `*.db`, so none is
-    there before it is whole.
+
+def _reserve_files(folder: Path, worker: str) -> bool:
+    """Allocate this worker's files; return False if that is not possible.
+
+    The library creates sparse files and writes through a memory map, so a disk that fills up later would end the
+    process with SIGBUS. Allocated blocks prevent that. Siblings read every `*.db`, so a file gets that name when it is
+    complete.
     """
-    made = folder / f"{worker}.new"
+    new = folder / f"{worker}.new"
     try:
         for name, size in _FILES.items():
-            file = folder / f"{name}_{worker}.db"
-            place = file if file.exists() else made
-            with place.open("ab") as new:
-                os.posix_fallocate(new.fileno(), 0, size)
-            place.rename(file)
+            path = folder / f"{name}_{worker}.db"
+            target = path if path.exists() else new
+            with target.open("ab") as file:
+                os.posix_fallocate(file.fileno(), 0, size)
+            target.rename(path)
     except OSError as error:
         with suppress(OSError):
-            made.unlink()
+            new.unlink()
         logger.warning("no shared metrics, /metrics shows one worker's own: %s", error)
         return False
     return True
+
+
+router = APIRouter(tags=["health"])
+
+
+@router.get(
+    "/metrics",
+    summary="Metrics of all workers, for Prometheus",
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+)
+async def metrics(request: Request) -> Response:
+    """Prometheus's text format, or OpenMetrics if the Accept header asks for it."""
+    source = service_of(request.app).metrics
+    body, kind = await asyncio.to_thread(source.render, request.headers.get("accept", ""))
+    return Response(body, headers={"Content-Type": kind})

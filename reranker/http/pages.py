@@ -1,8 +1,8 @@
 """The two pages for people: the playground at `/` and Swagger UI at `/docs`. Both work without internet access.
 
-A page is one HTML file with everything in it, so one request loads it, no asset route has to be open beside it, and
-its policy can be strict: only the scripts and styles whose hashes stand in the header run, and nothing is loaded from
-or sent to another host. `no-referrer` keeps `/docs?access_token=...` out of whatever is opened from that page.
+A page is one HTML file with inline scripts and styles. One request loads it, no other route has to be open, and its
+policy is strict: only scripts and styles whose hashes are in the header run, and nothing is loaded from or sent to
+another host. `no-referrer` keeps `/docs?access_token=...` secret from the targets of links.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ router = APIRouter(include_in_schema=False)
 
 
 class Page:
-    """A self-contained HTML page and the headers that go with it.
+    """A self-contained HTML page with its headers.
 
     Args:
         html: the page; its inline `<script>` and `<style>` elements have no attributes.
-        policy: what its Content-Security-Policy allows beyond them.
-        cache: who may keep a copy; every use asks whether it is still the same.
+        policy: additional directives of its Content-Security-Policy, each with its semicolon.
+        cache: `public` or `private`, for Cache-Control; every use of a copy is revalidated.
     """
 
     def __init__(self, html: str, policy: str, cache: str) -> None:
@@ -41,15 +41,15 @@ class Page:
             "X-Content-Type-Options": "nosniff",
         }
 
-    def answer(self, request: Request) -> Response:
-        """The page, or 304 when the browser has it already."""
+    def response(self, request: Request) -> Response:
+        """Return the page, or 304 if the browser has it already."""
         if self.headers["ETag"] in request.headers.get("if-none-match", ""):
             return Response(status_code=304, headers=self.headers)
         return Response(self.body, headers=self.headers, media_type="text/html")
 
 
 def _hashes(element: str, html: str) -> str:
-    """The sources of a policy that let exactly these inline elements through."""
+    """Return the policy sources that allow exactly the inline elements of a page."""
     texts = re.findall(rf"<{element}>(.*?)</{element}>", html, re.DOTALL)
     return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in texts)
 
@@ -59,14 +59,14 @@ def _read(package: str, path: str) -> str:
 
 
 def _docs() -> str:
-    """docs.html with Swagger UI put in."""
+    """Return docs.html with Swagger UI inlined."""
     html = _read("reranker.http", "docs.html")
     for name in ("swagger-ui.css", "swagger-ui-bundle.js"):
         html = html.replace(f"/* {name} */", _read("fastapi_offline", f"static/{name}"))
     return html
 
 
-# Trusted Types: the browser itself refuses to turn a string into HTML on the page that shows users' texts.
+# Trusted Types: on the page with users' texts the browser refuses to parse a string as HTML.
 _PLAYGROUND = Page(
     _read("reranker.http", "playground.html"), "require-trusted-types-for 'script'; trusted-types 'none'; ", "public"
 )
@@ -76,11 +76,11 @@ _DOCS = Page(_docs(), "", "private")
 @router.head("/")
 @router.get("/")
 async def playground(request: Request) -> Response:
-    """Try a query and documents in the browser. Open to everybody: the page is static and asks for the token itself."""
-    return _PLAYGROUND.answer(request)
+    """Try a query and documents in the browser. The page is static, so it is open; it asks for the token."""
+    return _PLAYGROUND.response(request)
 
 
 @router.get("/docs")
 async def docs(request: Request) -> Response:
-    """Swagger UI; where tokens are set, open it as `/docs?access_token=<token>`."""
-    return _DOCS.answer(request)
+    """Swagger UI; if tokens are set, open it as `/docs?access_token=<token>`."""
+    return _DOCS.response(request)

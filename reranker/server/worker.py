@@ -18,6 +18,7 @@ from uvicorn.config import Config
 from uvicorn.server import Server
 from uvicorn_worker import UvicornWorker
 
+from reranker.http.state import service_of
 from reranker.server import fleet
 from reranker.server.protocol import ConnectionPool, HttpProtocol
 from reranker.server.siblings import Siblings
@@ -63,8 +64,8 @@ class RerankWorker(UvicornWorker):  # type: ignore[misc]  # neither package is t
         self.config.http = partial(
             HttpProtocol,
             pool=ConnectionPool(raise_fd_limit(self.cfg.worker_connections + _SPARE_CONNECTIONS)),
-            metrics=self.wsgi.state.metrics,
-            io_timeout=self.wsgi.state.body_timeout,
+            metrics=service_of(self.wsgi).metrics,
+            io_timeout=service_of(self.wsgi).body_timeout,
             siblings=siblings,
         )
         server = DrainingServer(self.config, siblings, workers=self.cfg.workers)
@@ -203,7 +204,8 @@ class DrainingServer(Server):
 
     @property
     def _batcher(self) -> Batcher | None:
-        return getattr(getattr(self.config.app, "state", None), "batcher", None)
+        service = getattr(getattr(self.config.app, "state", None), "service", None)
+        return getattr(service, "batcher", None)
 
     def _drain(self) -> None:
         if self._batcher is not None:

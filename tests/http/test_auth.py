@@ -20,7 +20,7 @@ seen: dict[str, Any] = {}
 
 
 async def behind(scope: Scope, receive: Receive, send: Send) -> None:
-    """What stands behind the door: notes what it can see."""
+    """An application that records the parts of a request that pass the token check."""
     seen.clear()
     seen.update(query=scope["query_string"], headers=dict(scope["headers"]))
     await send({"type": "http.response.start", "status": 200, "headers": []})

@@ -1,7 +1,7 @@
-"""Bodies of every kind to every dialect of a real server: what is right is ranked, what is not is refused in one shape.
+"""Bodies of every kind to every dialect of a real server: valid ones are ranked, all others refused in one shape.
 
-tests/http/test_openapi.py makes bodies from the OpenAPI document; these know the request's meaning, and whether an
-answer gives away what was sent.
+tests/http/test_openapi.py generates bodies from the OpenAPI document; these tests also know the meaning of a request,
+and check that no error echoes it.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reranker.engine.scores import sigmoid
-from reranker.http.body import more_values
+from reranker.http.body import exceeds_values
 from reranker.request.fields import FIELDS
 from tests.conftest import Server
 from tests.fake import PREFIX
 from tests.http.test_rerank import ALL, ranked
 
 MARK = "zebra7"
-"""In every string that is sent; in no answer that refuses it."""
+"""In every string of a request; in no error response."""
 KEYS = tuple(FIELDS)
 TEXT = st.text(st.characters(exclude_categories=()), max_size=12).map(lambda text: MARK + text)
 NUMBER = st.integers() | st.integers(-(10**40), 10**40) | st.floats(allow_nan=False, allow_infinity=False)
@@ -54,7 +54,7 @@ RIGHT: dict[str, st.SearchStrategy[Any]] = {
 
 
 def near() -> st.SearchStrategy[dict[str, Any]]:
-    """A request of which some fields are right and others anything."""
+    """Requests with some valid and some arbitrary fields."""
     return st.fixed_dictionaries({}, optional={key: RIGHT[key] | JSON for key in KEYS} | {MARK: JSON})
 
 
@@ -99,7 +99,7 @@ def test_a_right_request_is_ranked_in_its_dialect(
     documents += data.draw(st.lists(st.sampled_from(["red", "green blue", "red green blue", "none"]), max_size=3))
     status, content, _ = send(fake_server, path, body)
     assert status == 200, content
-    # The scorer of tests/fake.py: as many as the words that a document shares with the query.
+    # The scorer of tests/fake.py counts the words that a document shares with the query.
     texts = [document if isinstance(document, str) else document["text"] for document in documents]
     assert len(words) < PREFIX
     logits = [len(set(words) & set(text.split())) for text in texts]
@@ -118,13 +118,13 @@ def test_a_right_request_is_ranked_in_its_dialect(
 
 @pytest.mark.parametrize("path", ALL)
 def test_the_mark_is_in_answers_that_rank(fake_server: Server, path: str) -> None:
-    """So its absence elsewhere says something."""
+    """Otherwise its absence in errors would prove nothing."""
     _, _, raw = send(fake_server, path, {"query": MARK, "documents": [MARK], "return_documents": True})
     assert MARK in raw.decode()
 
 
 def values(of: Any) -> int:
-    """In a piece of JSON, itself included; the names in an object are none."""
+    """Count the values of a JSON value, itself included, names of fields excluded."""
     if isinstance(of, dict):
         return 1 + sum(map(values, of.values()))
     return 1 + sum(map(values, of)) if isinstance(of, list) else 1
@@ -140,11 +140,11 @@ NESTED = st.recursive(
 def test_values_are_counted_as_they_are(of: object, indent: int | None) -> None:
     separators = None if indent else (",", ":")
     content = json.dumps(of, indent=indent, separators=separators, ensure_ascii=False).encode()
-    assert not more_values(content, values(of))
-    assert more_values(content, values(of) - 1) or values(of) == 1
+    assert not exceeds_values(content, values(of))
+    assert exceeds_values(content, values(of) - 1) or values(of) == 1
 
 
 def test_values_are_counted_across_pieces() -> None:
     for count in (10_000, 60_001):
         texts = json.dumps([f'"{i},[' * 3 for i in range(count)]).encode()
-        assert [more_values(texts, count + 1), more_values(texts, count)] == [False, True]
+        assert [exceeds_values(texts, count + 1), exceeds_values(texts, count)] == [False, True]

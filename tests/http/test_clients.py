@@ -1,4 +1,4 @@
-"""The request bodies of real clients, as they send them: read at their source or recorded (tests/clients runs them)."""
+"""Request bodies of real clients, recorded or read in their source code; tests/clients runs the clients themselves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pages of other origins: preflights, which responses they may read, and a real browser on such a page."""
+"""Cross-origin requests: preflights, the headers that let pages read responses, and a real browser."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from app import create_app
 from config import Settings
-from reranker.scheduler.batcher import Batcher
+from reranker.http.state import service_of
 from tests.conftest import FAKE, Server, Start
 from tests.fake import FakeScorer
 from tests.faults.traffic import BODY
+from tests.http.test_metrics import once, samples, value
 from tests.http.test_pages import CHROMIUM, FLAGS
 
 TOKEN = "s3cret-of-the-page"
@@ -29,7 +30,7 @@ HEADERS = "authorization,content-type,x-stainless-lang"
 
 @pytest.fixture(scope="module")
 def home() -> Iterator[str]:
-    """The origin of an empty page."""
+    """Return the origin of an empty page."""
 
     class Empty(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -50,7 +51,7 @@ def home() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def guarded(start: Start, home: str) -> Server:
-    """Asks for a token, and allows two origins."""
+    """A server that requires a token and allows two origins."""
     return start(
         command=FAKE,
         ACCESS_TOKEN=TOKEN,
@@ -63,12 +64,18 @@ def guarded(start: Start, home: str) -> Server:
 
 
 @pytest.fixture(scope="module")
+def loading(start: Start) -> Server:
+    """A server that is never ready and allows one origin, not that of the empty page."""
+    return start(command=FAKE, wait="loading", FAKE_LOAD_SECONDS="1000", CORS_ALLOW_ORIGINS=APP)
+
+
+@pytest.fixture(scope="module")
 def everybody(start: Start) -> Server:
     return start(command=FAKE, CORS_ALLOW_ORIGINS="*")
 
 
 def bare(server: Server) -> httpx.Client:
-    """A client without the token."""
+    """Return a client without the token."""
     return httpx.Client(base_url=server.client.base_url, timeout=60, trust_env=False)
 
 
@@ -154,9 +161,8 @@ def test_every_response_can_be_read_errors_too(guarded: Server) -> None:
         assert answer.headers["x-request-id"]
 
 
-def test_a_service_that_loads_can_be_read(start: Start) -> None:
-    server = start(command=FAKE, wait="loading", FAKE_LOAD_SECONDS="1000", CORS_ALLOW_ORIGINS=APP)
-    answer = server.client.post("/v1/rerank", json=BODY, headers={"Origin": APP})
+def test_a_service_that_loads_can_be_read(loading: Server) -> None:
+    answer = loading.client.post("/v1/rerank", json=BODY, headers={"Origin": APP})
     assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (503, APP)
     assert answer.headers["retry-after"]
 
@@ -170,7 +176,7 @@ def test_a_busy_service_and_an_unexpected_error_can_be_read(monkeypatch: pytest.
             app.router.lifespan_context(app),
             httpx.AsyncClient(transport=transport, base_url="http://h") as client,
         ):
-            batcher: Batcher = app.state.batcher
+            batcher = service_of(app).batcher
             await batcher.wait_until_loaded()
             batcher.admission.max_requests = 0
             busy = await client.post("/v1/rerank", json=BODY, headers={"Origin": APP})
@@ -196,8 +202,8 @@ def test_a_star_allows_all(everybody: Server, origin: str) -> None:
 
 
 @pytest.mark.parametrize(("token", "status"), [("", 405), (TOKEN, 401)])
-def test_by_default_nothing_is_allowed(start: Start, token: str, status: int) -> None:
-    server = start(command=FAKE, ACCESS_TOKEN=token, token=token)
+def test_by_default_nothing_is_allowed(start: Start, fake_server: Server, token: str, status: int) -> None:
+    server = start(command=FAKE, ACCESS_TOKEN=token, token=token) if token else fake_server
     with bare(server) as client:
         answers = [
             client.options("/v1/rerank", headers=PREFLIGHT),
@@ -211,7 +217,7 @@ def test_by_default_nothing_is_allowed(start: Start, token: str, status: int) ->
 @pytest.mark.parametrize("path", ["/v1/rerank", "/rerank", "/v2/rerank"])
 @pytest.mark.parametrize("origin", [APP, OTHER, "null"])
 def test_a_page_s_request_without_a_content_type_is_refused(guarded: Server, path: str, origin: str) -> None:
-    """A browser sends it without a preflight."""
+    """A browser sends such a request without a preflight."""
     content = json.dumps(BODY).encode()
     answer = guarded.client.post(path, content=content, headers={"Origin": origin})
     assert (answer.status_code, answer.json()["error_type"]) == (415, "unsupported_media_type")
@@ -247,7 +253,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(browser: Browser, home: str) -> Iterator[Page]:
-    """An empty page of another origin than the services."""
+    """An empty page whose origin is not that of the services."""
     page = browser.new_page()
     page.goto(home)
     yield page
@@ -255,7 +261,7 @@ def page(browser: Browser, home: str) -> Iterator[Page]:
 
 
 def fetch(page: Page, server: Server, body: object = BODY, **headers: str) -> dict[str, Any]:
-    """What a script on the page sees."""
+    """Return the response as a script on the page reads it."""
     names = {"Content-Type": "application/json"} | {name.replace("_", "-"): text for name, text in headers.items()}
     url = f"http://127.0.0.1:{server.port}/v1/rerank"
     seen: dict[str, Any] = page.evaluate(FETCH, [url, json.dumps(body), names])
@@ -281,9 +287,11 @@ def test_a_script_reads_errors(guarded: Server, page: Page) -> None:
     assert (seen["status"], seen["body"]["error_type"]) == (422, "invalid_request")
 
 
-def test_a_script_of_another_origin_gets_nothing(start: Start, everybody: Server, page: Page) -> None:
-    assert fetch(page, start(command=FAKE)) == {"failed": "TypeError"}
-    assert fetch(page, start(command=FAKE, CORS_ALLOW_ORIGINS=APP)) == {"failed": "TypeError"}
+def test_a_script_of_another_origin_gets_nothing(
+    fake_server: Server, loading: Server, everybody: Server, page: Page
+) -> None:
+    assert fetch(page, fake_server) == {"failed": "TypeError"}
+    assert fetch(page, loading) == {"failed": "TypeError"}
     assert fetch(page, everybody)["status"] == 200
 
 
@@ -297,12 +305,14 @@ async ([url, body, type]) => {
 """
 
 
-def test_a_script_of_another_origin_makes_the_service_compute_nothing(start: Start, page: Page) -> None:
-    """Without a token only the content type stands between such a page and the model."""
-    server = start(command=FAKE)
-    url = f"http://127.0.0.1:{server.port}/v1/rerank"
+def test_a_script_of_another_origin_makes_the_service_compute_nothing(fake_server: Server, page: Page) -> None:
+    """Without a token only the content type protects the model from such a page."""
+    url = f"http://127.0.0.1:{fake_server.port}/v1/rerank"
+    labels = {"name": "reranker_requests_total", "route": "/v1/rerank"}
+    before = samples(fake_server)
+    refusals = value(before, **labels, status="415")
     for kind in ("", "text/plain", "application/json"):
         page.evaluate(SEND, [url, json.dumps(BODY), kind])
-    counts = server.client.get("/metrics").text
-    assert 'reranker_requests_total{route="/v1/rerank",status="415"} 3.0' in counts
-    assert 'route="/v1/rerank",status="200"' not in counts
+    after = once(fake_server, lambda now: value(now, **labels, status="415") == refusals + 3)
+    assert value(after, **labels, status="200") == value(before, **labels, status="200")
+    assert value(after, "reranker_batch_documents_sum") == value(before, "reranker_batch_documents_sum")

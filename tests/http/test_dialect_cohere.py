@@ -45,13 +45,6 @@ def test_a_search_unit_is_a_hundred_documents_begun(fake_server: Server, documen
     assert got["meta"]["billed_units"] == {"search_units": units}
 
 
-@pytest.fixture(scope="module")
-def short(start: Any) -> Server:
-    """The demo model with so little room that documents are cut."""
-    server: Server = start(MAX_SEQ_LENGTH="160", MODEL_DEVICE="cpu")
-    return server
-
-
 LONG = " ".join(f"word{i} of a long story" for i in range(60))
 # Words that are one token in any English vocabulary, so that a chunk of 40 tokens begins at "gzip".
 FINDABLE = " ".join(["the of and a in to by at"] * 15 + ["gzip compresses files on Linux"] + ["the of and a"] * 20)
@@ -61,7 +54,7 @@ def test_what_was_cut_is_said(short: Server) -> None:
     body = {"model": "m", "query": "how to compress files", "documents": [LONG, "gzip compresses files", LONG]}
     answer = short.client.post("/rerank", json=body)
     [warning] = answer.json()["meta"]["warnings"]
-    assert warning.startswith("2 of 3 documents did not fit and were cut")
+    assert warning.startswith("2 of 3 documents did not fit and were truncated")
     assert answer.headers["x-truncated-documents"] == "2"
     whole = short.client.post("/rerank", json=body | {"documents": ["gzip compresses files"]})
     assert "warnings" not in whole.json()["meta"]
@@ -82,12 +75,12 @@ def test_a_split_document_has_the_score_of_its_best_chunk(short: Server) -> None
     assert rows[1]["best_chunk"]["index"] == 3
     assert chunk.strip().startswith("gzip compresses files")
     assert chunk in FINDABLE
-    # The chunk alone, as a document of its own, gets the same logit.
+    # The chunk as a separate document gets the same logit.
     alone = short.client.post(
         "/v1/rerank", json={"query": body["query"], "documents": [chunk.strip()], "raw_scores": True}
     ).json()
     assert rows[1]["relevance_score"] == pytest.approx(alone[0]["score"], abs=1e-3)
-    # Without the chunk the document is cut before it, and has the score of what is left.
+    # With fewer chunks the document is truncated before this chunk, so its score is lower.
     fewer = short.client.post("/rerank", json=body | more | {"max_chunks_per_doc": 3}).json()
     assert fewer["meta"]["warnings"]
     assert {row["index"]: row for row in fewer["results"]}[1]["relevance_score"] < rows[1]["relevance_score"]

@@ -1,4 +1,4 @@
-"""The numbers at /metrics, read by Prometheus's own parsers from a real gunicorn, with one worker and with several."""
+"""The values at /metrics of a real gunicorn with one and with several workers, read by Prometheus's own parsers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ from config import Settings
 from reranker import errors
 from reranker.engine.scorer import Scorer
 from reranker.http.access import AccessLog
-from reranker.http.metrics import _FILES, OTHER, Metrics
+from reranker.http.metrics import _FILES, OTHER, TABLE, Metrics
+from reranker.http.state import context_of, service_of
 from reranker.scheduler.batcher import Batcher
 from reranker.types import RerankRequest
 from tests.conftest import GUNICORN, ROOT, Server, Start
@@ -47,7 +48,7 @@ Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
 def samples(server: Server) -> Samples:
-    """Every sample by name and labels, from the text format."""
+    """Return every sample by name and labels, from the text format."""
     answer = server.client.get("/metrics")
     assert answer.status_code == 200
     assert answer.headers["content-type"].startswith("text/plain")
@@ -62,7 +63,7 @@ def value(found: Samples, name: str, **labels: str) -> float:
 
 
 def once(server: Server, condition: Callable[[Samples], bool]) -> Samples:
-    """The samples as soon as the condition holds: a request is counted behind its answer, a worker comes in time."""
+    """Return the samples once the condition holds: a request is counted after its response."""
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         found = samples(server)
@@ -73,11 +74,17 @@ def once(server: Server, condition: Callable[[Samples], bool]) -> Samples:
 
 
 def call(server: Server, path: str, **options: Any) -> httpx.Response:
-    """On a connection of its own, so that every worker gets some."""
+    """Send a request on a new connection, so that every worker gets some."""
     method = "POST" if options else "GET"
     headers = {"Authorization": f"Bearer {TOKEN}", "Connection": "close"} | options.pop("headers", {})
     url = f"http://127.0.0.1:{server.port}{path}"
     return httpx.request(method, url, headers=headers, timeout=60, trust_env=False, **options)
+
+
+def stop(server: Server) -> int:
+    """Stop a server; open connections would delay it by five seconds."""
+    server.client.close()
+    return server.stop()
 
 
 def body(documents: int = 2, query: str = "red fish") -> dict[str, Any]:
@@ -85,7 +92,7 @@ def body(documents: int = 2, query: str = "red fish") -> dict[str, Any]:
 
 
 def fill(server: Server) -> tuple[Counter[tuple[str, str]], list[httpx.Response]]:
-    """A known set of requests: how many of each route and status, and the scored answers."""
+    """Send a known set of requests; return their number by route and status, and the scored responses."""
     answers: list[tuple[str, httpx.Response]] = []
 
     def ask(route: str, path: str = "", **options: Any) -> None:
@@ -151,7 +158,7 @@ def test_a_known_set_of_requests_is_counted_exactly(server: Server) -> None:
     prompt_tokens = sum(int(a.headers["x-prompt-tokens"]) for a in scored)
     assert rise(now, "reranker_batch_documents_sum") == documents
     assert rise(now, "reranker_prompt_tokens_total") == prompt_tokens
-    # One request in progress in a worker at a time: every pass holds one, and its prefix once.
+    # WORKER_CONNECTIONS=1: every pass holds one request, with one prefix.
     assert rise(now, "reranker_batch_tokens_sum") == prompt_tokens - PREFIX * (documents - len(scored))
     for name in ("batch_tokens", "batch_documents", "batch_duration_seconds", "batch_utilisation_ratio"):
         assert rise(now, f"reranker_{name}_count") == len(scored)
@@ -222,7 +229,7 @@ def test_killed_workers_lose_no_counts_and_leave_no_gauges(start: Start) -> None
         with pytest.raises(httpx.TransportError):
             call(server, "/v1/rerank", json=body(query="killed"), headers={"X-Request-Id": "never"})
 
-    for _ in range(2):  # a second time, for the names of the first dead
+    for _ in range(2):  # the second round kills the replacements, which have the same file names
         waiting = [threading.Thread(target=hang) for _ in range(4)]
         for thread in waiting:
             thread.start()
@@ -243,14 +250,17 @@ def test_killed_workers_lose_no_counts_and_leave_no_gauges(start: Start) -> None
     assert {file.name for file in folder.iterdir()} == files, "no files of the dead"
     call(server, "/v1/rerank", json=body())
     once(server, lambda s: value(s, name, **labels) == 9)
-    server.stop()
+    stop(server)
     assert not folder.exists()
 
 
 def test_a_client_that_leaves_is_no_error(start: Start) -> None:
     server = start(command=FAKE, FAKE_SECONDS="1", LOG_FORMAT="json")
     head = b"POST /v1/rerank HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 39\r\n\r\n"
-    for sent in (b'{"query": "red"', b'{"query": "red", "documents": ["fish"]}'):  # in its body, and behind it
+    for sent in (
+        b'{"query": "red"',
+        b'{"query": "red", "documents": ["fish"]}',
+    ):  # during the body, and after it
         with socket.create_connection(("127.0.0.1", server.port)) as client:
             client.sendall(head + sent)
             once(server, lambda s: value(s, "reranker_requests_in_progress") == 2)
@@ -258,7 +268,7 @@ def test_a_client_that_leaves_is_no_error(start: Start) -> None:
     assert not [v for (name, _), v in found.items() if name == "reranker_errors_total" and v]
     assert value(found, "reranker_requests_in_progress") == 1
     assert '"ERROR"' not in server.log
-    left = [line for line in map(json.loads, server.log.splitlines()) if line.get("client") == "left"]
+    left = [line for line in map(json.loads, server.log.splitlines()) if line.get("client") == "disconnected"]
     assert [line["status"] for line in left] == [499, 499]
 
 
@@ -268,7 +278,7 @@ def test_a_reload_keeps_the_counts(start: Start) -> None:
     for _ in range(4):
         assert call(server, "/v1/rerank", json=body()).status_code == 200
     about = {"device": "cpu", "model": "fake", "precision": "float32", "version": "0.1.0"}
-    for generation in (2, 3):  # new workers stand beside the old ones for a while
+    for generation in (2, 3):  # old and new workers overlap
         server.process.send_signal(signal.SIGHUP)
         deadline = time.monotonic() + 300
         while len(re.findall("ready after", server.log)) < 2 * generation and time.monotonic() < deadline:
@@ -279,7 +289,7 @@ def test_a_reload_keeps_the_counts(start: Start) -> None:
 
 
 def folders(server: Server) -> list[Path]:
-    """Where the workers of a server keep their values: read from the memory map of one of them."""
+    """Return the folders of shared metrics, from the memory map of the youngest worker."""
     [*_, pid] = re.findall(r"Booting worker with pid: (\d+)", server.log)
     return sorted({Path(f).parent for f in re.findall(r"\S+/counter_\d+\.db", Path(f"/proc/{pid}/maps").read_text())})
 
@@ -290,7 +300,7 @@ def test_the_operators_own_folder_is_used_and_kept(start: Start, tmp_path: Path)
     found = once(server, lambda s: value(s, "reranker_ready_workers") == 1)
     assert value(found, "reranker_requests_in_progress") == 1
     assert folders(server) == [tmp_path]
-    server.stop()
+    stop(server)
     assert (tmp_path / "counter_0.db").exists()
 
 
@@ -322,7 +332,7 @@ def test_a_folder_that_is_removed_while_the_service_runs_leaves_its_own_figures(
     assert answer.status_code == 200
     assert 'reranker_requests_total{route="/v1/rerank",status="200"} 2.0' in answer.text
     assert "the folder of shared metrics cannot be read" in server.log
-    assert server.stop() == 0
+    assert stop(server) == 0
 
 
 SMALL_DISK = "mount -t tmpfs -o size=1m none {folder}"
@@ -330,7 +340,7 @@ SMALL_DISK = "mount -t tmpfs -o size=1m none {folder}"
 
 @pytest.mark.parametrize("full", ["from the start", "later"])
 def test_a_full_disk_breaks_no_request(start: Start, tmp_path: Path, full: str) -> None:
-    """On a real file system of 1 MiB, in a mount namespace; through the library's files with holes it is a SIGBUS."""
+    """On a real file system of 1 MiB, in a mount namespace; with the library's sparse files it would be a SIGBUS."""
     mount = SMALL_DISK.format(folder=tmp_path)
     if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True, check=False).returncode:
         pytest.skip("no right to mount a small file system here (unshare -rm)")
@@ -376,7 +386,7 @@ def test_a_disk_that_is_full_for_one_of_two_workers_leaves_the_figures_of_the_ot
 
 @pytest.fixture
 def _library() -> Iterator[None]:
-    """`Metrics` chooses how the library keeps its values; leave that as it was."""
+    """Restore the library's global value class, which `Metrics` sets."""
     before = values.ValueClass
     yield
     values.ValueClass = before
@@ -386,7 +396,7 @@ def _library() -> Iterator[None]:
 def test_all_that_can_be_counted_fits_into_the_space_that_was_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file that grew could meet a full disk."""
+    """A file that grows could hit a full disk."""
     app = create_app(Settings(), FakeScorer)
     routes = [str(context.path) for context in iter_route_contexts(app.routes)]
     assert {"/v1/rerank", "/metrics", "/docs"} <= set(routes)
@@ -402,6 +412,16 @@ def test_all_that_can_be_counted_fits_into_the_space_that_was_taken(
     metrics.loaded(FakeScorer().info, 1)
     assert {f.name: f.stat().st_size for f in tmp_path.iterdir()} == {f"{n}_7.db": size for n, size in _FILES.items()}
     assert b'reranker_requests_total{route="/v1/rerank/long",status="499"} 1.0' in metrics.render("")[0]
+
+
+@pytest.mark.usefixtures("_library")
+def test_every_known_kind_of_error_starts_at_zero() -> None:
+    """To Prometheus a counter that appears with 1 has not risen."""
+    read = Metrics().registry.get_sample_value
+    kinds = {kind.error_type for kind in vars(errors).values() if hasattr(kind, "error_type")} | {"cors_refused"}
+    assert {read("reranker_errors_total", {"error_type": kind}) for kind in kinds} == {0.0}
+    assert {read("reranker_score_cache_documents_total", {"result": result}) for result in ("hit", "miss")} == {0.0}
+    assert {row.name for row in TABLE if row.zeros} == {"reranker_errors", "reranker_score_cache_documents"}
 
 
 @pytest.mark.usefixtures("_library")
@@ -477,34 +497,33 @@ def test_a_bug_is_answered_with_the_id_that_finds_it_and_is_counted() -> None:
     assert (answer.status_code, answer.headers["x-request-id"]) == (500, "bug-1")
     assert answer.json()["error_type"] == "internal_error"
     assert "confidential" not in answer.text
-    metrics: Metrics = app.state.metrics
+    metrics = service_of(app).metrics
     assert metrics.registry.get_sample_value("reranker_errors_total", {"error_type": "internal_error"}) == 1
 
 
 @pytest.mark.usefixtures("_library")
-@pytest.mark.parametrize(
-    ("facts", "status", "kind"), [({"client": "left", "error_type": "not_ready"}, "499", None), ({}, "500", True)]
-)
-def test_what_is_nobodys_fault_and_what_is_ours(facts: dict[str, str], status: str, kind: bool | None) -> None:
+@pytest.mark.parametrize(("disconnected", "status"), [(True, "499"), (False, "500")])
+def test_what_is_nobodys_fault_and_what_is_ours(disconnected: bool, status: str) -> None:
     metrics = Metrics()
 
     async def inner(scope: Any, receive: Any, send: Any) -> None:
-        scope["state"]["access"].update(facts)
-        if not facts:
+        if not disconnected:
             raise RuntimeError("a bug")
+        context_of(scope).error_type = "not_ready"
+        context_of(scope).client_disconnected = True
 
     async def main() -> None:
         scope = {"type": "http", "method": "POST", "path": "/v1/rerank", "headers": [], "query_string": b""}
         await AccessLog(inner, metrics, {"/v1/rerank"})(scope, None, None)  # type: ignore[arg-type]
 
-    if facts:
+    if disconnected:
         asyncio.run(main())
     else:
         with pytest.raises(RuntimeError, match="a bug"):
             asyncio.run(main())
     read = metrics.registry.get_sample_value
     assert read("reranker_requests_total", {"route": "/v1/rerank", "status": status}) == 1
-    assert read("reranker_errors_total", {"error_type": "internal_error"}) == (1 if kind else 0)
+    assert read("reranker_errors_total", {"error_type": "internal_error"}) == (0 if disconnected else 1)
     assert read("reranker_errors_total", {"error_type": "not_ready"}) == 0
     assert read("reranker_requests_in_progress") == 0
 

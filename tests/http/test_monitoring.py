@@ -1,4 +1,4 @@
-"""deploy/: every name in alerts and dashboard is one that the service exports, and a real Prometheus takes it all."""
+"""deploy/: alerts and dashboard use only exported names, and a real Prometheus accepts them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 from prometheus_client import values
 
-from reranker.http.metrics import Metrics
+from reranker.http.metrics import TABLE, Metrics
 from tests.conftest import GUNICORN, ROOT, Start, free_port
 
 DEPLOY = ROOT / "deploy"
@@ -28,7 +28,7 @@ FILES = ["docker-compose.yml", "docker-compose.cpu.yml"]
 
 
 def tool(name: str) -> str:
-    """A program of Debian's package prometheus."""
+    """Return the path of a program of Debian's package prometheus."""
     found = shutil.which(name)
     if found is None:
         pytest.skip(f"no {name} here (Debian: package prometheus)")
@@ -40,7 +40,7 @@ def rules() -> list[dict[str, Any]]:
 
 
 def expressions() -> list[tuple[str, str]]:
-    """(title, expression) of every panel."""
+    """Return (title, expression) of every panel."""
     return [(panel["title"], target["expr"]) for panel in DASHBOARD["panels"] for target in panel["targets"]]
 
 
@@ -53,16 +53,14 @@ def compose(file: str) -> dict[str, Any]:
 def exported() -> Iterator[dict[str, set[str]]]:
     """Every sample name that the service exports, with its labels."""
     before = values.ValueClass
+    labels = {row.name: set(row.labels) for row in TABLE}
     result: dict[str, set[str]] = {}
     for family in Metrics().registry.collect():
-        metric = family.name + ("_total" if family.type == "counter" else "")
-        names = [metric + end for end in ("_bucket", "_sum", "_count")] if family.type == "histogram" else [metric]
-        result |= {name: set() for name in names}
-    metrics = Metrics()
-    for metric in vars(metrics).values():
-        for name in [n for n in result if hasattr(metric, "_labelnames") and n.startswith(metric._name)]:
-            if re.fullmatch(rf"{metric._name}(_total|_bucket|_sum|_count)?", name):
-                result[name] = set(metric._labelnames) | ({"le"} if name.endswith("_bucket") else set())
+        if family.type == "histogram":
+            result |= {f"{family.name}{end}": labels[family.name] for end in ("_sum", "_count")}
+            result[f"{family.name}_bucket"] = labels[family.name] | {"le"}
+        else:
+            result[family.name + ("_total" if family.type == "counter" else "")] = labels[family.name]
     yield result
     values.ValueClass = before
 
@@ -115,7 +113,7 @@ def test_promtool_accepts_configuration_and_alerts(tmp_path: Path) -> None:
 
 
 def test_promtool_accepts_the_configuration_for_ray(tmp_path: Path) -> None:
-    """And the names that Ray gives the metrics become those of board and alerts again."""
+    """It also maps Ray's names of the metrics to those of dashboard and alerts."""
     promtool = tool("promtool")
     text = (DEPLOY / "prometheus" / "ray.yml").read_text().replace("/etc/prometheus/", f"{ALERTS.parent}/")
     (tmp_path / "ray.yml").write_text(text)
@@ -186,7 +184,7 @@ def test_every_alert_fires_when_it_must_and_only_then(tmp_path: Path) -> None:
     assert sorted(names) == sorted(SCENARIOS)
 
     def case(series: dict[str, str], at: str, firing: str | None) -> dict[str, Any]:
-        # Which alerts fire, whatever their labels and texts say.
+        # Compare the names of firing alerts, without labels and texts.
         found = [{"labels": f'{{alertname="{firing}"}}', "value": 1}] if firing else []
         query = 'count by (alertname) (ALERTS{alertstate="firing"})'
         return {

@@ -1,11 +1,10 @@
-"""What a request asks for and does not get is said: in headers, in `meta.warnings`, in the log and in errors."""
+"""Reports of unread fields and changed texts: headers, `meta.warnings`, the log and errors."""
 
 from __future__ import annotations
 
 import itertools
 import re
 import socket
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -104,7 +103,7 @@ VALUES: list[Any] = [
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_no_word_of_the_framework_reaches_a_client(fake_server: Server, name: str) -> None:
-    """Every field with every JSON type, in each dialect."""
+    """Send every field with every JSON type in each dialect."""
     shapes: list[dict[str, Any]] = [
         {"documents": DOCUMENTS},
         {"documents": DOCUMENTS, "model": "m"},
@@ -209,14 +208,6 @@ def test_top_n_zero_is_all_beside_a_model(fake_server: Server) -> None:
         assert len(ranked(post(fake_server, path, {"documents": DOCUMENTS, "top_n": "1"}).json())) == 1
 
 
-@pytest.fixture(scope="module")
-def short(start: Start) -> Iterator[Server]:
-    """The demo model with little room, and a cache, which must remember what was truncated."""
-    server = start(MAX_SEQ_LENGTH="160", MODEL_DEVICE="cpu", SCORE_CACHE_ENTRIES="100")
-    yield server
-    server.stop()
-
-
 LONG = "how to compress files on Linux " * 40
 
 
@@ -258,7 +249,7 @@ def test_a_truncated_query_scores_as_its_start(short: Server) -> None:
 
 
 def test_a_connection_takes_all_of_it_at_once(fake_server: Server) -> None:
-    """A header that a client's parser refuses would be worse than silence."""
+    """A client's parser must accept the header, whatever the name of a field."""
     body = b'{"query": "q", "documents": ["a"], "t\\u00f6pk\\r\\nx-evil: 1": 1}'
     with socket.create_connection(("127.0.0.1", fake_server.port)) as s:
         s.sendall(

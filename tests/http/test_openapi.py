@@ -1,4 +1,4 @@
-"""The OpenAPI document against the running service: schemathesis makes requests from it, good and bad.
+"""The OpenAPI document against the running service: schemathesis generates valid and invalid requests from it.
 
 All of its checks, over every route that the application has: the pages and the document itself are not in the document,
 so they are added here.
@@ -41,7 +41,7 @@ def described(server: Server) -> dict[str, Any]:
 
 
 def run(document: dict[str, Any], server: Server, folder: Path, *options: str) -> str:
-    """Schemathesis' report; the test fails where it finds anything."""
+    """Return the report of schemathesis; any finding fails the test."""
     (folder / "openapi.json").write_text(json.dumps(document))
     command = [str(Path(sys.executable).with_name("st")), "run", "openapi.json", "--url", str(server.client.base_url)]
     done = subprocess.run(
@@ -61,7 +61,7 @@ def test_no_route_is_left_out(fake_server: Server) -> None:
 
 
 def test_the_service_does_what_its_openapi_document_says(fake_server: Server, tmp_path: Path) -> None:
-    """No 500, only documented statuses, content types and bodies; what the document forbids is refused."""
+    """No 500, only documented statuses, content types and bodies; forbidden requests are refused."""
     run(described(fake_server), fake_server, tmp_path, "--max-examples=15")
 
 

@@ -1,4 +1,4 @@
-"""The pages for people, in a real browser: what is shown, what stays text, what never leaves the machine."""
+"""The pages in a real browser: visible results, users' texts as text only, no request to another host."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -77,12 +78,6 @@ def visit(browser: Browser) -> Iterator[Open]:
 
 
 @pytest.fixture(scope="module")
-def fake(start: Start) -> Server:
-    """Scores are the numbers of words that a document shares with the query."""
-    return start(command=FAKE)
-
-
-@pytest.fixture(scope="module")
 def guarded(start: Start) -> Server:
     return start(command=FAKE, ACCESS_TOKEN=TOKEN, token=TOKEN, LOG_LEVEL="DEBUG")
 
@@ -95,7 +90,7 @@ def fill(page: Page, query: str, documents: list[str], **fields: str) -> None:
 
 
 def ranking(page: Page) -> list[tuple[str, float]]:
-    """What is shown: (document, score), from top to bottom."""
+    """Return the visible (document, score) pairs, from top to bottom."""
     page.locator("#ranking li").first.wait_for()
     texts = page.locator("#ranking p").all_inner_texts()
     return list(zip(texts, map(float, page.locator("#ranking .score").all_inner_texts()), strict=True))
@@ -167,8 +162,8 @@ def test_the_example_is_ranked_as_the_service_ranks_it(server: Server, visit: Op
         assert caught.value.headers["x-prompt-tokens"] in times
 
 
-def test_instruction_and_top_k_are_sent_only_when_given(fake: Server, visit: Open) -> None:
-    page = visit(fake)
+def test_instruction_and_top_k_are_sent_only_when_given(fake_server: Server, visit: Open) -> None:
+    page = visit(fake_server)
     fill(page, "a b", ["a", "a b", "c", "", "  "])
     with page.expect_request("**/v1/rerank") as plain:
         page.keyboard.press("Control+Enter")
@@ -183,8 +178,8 @@ def test_instruction_and_top_k_are_sent_only_when_given(fake: Server, visit: Ope
     expect(page.locator("#summary")).to_have_text("2 of 3 documents")
 
 
-def test_markup_stays_text(fake: Server, visit: Open) -> None:
-    page = visit(fake)
+def test_markup_stays_text(fake_server: Server, visit: Open) -> None:
+    page = visit(fake_server)
     page.click("#code summary")
     fill(page, MARKUP, [MARKUP, "</script><svg onload=alert(3)>"], instruction=MARKUP, token=MARKUP.replace(" ", ""))
     page.click("#rank")
@@ -199,12 +194,11 @@ def test_the_token_is_asked_for_sent_and_kept_nowhere(guarded: Server, visit: Op
     page = visit(guarded)
     fill(page, "a", ["a", "b"])
     page.click("#rank")
-    expect(page.locator("#status")).to_contain_text("access token")
-    expect(page.locator("#status")).to_contain_text("no token was sent")
+    expect(page.locator("#status")).to_have_text("This service requires an access token. Enter it and try again.")
     expect(page.locator("#token")).to_be_focused()
     page.keyboard.type("wrong")
     page.keyboard.press("Enter")
-    expect(page.locator("#status")).to_contain_text("the token is wrong")
+    expect(page.locator("#status")).to_have_text("The access token is wrong. Enter a valid one and try again.")
     page.fill("#token", TOKEN)
     with page.expect_request("**/v1/rerank") as sent:
         page.click("#rank")
@@ -263,8 +257,8 @@ DROP = """([name, bytes]) => {
 }"""
 
 
-def test_files_are_dropped_and_chosen(fake: Server, visit: Open, tmp_path: Path) -> None:
-    page = visit(fake)
+def test_files_are_dropped_and_chosen(fake_server: Server, visit: Open, tmp_path: Path) -> None:
+    page = visit(fake_server)
     files = {
         "lines.txt": "one of a text\r\n\n  two of a text\n".encode("utf-8-sig"),
         "rows.jsonl": b'"one of rows"\n\n{"id": 1, "text": "two of\\nrows"}\n',
@@ -296,11 +290,11 @@ def test_files_are_dropped_and_chosen(fake: Server, visit: Open, tmp_path: Path)
         (
             "broken.jsonl",
             b'"fine"\n{"text": 3}',
-            "broken.jsonl, line or item 2: expected a JSON string, or an object with a text like the first.",
+            "broken.jsonl, line or item 2: expected a JSON string, or an object with the text field of the first one.",
         ),
-        ("picture.png", b"x", "picture.png: the name does not tell its form. Known ends are .txt, .jsonl, .ndjson,"),
-        ("a.parquet", b"PAR1", "a.parquet: Parquet is read on the command line only. Save it as .jsonl or .csv."),
-        ("a.txt", b'[{"text": "x"}]', "a.txt looks like a JSON array. Let its name end in .json, or paste its lines."),
+        ("picture.png", b"x", "picture.png: unknown file type. Supported: .txt, .jsonl, .ndjson,"),
+        ("a.parquet", b"PAR1", "a.parquet: Parquet is supported on the command line only. Save it as .jsonl or .csv."),
+        ("a.txt", b'[{"text": "x"}]', "a.txt looks like a JSON array. Rename it to end in .json, or paste its lines."),
     ):
         page.evaluate(DROP, [name, list(content)])
         expect(page.locator("#status")).to_contain_text(message)
@@ -316,12 +310,12 @@ def test_files_are_dropped_and_chosen(fake: Server, visit: Open, tmp_path: Path)
     (tmp_path / "two.md").write_text("x")
     page.set_input_files("#file", [tmp_path / "one.pdf", tmp_path / "chosen.txt", tmp_path / "two.md"])
     expect(page.locator("#count")).to_have_text("9")
-    expect(page.locator("#status")).to_contain_text("one.pdf: the name")
-    expect(page.locator("#status")).to_contain_text("two.md: the name")
+    expect(page.locator("#status")).to_contain_text("one.pdf: unknown file type")
+    expect(page.locator("#status")).to_contain_text("two.md: unknown file type")
 
 
-def test_the_column_is_chosen_by_the_user_where_it_cannot_be_told(fake: Server, visit: Open) -> None:
-    page = visit(fake, locale="zh-CN")
+def test_the_column_is_chosen_by_the_user_where_it_cannot_be_told(fake_server: Server, visit: Open) -> None:
+    page = visit(fake_server, locale="zh-CN")
     page.fill("#query", "text")
     page.evaluate(DROP, ["t.csv", list("编号,标题,摘要\n1,甲,乙\n2,丙,丁\n".encode())])
     choice = page.get_by_label("t.csv 中文档所在的列")
@@ -370,8 +364,8 @@ READ = """async (files) => {
 }"""
 
 
-def test_files_are_read_as_on_the_command_line(fake: Server, visit: Open) -> None:
-    page = visit(fake)
+def test_files_are_read_as_on_the_command_line(fake_server: Server, visit: Open) -> None:
+    page = visit(fake_server)
     assert page.evaluate("TEXT_NAMES") == list(forms.TEXT_NAMES)
     encodings = ["utf-8", "utf-8-sig", "gb18030", "utf-16"]
     cases = [(name, encoding) for name in test_inputs.GOOD for encoding in encodings]
@@ -388,8 +382,8 @@ def test_files_are_read_as_on_the_command_line(fake: Server, visit: Open) -> Non
     assert [result.get("documents") for result in results] == [texts for _, _, texts in tables]
 
 
-def test_files_are_refused_as_on_the_command_line(fake: Server, visit: Open) -> None:
-    page = visit(fake)
+def test_files_are_refused_as_on_the_command_line(fake_server: Server, visit: Open) -> None:
+    page = visit(fake_server)
     contents = [content if isinstance(content, bytes) else content.encode() for _, content, _ in test_inputs.REFUSED]
     files = [[case[0], list(content)] for case, content in zip(test_inputs.REFUSED, contents, strict=True)]
     for (name, content, says), result in zip(test_inputs.REFUSED, page.evaluate(READ, files), strict=True):
@@ -401,19 +395,19 @@ def test_files_are_refused_as_on_the_command_line(fake: Server, visit: Open) -> 
 
 def test_it_says_what_was_cut(server: Server, visit: Open) -> None:
     page = visit(server)
-    fill(page, "cats", ["a cat", "cats and dogs " * 4000])
+    fill(page, "cats", ["a cat", "cats and dogs " * 3000])
     with page.expect_response("**/v1/rerank") as caught:
         page.click("#rank")
     assert caught.value.headers["x-truncated-documents"] == "1"
     expect(page.locator("#cut")).to_be_visible()
-    expect(page.locator("#cut")).to_contain_text("cut: 1.")
+    expect(page.locator("#cut")).to_have_text("Truncated documents: 1. Only the beginning of each was scored.")
     fill(page, "cats", ["a cat"])
     page.click("#rank")
     expect(page.locator("#cut")).to_be_hidden()
 
 
-def test_what_is_missing_is_said_before_anything_is_sent(fake: Server, visit: Open) -> None:
-    page = visit(fake)
+def test_what_is_missing_is_said_before_anything_is_sent(fake_server: Server, visit: Open) -> None:
+    page = visit(fake_server)
     sent: list[str] = []
     page.on("request", lambda request: sent.append(request.url))
     for field, message in (("query", "Enter a query."), ("documents", "Enter at least one document.")):
@@ -428,12 +422,12 @@ def test_what_is_missing_is_said_before_anything_is_sent(fake: Server, visit: Op
     page.fill("#top", "")
     page.fill("#token", "schlüssel")
     page.click("#rank")
-    expect(page.locator("#status")).to_contain_text("access token")
+    expect(page.locator("#status")).to_contain_text("access token is wrong")
     assert [url for url in sent if url.endswith("rerank")] == []
 
 
-def test_errors_are_shown_with_their_request_id(fake: Server, visit: Open) -> None:
-    page = visit(fake)
+def test_errors_are_shown_with_their_request_id(fake_server: Server, visit: Open) -> None:
+    page = visit(fake_server)
     fill(page, "a", ["a"])
     page.click("#rank")
     assert len(ranking(page)) == 1
@@ -465,17 +459,17 @@ def test_a_request_can_be_stopped_and_a_silent_service_is_noticed(start: Start, 
     page.click("#rank")
     page.click("#stop")
     expect(page.locator("#status")).to_have_text("Stopped.")
-    server.stop()
+    server.stop(signal.SIGINT)  # which keeps the browser's connection open for a shorter time than SIGTERM
     page.click("#rank")
-    expect(page.locator("#status")).to_have_text("The service does not answer. Is it running?")
+    expect(page.locator("#status")).to_have_text("The service does not respond. Is it running?")
 
 
 def background(page: Page) -> str:
     return str(page.evaluate("getComputedStyle(document.body).backgroundColor"))
 
 
-def test_light_and_dark(fake: Server, visit: Open) -> None:
-    light, dark = visit(fake, color_scheme="light"), visit(fake, color_scheme="dark")
+def test_light_and_dark(fake_server: Server, visit: Open) -> None:
+    light, dark = visit(fake_server, color_scheme="light"), visit(fake_server, color_scheme="dark")
     colours = background(light), background(dark)
     assert colours == ("rgb(245, 246, 248)", "rgb(15, 18, 22)")
     for page, other in ((light, colours[1]), (dark, colours[0])):
@@ -486,8 +480,8 @@ def test_light_and_dark(fake: Server, visit: Open) -> None:
         assert background(page) == before
 
 
-def test_english_and_chinese(fake: Server, visit: Open) -> None:
-    page = visit(fake, locale="zh-CN")
+def test_english_and_chinese(fake_server: Server, visit: Open) -> None:
+    page = visit(fake_server, locale="zh-CN")
     assert page.evaluate("document.documentElement.lang") == "zh-CN"
     expect(page.locator("#rank")).to_have_text("排序")
     page.click("#rank")
@@ -503,8 +497,8 @@ def test_english_and_chinese(fake: Server, visit: Open) -> None:
     assert in_english == in_chinese
 
 
-def test_everything_has_a_name_and_is_reached_by_keyboard(fake: Server, visit: Open) -> None:
-    page = visit(fake)
+def test_everything_has_a_name_and_is_reached_by_keyboard(fake_server: Server, visit: Open) -> None:
+    page = visit(fake_server)
     nameless = """[...document.querySelectorAll("input, textarea, button")].filter(
         (node) => !(node.labels?.[0] ?? node).textContent.trim() && !node.ariaLabel).map((n) => n.id)"""
     assert page.evaluate(nameless) == []
@@ -517,8 +511,8 @@ def test_everything_has_a_name_and_is_reached_by_keyboard(fake: Server, visit: O
 
 
 @pytest.mark.parametrize("width", [320, 390, 768, 1440])
-def test_it_fits_the_screen(fake: Server, visit: Open, width: int) -> None:
-    page = visit(fake, viewport={"width": width, "height": 800})
+def test_it_fits_the_screen(fake_server: Server, visit: Open, width: int) -> None:
+    page = visit(fake_server, viewport={"width": width, "height": 800})
     fill(page, "a", ["a" * 300, "b c " * 300, MARKUP])
     page.click("#rank")
     page.click("#code summary")

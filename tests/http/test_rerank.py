@@ -13,7 +13,7 @@ DOCUMENTS = ["a bird", "red fish", "a fish", "red red", "nothing", "a red fish s
 
 
 def ranked(answer: Any) -> list[tuple[int, float]]:
-    """(index, score) of any shape of answer."""
+    """Return (index, score) pairs of a response in any dialect."""
     rows = answer["results"] if isinstance(answer, dict) else answer
     return [(row["index"], row.get("score", row.get("relevance_score"))) for row in rows]
 

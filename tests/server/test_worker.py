@@ -11,6 +11,7 @@ from uvicorn.config import Config
 from app import create_app
 from config import Settings
 from reranker.errors import ModelLoadError, NotReadyError
+from reranker.http.state import service_of
 from reranker.scheduler.compute import ScorerLike
 from reranker.server.worker import DrainingServer, raise_fd_limit
 
@@ -47,12 +48,12 @@ def test_clients_of_an_unhealthy_worker_retry_soon_where_a_sibling_serves(worker
     async def main() -> None:
         app = create_app(Settings(), load, on_failure=lambda error: None)
         async with app.router.lifespan_context(app):
-            await app.state.batcher.wait_until_loaded()
+            await service_of(app).batcher.wait_until_loaded()
             server = DrainingServer(Config(app), None, workers=workers)
             server.servers, server.started = [], True
             server.step_aside_if_unhealthy()
             with pytest.raises(NotReadyError, match=f"try again in {seconds} s") as refusal:
-                app.state.batcher.require_ready()
+                service_of(app).batcher.require_ready()
             assert refusal.value.retry_after == seconds
 
     asyncio.run(main())

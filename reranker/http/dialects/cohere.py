@@ -1,16 +1,19 @@
-"""The results object that Cohere, Jina, vLLM, Infinity and Xinference share, and their clients read.
+"""The results object that Cohere, Jina, vLLM, Infinity and Xinference share, and that their clients read.
 
-No key is called "object": infinity_client and Voyage disagree about its value.
+No key is called "object": infinity_client and Voyage require different values of it.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import BaseModel, Field
 
-from reranker.http.endpoint import Ranking
+from reranker.http.ranking import Ranking
 
-# One search unit of Cohere's is a query with up to so many documents.
 _DOCUMENTS_PER_UNIT = 100
+"""Cohere bills a query with at most 100 documents as one search unit."""
+SCORE: Any = Field(description="Probability that the document meets the query; the logit with raw_scores")
 
 
 class Document(BaseModel):
@@ -20,21 +23,19 @@ class Document(BaseModel):
 
 
 class BestChunk(BaseModel):
-    """The chunk that a split document got its score from."""
+    """The chunk of a split document that determined its score."""
 
-    index: int = Field(ge=0, description="Place among the chunks of the document, from 0")
+    index: int = Field(ge=0, description="Position among the chunks of the document, from 0")
     text: str
 
 
 class Result(BaseModel):
-    """One document's place."""
+    """The rank of one document."""
 
     index: int = Field(ge=0, description="Position in `documents`, from 0")
-    relevance_score: float = Field(
-        description="Probability that the document meets the query; the logit with raw_scores"
-    )
-    document: Document | None = Field(None, description="When return_documents is true")
-    best_chunk: BestChunk | None = Field(None, description="When return_documents is true and the document was split")
+    relevance_score: float = SCORE
+    document: Document | None = Field(None, description="If return_documents is true")
+    best_chunk: BestChunk | None = Field(None, description="If return_documents is true and the document was split")
 
 
 class Usage(BaseModel):
@@ -45,26 +46,26 @@ class Usage(BaseModel):
 
 
 class ApiVersion(BaseModel):
-    """As Cohere answers it."""
+    """The version, in Cohere's format."""
 
     version: str
 
 
 class BilledUnits(BaseModel):
-    """As Cohere counts: one for every started 100 documents."""
+    """Cohere's unit: one for every 100 documents or part of them."""
 
     search_units: int = Field(ge=1)
 
 
 class Tokens(BaseModel):
-    """The same tokens under Cohere's names."""
+    """The tokens of `usage` under Cohere's names."""
 
     input_tokens: int = Field(ge=0)
     output_tokens: int = Field(ge=0)
 
 
 class Meta(BaseModel):
-    """What Cohere's clients read beside the results."""
+    """The additional data that Cohere's clients read."""
 
     api_version: ApiVersion
     billed_units: BilledUnits
@@ -74,45 +75,55 @@ class Meta(BaseModel):
     )
 
 
-class About(BaseModel):
-    """What an answer says beside its results."""
+class Results(BaseModel):
+    """All results, best first, and their cost."""
 
-    id: str = Field(description="The x-request-id of the answer")
-    model: str = Field(description="The model that is served, whatever name was asked for")
+    id: str = Field(description="The x-request-id of the response")
+    model: str = Field(description="The served model, whatever name the request has")
     usage: Usage
     meta: Meta
-
-
-class Results(About):
-    """All results, best first, and what they cost."""
-
     results: list[Result]
 
 
-def envelope(ranking: Ranking) -> dict[str, object]:
-    """`{"results": [{"index", "relevance_score"}], "id", "model", "usage", "meta"}`"""
-    return {"results": [_row(ranking, i, score) for i, score in ranking.best], **about(ranking)}
+REQUEST = {"query": "what is a cat?", "documents": ["a bread", "a small animal"], "model": "any", "top_n": 1}
+"""Examples for the OpenAPI document, here and below."""
+META_RESPONSE: dict[str, Any] = {
+    "id": "5f2c9a1b7d3e4c60",
+    "model": "Qwen/Qwen3-Reranker-0.6B",
+    "usage": {"prompt_tokens": 171, "total_tokens": 171},
+    "meta": {
+        "api_version": {"version": "2"},
+        "billed_units": {"search_units": 1},
+        "tokens": {"input_tokens": 171, "output_tokens": 0},
+    },
+}
+RESPONSE: dict[str, Any] = {"results": [{"index": 1, "relevance_score": 0.97}], **META_RESPONSE}
 
 
-def about(ranking: Ranking) -> dict[str, object]:
-    """Everything of the envelope but the results."""
-    result = ranking.result
-    documents = len(ranking.asked.request.documents)
+def results(ranking: Ranking) -> dict[str, object]:
+    """Render `{"results": [{"index", "relevance_score"}], "id", "model", "usage", "meta"}`."""
+    return {"results": [_row(ranking, i, score) for i, score in ranking.best], **usage_and_meta(ranking)}
+
+
+def usage_and_meta(ranking: Ranking) -> dict[str, object]:
+    """Render all keys of the results object but the results."""
+    tokens = ranking.result.prompt_tokens
+    documents = len(ranking.parsed.request.documents)
     meta: dict[str, object] = {
         "api_version": {"version": "2"},
         "billed_units": {"search_units": -(-documents // _DOCUMENTS_PER_UNIT)},
-        "tokens": {"input_tokens": result.prompt_tokens, "output_tokens": 0},
+        "tokens": {"input_tokens": tokens, "output_tokens": 0},
     }
     if warnings := ranking.warnings:
         meta["warnings"] = warnings
-    usage = {"prompt_tokens": result.prompt_tokens, "total_tokens": result.prompt_tokens}
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     return {"id": ranking.request_id, "model": ranking.model, "usage": usage, "meta": meta}
 
 
 def _row(ranking: Ranking, index: int, score: float) -> dict[str, object]:
     row: dict[str, object] = {"index": index, "relevance_score": score}
-    if ranking.asked.return_documents:
-        text = ranking.asked.request.documents[index]
+    if ranking.parsed.return_documents:
+        text = ranking.parsed.request.documents[index]
         row["document"] = {"text": text}
         chunk = ranking.result.best_chunks.get(index)
         if chunk is not None:

@@ -1,6 +1,6 @@
-"""GET /v1/models and /v1/models/{name}: what OpenAI's clients, and user interfaces built on them, ask for.
+"""GET /v1/models and /v1/models/{name}, for OpenAI's clients and user interfaces built on them.
 
-xinference-client asks for the model by name before it sends anything, and reads `model_type`.
+xinference-client requests the model by name before its first rerank, and reads `model_type`.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from pydantic import BaseModel
 from starlette.responses import JSONResponse, Response
 
 from reranker.http.errors import ErrorBody
+from reranker.http.state import service_of
 
 router = APIRouter(tags=["models"])
 
 
 class ServedModel(BaseModel):
-    """A model that may be asked for."""
+    """A served model."""
 
     id: str
     object: Literal["model"]
@@ -27,7 +28,7 @@ class ServedModel(BaseModel):
 
 
 class ModelList(BaseModel):
-    """All of them: one."""
+    """All served models: one."""
 
     object: Literal["list"]
     data: list[ServedModel]
@@ -37,8 +38,8 @@ _NOT_LOADED: dict[int | str, dict[str, object]] = {503: {"model": ErrorBody, "de
 
 
 def _served(request: Request) -> dict[str, object]:
-    name = request.app.state.batcher.require_ready().info.name
-    # When a checkpoint was made is not known; the field is required of the answer.
+    name = service_of(request.app).batcher.require_ready().info.name
+    # The age of a checkpoint is unknown, and the format requires `created`.
     return {"id": name, "object": "model", "created": 0, "owned_by": "reranker", "model_type": "rerank"}
 
 
@@ -52,11 +53,11 @@ async def models(request: Request) -> Response:
 
 @router.get(
     "/v1/models/{name:path}",
-    summary="The served model, whatever name it is asked for by",
+    summary="The served model, for any name",
     response_model=ServedModel,
-    # Else FastAPI describes a 422 for the name, which any text fits.
+    # Without 4XX FastAPI describes a 422 for the name, but any text is valid.
     responses={**_NOT_LOADED, "4XX": {"model": ErrorBody, "description": "Not served"}},
 )
 async def model(request: Request, name: str) -> Response:
-    """The same for every name, as a rerank takes every `model`."""
+    """The same for every name, because a rerank request accepts every `model`."""
     return JSONResponse(_served(request))

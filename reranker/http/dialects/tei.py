@@ -1,7 +1,7 @@
-"""GET /info of text-embeddings-inference. Its rerank dialect, `texts` in, is in `reranker.request.parse` and `routes`.
+"""GET /info of text-embeddings-inference (TEI). Its rerank response is the native array.
 
-Dify's TEI plugin reads /info before it saves a model: 200, the first key of `model_type` must be "reranker", and
-`max_input_length` and `max_client_batch_size` are taken over.
+Dify's TEI plugin reads /info before it saves a model: it requires status 200 and "reranker" as the first key of
+`model_type`, and adopts `max_input_length` and `max_client_batch_size`.
 """
 
 from __future__ import annotations
@@ -12,25 +12,29 @@ from starlette.responses import JSONResponse, Response
 
 from reranker import __version__
 from reranker.http.errors import ErrorBody
+from reranker.http.state import service_of
 
 router = APIRouter(tags=["models"])
 
+REQUEST = {"query": "what is a cat?", "texts": ["a bread", "a small animal"]}
+"""Example of a rerank request for the OpenAPI document."""
+
 
 class Labels(BaseModel):
-    """The classes of the model: one, whose score is answered."""
+    """The classes of the model: one, whose score is returned."""
 
     id2label: dict[str, str]
     label2id: dict[str, int]
 
 
 class ModelType(BaseModel):
-    """What the model does."""
+    """The task of the model."""
 
     reranker: Labels
 
 
 class Info(BaseModel):
-    """The served model and the limits of a request, as text-embeddings-inference answers them."""
+    """The served model and the limits of a request, in the format of text-embeddings-inference."""
 
     model_id: str
     model_sha: str | None
@@ -57,20 +61,20 @@ class Info(BaseModel):
     responses={503: {"model": ErrorBody, "description": "The model is not loaded"}},
 )
 async def info(request: Request) -> Response:
-    """What Dify and other TEI clients read before they send anything."""
-    batcher = request.app.state.batcher
-    model = batcher.require_ready().info
+    """Read by Dify and other TEI clients before their first rerank request."""
+    service = service_of(request.app)
+    model = service.batcher.require_ready().info
     return JSONResponse(
         {
             "model_id": model.name,
             "model_sha": None,
             "model_dtype": model.precision,
             "model_type": {"reranker": {"id2label": {"0": "relevant"}, "label2id": {"relevant": 0}}},
-            "max_concurrent_requests": batcher.admission.max_requests,
+            "max_concurrent_requests": service.batcher.admission.max_requests,
             "max_input_length": model.max_seq_length,
             "max_batch_tokens": model.max_batch_tokens,
             "max_batch_requests": None,
-            "max_client_batch_size": request.app.state.max_documents,
+            "max_client_batch_size": service.max_documents,
             "auto_truncate": True,
             "tokenization_workers": 1,
             "version": __version__,

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from reranker.http.endpoint import order
+from reranker.http.ranking import order
 
 
 @pytest.mark.parametrize(

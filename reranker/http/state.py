@@ -1,0 +1,51 @@
+"""Typed state: one `Service` per application and one `RequestContext` per request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+    from starlette.types import Scope
+
+    from reranker.http.metrics import Metrics
+    from reranker.scheduler.batcher import Batcher
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """The parts and limits of an application that its routes and its worker read; stored as `app.state.service`."""
+
+    batcher: Batcher
+    metrics: Metrics
+    max_documents: int
+    max_values: int
+    """JSON values in one body."""
+    request_timeout: float
+    """Seconds from the complete body to the response."""
+    body_timeout: float
+    """Seconds from the head to the last byte of the body."""
+
+
+def service_of(app: Starlette) -> Service:
+    """Return the state of an application that `create_app` made."""
+    service: Service = app.state.service
+    return service
+
+
+@dataclass(slots=True)
+class RequestContext:
+    """State of one request, shared by the access log, the error responses and the routes."""
+
+    request_id: str
+    log_fields: dict[str, object] = field(default_factory=dict)
+    """Sizes and times for the access log, in the order of the log line."""
+    error_type: str | None = None
+    client_disconnected: bool = False
+
+
+def context_of(scope: Scope) -> RequestContext:
+    """Return the context that the access log attached to a request."""
+    context: RequestContext = scope["state"]["context"]
+    return context
