@@ -12,6 +12,7 @@ from reranker.rows import ids
 from reranker.rows.forms import told
 from reranker.rows.ids import read_id
 from reranker.rows.inputs import open_input, values
+from reranker.rows.lines import writing
 from reranker.rows.tables import demand_once
 from reranker.terminal import name_list, note, plural
 
@@ -82,6 +83,18 @@ def read_run(path: Path, encoding: str | None, queries: Container[str]) -> Ranki
         first = next(iter(strangers))
         note(f"{path} ranks queries that are not judged: {len(strangers)}, the first is {first!r}; they are left out")
     return {query: sorted(found, key=lambda d: -found[d]) for query, found in scored.items()}
+
+
+def write_run(path: Path, ranking: Ranking) -> None:
+    """Write a TREC run.
+
+    Raises:
+        FailedError: it cannot be written.
+    """
+    with writing(path), open(path, "w", encoding="utf-8") as file:
+        for query, documents in ranking.items():
+            for i, document in enumerate(documents):
+                file.write(f"{query} Q0 {document} {i + 1} {len(documents) - i} reranked\n")
 
 
 def _judgements(path: Path, encoding: str | None) -> Iterator[tuple[str, Any, Any, Any]]:

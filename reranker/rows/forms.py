@@ -17,6 +17,8 @@ from reranker.errors import InputError
 
 KINDS = ("lines", "jsonl", "json", "csv", "tsv", "parquet")
 """Every form; `--input-format` takes these names."""
+ROW_KINDS = KINDS[1:]
+"""The forms of rows with a query."""
 _ENDS = {
     ".txt": "lines",
     ".jsonl": "jsonl",

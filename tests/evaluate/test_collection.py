@@ -234,7 +234,7 @@ def test_a_mixed_collection_and_what_is_said_of_it(tmp_path: Path) -> None:
         "note: the texts are 'query' of queries.csv",
         "note: ids such as 12.0 are read as 12",
         "note: corpus.parquet lacks 1 of 3 judged documents, the first is '99'; "
-        "what is relevant among them counts as not found",
+        "relevant ones among them count as not found",
     ]
 
 
