@@ -20,7 +20,7 @@ from dotenv.parser import Binding, parse_stream
 from dotenv.variables import Variable, parse_variables
 
 SETTINGS = ["ACCESS_TOKEN"]
-"""The names that `register` has added, and the one that the command line reads for itself."""
+"""The names of all settings: those that `register` adds, and the token, which the command line reads as well."""
 
 LIBRARY_VARIABLES = (
     *("HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_TOKEN"),

@@ -61,7 +61,7 @@ ALLOWED: dict[str, str] = {
     "request": "errors text types",
     "engine": "errors request text types",
     "rankers": "engine errors notes settings terminal types",
-    "rows": "errors request terminal types",
+    "rows": "errors notes request terminal types",
     "batch": "engine errors notes rankers request rows settings terminal types",
     "evaluate": "errors rankers request rows terminal types",
     "cli": "batch environment errors evaluate rankers request rows settings terminal types",

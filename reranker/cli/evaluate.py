@@ -15,7 +15,7 @@ from reranker.errors import FailedError, InputError
 from reranker.evaluate import collection
 from reranker.evaluate.evaluation import Job, Report, write_files
 from reranker.evaluate.evaluation import evaluate as run
-from reranker.rows.forms import told
+from reranker.rows.forms import structured_kind
 from reranker.terminal import print_json, printing
 
 
@@ -59,7 +59,7 @@ def _job(args: argparse.Namespace) -> Job:
         plot=args.plot,
         save_run=args.save_run,
     )
-    kinds = [told(str(path)) for path in job.inputs]
+    kinds = [structured_kind(str(path)) for path in job.inputs]
     if args.input_format and kinds[0] and kinds[1]:
         raise InputError("--input-format has no effect: the names of corpus and queries tell their forms")
     if args.encoding is not None and set(kinds) == {"parquet"}:
