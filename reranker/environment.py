@@ -143,11 +143,7 @@ def load(env_file: str | Path = ".env") -> dict[str, Value]:
 
 
 def _check_value(name: str, text: str, source: str) -> None:
-    """Refuse a value that contains a second setting or an unpaired quote.
-
-    Raises:
-        SettingsError: a second setting follows in the same line, or the closing quote has no opening one.
-    """
+    """Raise SettingsError for a value with a second setting, or with a closing quote that none opens."""
     if name in _FREE_TEXT:
         return
     if second := _SECOND.search(text):
@@ -165,9 +161,7 @@ def _fold_case(name: str) -> None:
 
 
 def _export_others(file: dict[str, Value]) -> None:
-    for name in LIBRARY_VARIABLES:
-        if name in SETTINGS:
-            continue
+    for name in set(LIBRARY_VARIABLES) - set(SETTINGS):
         if name in os.environ and not (name in file and file[name].text == os.environ[name]):
             os.environ[name] = get(name)
         if not os.environ.get(name) and name.startswith(_NEVER_BLANK):
@@ -204,21 +198,20 @@ def read_env_file(path: str | Path = ".env") -> dict[str, Value]:
     return values
 
 
+_UNREADABLE: dict[type[OSError], str] = {
+    FileNotFoundError: "is a link to a file that does not exist: remove it, or mount its target",
+    IsADirectoryError: "is a folder, as Docker makes for a mount without a source: remove it and write a file",
+}
+
+
 def _decode(path: str | Path) -> str:
     try:
         data = Path(path).read_bytes()
-    except FileNotFoundError:
-        if os.path.islink(path):
-            raise SettingsError(
-                f"{path} is a link to a file that does not exist: remove it, or mount its target"
-            ) from None
-        return ""
-    except IsADirectoryError:
-        raise SettingsError(
-            f"{path} is a folder, as Docker makes for a mount without a source: remove it and write a file"
-        ) from None
     except OSError as error:
-        raise SettingsError(f"{path} cannot be read: {error.strerror}") from None
+        if isinstance(error, FileNotFoundError) and not os.path.islink(path):
+            return ""
+        problem = _UNREADABLE.get(type(error), f"cannot be read: {error.strerror}")
+        raise SettingsError(f"{path} {problem}") from None
     try:
         text = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig").read()  # translates line ends as open() does
     except UnicodeDecodeError as error:

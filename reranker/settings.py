@@ -114,13 +114,10 @@ def keyword(field: str) -> str:
 
 
 def read(texts: Mapping[str, tuple[str, str]]) -> ModelSettings:
-    """Return the settings that are given as texts; the others have their defaults.
-
-    Args:
-        texts: field -> its name in an error text, and its text.
+    """Return the settings of texts: field -> its name in an error text, and its value. The others have defaults.
 
     Raises:
-        SettingsError: a text cannot be used.
+        SettingsError: a value cannot be used.
     """
     values: dict[str, Any] = {field: text for field, (_, text) in texts.items()}
     try:

@@ -53,11 +53,8 @@ def _part(folder: Path, stem: str) -> Path | None:
 def read_texts(path: Path, kind: str | None, encoding: str | None, wanted: Container[str] | None) -> dict[str, str]:
     """Return id -> text of a corpus or of queries, title and text joined.
 
-    Args:
-        path: JSON or a table with an id and a text, or lines of id, tab, text.
-        kind: the form if the name does not tell it.
-        encoding: None: UTF-8.
-        wanted: ids to keep; None: all. A corpus of millions fits into memory when only its candidates are kept.
+    The file is JSON or a table with an id and a text, or lines of id, tab, text; `kind` is its form if the name does
+    not tell it. `wanted` ids are kept, None for all: of a corpus of millions only the candidates fit into memory.
 
     Raises:
         InputError: a line has no id or no text, or an id has two texts.

@@ -27,24 +27,18 @@ class Gain:
     after: dict[str, float]
 
     @property
-    def means(self) -> tuple[float, float]:
-        """Mean over all queries, before and after."""
-        return sum(self.before.values()) / len(self.before), sum(self.after.values()) / len(self.after)
-
-    @property
-    def counts(self) -> tuple[int, int, int]:
-        """Numbers of queries that are better, equal and worse after reranking."""
-        changes = [self.after[q] - self.before[q] for q in self.before]
-        better, worse = sum(c > 1e-9 for c in changes), sum(c < -1e-9 for c in changes)
-        return better, len(changes) - better - worse, worse
-
-    @property
     def summary(self) -> dict[str, Any]:
-        """Means and counts by name."""
-        before, after = self.means
-        better, equal, worse = self.counts
-        means = {"before": before, "after": after, "gain": after - before}
-        return means | {"better": better, "equal": equal, "worse": worse}
+        """Means over all queries, and the numbers of queries that are better, equal and worse after reranking."""
+        before, after = (sum(values.values()) / len(values) for values in (self.before, self.after))
+        changes = self.changes
+        better, worse = sum(c > 1e-9 for c in changes), sum(c < -1e-9 for c in changes)
+        counts = {"better": better, "equal": len(changes) - better - worse, "worse": worse}
+        return {"before": before, "after": after, "gain": after - before} | counts
+
+    @property
+    def changes(self) -> list[float]:
+        """The gain of each query, highest first."""
+        return sorted((self.after[query] - self.before[query] for query in self.before), reverse=True)
 
 
 def parse_measures(names: str) -> list[Any]:
@@ -120,17 +114,15 @@ def write_plot(path: Path, gain: Gain) -> None:
     matplotlib.use("Agg")  # a file, no window
     from matplotlib import pyplot
 
-    changes = sorted((gain.after[q] - gain.before[q] for q in gain.before), reverse=True)
-    before, after = gain.means
-    better, equal, worse = gain.counts
+    changes = gain.changes
     figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
     axes.bar(range(len(changes)), changes, width=1.0, color=["#2a7f3f" if c >= 0 else "#b3362b" for c in changes])
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_ylim(-1.05, 1.05)
     axes.set_xticks([])
-    axes.set_xlabel(f"queries, highest gain first: {better} better, {equal} equal, {worse} worse")
+    axes.set_xlabel("queries, highest gain first: {better} better, {equal} equal, {worse} worse".format(**gain.summary))
     axes.set_ylabel(f"change of {gain.name}")
-    axes.set_title(f"{gain.name}: {before:.4f} before, {after:.4f} after reranking")
+    axes.set_title("{}: {before:.4f} before, {after:.4f} after reranking".format(gain.name, **gain.summary))
     with writing(path):
         try:
             figure.savefig(path, dpi=150)

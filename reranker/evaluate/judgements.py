@@ -25,9 +25,7 @@ _RUN = "query, Q0, document, rank, score, name"
 def read_grades(path: Path, encoding: str | None) -> Grades:
     """Return the relevance judgements; of two for the same document the last one counts.
 
-    Args:
-        path: CSV, TSV, JSON or Parquet with columns for query, document and score; else TREC's four columns.
-        encoding: None: UTF-8.
+    The file is CSV, TSV, JSON or Parquet with columns for query, document and score; else it has TREC's four columns.
 
     Raises:
         InputError: a line has other columns, or there is none.

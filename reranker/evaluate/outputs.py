@@ -10,11 +10,7 @@ from reranker.errors import FailedError, InputError
 
 
 def check_outputs(outputs: Mapping[str, str | None], inputs: Iterable[str | Path]) -> None:
-    """Refuse outputs that would replace an input or one another, or that cannot be written.
-
-    Args:
-        outputs: option -> path; None if the option was not given.
-        inputs: the files that are read.
+    """Refuse outputs (option -> path) that would replace an input or one another, or that cannot be written.
 
     Raises:
         InputError: a path is empty, a folder, an input, or another output; or its folder does not exist.

@@ -19,6 +19,7 @@ import urllib.request
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 from reranker import __version__
@@ -49,12 +50,9 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 class Client:
-    """A service at a URL.
+    """A service at a URL, which may have a path prefix, with its bearer token.
 
-    Args:
-        url: scheme, host and port, and the path prefix if there is one.
-        token: sent as a bearer token.
-        max_wait: seconds that one request may wait for a busy or restarting service.
+    One request waits at most `max_wait` seconds for a busy or restarting service.
 
     Raises:
         FailedError: nothing responds there.
@@ -219,11 +217,8 @@ def _seconds(value: str | None) -> float | None:
     """Return the seconds of a Retry-After header in either form."""
     if value is None:
         return None
-    try:
+    with suppress(ValueError):
         return max(0.0, float(value))
-    except ValueError:
-        pass
-    try:
+    with suppress(ValueError):
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
-        return None
+    return None

@@ -17,9 +17,6 @@ from reranker.types import RerankRequest
 class Local:
     """A loaded model.
 
-    Args:
-        model: its settings.
-
     Raises:
         ModelLoadError: it cannot be served.
     """

@@ -34,17 +34,10 @@ def find(columns: Sequence[str], names: Sequence[str]) -> str | None:
 def find_text(
     columns: Sequence[str], field: str | None, name: str, noun: str = "column", fix: str = "name one with --field"
 ) -> str:
-    """Return the column, or key, of the text: `field`, else the first of the known names.
-
-    Args:
-        columns: names of columns or keys.
-        field: the name by `--field`.
-        name: the file, for error texts.
-        noun: `column` or `key`, for error texts.
-        fix: what to do where no name is known.
+    """Return the column, or key (`noun`), of the text: `field`, else the first of the known names.
 
     Raises:
-        InputError: there is none, or two of them; names the existing ones.
+        InputError: there is none, or two of them; lists the columns of the file `name`, and the `fix`.
     """
     if field is not None and columns.count(field) == 1:
         return field

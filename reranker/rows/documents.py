@@ -21,13 +21,10 @@ MAX_KEY_NOTES = 20
 
 
 def read(path: str, kind: str | None, field: str | None, encoding: str | None) -> list[str]:
-    """Return all documents of a file; a note names the column of the text.
+    """Return all documents of a file, or of standard input for `-`; a note names the column of the text.
 
-    Args:
-        path: the file's name; `-` is standard input.
-        kind: one of `reranker.rows.forms.KINDS`; None: by the file's name.
-        field: the key or column of the text; None: the one with a known name.
-        encoding: None: UTF-8.
+    `kind` is one of `reranker.rows.forms.KINDS`, None for the one of the name; `field` is the key or column of the
+    text, None for a known name.
 
     Raises:
         InputError: it cannot be read, or has no recognizable documents; names the line.

@@ -49,26 +49,16 @@ _REQUEST = re.compile(r'"(documents|texts)"\s*:\s*\[')
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """The form of one input.
-
-    Attributes:
-        kind: one of `KINDS`.
-        gzipped: it is compressed with gzip.
-        given: the user named it, so content that resembles another form is not refused.
-    """
+    """The form of one input: one of `KINDS`, perhaps compressed."""
 
     kind: str
     gzipped: bool
     given: bool
+    """The user named it, so content that resembles another form is not refused."""
 
 
 def form_of(path: str, given: str | None, kinds: Sequence[str] = KINDS) -> Form:
-    """Return the form of a file by its name; without a suffix (a pipe, standard input) it is lines.
-
-    Args:
-        path: the file's name, `-` for standard input.
-        given: the value of `--input-format`.
-        kinds: the forms that the command reads.
+    """Return the form `given` by `--input-format`, else by the name; without a suffix (a pipe) it is lines.
 
     Raises:
         InputError: the name tells no form, or a form outside `kinds`.

@@ -273,13 +273,10 @@ class _Rejoined(io.RawIOBase):
 
 @contextmanager
 def open_input(path: str, given: str | None, encoding: str | None, kinds: Sequence[str] = KINDS) -> Iterator[Input]:
-    """Open a file, or standard input for `-`.
+    """Open a file, or standard input for `-`, in one of the forms that a command reads.
 
-    Args:
-        path: its name.
-        given: the form by `--input-format`; None: by the name.
-        encoding: by `--encoding`; None: by the byte order mark, else UTF-8.
-        kinds: the forms that the command reads.
+    `given` is the form by `--input-format`, None for that of the name; `encoding` is the one by `--encoding`, None for
+    that of the byte order mark, else UTF-8.
 
     Raises:
         InputError: it cannot be opened, or its form is not known.

@@ -14,17 +14,10 @@ from reranker.errors import FailedError, InputError
 def decode(
     raw: bytes, where: str, *, first: bool, encoding: str = "utf-8", advice: Callable[[bytes], str] | None = None
 ) -> str:
-    """Return a line as text without its end; the first one without a byte order mark.
-
-    Args:
-        raw: the line.
-        where: its place, for error texts.
-        first: it is the first of its file.
-        encoding: one in which a line feed is the byte 10.
-        advice: returns how to read a line in another encoding.
+    """Return a line as text without its end; the first one of a file without a byte order mark.
 
     Raises:
-        InputError: it is in another encoding, or binary.
+        InputError: it is in another encoding (`advice` returns how to read it), or binary; begins with `where`.
     """
     try:
         text = raw.decode(encoding).rstrip("\r\n")
