@@ -17,7 +17,7 @@ LEGACY = (Path(__file__).parent / "legacy.env").read_text()
 
 @pytest.fixture(autouse=True)
 def _environment() -> Iterator[None]:
-    """load_settings exports into the environment: leave it as it was."""
+    """Restore the environment, into which load_settings exports."""
     before = dict(os.environ)
     for name in Settings.model_fields:
         os.environ.pop(name.upper(), None)

@@ -1,4 +1,4 @@
-"""Arguments, environment and exit codes of `python -m reranker`; `check`; and that it stays a library's front."""
+"""Arguments, environment, streams and exit codes of `python -m reranker`, and `check`."""
 
 from __future__ import annotations
 

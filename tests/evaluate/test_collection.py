@@ -204,7 +204,7 @@ def test_the_parts_of_a_folder(end: str, tmp_path: Path) -> None:
         beir(str(tmp_path), "dev")
 
 
-# As a process
+# As a command
 
 
 def evaluated(tmp_path: Path, code: int = 0, *args: str) -> tuple[dict[str, Any], str]:
