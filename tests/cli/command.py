@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 from unittest.mock import patch
 
 from reranker.cli.main import main, run
@@ -43,7 +43,7 @@ def cli(
     """
     words = list(map(str, args))
     if command is COMMAND:
-        done = _in_process(words, cwd, stdin, environment(**(env or {})))
+        done = in_process(words, cwd, stdin, environment(**(env or {})))
     else:
         done = run_process(*words, cwd=cwd, stdin=stdin, env=env, command=command)
     assert done.returncode == code, done.stderr
@@ -64,9 +64,10 @@ def run_process(
     return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
-def _in_process(
-    words: list[str], cwd: Path, stdin: bytes, variables: dict[str, str]
+def in_process(
+    words: list[str], cwd: Path, stdin: bytes, variables: dict[str, str], screen: TextIO | None = None
 ) -> subprocess.CompletedProcess[str]:
+    """Run a command in this process; `screen` receives its standard error."""
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
     note.cache_clear()  # a note is printed once per process
     code: object = None
@@ -76,7 +77,7 @@ def _in_process(
         patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8")),
         patch.object(logging.getLogger(), "handlers", []),
         redirect_stdout(out),
-        redirect_stderr(err),
+        redirect_stderr(screen or err),
     ):
         try:
             run(lambda: main(words))

@@ -12,6 +12,7 @@ import struct
 import subprocess
 import termios
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import pytest
 from rich.cells import cell_len
 
 from reranker import Scorer
-from tests.cli.command import COMMAND, cli, environment, stub, write_lines
+from tests.cli.command import COMMAND, cli, environment, in_process, stub, write_lines
 from tests.conftest import Server
 
 QUERY = "how to compress files"
@@ -37,10 +38,21 @@ def terminal(args: list[str], cwd: Path, columns: int, stderr: bool = False) -> 
     """Return the output of a command in a terminal of a given width."""
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    env = environment(TERM="xterm-256color")
-    out = {"stderr": follower} if stderr else {"stdout": follower}
-    process = subprocess.Popen([*COMMAND, *args], cwd=cwd, env=env, stdin=subprocess.DEVNULL, **out)  # type: ignore[call-overload]
+    env = environment(TERM="xterm-256color", COLUMNS=str(columns))
+    if stderr:
+        with ThreadPoolExecutor(1) as reader, open(follower, "w", encoding="utf-8") as screen:
+            seen = reader.submit(_read, leader)
+            assert in_process(args, cwd, b"", env, screen).returncode == 0
+            screen.close()
+            return seen.result()
+    process = subprocess.Popen([*COMMAND, *args], cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=follower)
     os.close(follower)
+    shown = _read(leader)
+    assert process.wait(60) == 0
+    return shown
+
+
+def _read(leader: int) -> str:
     seen = b""
     while True:
         try:
@@ -48,7 +60,6 @@ def terminal(args: list[str], cwd: Path, columns: int, stderr: bool = False) -> 
         except OSError:  # Linux: the other end is closed
             break
     os.close(leader)
-    assert process.wait(60) == 0
     return seen.decode()
 
 
