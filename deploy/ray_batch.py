@@ -25,8 +25,9 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from reranker.cli.main import Parser, count, run
-from reranker.cli.options import Source, add_model_options, load_env_file, source
+from reranker.cli.options import add_model_options, load_env_file, source
 from reranker.errors import FailedError, InputError
+from reranker.rankers.source import Source
 
 if TYPE_CHECKING:
     from reranker.batch.output import Record
@@ -126,15 +127,20 @@ def _run(args: argparse.Namespace, where: Source, scans: dict[str, Scan]) -> Non
     begun = output.begin(_identity(args, where, parts, scans), parts, overwrite=args.overwrite)
     left = [part for part in parts if part.number not in begun]
     _say(f"{len(scans)} files, {len(parts)} parts" + (f", {len(begun)} of them finished before" if begun else ""))
-    model = where.model | {"model": where.identity["model"]}  # the whole path of a folder
-    job = Job(model, output, args.top_k, args.instruction, next((record.weights for record in begun.values()), None))
+    job = Job(
+        where.model.resolved(),
+        output,
+        args.top_k,
+        args.instruction,
+        next((record.weights for record in begun.values()), None),
+    )
     start = time.monotonic()
     done: list[Record] = []
     for record in cluster.score(left, job, args.actors, args.gpus, args.cpus) if left else ():
         done.append(record)
         if record.weights != done[0].weights:  # as long as it is not too late
             raise FailedError(
-                f"the nodes hold different models as {where.model['model']}: make them the same, --overwrite"
+                f"the nodes hold different models as {where.model.model_name_or_path}: make them the same, --overwrite"
             )
     seconds = time.monotonic() - start
     total = _totals([*begun.values(), *done])

@@ -1,4 +1,4 @@
-"""One set of rules for every setting, whoever passes it on: `.env`, `docker run --env-file`, the shell."""
+"""The same rules for settings from `.env`, `docker run --env-file` and the shell."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from reranker.environment import (
     quote,
     read_env_file,
     shorten,
-    url_problem,
 )
+from reranker.settings import url_problem
 from tests.cli.command import environment
 from tests.conftest import ROOT
 
@@ -52,7 +52,7 @@ def test_the_names_are_those_of_the_service() -> None:
     assert {name.lower() for name in SETTINGS} == set(Settings.model_fields)
 
 
-# Values: what stands behind NAME= in a file, and what it means
+# Values: the text after NAME= in a file, and its meaning
 
 VALUES = [
     ("secret", "secret"),
@@ -90,7 +90,7 @@ VALUES = [
 def test_a_value_means_the_same_whoever_passes_it_on(file: Path, raw: str, text: str) -> None:
     file.write_text(f"DEFAULT_INSTRUCTION={raw}\n", encoding="utf-8")
     from_file = load(file).get("DEFAULT_INSTRUCTION")
-    os.environ["DEFAULT_INSTRUCTION"] = raw  # docker run --env-file passes on what follows the =
+    os.environ["DEFAULT_INSTRUCTION"] = raw  # docker run --env-file passes on the text after =
     from_environment = load(file.with_name("none")).get("DEFAULT_INSTRUCTION")
     assert (from_file.text if from_file else "") == text
     assert (from_environment.text if from_environment else "") == text
@@ -101,7 +101,7 @@ def test_a_value_means_the_same_whoever_passes_it_on(file: Path, raw: str, text:
 def test_a_process_that_inherits_the_environment_reads_the_same(
     tmp_path: Path, raw: str, text: str, passed: str
 ) -> None:
-    """A worker and a replica of Ray read again what their parent exported: quotes inside quotes stay."""
+    """A worker and a replica of Ray read the exports of their parent: quotes inside quotes stay."""
     if passed == "file":
         (tmp_path / ".env").write_text(f"DEFAULT_INSTRUCTION={raw}\nHF_HOME='/a #b'\n", encoding="utf-8")
     else:
@@ -116,7 +116,7 @@ def test_a_process_that_inherits_the_environment_reads_the_same(
 
 def test_a_real_child_process_reads_the_same(tmp_path: Path) -> None:
     code = (
-        "import json, os, subprocess, sys; from reranker import environment as e; v = e.load(); "
+        "import json, os, subprocess, sys, config; from reranker import environment as e; v = e.load(); "
         "print(json.dumps({n: x.text for n, x in v.items()}), flush=True); "
         "deeper = int(sys.argv[1]); deeper and subprocess.run([sys.executable, '-c', sys.argv[2], str(deeper - 1), '']"
         " if deeper == 1 else [sys.executable, '-c', sys.argv[2], str(deeper - 1), sys.argv[2]], check=True)"
@@ -247,9 +247,9 @@ def test_a_file_is_read_as_python_dotenv_reads_it(file: Path, text: str) -> None
         ("export ACCESS_TOKEN", 1, "there is no '='"),
         ("# ok\r\nPORT 7000\r\n", 2, "write PORT=value"),
         ("PORT='7000' s3cret", 1, "PORT has a value that opens with a quote"),
-        ("ACCESS_TOKEN='s3cret\nPORT=7000\nLOG_FORMAT='\n", 1, "reaches over the next NAME=value"),
-        ("OTHER='s3cret\nACCESS_TOKEN=\nLOG_FORMAT='\n", 1, "reaches over the next NAME=value"),
-        ("OTHER='s3cret\nANOTHER=1\n'\n", 1, "reaches over the next NAME=value"),
+        ("ACCESS_TOKEN='s3cret\nPORT=7000\nLOG_FORMAT='\n", 1, "extends over the next NAME=value"),
+        ("OTHER='s3cret\nACCESS_TOKEN=\nLOG_FORMAT='\n", 1, "extends over the next NAME=value"),
+        ("OTHER='s3cret\nANOTHER=1\n'\n", 1, "extends over the next NAME=value"),
         ("{", 1, "write NAME=value"),
         ("{\n", 1, "write NAME=value"),
         ("[settings]\nPORT=1", 1, "write NAME=value"),
@@ -290,7 +290,7 @@ def test_a_setting_that_is_set_twice_is_refused_unless_nothing_is_lost(file: Pat
 
 @pytest.mark.parametrize("blank", [False, True])
 def test_a_setting_that_refers_to_nothing_is_refused(file: Path, blank: bool) -> None:
-    """`ACCESS_TOKEN=${TOKEN}` would open the service where TOKEN is not set."""
+    """`ACCESS_TOKEN=${TOKEN}` would disable the token if TOKEN is not set."""
     file.write_text("OTHER=${NOWHERE_SET}\nACCESS_TOKEN=${NOWHERE_SET}\n")
     if blank:
         os.environ["NOWHERE_SET"] = ""
@@ -383,7 +383,7 @@ def test_a_name_close_to_the_token_s_is_fatal(file: Path, name: str, place: str)
 )
 @pytest.mark.parametrize("place", ["file", "environment"])
 def test_a_name_close_to_the_token_s_only_warns_where_a_token_is_set(file: Path, name: str, place: str) -> None:
-    """The service is not open to everybody."""
+    """The service requires a token in any case."""
     os.environ["ACCESS_TOKEN"] = "s3cret"
     if place == "file":
         file.write_text(f"{name}=other\n")

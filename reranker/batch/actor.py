@@ -24,6 +24,7 @@ from reranker.batch.parts import Part
 from reranker.errors import CommandError, DeviceLostError, ModelLoadError, RerankError
 from reranker.rankers.ranker import Ranker, Scored
 from reranker.rows.groups import Row, groups, joined
+from reranker.settings import ModelSettings
 from reranker.types import RerankRequest
 
 
@@ -31,8 +32,7 @@ from reranker.types import RerankRequest
 class Job:
     """What all actors of a batch have in common."""
 
-    model: dict[str, Any]
-    """Keywords of `Local`."""
+    model: ModelSettings
     output: Output
     top_k: int | None
     instruction: str | None
@@ -52,7 +52,7 @@ class Actor:
 
         try:
             self.ranker: Ranker = Local(job.model)
-            self.weights = fingerprint(job.model["model"], job.model["revision"])
+            self.weights = fingerprint(job.model.model_name_or_path or None, job.model.model_revision or None)
         except ModelLoadError as error:
             self.problem = str(error)
             return

@@ -105,9 +105,9 @@ def score(
     """
     there = ray.cluster_resources()
     if gpus is None:
-        gpus = 0 if job.model["device"] == "cpu" else min(1.0, there.get("GPU", 0))
-    if not gpus and job.model["device"] == "auto":
-        job = replace(job, model=job.model | {"device": "cpu"})
+        gpus = 0 if job.model.model_device == "cpu" else min(1.0, there.get("GPU", 0))
+    if not gpus and job.model.model_device == "auto":
+        job = replace(job, model=job.model.model_copy(update={"model_device": "cpu"}))
     least, most = pool or (max(1, int(there.get("GPU", 0) // gpus)) if gpus else 1,) * 2
     if cpus is None:
         widest = max((node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"]), default=1)

@@ -21,7 +21,8 @@ from reranker.batch.journal import Journal
 from reranker.cli.options import source
 from reranker.errors import FailedError, InputError, InvalidRequestError, RerankError
 from reranker.notes import Notes
-from reranker.rankers.ranker import Ranker, Scored, open_ranker
+from reranker.rankers.ranker import Ranker, Scored
+from reranker.rankers.source import open_ranker
 from reranker.rows.cells import Cells, RowError
 from reranker.rows.groups import Row, groups, joined, row_of
 from reranker.rows.inputs import Input, Record, open_input

@@ -1,4 +1,4 @@
-"""`rank` as a process: forms of input, JSON and table, and the same scores with and without a server."""
+"""`rank`: forms of input, JSON and table, and the same scores with and without a server."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import struct
 import subprocess
 import termios
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,14 @@ import pytest
 from rich.cells import cell_len
 
 from reranker import Scorer
-from reranker.errors import FailedError, InvalidRequestError
-from reranker.rankers.client import Client
-from reranker.rankers.ranker import Scored
-from reranker.types import RerankRequest
-from tests.cli.command import COMMAND, cli, environment, stub, write_lines
-from tests.conftest import Server, Start
+from tests.cli.command import COMMAND, cli, environment, in_process, stub, write_lines
+from tests.conftest import Server
 
 QUERY = "how to compress files"
 DOCUMENTS = ["a game of chess", "gzip compresses files", "", "用 gzip 压缩文件", '[bold]"quoted",\tTab']
+
+
+FAKE = [COMMAND[0], "-m", "uvicorn", "tests.fake_app:app", "--host", "127.0.0.1", "--port", "{port}"]
 
 
 def url(server: Server) -> str:
@@ -35,21 +35,31 @@ def url(server: Server) -> str:
 
 
 def terminal(args: list[str], cwd: Path, columns: int, stderr: bool = False) -> str:
-    """What a command writes into a terminal of so many columns."""
+    """Return the output of a command in a terminal of a given width."""
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    env = environment(TERM="xterm-256color")
-    out = {"stderr": follower} if stderr else {"stdout": follower}
-    process = subprocess.Popen([*COMMAND, *args], cwd=cwd, env=env, stdin=subprocess.DEVNULL, **out)  # type: ignore[call-overload]
+    env = environment(TERM="xterm-256color", COLUMNS=str(columns))
+    if stderr:
+        with ThreadPoolExecutor(1) as reader, open(follower, "w", encoding="utf-8") as screen:
+            seen = reader.submit(_read, leader)
+            assert in_process(args, cwd, b"", env, screen).returncode == 0
+            screen.close()
+            return seen.result()
+    process = subprocess.Popen([*COMMAND, *args], cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=follower)
     os.close(follower)
+    shown = _read(leader)
+    assert process.wait(60) == 0
+    return shown
+
+
+def _read(leader: int) -> str:
     seen = b""
     while True:
         try:
             seen += os.read(leader, 65536)
-        except OSError:  # Linux's way to say that the other end is closed
+        except OSError:  # Linux: the other end is closed
             break
     os.close(leader)
-    assert process.wait(60) == 0
     return seen.decode()
 
 
@@ -130,7 +140,7 @@ def test_a_bad_file_is_named_with_its_line(name: str, content: bytes, says: str,
 def test_a_terminal_gets_a_coloured_table_with_right_widths(server: Server, tmp_path: Path) -> None:
     documents = ["gzip compresses files", "用 gzip 压缩文件" * 9, "evil \x1b[31m\x1b]0;t\x07 line\nbreak [b]"]
     shown = terminal(["rank", QUERY, *documents, "--url", url(server)], tmp_path, columns=50)
-    assert "\x1b[32m0.9" in shown  # green for what fits
+    assert "\x1b[32m0.9" in shown  # green for a high score
     assert "\x1b]0;" not in shown
     assert "\x1b[31m\N{REPLACEMENT CHARACTER}" not in shown
     lines = [line for line in re.sub(r"\x1b\[[\d;]*m", "", shown).splitlines() if line.strip()]
@@ -145,7 +155,7 @@ def test_a_terminal_gets_a_coloured_table_with_right_widths(server: Server, tmp_
 def test_a_terminal_shows_at_once_what_is_loaded(tmp_path: Path) -> None:
     shown = terminal(["rank", QUERY, *DOCUMENTS, "--device", "cpu"], tmp_path, columns=80, stderr=True)
     assert "loading demo (cpu)..." in shown.splitlines()[0]
-    assert "\x1b[2K" in shown  # the spinner is wiped away
+    assert "\x1b[2K" in shown  # the spinner is erased
     assert "note: the bundled demo model is for trying only" in shown
 
 
@@ -185,51 +195,7 @@ def test_a_busy_service_is_asked_again_when_it_says(tmp_path: Path) -> None:
     with stub(busy, (503, {}, b"loading")) as service:
         start = time.monotonic()
         out = cli("rank", "q", "d", "--url", service.url, cwd=tmp_path)
-        assert time.monotonic() - start >= 1.5  # one second by the header, half of one by our own rule
+        assert time.monotonic() - start >= 1.5  # 1 s by the header, 0.5 s by the client's own rule
     assert len(service.bodies) == 3
     assert json.loads(out.stdout) == [{"index": 0, "score": 0.5, "text": "d"}]
     assert "is busy (429); waiting" in out.stderr
-
-
-def test_patience_is_bounded() -> None:
-    busy = (503, {"Retry-After": "30"}, b"")
-    with stub(busy) as service, pytest.raises(FailedError, match=r"not ready \(503\)"):
-        list(Client(service.url, patience=5).rank_many([RerankRequest("q", ["d"])]))
-    assert len(service.bodies) == 1
-
-
-def test_a_loading_service_is_waited_for(start: Start) -> None:
-    loading = start(command=[*FAKE], wait="loading", FAKE_LOAD_SECONDS="3")
-    (scored,) = Client(url(loading)).rank_many([RerankRequest("a b", ["a", "a b"])])
-    assert isinstance(scored, Scored)
-    assert scored.scores == pytest.approx([0.7310586, 0.8807971])
-
-
-FAKE = [COMMAND[0], "-m", "uvicorn", "tests.fake_app:app", "--host", "127.0.0.1", "--port", "{port}"]
-
-
-def test_a_redirect_is_not_followed_with_the_token() -> None:
-    with stub() as other, stub((307, {"Location": other.url}, b"")) as service:
-        with pytest.raises(FailedError, match="answers 307"):
-            list(Client(service.url, "t").rank_many([RerankRequest("q", ["d"])]))
-        assert other.bodies == []
-
-
-@pytest.mark.parametrize("answer", [b"<html>", b"{}", b'[{"index": 7, "score": 1}]', b"[1]"])
-def test_another_service_at_the_address(answer: bytes) -> None:
-    with stub((200, {}, answer)) as service, pytest.raises(FailedError, match="does not answer like this service"):
-        list(Client(service.url).rank_many([RerankRequest("q", ["d"])]))
-
-
-def test_a_large_request_is_sent_in_parts_and_a_refused_one_spoils_no_other() -> None:
-    requests = [RerankRequest("a", ["x"] * 600), RerankRequest("b", ["y" * 700_000] * 2)]
-    with stub() as service:
-        outcomes = list(Client(service.url).rank_many(requests))
-    assert outcomes == [Scored([0.5] * 600, 0), Scored([0.5] * 2, 0)]
-    sizes = sorted(len(body["documents"]) for body in service.bodies)
-    assert sizes == [1, 1, 88, 256, 256]
-    with stub((422, {}, b'{"detail": "query: must not be empty"}')) as service:
-        first, second = Client(service.url).rank_many([RerankRequest("", ["x"]), RerankRequest("q", ["x"])])
-    refused, fine = (first, second) if isinstance(first, InvalidRequestError) else (second, first)
-    assert str(refused) == "query: must not be empty"
-    assert fine == Scored([0.5], 0)

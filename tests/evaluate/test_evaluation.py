@@ -1,6 +1,6 @@
-"""`evaluate` as a process, on folders so small that every measure is computed by hand.
+"""`evaluate` on folders so small that every measure is computed by hand.
 
-The service behind it scores by shared words (tests/fake.py), so the order after reranking is known as well.
+The service scores by shared words (tests/fake.py), so the order after reranking is known as well.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def test_a_beir_folder_with_bm25(service: Server, tmp_path: Path) -> None:
     # BM25 puts d3 and e0 first already, and finds nothing for q3.
     assert out[1].split() == ["nDCG@10", "0.6667", "0.6667", "+0.0000", "0", "3", "0"]
     assert out[2].split()[:3] == ["MRR@10", "0.6667", "0.6667"]
-    # d1, d2, d3 share a word with q1, e0 with q2: what shares none is no candidate.
+    # d1, d2, d3 share a word with q1, e0 with q2; documents without a shared word are no candidates.
     assert "3 queries (1 without candidates), 4 documents, first stage bm25" in out[-1]
 
 

@@ -25,6 +25,7 @@ from reranker.notes import Notes
 from reranker.rankers.ranker import Scored
 from reranker.rows.groups import Row
 from reranker.rows.row import request_of
+from reranker.settings import ModelSettings
 from reranker.types import RerankRequest
 from tests.conftest import free_port, make_model
 from tests.request.bodies import ROWS
@@ -352,7 +353,7 @@ class Rounds:
 @pytest.fixture
 def scoring(monkeypatch: pytest.MonkeyPatch) -> Callable[[Rounds], Iterator[Record]]:
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 1})
-    job = Job({"device": "cpu"}, Output("/nowhere"), None, None, None)
+    job = Job(ModelSettings(model_device="cpu"), Output("/nowhere"), None, None, None)
 
     def start(rounds: Rounds) -> Iterator[Record]:
         monkeypatch.setattr(cluster, "_round", rounds)

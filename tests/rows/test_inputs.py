@@ -1,4 +1,4 @@
-"""Forms and encodings of input files: what is read, what is said, and what is refused with a way out."""
+"""Forms and encodings of input files: texts, notes, and errors that name the fix."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import pyarrow.parquet
 import pytest
 
 from reranker.errors import CommandError, InputError
-from reranker.rows import documents, forms
+from reranker.rows import columns, documents, forms
 from reranker.rows.inputs import open_input
 from reranker.terminal import note
 from tests.cli.command import COMMAND, cli, environment, stub, write_lines
@@ -31,7 +31,7 @@ PLAIN = ["gzip 压缩文件", '"quoted", text', "[1] a footnote", "no; delimiter
 
 @pytest.fixture(autouse=True)
 def notes() -> None:
-    """A note is said once in a process; each test is a new one."""
+    """A note is printed once per process; each test starts anew."""
     note.cache_clear()
 
 
@@ -95,10 +95,10 @@ def test_parquet(name: str, tmp_path: Path) -> None:
 
 
 def awkward(name: str, columns: int) -> tuple[bytes, list[str]]:
-    """A table as Python's csv module and pandas write it, of texts with every kind of break in every place."""
+    """Return a table as Python's csv module and pandas write it, of texts with all kinds of breaks, and the texts."""
     pieces = ["", "a", '"', '""', "\n", "\r\n", "\t", ",", "字", '"\n', ' "']
     texts = [a + b + c for a in pieces for b in ("", "x", '"') for c in pieces]
-    if name.endswith(".tsv"):  # where a text has tabs beside line ends, its lines may be rows
+    if name.endswith(".tsv"):  # the lines of a text with tabs and line ends may be rows
         texts = [text for text in texts if "\t" not in text or "\n" not in text]
     file = io.StringIO()
     rows = csv.writer(file, delimiter="\t" if name.endswith(".tsv") else ",")
@@ -145,7 +145,7 @@ def test_the_text_is_the_named_column_or_a_known_one(
 PRETTY = json.dumps([{"text": "a"}, {"text": "b"}], indent=1)
 OBJECT = json.dumps({"documents": ["a", "b"]}, indent=1)
 REFUSED: list[tuple[str, bytes | str, str]] = [
-    # a name that tells nothing, or not the truth
+    # a name without a form, or with a wrong one
     ("a.xlsx", "x", "cannot tell the form of a.xlsx by its name (.xlsx); name it with --input-format: lines, jsonl"),
     ("a.md", "x", "--input-format"),
     ("a.xlsx.gz", "x", "(.xlsx)"),
@@ -190,7 +190,7 @@ REFUSED: list[tuple[str, bytes | str, str]] = [
     ("a.txt", "x\n".encode("utf-16-le"), "UTF-16 (--encoding utf-16-le)"),
     ("a.txt", "x\n".encode("utf-32"), "UTF-32; save it as UTF-8"),
     ("a.txt", b"one\rtwo\rthree", "ends its lines with CR alone"),
-    # damage
+    # damaged files
     ("a.txt.gz", gzip.compress(b"word " * 999)[:-20], "not whole: its compressed data ends too early"),
     ("a.txt.gz", gzip.compress(b"word")[:10] + b"x" * 40, "damaged"),
     ("a.parquet", parquet({"text": ["a"]})[:-9], "cannot be read as Parquet"),
@@ -207,7 +207,7 @@ REFUSED: list[tuple[str, bytes | str, str]] = [
     ("a.csv", "编号,内容\n1,压缩\n".encode("gb18030"), "line 1 is not UTF-8 at byte 0; if the file is GBK: --encoding"),
     ("a.json", json.dumps(["压缩"], ensure_ascii=False).encode("gb18030"), "if the file is GBK: --encoding gb18030"),
     ("a.txt", b"caf\xe9 au lait", "save it as UTF-8, or name its encoding with --encoding"),
-    # which column
+    # columns
     ("a.csv", "编号,标题\n1,a\n", "its columns are 编号, 标题: name one with --field"),
     ("a.csv", "one\ntwo\n", "if it is one, name it with --field; if it is a document, use --input-format lines"),
     ("a.csv", "text,id,Text\na,1,b\n", "has the column 'text' twice"),
@@ -223,7 +223,7 @@ REFUSED: list[tuple[str, bytes | str, str]] = [
     ("a.jsonl", '{"text": "x"}\n3\n', "line 2 is neither a string nor an object"),
     ("a.parquet", parquet({"id": [1], "text": [None]}), 'row 1 is neither a string nor an object with a string "text"'),
     ("a.parquet", parquet({"id": [1], "abstract": ["x"]}), "its columns are id, abstract"),
-    # nothing
+    # empty files
     ("a.txt", "", "a.txt holds no documents"),
     ("a.txt", "\ufeff\n \n", "a.txt holds no documents"),
     ("a.csv", "id,text\n", "a.csv holds no documents"),
@@ -291,7 +291,7 @@ def test_the_document_names_every_form_and_column() -> None:
     text = (ROOT / "docs" / "files.md").read_text(encoding="utf-8")
     assert re.findall(r"^\| `(\w+)` \| `\.\w+`", text, re.M) == list(forms.KINDS)
     names = text.partition("the first of ")[2].partition(" that is there")[0]
-    assert re.findall(r"`(\w+)`", names) == list(forms.TEXT_NAMES)
+    assert re.findall(r"`(\w+)`", names) == list(columns.TEXT_NAMES)
 
 
 PIECES = [piece.encode() for piece in '" \n \r \t , ; [ { } ] : null NaN 1e999 text \ufeff'.split(" ")]
@@ -300,7 +300,7 @@ PIECES += [b"\0", b"\xff", b"9" * 5000, b"[" * 3000, b'{"a":' * 2000]
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet", "a.csv.gz", "a"])
 def test_damaged_files_are_read_or_refused(name: str, tmp_path: Path) -> None:
-    """Every file in every form: documents or an error of the command line, never another exception."""
+    """Each file in each form gives documents or an error of the command line, never another exception."""
     whole = [text.encode() for text, _ in GOOD.values()] + [parquet({"id": [1], "text": ["a"]})]
     whole += [c if isinstance(c, bytes) else c.encode() for _, c, _ in REFUSED]
     whole += [gzip.compress(content) for content in whole]
@@ -325,11 +325,11 @@ def test_an_error_quotes_a_file_harmlessly(tmp_path: Path) -> None:
     assert len(err) < 300
 
 
-# As a process
+# As a command
 
 
 def ranked(tmp_path: Path, *args: object, stdin: bytes = b"") -> tuple[list[str], str]:
-    """The documents that the service got, and what was said."""
+    """Return the documents that the service received, and standard error."""
     with stub() as service:
         done = cli("rank", "q", *args, "--url", service.url, cwd=tmp_path, stdin=stdin)
     return service.bodies[0]["documents"], done.stderr
@@ -371,7 +371,7 @@ def test_keys_that_are_not_ranked_are_said_once_each(tmp_path: Path) -> None:
     write_lines(tmp_path / "d.jsonl", [{"text": "a", f"key {i}": i} for i in range(200)])
     said = ranked(tmp_path, "--file", "d.jsonl")[1].splitlines()
     assert len(said) == 21
-    assert said[-1] == "note: more keys are not read in d.jsonl; no more notes follow"
+    assert said[-1] == "note: 20 different notes were written; no more follow"
 
 
 def test_what_has_no_effect_is_refused(tmp_path: Path) -> None:
