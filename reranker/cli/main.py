@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.command == "rank":
         from reranker.cli.rank import rank as command
     elif args.command == "batch":
-        from reranker.batch.local import batch as command
+        from reranker.cli.batch import batch as command
     elif args.command == "evaluate":
         from reranker.evaluate.evaluation import evaluate as command
     else:

@@ -26,7 +26,7 @@ def test_the_command_line_knows_no_service_and_no_settings_file(path: Path) -> N
 
 def test_torch_comes_with_a_model_only() -> None:
     code = (
-        "import sys, reranker.cli.main, reranker.cli.rank, reranker.batch.local, reranker.cli.check, "
+        "import sys, reranker.cli.main, reranker.cli.rank, reranker.cli.batch, reranker.cli.check, "
         "reranker.evaluate.evaluation, reranker.rankers.client; print(sorted(set(sys.modules) & set(sys.argv[1:])))"
     )
     out = subprocess.run([sys.executable, "-c", code, *COMPUTE], cwd=ROOT, capture_output=True, text=True, check=True)
