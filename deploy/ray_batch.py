@@ -6,7 +6,7 @@ INPUT    Parquet or JSON lines: files, folders or patterns, on the disk or on a 
          {"query", "documents", "id"?, "top_k"?, "instruction"?} or {"query", "document", "id"?, "instruction"?}
 OUTPUT   a folder, on the disk or on a store; reranker/batch/output.py describes its files
 
-See docs/ray-batch.md; reranker/batch/ does the work.
+docs/ray-batch.md has more; reranker/batch/ does the work.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from reranker.cli.options import add_model_options, load_env_file, source
 from reranker.errors import FailedError
 from reranker.rows.row import Defaults
 
-_PART_BYTES = 4 << 20
-
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the arguments."""
@@ -31,8 +29,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("output", metavar="OUTPUT", help="a folder; run again with the same to continue")
     top.add_argument("--top-k", type=count, metavar="N", help="only the best N, where a row does not say")
     top.add_argument("--overwrite", action="store_true", help="delete an earlier batch in OUTPUT")
-    part_help = f"approximate bytes of rows that are written, or lost by a death, together (default: {_PART_BYTES})"
-    top.add_argument("--part-bytes", type=count, default=_PART_BYTES, metavar="N", help=part_help)
+    part_help = "approximate bytes of rows that are written, or lost by a death, together (default: %(default)s)"
+    top.add_argument("--part-bytes", type=count, default=4 << 20, metavar="N", help=part_help)
     ray = top.add_argument_group("Ray")
     ray.add_argument("--address", help="a cluster, such as auto or host:6379; default: RAY_ADDRESS, else local")
     ray.add_argument("--actors", type=_pool, metavar="N|MIN,MAX", help="models in memory; default: one per GPU, else 1")

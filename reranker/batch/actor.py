@@ -18,7 +18,7 @@ from typing import Any
 
 import ray
 
-from reranker.batch.output import Output, PartRecord
+from reranker.batch.output import COUNTS, Output, PartRecord
 from reranker.batch.parts import Part, records
 from reranker.batch.scoring import Note, Totals, answers
 from reranker.errors import CommandError, DeviceLostError, ModelLoadError, RerankError
@@ -61,11 +61,7 @@ class Actor:
             )
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Score a part, passed as a row of Ray Data.
-
-        Returns:
-            A PartRecord as a row with `notes` (texts and places, as JSON), or `part` and `error`.
-        """
+        """Score a part; return a row of Ray Data: a PartRecord with `notes` (JSON), or `part` and `error`."""
         part, notes = Part(**row), dict[str, str]()
 
         def note(texts: Iterable[str], place: str) -> None:
@@ -81,7 +77,7 @@ class Actor:
             print(f"{part.file}, part {part.number}: {error}", file=sys.stderr, flush=True)
             os._exit(1)  # only a new process helps; another actor takes the part
         except (CommandError, RerankError) as error:
-            return {"part": part.number, "error": f"{part.file}, from {part.place}: {error}"}
+            return {"part": part.number, "error": f"{part.file}, from {part.unit} {part.first}: {error}"}
 
     def _score(self, part: Part, note: Note) -> PartRecord:
         started, processor = time.time(), time.process_time()
@@ -89,10 +85,7 @@ class Actor:
         record = PartRecord(
             part=part.number,
             batch=self.config.output.batch,
-            rows=totals.rows,
-            bad=totals.bad,
-            documents=totals.documents,
-            truncated=totals.truncated,
+            **{name: getattr(totals, name) for name in COUNTS},
             weights=self.weights,
             actor=self.id,
             process=os.getpid(),
@@ -107,12 +100,7 @@ class Actor:
 def score(
     ranker: Ranker, part: Part, defaults: Defaults, note: Note
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Totals]:
-    """Score a part in full forward passes; return the lines of its good rows, of its bad rows, and the totals.
-
-    Raises:
-        InputError: the part cannot be read.
-        RerankError: the model cannot go on; a row that alone causes an error is a bad row.
-    """
+    """Return the lines of good rows and of bad rows of a part, and the totals; see `answers` for errors."""
     good: list[dict[str, Any]] = []
     bad: list[dict[str, Any]] = []
     totals = Totals()

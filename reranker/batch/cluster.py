@@ -55,11 +55,7 @@ class Pool:
 
 @contextmanager
 def connected(address: str | None, *, verbose: bool) -> Iterator[None]:
-    """Connect to Ray while the block runs.
-
-    Args:
-        address: of a cluster, or `local`; None: RAY_ADDRESS, else local.
-        verbose: whether to show the output of actors.
+    """Connect to Ray in the block; `address` is a cluster or `local` (None: RAY_ADDRESS, else local).
 
     Raises:
         FailedError: there is no cluster.
@@ -71,7 +67,7 @@ def connected(address: str | None, *, verbose: bool) -> Iterator[None]:
         if host and port.isdecimal():  # Ray itself would retry for minutes
             socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
         with warnings.catch_warnings():
-            # About a later default for actors without a GPU; `distributed` passes them device=cpu.
+            # About a later default for actors without a GPU; `score` gives them device=cpu.
             warnings.simplefilter("ignore", FutureWarning)
             ray.init(target, log_to_driver=verbose, logging_level="info" if verbose else "warning", **local)
     except (ConnectionError, RayError, OSError, RuntimeError) as error:
@@ -86,11 +82,7 @@ def connected(address: str | None, *, verbose: bool) -> Iterator[None]:
 
 
 def scan(files: Sequence[str], size: int) -> dict[str, Scan]:
-    """Scan every file on some node; see `parts.scan`.
-
-    Raises:
-        InputError: a file cannot be read, or lacks columns of a batch.
-    """
+    """Scan every file on some node; see `parts.scan`."""
     task = ray.remote(parts.scan).options(scheduling_strategy="SPREAD")
     try:
         scans: list[Scan] = ray.get([task.remote(address, size) for address in files])
@@ -128,8 +120,8 @@ def score(unfinished: Sequence[Part], config: ActorConfig, pool: Pool) -> Iterat
             if fruitless == _MAX_FRUITLESS_ROUNDS:
                 part = pending[min(pending)]
                 raise FailedError(
-                    f"actors died with {len(pending)} parts in each of {fruitless} rounds, the first from {part.place} "
-                    f"of {part.file} ({_reason(error)}); see Ray's logs, and {_AGAIN}"
+                    f"actors died with {len(pending)} parts in each of {fruitless} rounds, the first from {part.unit} "
+                    f"{part.first} of {part.file} ({_reason(error)}); see Ray's logs, and {_AGAIN}"
                 ) from error
             print(f"{_reason(error)}; {len(pending)} parts left: starting new actors", file=sys.stderr, flush=True)
         else:
@@ -182,10 +174,7 @@ def _round(
 
 
 def _resources(pool: Pool, device: str) -> tuple[tuple[int, int], dict[str, float]]:
-    """Return the size of a pool, and the resources of each actor as keywords of Ray.
-
-    By default one actor per GPU, or one with all CPUs of a node where there is no GPU.
-    """
+    """Return the size of a pool, and the resources of each actor as keywords of Ray; docs/ray-batch.md has defaults."""
     total = ray.cluster_resources()
     gpus = pool.gpus
     if gpus is None:

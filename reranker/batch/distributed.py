@@ -21,18 +21,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A batch over Ray."""
+    """A batch over Ray: files, folders or patterns in, a folder out, on the disk or on a store."""
 
     inputs: Sequence[str]
-    """Files, folders or patterns, on the disk or on a store."""
     output: str
-    """A folder, on the disk or on a store."""
     source: Source
     defaults: Defaults
     part_bytes: int
     overwrite: bool
     address: str | None
-    """Of the cluster; see `cluster.connected`."""
     pool: cluster.Pool
     verbose: bool
 
@@ -50,7 +47,7 @@ def run(job: Job) -> None:
 
 
 def _files(job: Job) -> list[str]:
-    """Return the addresses of all input files, each once."""
+    """Return the addresses of all input files."""
     files = sorted({address for one in job.inputs for address in store.find(one, parts.ENDINGS)})
     for address in files:
         if not address.endswith(parts.ENDINGS):

@@ -14,7 +14,7 @@ import fcntl
 import json
 import os
 import time
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ from reranker.rows.lines import dump, writing
 _SYNC_SECONDS = 2.0
 
 
-class Journal:
-    """The unfinished output; a context manager.
+class Journal(AbstractContextManager["Journal"]):
+    """The unfinished output.
 
     Args:
         path: the output.
@@ -60,18 +60,11 @@ class Journal:
             self.close()
             raise
 
-    def __enter__(self) -> Journal:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def write(self, number: int, record: dict[str, Any]) -> None:
-        """Append the record of input line or row `number`.
-
-        Raises:
-            FailedError: the disk is full or gone.
-        """
+        """Append the record of input line or row `number`; see `writing` for errors."""
         data = dump({self.unit: number} | record)
         with writing(self.partial):
             while data:  # a signal or a nearly full disk may shorten a write
@@ -95,7 +88,7 @@ class Journal:
             self.manifest_path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Close the file; remove it if it has no lines."""
+        """Close the file; delete it if it has no lines."""
         if not self.lines and self._owned:
             self.partial.unlink(missing_ok=True)
             self.manifest_path.unlink(missing_ok=True)

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reranker.batch.journal import Journal
-from reranker.batch.scoring import Answer, Totals, answers
+from reranker.batch.scoring import Totals, answers
 from reranker.errors import FailedError, InputError, InvalidRequestError, RerankError
 from reranker.notes import Notes
 from reranker.rankers.ranker import Ranker
 from reranker.rows.cells import Cells, RowError
 from reranker.rows.forms import KINDS
-from reranker.rows.inputs import Input, Record, open_input
+from reranker.rows.inputs import Input, open_input
 from reranker.rows.row import Defaults, Row, read_row
 from reranker.terminal import Meter, meter, plural
 
@@ -45,7 +45,6 @@ class Job:
     field: str | None = None
     encoding: str | None = None
     skip_bad: bool = False
-    """Record bad rows instead of stopping at the first."""
     overwrite: bool = False
 
 
@@ -87,10 +86,11 @@ def _score(job: Job, ranker: Ranker, file: Input, journal: Journal, progress: Me
     unit, totals, start = journal.unit, Totals(), time.monotonic()
     if journal.lines:
         progress.say(f"continuing after {unit} {journal.last}: {_done(journal)}")
-    rows = _rows(job, file, journal.last)
-    for answer in answers(ranker, rows, Notes(progress.say).add, stop_at_bad=not job.skip_bad):
+    for answer in answers(
+        ranker, _rows(job, file, journal.last), Notes(progress.say).add, stop_at_bad=not job.skip_bad
+    ):
         if isinstance(answer.outcome, RerankError):
-            _check_skipped(answer, answer.outcome, job, journal)
+            _check_skipped(answer.rows[0].place, answer.outcome, job, journal)
             for row in answer.rows:
                 progress.say(f"{row.place} skipped: {answer.outcome}")
         for number, record in answer.records:
@@ -102,37 +102,25 @@ def _score(job: Job, ranker: Ranker, file: Input, journal: Journal, progress: Me
 
 
 def _rows(job: Job, file: Input, after: int) -> Iterator[Row]:
-    """Yield the rows after number `after`.
-
-    Raises:
-        InputError: the rest cannot be read.
-    """
     cells = Cells(file, job.field)
     for record in file.records():
-        if record.number > after:
-            yield read_row(record if record.error else _with_body(record, cells), job.defaults)
+        if record.number <= after:
+            continue
+        if not record.error:
+            try:
+                record = replace(record, value=cells.body(record.value))
+            except RowError as error:
+                record = replace(record, error=str(error))
+        yield read_row(record, job.defaults)
 
 
-def _with_body(record: Record, cells: Cells) -> Record:
-    try:
-        return replace(record, value=cells.body(record.value))
-    except RowError as error:
-        return replace(record, error=str(error))
-
-
-def _check_skipped(answer: Answer, error: RerankError, job: Job, journal: Journal) -> None:
-    """Check that bad rows may be skipped.
-
-    Raises:
-        InputError: the job stops at bad rows.
-        FailedError: the error is not the rows' own.
-    """
-    place = answer.rows[0].place
+def _check_skipped(place: str, error: RerankError, job: Job, journal: Journal) -> None:
+    """Raise an error that ends the batch, unless it is that of a bad row, which the job skips."""
     if not isinstance(error, InvalidRequestError):
         raise FailedError(f"{place}: {error}; run the same command again to continue")
     if not job.skip_bad and journal.lines:
-        continued = "run again with --skip-bad to continue, or correct the input and start anew with --overwrite"
-        raise InputError(f"{place}: {error}; {_done(journal)}: {continued}")
+        way_out = "run again with --skip-bad to continue, or correct the input and start anew with --overwrite"
+        raise InputError(f"{place}: {error}; {_done(journal)}: {way_out}")
     if not job.skip_bad:
         raise InputError(f"{place}: {error}; correct it, or run again with --skip-bad")
 

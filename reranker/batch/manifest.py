@@ -9,13 +9,7 @@ from reranker.errors import InputError
 
 
 def continues(content: bytes | None, manifest: dict[str, Any], output: str, *, overwrite: bool = False) -> bool:
-    """Return whether this run may continue an output; False: overwrite it.
-
-    Args:
-        content: manifest of the output, as JSON; None: it has none.
-        manifest: of this run; JSON values.
-        output: its name, for the error.
-        overwrite: replace an output with another manifest.
+    """Compare the manifest in an output (JSON; None: missing) with that of this run; False: overwrite the output.
 
     Raises:
         InputError: the manifests differ, without `overwrite`.

@@ -25,20 +25,19 @@ from reranker.rows.lines import dump
 
 _MANIFEST = "_batch.json"
 _SUMMARY = "_summary.json"
-_COUNTS = ("rows", "bad", "documents", "truncated")
+COUNTS = ("rows", "bad", "documents", "truncated")
 _READERS = 32
-"""Threads that read records: a store takes some ms for each."""
+"""Threads: a store takes some ms for each record."""
 
 
 @dataclass(frozen=True, slots=True)
 class PartRecord:
-    """Facts about a finished part."""
+    """Facts about a finished part; its counts are those of `Totals`."""
 
     part: int
     batch: str
     """Fingerprint of the manifest: an actor that outlives its driver may finish a part of an overwritten batch."""
     rows: int
-    """Good and bad ones."""
     bad: int
     documents: int
     truncated: int
@@ -55,7 +54,7 @@ class PartRecord:
 
 def totals(records: Sequence[PartRecord]) -> Totals:
     """Return the sums of the counts of all records."""
-    return Totals(**{name: sum(getattr(record, name) for record in records) for name in _COUNTS})
+    return Totals(**{name: sum(getattr(record, name) for record in records) for name in COUNTS})
 
 
 class Output:
@@ -68,11 +67,6 @@ class Output:
 
     def begin(self, manifest: dict[str, Any], parts: Sequence[Part], *, overwrite: bool) -> dict[int, PartRecord]:
         """Write the manifest, or return the parts, by number, that earlier runs with the same manifest finished.
-
-        Args:
-            manifest: everything that the results depend on; JSON values.
-            parts: all parts of the batch.
-            overwrite: delete an earlier batch.
 
         Raises:
             InputError: the folder holds something else.
@@ -99,11 +93,7 @@ class Output:
         return self._parsed(self.folder.read(f"_done/{part.name}.json"))
 
     def finish(self, part: Part, record: PartRecord, good: list[dict[str, Any]], bad: list[dict[str, Any]]) -> None:
-        """Write the rows of a part, then its record.
-
-        Raises:
-            FailedError: they cannot be written.
-        """
+        """Write the rows of a part, then its record."""
         if bad:
             self.folder.write(f"bad-{part.name}.jsonl", b"".join(map(dump, bad)))
         else:  # an attempt that died may have found bad rows for a reason that is gone
@@ -115,7 +105,7 @@ class Output:
         """Write and return the totals of all parts, and delete the drafts of killed processes."""
         self.folder.remove([name for name in self.folder.names() if name.startswith(DRAFT)])
         sums = totals(records)
-        self.folder.write(_SUMMARY, dump({"parts": len(records)} | {name: getattr(sums, name) for name in _COUNTS}))
+        self.folder.write(_SUMMARY, dump({"parts": len(records)} | {name: getattr(sums, name) for name in COUNTS}))
         return sums
 
     def _finished(self, names: set[str], parts: Sequence[Part]) -> dict[int, PartRecord]:

@@ -58,11 +58,6 @@ class Part:
         return "row" if self.address.endswith(".parquet") else "line"
 
     @property
-    def place(self) -> str:
-        """The start of the part in its file, for people."""
-        return f"{self.unit} {self.first}"
-
-    @property
     def name(self) -> str:
         """The number as file names have it."""
         return f"{self.number:06d}"
@@ -70,10 +65,9 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """The result of reading a file once."""
+    """The SHA-256 of a file and its ranges."""
 
     digest: str
-    """SHA-256 of its bytes."""
     ranges: list[Range]
 
 

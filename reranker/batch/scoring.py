@@ -20,7 +20,7 @@ Note = Callable[[Iterable[str], str], None]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Rows that were one request, and their scores or the error that they have instead."""
+    """Rows that were one request, and their scores or their error."""
 
     rows: list[Row]
     outcome: Scored | RerankError
@@ -45,13 +45,7 @@ class Answer:
 
 
 def answers(ranker: Ranker, rows: Iterable[Row], note: Note, *, stop_at_bad: bool = False) -> Iterator[Answer]:
-    """Score rows in full forward passes; every row has one answer, in order.
-
-    Args:
-        ranker: reads `rows` ahead, perhaps in a thread.
-        rows: read to their end.
-        note: takes the warnings of rows.
-        stop_at_bad: read no row after the first that is not a request.
+    """Score rows, which the ranker reads ahead; every row has one answer, in order. Warnings of rows go to `note`.
 
     Raises:
         InputError: `rows` ended early; after the answers to all rows before.
@@ -67,55 +61,49 @@ def answers(ranker: Ranker, rows: Iterable[Row], note: Note, *, stop_at_bad: boo
 
 
 class _Requests:
-    """The requests of rows; a ranker reads them, perhaps in a thread, while the caller consumes the answers."""
+    """The requests of rows; a ranker may read them in a thread, while the caller consumes the answers."""
 
     def __init__(self, rows: Iterable[Row], stop_at_bad: bool) -> None:
-        self._rows = rows
-        self._stop_at_bad = stop_at_bad
-        self._pending: deque[list[Row]] = deque()
+        self.rows, self.stop_at_bad = rows, stop_at_bad
+        self.pending: deque[list[Row]] = deque()
         self.failure: InputError | None = None
-        """Why the rows ended early."""
 
     def answers(self, ranker: Ranker) -> Iterator[Answer]:
         """Yield the answer to each group; one without a request keeps its place in the order."""
         for outcome in ranker.rank_many(self._read()):
             yield from self._unscorable()
-            yield Answer(self._pending.popleft(), outcome)
+            yield Answer(self.pending.popleft(), outcome)
         yield from self._unscorable()
 
     def _read(self) -> Iterator[RerankRequest]:
         for group in groups(self._readable()):
-            self._pending.append(group)
+            self.pending.append(group)
             if (request := request_of(group)) is not None:
                 yield request
-            elif self._stop_at_bad:
+            elif self.stop_at_bad:
                 return
 
     def _readable(self) -> Iterator[Row]:
         try:
-            yield from self._rows
+            yield from self.rows
         except InputError as error:
             self.failure = error
 
     def _unscorable(self) -> Iterator[Answer]:
-        while self._pending and self._pending[0][0].request is None:
-            group = self._pending.popleft()
+        while self.pending and self.pending[0][0].request is None:
+            group = self.pending.popleft()
             yield Answer(group, InvalidRequestError(group[0].error))
 
 
 @dataclass(slots=True)
 class Totals:
-    """Counts over rows."""
+    """Counts over rows: all of them, bad ones, scored documents, truncated documents and queries."""
 
     rows: int = 0
-    """Good and bad ones."""
     bad: int = 0
     documents: int = 0
-    """Scored ones."""
     truncated: int = 0
-    """Documents that did not fit."""
     queries: int = 0
-    """Queries that did not fit and were truncated."""
 
     def add(self, answer: Answer) -> None:
         """Count the rows of an answer."""
@@ -128,14 +116,7 @@ class Totals:
         self.queries += answer.outcome.query_truncated
 
     def summary(self, seconds: float, bad: str, unit: str = "row", url: str | None = None) -> Iterator[str]:
-        """Yield lines for people.
-
-        Args:
-            seconds: the time that it took.
-            bad: where to find the reasons for bad rows.
-            unit: `line` or `row`.
-            url: of the service that truncated; None: a model in this process.
-        """
+        """Yield lines for people; `bad` is the place of the reasons for bad rows, `url` a service that truncated."""
         rate = self.documents / max(seconds, 1e-6)
         documents = plural(self.documents, "document")
         yield f"{plural(self.rows, unit)}, {documents} in {seconds:.1f} s ({rate:,.0f} documents/s)"

@@ -52,11 +52,7 @@ def inside(address: str, folder: str) -> bool:
 
 @contextmanager
 def opened(address: str) -> Iterator[IO[bytes]]:
-    """Open a file for reading.
-
-    Raises:
-        InputError: it cannot be opened or read.
-    """
+    """Open a file for reading; see `reaching` for errors."""
     with reaching(address, "read"):
         fs, path = url_to_fs(address)
         with fs.open(path, "rb") as file:

@@ -8,7 +8,7 @@ from typing import Any
 
 from reranker.errors import InvalidRequestError
 from reranker.request.fields import FIELDS, json_kind
-from reranker.request.parse import ParsedRequest, parse_request
+from reranker.request.parse import parse_request
 from reranker.request.unread import TEMPLATE_VALUES
 from reranker.rows.inputs import Record
 from reranker.types import RerankRequest
@@ -19,10 +19,9 @@ COLUMNS = ("id", "document", *FIELDS, TEMPLATE_VALUES)
 
 @dataclass(frozen=True, slots=True)
 class Defaults:
-    """Options for the rows that do not give their own value."""
+    """Options of rows without their own: max results (None: all) and instruction."""
 
     top_k: int | None = None
-    """Max results of a row; None: all."""
     instruction: str | None = None
 
     @property
@@ -36,11 +35,9 @@ class Row:
     """A row of the input: a request, or the reason why it has none."""
 
     number: int
-    """Line or row of the file, from 1."""
     place: str
-    """The same for people."""
     end: int
-    """See `Record.end`."""
+    """See `Record` for these three."""
     id: Any = None
     request: RerankRequest | None = None
     top_k: int | None = None
@@ -68,25 +65,19 @@ def read_row(record: Record, defaults: Defaults) -> Row:
 
 
 def _read_list(row: Row, body: Mapping[str, Any], defaults: Defaults) -> Row:
-    """Read `documents`.
-
-    Raises:
-        InvalidRequestError: the row is not a request.
-    """
     parsed = parse_request({name: value for name, value in body.items() if name != "id"})
     request = parsed.request
     if request.instruction is None and defaults.instruction:
         request = replace(request, instruction=defaults.instruction)
-    warnings = (*parsed.warnings, *_no_effect(parsed))
-    return replace(row, request=request, top_k=parsed.limit or defaults.top_k, warnings=warnings)
+    warnings = [*parsed.warnings]
+    if parsed.return_documents:
+        warnings.append("return_documents is not read in a batch: its results name documents by index")
+    if parsed.raw_scores:
+        warnings.append("raw_scores and use_activation are not read in a batch: its scores are probabilities")
+    return replace(row, request=request, top_k=parsed.limit or defaults.top_k, warnings=tuple(warnings))
 
 
 def _read_pair(row: Row, body: Mapping[str, Any], defaults: Defaults) -> Row:
-    """Read `document` as the only one of `documents`.
-
-    Raises:
-        InvalidRequestError: the row is not a request.
-    """
     rest = {name: value for name, value in body.items() if name != "document"}
     try:
         single = _read_list(row, rest | {"documents": [body["document"]]}, replace(defaults, top_k=None))
@@ -98,13 +89,3 @@ def _read_pair(row: Row, body: Mapping[str, Any], defaults: Defaults) -> Row:
     elif defaults.top_k:
         warnings.append("--top-k has no effect on a row with document: its result is one score")
     return replace(single, top_k=None, pair=True, warnings=tuple(warnings))
-
-
-def _no_effect(parsed: ParsedRequest) -> list[str]:
-    """Warn of fields that change the shape of a response: results of a batch have one shape."""
-    warnings = []
-    if parsed.return_documents:
-        warnings.append("return_documents is not read in a batch: its results name documents by index")
-    if parsed.raw_scores:
-        warnings.append("raw_scores and use_activation are not read in a batch: its scores are probabilities")
-    return warnings
