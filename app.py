@@ -139,22 +139,12 @@ def load_scorer(settings: Settings) -> ScorerLike:
         logger.warning(
             "MODEL_NAME_OR_PATH is not set: serving the bundled demo model, which is for trying the API only"
         )
-    from reranker.engine.scorer import DEMO, Scorer
+    from reranker.engine.scorer import Scorer
 
     for name in ("transformers", "huggingface_hub"):  # back under the one handler of config.log_config
         logging.getLogger(name).handlers, logging.getLogger(name).propagate = [], True
 
-    scorer = Scorer.load(
-        settings.model_name_or_path or DEMO,
-        device=settings.model_device,
-        precision=settings.model_precision,
-        max_memory_percentage=settings.max_memory_percentage,
-        max_seq_length=settings.max_seq_length,
-        batch_size=settings.batch_size,
-        max_batch_tokens=settings.max_batch_tokens,
-        instruction=settings.default_instruction or None,
-        revision=settings.model_revision or None,
-    )
+    scorer = Scorer.load(**settings.load_options())
     token = " -H 'Authorization: Bearer <token>'" if settings.access_token else ""
     logger.info(
         "try it: curl %s/v1/rerank%s -H 'Content-Type: application/json' -d '%s'",

@@ -1,7 +1,7 @@
-"""Every setting of the service, once: name, default, bounds and one line of what it does.
+"""The settings of the service: name, default, bounds and one line of description each.
 
-Values come from the environment, then from `.env` in the working directory. README.md, README.zh-CN.md and
-.env.example list the same settings; tests/test_config.py holds them together.
+Values come from the environment, then from `.env` in the working directory. `reranker/settings.py` declares the
+settings of the model. README.md, README.zh-CN.md and .env.example list all of them; tests/test_config.py compares.
 """
 
 from __future__ import annotations
@@ -13,26 +13,24 @@ import re
 import string
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, ValidationError
-from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from reranker import environment
 from reranker.environment import SettingsError, shorten
+from reranker.settings import AutoInt, ModelSettings, first_problem, lower
 
 __all__ = ["OWN_WORKER_CLASS", "Settings", "SettingsError", "load_settings", "log_config", "misspelt"]
 
 WORKER_CLASSES = ("uvicorn.workers.UvicornWorker", "uvicorn_worker.UvicornWorker")
 OWN_WORKER_CLASS = "reranker.server.worker.RerankWorker"
-
-
 MAX_TOKEN_LENGTH = 16_384
 """Characters of one token: half of the limit on the head of a request."""
 
 
-def _host(value: str) -> str:
+def _check_host(value: str) -> str:
     value = value.strip()
     host = value[1:-1] if value.startswith("[") and value.endswith("]") else value
     if ":" in host or re.search(r"[\s/]", host):
@@ -45,14 +43,7 @@ def _host(value: str) -> str:
     return host
 
 
-def _model(value: str) -> str:
-    problem = environment.url_problem(value)
-    if problem:
-        raise ValueError(problem)
-    return value
-
-
-def _worker_class(value: str) -> str:
+def _check_worker_class(value: str) -> str:
     if value not in (*WORKER_CLASSES, OWN_WORKER_CLASS):
         raise ValueError(
             f"use {' or '.join(WORKER_CLASSES)}: both mean this service's own worker; gthread, sync and gevent cannot "
@@ -61,7 +52,7 @@ def _worker_class(value: str) -> str:
     return value
 
 
-def _log_format(value: str) -> str:
+def _check_log_format(value: str) -> str:
     if value.strip().lower() == "json":
         return "json"
     try:
@@ -74,7 +65,7 @@ def _log_format(value: str) -> str:
     return value
 
 
-def _token(value: str) -> str:
+def _check_tokens(value: str) -> str:
     if re.match(r"\$(\w+$|[({])", value):
         raise ValueError(
             "only a shell replaces $...; write the token itself, such as the output of: openssl rand -hex 32"
@@ -84,8 +75,8 @@ def _token(value: str) -> str:
         raise ValueError(f"a token has at most {MAX_TOKEN_LENGTH} characters: no request could carry it")
     if any(set(token) - set(string.printable) or re.search(r"\s", token) for token in tokens):
         raise ValueError("tokens are printable ASCII without spaces, several separated by commas")
-    if value.strip() and not any(tokens):  # it was meant to close the service, and would open it
-        raise ValueError("there is no token between the commas; leave it empty to let everybody in")
+    if value.strip() and not any(tokens):  # the operator wants a token, and an empty list would open the service
+        raise ValueError("there is no token between the commas; leave it empty to serve without a token")
     return ",".join(filter(None, tokens))
 
 
@@ -96,155 +87,127 @@ _ALLOCATOR_OPTIONS = (
     *("pinned_reserve_segment_size_mb", "pinned_use_background_threads", "pinned_use_cuda_host_register"),
     *("release_lock_on_cudamalloc", "roundup_power2_divisions", "throw_on_cudamalloc_oom"),
 )
-"""Of PyTorch 2.13. Another version may have others, so only misspellings of these are refused."""
+"""Options of PyTorch 2.13. Other versions may add some, so only misspellings of these are refused."""
 _ALLOCATOR = re.compile(r"(\w+):(\[[\w.:>,\s]+\]|[\w.]+)")
 
 
-def _allocator(value: str) -> str:
+def _check_allocator(value: str) -> str:
     value = re.sub(r"\s*([,:])\s*", r"\1", value)
     options = _ALLOCATOR.findall(value)
     if value and ",".join(f"{name}:{text}" for name, text in options) != value:
         raise ValueError("write option:value, several separated by commas, such as expandable_segments:True")
     for name, text in options:
-        near = get_close_matches(name.lower(), _ALLOCATOR_OPTIONS, 1, 0.8)
-        if near and near[0] != name:
-            raise ValueError(f"{name} is not an option of PyTorch's allocator; did you mean {near[0]}?")
+        closest = get_close_matches(name.lower(), _ALLOCATOR_OPTIONS, 1, 0.8)
+        if closest and closest[0] != name:
+            raise ValueError(f"{name} is not an option of PyTorch's allocator; did you mean {closest[0]}?")
         if name == "expandable_segments" and text not in ("True", "False"):
             raise ValueError("expandable_segments takes True or False")
     return value
 
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9_-]+(\.[a-z0-9_-]+)*|\[[0-9a-f:.]+\])(:(\d{1,5}))?")
-_DEFAULT_PORT = re.compile(r"(?<=^http:)(.+):80$|(?<=^https:)(.+):443$")  # browsers leave it out
+_DEFAULT_PORT = re.compile(r"(?<=^http:)(.+):80$|(?<=^https:)(.+):443$")  # browsers omit it
 
 
-def _origins(value: str) -> str:
+def _normalize_origins(value: str) -> str:
     origins = [origin.strip().lower() for origin in value.split(",")]
     if value.strip() and not any(origins):
         raise ValueError("there is no origin between the commas; leave it empty to allow none")
     if "*" in origins and any(origin not in ("*", "") for origin in origins):
         raise ValueError("* allows every origin, so it stands alone")
     for i, origin in enumerate(origins):
-        found = _ORIGIN.fullmatch(origin)
-        if origin not in ("*", "") and (found is None or int(found[4] or 0) > 65535):
+        match = _ORIGIN.fullmatch(origin)
+        if origin not in ("*", "") and (match is None or int(match[4] or 0) > 65535):
             raise ValueError(
                 "an origin is scheme://host or scheme://host:port in ASCII without a path, a slash at its end or "
                 "a wildcard, as in https://app.example,http://localhost:3000; * alone allows every origin"
             )
-        if found and found[4]:  # browsers write a port without leading zeros
-            origins[i] = f"{origin.removesuffix(found[3])}:{int(found[4])}"
+        if match and match[4]:  # browsers write a port without leading zeros
+            origins[i] = f"{origin.removesuffix(match[3])}:{int(match[4])}"
     return ",".join(_DEFAULT_PORT.sub(r"\1\2", origin) for origin in origins if origin)
-
-
-def _lower(value: Any) -> Any:
-    return value.lower() if isinstance(value, str) else value
 
 
 def _upper(value: Any) -> Any:
     return value.upper() if isinstance(value, str) else value
 
 
-def _auto(value: Any) -> Any:
-    """`auto` and blank mean None."""
-    return None if isinstance(value, str) and value.lower() in ("auto", "") else value
-
-
-Precision = Literal["auto", "bfloat16", "float16", "float32", "int8", "float8", "bf16", "fp16", "fp32", "fp8"]
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
-AutoInt = Annotated[int | None, BeforeValidator(_auto)]
 
 
-class Settings(BaseSettings):
+class Settings(ModelSettings, BaseSettings):
     """All settings. Field names are the lower-case names of the environment variables."""
 
     model_config = SettingsConfigDict(extra="ignore", case_sensitive=False, frozen=True)
     _sources: dict[str, str] = PrivateAttr(default_factory=dict)
 
     def source(self, name: str) -> str:
-        """Return where a setting's value comes from: the environment, a line of `.env`, or the default."""
+        """Return the source of a setting's value: the environment, a line of `.env`, or the default."""
         return self._sources.get(name, "the default")
 
-    # Where it listens
-    host: Annotated[str, AfterValidator(_host)] = Field("0.0.0.0", max_length=255, description="Address to listen on")
-    port: int = Field(6006, ge=0, le=65535, description="Port to listen on; 0 takes a free one")
+    # Listening
+    host: Annotated[str, AfterValidator(_check_host)] = Field(
+        "0.0.0.0", max_length=255, description="Address to listen on"
+    )
+    port: int = Field(6006, ge=0, le=65535, description="Port to listen on; 0: any free port")
     workers: AutoInt = Field(
         1, ge=1, le=256, description="Worker processes, each with its own model; auto: one per GPU"
     )
-    worker_class: Annotated[str, AfterValidator(_worker_class)] = Field(
+    worker_class: Annotated[str, AfterValidator(_check_worker_class)] = Field(
         WORKER_CLASSES[0], description="uvicorn.workers.UvicornWorker or uvicorn_worker.UvicornWorker"
     )
-    worker_connections: int = Field(1000, ge=1, le=100_000, description="Requests in progress per worker; more get 429")
+    worker_connections: int = Field(
+        1000, ge=1, le=100_000, description="Max requests in flight per worker; the rest get 429"
+    )
     timeout: int = Field(120, ge=1, le=3600, description="Seconds without a heartbeat until gunicorn replaces a worker")
     keep_alive: int = Field(5, ge=1, le=3600, description="Seconds that an idle connection stays open")
+    load_timeout: int = Field(1800, ge=1, le=86_400, description="Max seconds to download and load the model")
 
-    # What it serves
-    model_name_or_path: Annotated[str, AfterValidator(_model)] = Field(
-        "", max_length=4096, description="Hub name or folder; empty: the bundled demo model"
+    # Access and limits
+    access_token: Annotated[str, AfterValidator(_check_tokens)] = Field(
+        "", repr=False, description="Token, or several separated by commas; empty: no token is required"
     )
-    model_revision: str = Field("", max_length=255, description="Branch, tag or commit on the hub; empty: the newest")
-    model_device: Annotated[str, BeforeValidator(_lower), Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")] = Field(
-        "auto", description="auto, cuda, cuda:N or cpu"
-    )
-    model_precision: Annotated[Precision, BeforeValidator(_lower)] = Field(
-        "auto", description="auto, bfloat16, float16, float32, int8, float8 (bf16, fp16, fp32, fp8)"
-    )
-    max_memory_percentage: float = Field(
-        90, ge=1, le=100, description="Most of the device's memory that a worker takes"
-    )
-    batch_size: AutoInt = Field(
-        None, ge=1, le=65536, description="Most documents in one forward pass; auto: no such limit"
-    )
-    max_batch_tokens: AutoInt = Field(
-        None, ge=256, le=4_194_304, description="Tokens in one forward pass; auto: measured at start"
-    )
-    max_seq_length: int = Field(8192, ge=128, le=131_072, description="Tokens of prompt and document; the rest is cut")
-    default_instruction: str = Field("", max_length=4096, description="Default instruction; empty: Qwen's own")
-    load_timeout: int = Field(1800, ge=1, le=86_400, description="Seconds that download and load may take")
-
-    # What it accepts
-    access_token: Annotated[str, AfterValidator(_token)] = Field(
-        "", repr=False, description="Token, or several separated by commas; empty: open to everybody"
-    )
-    cors_allow_origins: Annotated[str, AfterValidator(_origins)] = Field(
+    cors_allow_origins: Annotated[str, AfterValidator(_normalize_origins)] = Field(
         "", description="Origins of web pages that may call it, separated by commas, or * for all; empty: none"
     )
-    max_documents: int = Field(2048, ge=1, le=100_000, description="Documents in one request")
-    max_body_bytes: int = Field(16_777_216, ge=1024, le=1_073_741_824, description="Bytes of a request's body")
-    max_queue_tokens: int = Field(1_000_000, ge=1, le=1_000_000_000, description="Tokens that wait; more get 429")
+    max_documents: int = Field(2048, ge=1, le=100_000, description="Max documents in one request")
+    max_body_bytes: int = Field(16_777_216, ge=1024, le=1_073_741_824, description="Max bytes of a request body")
+    max_queue_tokens: int = Field(
+        1_000_000, ge=1, le=1_000_000_000, description="Max tokens in the queue; further requests get 429"
+    )
     score_cache_entries: int = Field(
-        0,
-        ge=0,
-        le=10_000_000,
-        description="Documents whose scores each worker remembers for itself, in up to 600 bytes each; 0: none",
+        0, ge=0, le=10_000_000, description="Scores that each worker caches, up to 600 bytes each; 0: no cache"
     )
     request_timeout: float = Field(
-        100, gt=0, le=3600, description="Seconds from the end of its body until a request is answered with 504"
+        100, gt=0, le=3600, description="Max seconds from the end of the body to the response, else 504"
     )
     body_timeout: float = Field(
-        20, gt=0, le=3600, description="Seconds for a head, and again for its body, to arrive, else 408"
+        20, gt=0, le=3600, description="Max seconds to receive the head, and again the body, else 408"
     )
 
-    # How it runs and logs
-    tokenizers_parallelism: Annotated[Literal["true", "false"], BeforeValidator(_lower)] = Field(
+    # Libraries and logs
+    tokenizers_parallelism: Annotated[Literal["true", "false"], BeforeValidator(lower)] = Field(
         "false", description="true or false; passed on to the tokenizers library"
     )
-    pytorch_cuda_alloc_conf: Annotated[str, AfterValidator(_allocator)] = Field(
+    pytorch_cuda_alloc_conf: Annotated[str, AfterValidator(_check_allocator)] = Field(
         "", max_length=4096, description="Passed on to PyTorch, e.g. expandable_segments:True"
     )
     log_level: Annotated[LogLevel, BeforeValidator(_upper)] = Field(
         "INFO", description="DEBUG, INFO, WARNING, ERROR, CRITICAL"
     )
-    log_format: Annotated[str, AfterValidator(_log_format)] = Field(
+    log_format: Annotated[str, AfterValidator(_check_log_format)] = Field(
         "%(asctime)s - %(name)s - %(levelname)s - %(message)s",
         max_length=4096,
         description="json, or a %-style format of Python's logging",
     )
 
 
-def load_settings(env_file: str | Path = ".env") -> Settings:
-    """Read environment and `.env`, and put the variables that libraries read themselves into the environment.
+environment.register(Settings.model_fields)
 
-    Everything in `.env` is exported where it is not set yet, so that HF_ENDPOINT or HF_HOME work from there too.
+
+def load_settings(env_file: str | Path = ".env") -> Settings:
+    """Read the environment and `.env`, and export the variables that libraries read themselves.
+
+    Every name in `.env` that is not set yet is exported, so that HF_ENDPOINT or HF_HOME work from there too.
 
     Raises:
         SettingsError: `.env` cannot be read, a value cannot be used, or a name is close to an unset ACCESS_TOKEN.
@@ -252,7 +215,7 @@ def load_settings(env_file: str | Path = ".env") -> Settings:
     values = environment.load(env_file)
     for miss in environment.near_misses(env_file):
         if miss.fatal:
-            raise SettingsError(f"{miss} The service would be open to everybody; correct or remove it")
+            raise SettingsError(f"{miss} The service would accept requests without a token; correct or remove it")
     texts: dict[str, Any] = {name.lower(): value.text for name, value in values.items()}
     try:
         settings = Settings(**texts)
@@ -268,38 +231,20 @@ def load_settings(env_file: str | Path = ".env") -> Settings:
 
 
 def misspelt(env_file: str | Path = ".env") -> list[str]:
-    """Return a line for each name in `.env` or the environment that is no setting but looks like one."""
+    """Return a warning for each name in `.env` or the environment that is close to a setting's name."""
     return [str(miss) for miss in environment.near_misses(env_file)]
 
 
 def _one_line(error: ValidationError, values: dict[str, environment.Value]) -> str:
-    """Return the first problem: variable, value, allowed values, source."""
-    problem = error.errors(include_url=False)[0]
-    name = str(problem["loc"][0]) if problem["loc"] else "?"
+    """Return variable, value, reason and source of the first problem."""
+    name, reason = first_problem(error, Settings.model_fields)
     given = values.get(name.upper(), environment.Value("", "the default"))
     value = "(hidden)" if name == "access_token" else shorten(given.text)
-    message = problem["msg"].removeprefix("Value error, ")
-    field = Settings.model_fields.get(name)
-    if field is not None and problem["type"] != "value_error":
-        message = f"allowed: {_allowed(field)}"
-    return f"{name.upper()}={value} cannot be used; {message} (set in {given.source})"
-
-
-def _allowed(field: FieldInfo) -> str:
-    """Return the choices, the range of a number, the length of a text, or the description."""
-    if get_origin(field.annotation) is Literal:
-        return ", ".join(get_args(field.annotation))
-    bounds = {key: getattr(m, key) for m in field.metadata for key in ("gt", "ge", "le") if hasattr(m, key)}
-    if not bounds:
-        longest = next((m.max_length for m in field.metadata if hasattr(m, "max_length")), None)
-        return f"at most {longest} characters" if longest else str(field.description)
-    low = f"{bounds['ge']}" if "ge" in bounds else f"above {bounds['gt']}"
-    whole = "a number" if field.annotation is float else "a whole number"
-    return f"{whole}, {low} to {bounds['le']}{' or auto' if 'auto' in str(field.description) else ''}"
+    return f"{name.upper()}={value} cannot be used; {reason} (set in {given.source})"
 
 
 def log_config(settings: Settings) -> dict[str, Any]:
-    """A `logging.config.dictConfig` for the whole process: one handler and one format for all."""
+    """Return a `logging.config.dictConfig` for the whole process: one handler and one format."""
     json = settings.log_format == "json"
     formatter = {"()": "reranker.server.logs.JsonFormatter"} if json else {"format": settings.log_format}
     return {
@@ -310,11 +255,11 @@ def log_config(settings: Settings) -> dict[str, Any]:
         "root": {"level": settings.log_level, "handlers": ["stderr"]},
         "loggers": {
             "gunicorn.error": {"level": settings.log_level, "handlers": [], "propagate": True},
-            # Our own access line replaces theirs, which would hold the query token.
+            # http/access.py writes the access line; theirs would contain the token of the query string.
             "gunicorn.access": {"level": "CRITICAL", "handlers": [], "propagate": False},
             "uvicorn": {"level": settings.log_level, "handlers": [], "propagate": True},
             "uvicorn.access": {"level": "CRITICAL", "handlers": [], "propagate": False},
-            # Their DEBUG lines hold whole requests.
+            # Their DEBUG lines contain whole requests.
             "httpcore": {"level": "INFO"},
             "httpx": {"level": "WARNING"},
             "asyncio": {"level": "INFO"},

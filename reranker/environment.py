@@ -1,8 +1,8 @@
-"""Read settings from the environment and from `.env` by one set of rules: for the service, the command line and Ray.
+"""Read settings from the environment and `.env` by the same rules in the service, the command line and Ray.
 
-A value is the rest of a line as python-dotenv reads it: one pair of quotes around the whole value is removed, and an
-unquoted value ends before white space that `#` follows. `docker run --env-file` passes such a rest on unread, so a
-value of the environment is read by the same parser. `${NAME}` is replaced in `.env` only.
+python-dotenv parses a value: it removes one pair of quotes around the whole value, and an unquoted value ends before
+white space and `#`. `docker run --env-file` passes quotes and comments on, so values of the environment go through the
+same parser. `${NAME}` is replaced in `.env` only.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import io
 import os
 import re
 import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -18,26 +19,13 @@ from pathlib import Path
 from dotenv.parser import Binding, parse_stream
 from dotenv.variables import Variable, parse_variables
 
-SETTINGS = (
-    *("HOST", "PORT", "WORKERS", "WORKER_CLASS", "WORKER_CONNECTIONS", "TIMEOUT", "KEEP_ALIVE"),
-    *("MODEL_NAME_OR_PATH", "MODEL_REVISION", "MODEL_DEVICE", "MODEL_PRECISION", "MAX_MEMORY_PERCENTAGE"),
-    *("BATCH_SIZE", "MAX_BATCH_TOKENS", "MAX_SEQ_LENGTH", "DEFAULT_INSTRUCTION", "LOAD_TIMEOUT"),
-    *(
-        "ACCESS_TOKEN",
-        "CORS_ALLOW_ORIGINS",
-        "MAX_DOCUMENTS",
-        "MAX_BODY_BYTES",
-        "MAX_QUEUE_TOKENS",
-        "SCORE_CACHE_ENTRIES",
-    ),
-    *("REQUEST_TIMEOUT", "BODY_TIMEOUT"),
-    *("TOKENIZERS_PARALLELISM", "PYTORCH_CUDA_ALLOC_CONF", "LOG_LEVEL", "LOG_FORMAT"),
-)
-"""The names of config.Settings, which this package does not import; a test holds them equal."""
+SETTINGS = ["ACCESS_TOKEN"]
+"""The names of all settings: those that `register` adds, and the token, which the command line reads as well."""
 
 LIBRARY_VARIABLES = (
     *("HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_TOKEN"),
-    *("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"),
+    *("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES", "TOKENIZERS_PARALLELISM"),
+    *("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"),
 )
 """Variables that libraries read themselves and that belong in `.env` as well."""
 
@@ -46,13 +34,20 @@ _TOKEN = "ACCESS_TOKEN"
 _QUOTES = ("'", '"')
 _UNCLOSED = "it opens with a quote that does not close it: put one pair of quotes around the whole value, or none"
 _TYPOGRAPHIC = re.compile(r"\s*[“”„‘’«「][^“”„‘’«»「」]*[“”‘’»」]\s*(\s#.*)?")
-_STRAIGHT = "it stands in typographic quotes, which are text: write ' or \", or no quotes"
+_STRAIGHT = "it is in typographic quotes, which are text: write ' or \", or no quotes"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 _ASSIGNMENT = re.compile(r"\s*(?:export\s+)?([\w.-]+)\s*(=?)\s*(['\"]?)")
 _NEXT = re.compile(r"\s*(?:export\s+)?([A-Z][A-Z0-9_]*)\s*=(.?)")
 _MAX_SHOWN = 80
+_NEVER_BLANK = ("HF_", "PYTORCH_")
+"""Prefixes of names that are not exported without a value: the hub's client would take it as a URL."""
 _FREE_TEXT = ("DEFAULT_INSTRUCTION", "LOG_FORMAT")
 _SECOND = re.compile(r"[\s;,]([A-Z][A-Z0-9_]*_[A-Z0-9_]*)=")
+
+
+def register(names: Iterable[str]) -> None:
+    """Add the names of settings, in any case: all names that `load` and `near_misses` know."""
+    SETTINGS.extend(name.upper() for name in names if name.upper() not in SETTINGS)
 
 
 class SettingsError(Exception):
@@ -61,7 +56,7 @@ class SettingsError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A value that is set: its text without quotes and comment, and where it comes from."""
+    """The text of a setting, without quotes and comment, and its source."""
 
     text: str
     source: str
@@ -80,7 +75,7 @@ def clean(raw: str) -> str:
     """
     raw = raw.lstrip("\r\n").rstrip()
     if re.search(r"[\r\n]", raw) and not raw.lstrip().startswith(_QUOTES):
-        return raw.lstrip()  # a file cannot hold such a value, so there is no comment to remove
+        return raw.lstrip()  # impossible in a file, so there is no comment to remove
     if _TYPOGRAPHIC.fullmatch(raw):
         raise ValueError(_STRAIGHT)
     bindings = list(parse_stream(io.StringIO(f"X={raw}", newline="")))
@@ -90,9 +85,9 @@ def clean(raw: str) -> str:
 
 
 def quote(text: str) -> str:
-    """Return the form of `text` that `clean` turns into it: `text` itself wherever possible.
+    """Return `text` so that `clean` reads it back: unquoted wherever possible.
 
-    Exported values are read again by worker processes and by Ray's replicas, and must not lose a second layer.
+    Worker processes and Ray's replicas read exported values again and must not remove a second pair of quotes.
     """
     try:
         if clean(text) == text:
@@ -103,10 +98,10 @@ def quote(text: str) -> str:
 
 
 def get(name: str) -> str:
-    """Return a setting of the environment, without quotes and comment; empty where it is not set.
+    """Return a variable of the environment without quotes and comment; empty where it is not set.
 
     Raises:
-        SettingsError: a quote opens the value and does not close it, or its bytes are no UTF-8.
+        SettingsError: a quote opens the value and does not close it, or its bytes are not UTF-8.
     """
     raw = os.environ.get(name, "")
     if not raw.isascii() and any("\udc80" <= character <= "\udcff" for character in raw):
@@ -118,7 +113,7 @@ def get(name: str) -> str:
 
 
 def load(env_file: str | Path = ".env") -> dict[str, Value]:
-    """Return the settings that are set, by name, and export them and all else that `.env` holds.
+    """Return the non-blank settings by name, and export them and all other names of `.env`.
 
     The environment wins over `.env`; a blank value counts as not set.
 
@@ -130,7 +125,7 @@ def load(env_file: str | Path = ".env") -> dict[str, Value]:
     for name in SETTINGS:
         _fold_case(name)
         text, line = get(name), file.get(name)
-        if line and text in ("", line.text.strip()):  # the same text was exported by the process that started this one
+        if line and text in ("", line.text.strip()):  # the parent process exported the same text
             text, source = line.text.strip(), line.source
         else:
             source = ENVIRONMENT
@@ -143,41 +138,36 @@ def load(env_file: str | Path = ".env") -> dict[str, Value]:
     _export_others(file)
     endpoint = os.environ.get("HF_ENDPOINT", "")
     if endpoint and not re.match(r"https?://[^/]", endpoint):
-        raise SettingsError(f"HF_ENDPOINT={shorten(endpoint)} is no address: write it like https://hf-mirror.com")
+        raise SettingsError(f"HF_ENDPOINT={shorten(endpoint)} is not a URL: write it like https://hf-mirror.com")
     return values
 
 
 def _check_value(name: str, text: str, source: str) -> None:
-    """Refuse a value that is more, or less, than was meant.
-
-    Raises:
-        SettingsError: a second setting follows in the same line, or a quote closes that none has opened.
-    """
+    """Raise SettingsError for a value with a second setting, or with a closing quote that none opens."""
     if name in _FREE_TEXT:
         return
     if second := _SECOND.search(text):
         raise SettingsError(
-            f"{name} (set in {source}) is followed by {second[1]} in the same value: write each setting on a line of "
-            f"its own"
+            f"{name} (set in {source}) is followed by {second[1]} in the same value: write one setting per line"
         )
     if text.endswith(_QUOTES) and text.count(text[-1]) == 1:
         raise SettingsError(f"{name} (set in {source}) ends with a quote that none opens: remove it")
 
 
 def _fold_case(name: str) -> None:
-    """Take over a setting that the environment spells in lower case."""
+    """Rename a variable that differs from a setting in case only."""
     for other in [other for other in os.environ if other != name and other.upper() == name]:
         os.environ.setdefault(name, os.environ.pop(other))
 
 
 def _export_others(file: dict[str, Value]) -> None:
-    for name in LIBRARY_VARIABLES:
+    for name in set(LIBRARY_VARIABLES) - set(SETTINGS):
         if name in os.environ and not (name in file and file[name].text == os.environ[name]):
             os.environ[name] = get(name)
-        if not os.environ.get(name) and name.startswith("HF_"):  # the hub's client would take it as an address
+        if not os.environ.get(name) and name.startswith(_NEVER_BLANK):
             os.environ.pop(name, None)
     for name, value in file.items():
-        if name not in SETTINGS and (value.text or not name.startswith("HF_")):
+        if name not in SETTINGS and (value.text or not name.startswith(_NEVER_BLANK)):
             os.environ.setdefault(name, value.text)
 
 
@@ -185,7 +175,7 @@ def _export_others(file: dict[str, Value]) -> None:
 
 
 def read_env_file(path: str | Path = ".env") -> dict[str, Value]:
-    """Return what a file of settings holds, the names of settings in upper case; nothing where there is no file.
+    """Return the values of a file, the names of settings in upper case; an empty dictionary without a file.
 
     Raises:
         SettingsError: it cannot be read, is not UTF-8, or has a line that is not NAME=value.
@@ -201,28 +191,27 @@ def read_env_file(path: str | Path = ".env") -> dict[str, Value]:
         upper = binding.key.upper()
         name = upper if upper in SETTINGS else binding.key
         value = Value(_replace_variables(name, binding.value, values, where), where)
-        before = values.get(name)
-        if name in SETTINGS and before and before.text.strip() and before.text != value.text:
-            raise SettingsError(f"{where} sets {name} again and differently ({before.source} set it): keep one of them")
+        first = values.get(name)
+        if name in SETTINGS and first and first.text.strip() and first.text != value.text:
+            raise SettingsError(f"{where} sets {name} again and differently ({first.source} set it): keep one of them")
         values[name] = value
     return values
+
+
+_UNREADABLE: dict[type[OSError], str] = {
+    FileNotFoundError: "is a link to a file that does not exist: remove it, or mount its target",
+    IsADirectoryError: "is a folder, as Docker makes for a mount without a source: remove it and write a file",
+}
 
 
 def _decode(path: str | Path) -> str:
     try:
         data = Path(path).read_bytes()
-    except FileNotFoundError:
-        if os.path.islink(path):
-            raise SettingsError(
-                f"{path} is a link to a file that does not exist: remove it, or mount its target"
-            ) from None
-        return ""
-    except IsADirectoryError:
-        raise SettingsError(
-            f"{path} is a folder, as Docker makes for a mount without a source: remove it and write a file"
-        ) from None
     except OSError as error:
-        raise SettingsError(f"{path} cannot be read: {error.strerror}") from None
+        if isinstance(error, FileNotFoundError) and not os.path.islink(path):
+            return ""
+        problem = _UNREADABLE.get(type(error), f"cannot be read: {error.strerror}")
+        raise SettingsError(f"{path} {problem}") from None
     try:
         text = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig").read()  # translates line ends as open() does
     except UnicodeDecodeError as error:
@@ -245,7 +234,7 @@ def _not_utf8(path: str | Path, data: bytes, position: int) -> str:
 
 
 def _guess_encoding(data: bytes) -> str:
-    """Return what a file that is not UTF-8 probably is: `UTF-16`, `UTF-16LE`, `UTF-16BE`, `GB18030` or nothing."""
+    """Return the probable encoding of non-UTF-8 bytes: `UTF-16`, `UTF-16LE`, `UTF-16BE`, `GB18030` or an empty text."""
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "UTF-16"
     if b"\0" in data:
@@ -256,13 +245,13 @@ def _guess_encoding(data: bytes) -> str:
     except UnicodeDecodeError:
         return ""
     foreign = [char for char in text if not char.isascii()]
-    # The first bytes of Chinese punctuation and of the 3,755 common characters; Cyrillic code pages lie mostly above.
+    # Lead bytes of Chinese punctuation and the 3,755 common characters; bytes of Cyrillic code pages are mostly above.
     common = [char for char in foreign if 0xA1 <= char.encode("gb18030")[0] <= 0xD7]
     return "GB18030" if len(common) > 0.7 * len(foreign) else ""
 
 
 def _check_line(binding: Binding, where: str) -> None:
-    """Raise SettingsError for a line that python-dotenv leaves out; it may hold a token, so it is not shown."""
+    """Raise SettingsError for a line that python-dotenv ignores, without its text: it may contain a token."""
     line = binding.original.string
     match = _ASSIGNMENT.match(line)
     name = (closest(match[1]) if match else None) or "NAME"
@@ -280,11 +269,11 @@ def _check_line(binding: Binding, where: str) -> None:
         raise SettingsError(f"{where}: {name} cannot be used; {_STRAIGHT}")
     later = filter(None, map(_NEXT.match, line.strip().splitlines()[1:]))
     if any(match[1] in SETTINGS or match[2] not in ("", "=") for match in later):  # not the padding of a PEM file
-        raise SettingsError(f"{where} cannot be read: its value reaches over the next NAME=value; close its quote")
+        raise SettingsError(f"{where} cannot be read: its value extends over the next NAME=value; close its quote")
 
 
 def _replace_variables(name: str, text: str, values: dict[str, Value], where: str) -> str:
-    """Replace `${NAME}` as python-dotenv does, but not a setting's by nothing."""
+    """Replace `${NAME}` as python-dotenv does; a setting must not refer to an unset name."""
     known = dict(os.environ) | {other: value.text for other, value in values.items()}
     atoms = list(parse_variables(text))
     for atom in atoms:
@@ -300,13 +289,13 @@ def _replace_variables(name: str, text: str, values: dict[str, Value], where: st
 
 @dataclass(frozen=True, slots=True)
 class NearMiss:
-    """A name that is not read but was probably meant as a setting."""
+    """A name that is not read but is probably meant as a setting."""
 
     name: str
     setting: str
     source: str
     fatal: bool
-    """Whether the service must not start: it would be open although somebody wanted a token."""
+    """Whether the service must not start: it would require no token although the operator set one."""
 
     def __str__(self) -> str:
         return f"{self.name} in {self.source} is not a setting; did you mean {self.setting}?"
@@ -325,7 +314,7 @@ _MEANT = {
 """Names that other servers use for these settings. Each counts only while our own is not set."""
 _PREFIX = "RERANKER_"
 _PLAIN_PREFIXES = ("MODEL", "ACCESS_TOKEN", _PREFIX)
-_SHORT = ("HOST", "PORT")  # too many foreign names differ from them by a letter
+_SHORT = ("HOST", "PORT")  # too many names of other programs differ from them by one letter
 _SERVICE_LINK = re.compile(r"_(SERVICE_(HOST|PORT(_\w+)?)|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?)", re.I)
 
 
@@ -333,19 +322,17 @@ def _bare(name: str) -> str:
     return re.sub(r"[^A-Z0-9]", "", name.upper())
 
 
-_BARE = {_bare(name): name for name in SETTINGS}
-
-
 def closest(name: str) -> str | None:
     """Return the setting that a name is, or is a misspelling of."""
-    match = get_close_matches(_bare(name), _BARE, 1, _SIMILAR)
-    return _BARE[match[0]] if match else None
+    settings = {_bare(setting): setting for setting in SETTINGS}
+    match = get_close_matches(_bare(name), settings, 1, _SIMILAR)
+    return settings[match[0]] if match else None
 
 
 def near_misses(env_file: str | Path = ".env") -> list[NearMiss]:
-    """Return the names in `.env` and the environment that have a value and are no settings but look like one.
+    """Return the names with a value, in `.env` and the environment, that are not settings but close to one.
 
-    The environment holds names of many other programs, so only what can hardly be one of theirs counts there.
+    The environment contains names of many other programs, so stricter rules apply to it.
 
     Raises:
         SettingsError: `.env` cannot be read.
@@ -374,37 +361,6 @@ def _near_miss(name: str, source: str, unset: set[str]) -> NearMiss | None:
 
 
 def _has_words_of(name: str, setting: str) -> bool:
-    """Whether a name is a setting's with other words around it; a number is no word."""
+    """Whether a name is a setting's with other words around it; numbers do not count as words."""
     extra = f"_{re.sub(r'[^A-Z0-9]+', '_', name)}_".partition(f"_{setting}_")
     return bool(extra[1]) and bool(re.search(r"[A-Z]", extra[0] + extra[2]))
-
-
-# Model names
-
-_HUBS = {
-    "huggingface.co": "",
-    "hf.co": "",
-    "hf-mirror.com": "HF_ENDPOINT=https://hf-mirror.com",
-    "modelscope.cn": "",
-    "modelscope.ai": "",
-}
-_URL = re.compile(r"(?:(?P<scheme>[a-z][a-z0-9+.-]*)://|git@)?(?P<host>[^/:]*)[/:]?(?P<path>[^?#]*)", re.I)
-_EXAMPLE = "Qwen/Qwen3-Reranker-4B"
-
-
-def url_problem(model: str) -> str | None:
-    """Return what to write in place of an address as a model's name; None where it is none."""
-    match = _URL.match(model.replace("hf://", "https://huggingface.co/", 1))
-    host = match["host"].lower().removeprefix("www.") if match else ""
-    if match is None or not (match["scheme"] or (host in _HUBS and not os.path.exists(model))):
-        return None
-    if host not in _HUBS:
-        return f"it is an address; write the name of a model on the hub, such as {_EXAMPLE}, or a folder"
-    parts = [part for part in match["path"].split("/") if part]
-    parts = parts[parts[:1] == ["models"] :]
-    if len(parts) < 2 or parts[0] in ("datasets", "spaces", "collections", "papers"):
-        return f"it is an address, but not that of a model; use a name such as {_EXAMPLE}"
-    hints = [f"{parts[0]}/{parts[1].removesuffix('.git')}"]
-    if parts[2:3] in (["tree"], ["blob"], ["resolve"]) and parts[3:4] not in ([], ["main"]):
-        hints.append(f"MODEL_REVISION={parts[3]}")
-    return "it is an address; use " + " and ".join([*hints, *filter(None, [_HUBS[host]])])

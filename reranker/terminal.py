@@ -1,4 +1,4 @@
-"""Output for people: progress by rich, in terminals only, notes, and texts made harmless."""
+"""Output for people: progress bars by rich in terminals, notes, and texts without control characters."""
 
 from __future__ import annotations
 
@@ -17,29 +17,30 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from reranker.errors import FailedError
 
 _LINE_SECONDS = 30.0
-_NAME = 40
+MAX_NAME = 40
 """Characters of a name in a message."""
-_NAMES = 20
+MAX_NAMES = 20
 """Names in a message."""
 
 
 def harmless(text: str) -> str:
-    """`text` on one line, without what a terminal would obey (escape sequences) or cannot show."""
+    """Return `text` on one line, without escape sequences and unprintable characters."""
     return "".join(c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 @functools.cache
 def note(text: str) -> None:
-    """Say on standard error what was decided for the user; the same only once."""
+    """Print an automatic choice on standard error, each text once."""
     print(f"note: {harmless(text)}", file=sys.stderr)
 
 
 @contextmanager
 def printing() -> Iterator[None]:
-    """Write standard output inside, to its end.
+    """Write standard output in the block, and flush it.
 
     Raises:
-        FailedError: it cannot be written, such as on a full disk; a reader that has enough is no such error.
+        FailedError: it is closed, or cannot be written, such as on a full disk.
+        BrokenPipeError: the reader closed the pipe.
     """
     if sys.stdout is None:
         raise FailedError("standard output is closed; the result has no place to go")
@@ -54,12 +55,12 @@ def printing() -> Iterator[None]:
 
 
 def discard_output() -> None:
-    """Send what is left in the buffer of standard output nowhere: at the end Python would fail over it again."""
+    """Discard the buffer of standard output, which Python would try to flush again at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def print_json(value: object) -> None:
-    """Write a value as a line of JSON; readable, where the encoding of standard output allows it.
+    """Print a value as a line of JSON, unescaped where the encoding of standard output allows it.
 
     Raises:
         FailedError: see `printing`.
@@ -67,34 +68,34 @@ def print_json(value: object) -> None:
     with printing():
         try:
             print(json.dumps(value, ensure_ascii=False))
-        except UnicodeEncodeError:  # half a surrogate pair, or a terminal that is not UTF-8
+        except UnicodeEncodeError:  # a lone surrogate, or a terminal that is not UTF-8
             print(json.dumps(value))
 
 
 def name_list(columns: Sequence[str]) -> str:
-    """Names of columns for a message; the first line of a file without a heading may be long texts."""
-    shown = [column if len(column) <= _NAME else f"{column[:_NAME]}..." for column in columns[:_NAMES]]
-    return ", ".join([*shown, *([f"and {len(columns) - _NAMES} more"] if len(columns) > _NAMES else [])])
+    """Return names of columns for a message, shortened: the first line of a file without a heading may be texts."""
+    shown = [column if len(column) <= MAX_NAME else f"{column[:MAX_NAME]}..." for column in columns[:MAX_NAMES]]
+    return ", ".join([*shown, *([f"and {len(columns) - MAX_NAMES} more"] if len(columns) > MAX_NAMES else [])])
 
 
 def plural(count: int, noun: str, several: str = "") -> str:
-    """A count and its noun: 1 line, 2 lines; `several` is the plural that takes more than an s."""
+    """Return a count and its noun: 1 line, 2 lines; `several` is an irregular plural."""
     return f"{count} {noun if count == 1 else several or noun + 's'}"
 
 
 def truncated(count: int, url: str | None, noun: str = "document", several: str = "") -> str:
-    """The note on documents, or queries, that were too long."""
+    """Return the note on truncated documents or queries."""
     limit = "the service's MAX_SEQ_LENGTH" if url else "--max-seq-length"
     return f"{plural(count, noun, several)} did not fit and {'was' if count == 1 else 'were'} truncated ({limit})"
 
 
 @contextmanager
 def loading(name: str, *, quiet: bool = False) -> Iterator[None]:
-    """Say on standard error that a model is loaded inside: a spinner in a terminal, else a line.
+    """Print on standard error that a model is loaded in the block: a spinner in a terminal, else a line.
 
     Args:
         name: the model, for people.
-        quiet: no spinner, because something inside draws a bar of its own.
+        quiet: no spinner, because the block draws a progress bar.
     """
     console = Console(stderr=True)
     if console.is_terminal and not quiet:
@@ -106,32 +107,32 @@ def loading(name: str, *, quiet: bool = False) -> Iterator[None]:
 
 
 class Meter:
-    """Documents per second and time left: a bar in a terminal, else a line every half minute. Standard error."""
+    """Progress on standard error: a bar in a terminal, else a line every 30 seconds."""
 
     def __init__(self, progress: Progress, total: int, done: int) -> None:
         self.progress = progress
         self.total = total
         self.done = done
         self.documents = 0
-        self.start = self.said = time.monotonic()
+        self.start = self._last_line = time.monotonic()
         self.task = progress.add_task("", total=total, completed=done, rate="")
 
     @property
     def rate(self) -> str:
-        """Speed since the start."""
+        """Documents per second since the start."""
         return f"{self.documents / max(time.monotonic() - self.start, 1e-6):,.0f} documents/s"
 
     def advance(self, done: int, documents: int) -> None:
-        """`done` of `total` is behind us; `documents` more were scored."""
+        """Set the units that are done, of `total`, and count `documents` more."""
         self.documents += documents
         self.done = done
         self.progress.update(self.task, completed=done, rate=self.rate)
-        if not self.progress.console.is_terminal and time.monotonic() - self.said > _LINE_SECONDS:
-            self.said = time.monotonic()
+        if not self.progress.console.is_terminal and time.monotonic() - self._last_line > _LINE_SECONDS:
+            self._last_line = time.monotonic()
             self.say(f"{done / max(self.total, 1):.0%}, {self.documents} documents, {self.rate}")
 
     def say(self, line: str) -> None:
-        """A line above the bar."""
+        """Print a line above the bar."""
         line = harmless(line)
         if self.progress.console.is_terminal:
             self.progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -141,7 +142,7 @@ class Meter:
 
 @contextmanager
 def meter(total: int, done: int = 0) -> Iterator[Meter]:
-    """A meter of `total` units of any kind, `done` of them in an earlier run."""
+    """Show the progress of `total` units of any kind, `done` of them in an earlier run."""
     console = Console(stderr=True)
     columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:

@@ -64,7 +64,7 @@ def test_the_file_of_existing_deployments_is_in_force(tmp_path: Path) -> None:
         ("WORKERS=many", ["WORKERS='many'", "auto"]),
         ("WORKER_CLASS=gthread", ["WORKER_CLASS='gthread'", "uvicorn.workers.UvicornWorker", "cannot run an ASGI"]),
         ("WORKER_CLASS=asgi", ["before the model is loaded"]),
-        ("MODEL_DEVICE=gpu", ["MODEL_DEVICE='gpu'", "auto, cuda, cuda:N or cpu"]),
+        ("MODEL_DEVICE=gpu", ["MODEL_DEVICE='gpu'", "auto, cpu, cuda or cuda:N"]),
         ("MODEL_DEVICE=cuda:x", ["MODEL_DEVICE='cuda:x'"]),
         ("MODEL_PRECISION=bfloat", ["MODEL_PRECISION='bfloat'", "bfloat16", "fp32"]),
         ("MAX_MEMORY_PERCENTAGE=0.5", ["MAX_MEMORY_PERCENTAGE='0.5'", "1 to 100"]),

@@ -27,8 +27,8 @@ from reranker.environment import (
     quote,
     read_env_file,
     shorten,
-    url_problem,
 )
+from reranker.settings import url_problem
 from tests.cli.command import environment
 from tests.conftest import ROOT
 
@@ -116,7 +116,7 @@ def test_a_process_that_inherits_the_environment_reads_the_same(
 
 def test_a_real_child_process_reads_the_same(tmp_path: Path) -> None:
     code = (
-        "import json, os, subprocess, sys; from reranker import environment as e; v = e.load(); "
+        "import json, os, subprocess, sys, config; from reranker import environment as e; v = e.load(); "
         "print(json.dumps({n: x.text for n, x in v.items()}), flush=True); "
         "deeper = int(sys.argv[1]); deeper and subprocess.run([sys.executable, '-c', sys.argv[2], str(deeper - 1), '']"
         " if deeper == 1 else [sys.executable, '-c', sys.argv[2], str(deeper - 1), sys.argv[2]], check=True)"
@@ -247,9 +247,9 @@ def test_a_file_is_read_as_python_dotenv_reads_it(file: Path, text: str) -> None
         ("export ACCESS_TOKEN", 1, "there is no '='"),
         ("# ok\r\nPORT 7000\r\n", 2, "write PORT=value"),
         ("PORT='7000' s3cret", 1, "PORT has a value that opens with a quote"),
-        ("ACCESS_TOKEN='s3cret\nPORT=7000\nLOG_FORMAT='\n", 1, "reaches over the next NAME=value"),
-        ("OTHER='s3cret\nACCESS_TOKEN=\nLOG_FORMAT='\n", 1, "reaches over the next NAME=value"),
-        ("OTHER='s3cret\nANOTHER=1\n'\n", 1, "reaches over the next NAME=value"),
+        ("ACCESS_TOKEN='s3cret\nPORT=7000\nLOG_FORMAT='\n", 1, "extends over the next NAME=value"),
+        ("OTHER='s3cret\nACCESS_TOKEN=\nLOG_FORMAT='\n", 1, "extends over the next NAME=value"),
+        ("OTHER='s3cret\nANOTHER=1\n'\n", 1, "extends over the next NAME=value"),
         ("{", 1, "write NAME=value"),
         ("{\n", 1, "write NAME=value"),
         ("[settings]\nPORT=1", 1, "write NAME=value"),

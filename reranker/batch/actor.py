@@ -25,14 +25,14 @@ from reranker.errors import CommandError, DeviceLostError, ModelLoadError, Reran
 from reranker.notes import MAX_NOTES
 from reranker.rankers.ranker import Ranker, Scored
 from reranker.rows.row import Defaults, read_row
+from reranker.settings import ModelSettings
 
 
 @dataclass(frozen=True, slots=True)
 class ActorConfig:
     """Everything that the actors of a batch have in common."""
 
-    model: dict[str, Any]
-    """Keywords of `Local`."""
+    model: ModelSettings
     output: Output
     defaults: Defaults
     weights: str | None
@@ -50,7 +50,7 @@ class Actor:
 
         try:
             self.ranker: Ranker = Local(config.model)
-            self.weights = fingerprint(config.model["model"], config.model["revision"])
+            self.weights = fingerprint(config.model.model_name_or_path or None, config.model.model_revision or None)
         except ModelLoadError as error:
             self.problem = str(error)
             return

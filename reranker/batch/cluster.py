@@ -97,9 +97,9 @@ def score(unfinished: Sequence[Part], config: ActorConfig, pool: Pool) -> Iterat
     Raises:
         FailedError: a part cannot be scored, or actors die repeatedly.
     """
-    size, resources = _resources(pool, config.model["device"])
-    if not resources["num_gpus"] and config.model["device"] == "auto":
-        config = replace(config, model=config.model | {"device": "cpu"})
+    size, resources = _resources(pool, config.model.model_device)
+    if not resources["num_gpus"] and config.model.model_device == "auto":
+        config = replace(config, model=config.model.model_copy(update={"model_device": "cpu"}))
     pending = {part.number: part for part in unfinished}
     notes, fruitless = Notes(note), 0
     while pending:

@@ -5,18 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from reranker.batch import cluster, parts, store
 from reranker.batch.actor import ActorConfig
 from reranker.batch.output import Output, PartRecord, totals
 from reranker.batch.parts import Part, Scan, digest_of, split_into_parts
 from reranker.errors import FailedError, InputError
+from reranker.rankers.source import Source
 from reranker.rows.row import Defaults
 from reranker.terminal import plural
-
-if TYPE_CHECKING:
-    from reranker.cli.options import Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +85,12 @@ def _score_parts(
     records: list[PartRecord] = []
     if not unfinished:
         return records
-    model = job.source.model | {"model": job.source.identity["model"]}  # the absolute path of a folder
+    model = job.source.model.resolved()  # actors have another working directory
     weights = next((record.weights for record in finished.values()), None)
     for record in cluster.score(unfinished, ActorConfig(model, output, job.defaults, weights), job.pool):
         records.append(record)
         if record.weights != records[0].weights:  # fail before more parts are scored
-            name = job.source.model["model"]
+            name = job.source.model.model_name_or_path
             raise FailedError(f"the nodes hold different models as {name}: make them the same, --overwrite")
     return records
 

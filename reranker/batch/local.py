@@ -12,24 +12,21 @@ instead of `line`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from reranker.batch.journal import Journal
 from reranker.batch.scoring import Totals, answers
 from reranker.errors import FailedError, InputError, InvalidRequestError, RerankError
 from reranker.notes import Notes
 from reranker.rankers.ranker import Ranker
+from reranker.rankers.source import Source, open_ranker
 from reranker.rows.cells import Cells, RowError
-from reranker.rows.forms import KINDS
+from reranker.rows.forms import ROW_KINDS
 from reranker.rows.inputs import Input, open_input
 from reranker.rows.row import Defaults, Row, read_row
 from reranker.terminal import Meter, meter, plural
-
-if TYPE_CHECKING:
-    from reranker.cli.options import Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +36,6 @@ class Job:
     input: str
     output: Path
     source: Source
-    open_ranker: Callable[[Source], Ranker]
     defaults: Defaults
     input_format: str | None = None
     field: str | None = None
@@ -56,13 +52,13 @@ def run(job: Job) -> None:
         FailedError: scoring failed, or the output cannot be written.
     """
     _check_paths(Path(job.input), job.output)
-    with open_input(job.input, job.input_format, job.encoding, KINDS[1:]) as file:
+    with open_input(job.input, job.input_format, job.encoding, ROW_KINDS) as file:
         file.check_encoding()
         options = {"field": job.field, "encoding": job.encoding, "input_format": job.input_format}
         manifest = {"input": file.digest()} | {name: value for name, value in options.items() if value}
         manifest |= job.defaults.identity | job.source.identity
         with Journal(job.output, manifest, overwrite=job.overwrite, unit=file.unit) as journal:
-            ranker = job.open_ranker(job.source)
+            ranker = open_ranker(job.source)
             with meter(file.total) as progress:
                 _score(job, ranker, file, journal, progress)
             journal.finish()

@@ -1,4 +1,4 @@
-"""The command line: one file a command, and one for each thing that the commands share. No web stack, no settings file.
+"""The command line: one module per command, without web framework and without `config.py`.
 
-torch is imported when a model is loaded and not before, so that `--help`, bad arguments and `--url` answer at once.
+torch is imported when a model is loaded and not before, so that `--help`, bad arguments and `--url` respond fast.
 """

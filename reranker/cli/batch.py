@@ -7,7 +7,6 @@ from pathlib import Path
 
 from reranker.batch.local import Job, run
 from reranker.cli.options import source
-from reranker.rankers.ranker import open_ranker
 from reranker.rows.row import Defaults
 
 
@@ -22,7 +21,6 @@ def batch(args: argparse.Namespace) -> None:
         input=args.input,
         output=Path(args.output),
         source=source(args),
-        open_ranker=open_ranker,
         defaults=Defaults(args.top_k, args.instruction),
         input_format=args.input_format,
         field=args.field,

@@ -1,4 +1,4 @@
-"""`check`: load, score one pair, say what was chosen. For images and deployments: exit code 0 means it can serve."""
+"""`check`: load a model and score one pair; exit code 0 means that it can serve."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import time
 
 from reranker.cli.options import source
 from reranker.errors import CommandError, FailedError, ModelLoadError, RerankError
-from reranker.rankers.ranker import open_ranker, rank_one
+from reranker.rankers.ranker import rank_one
+from reranker.rankers.source import open_ranker
 from reranker.terminal import print_json, printing
 from reranker.types import RerankRequest
 
@@ -16,24 +17,24 @@ _PAIR = ("how to compress files", "gzip compresses files to save disk space")
 
 
 def check(args: argparse.Namespace) -> None:
-    """Run the command: JSON in a pipe, lines in a terminal.
+    """Print the facts of the loaded model: JSON in a pipe, lines in a terminal.
 
     Raises:
-        FailedError: it cannot serve.
+        FailedError: the model cannot serve.
     """
-    where = source(args)
+    origin = source(args)
     start = time.monotonic()
     try:
-        ranker = open_ranker(where)
+        ranker = open_ranker(origin)
         loaded = time.monotonic()
         scored = rank_one(ranker, RerankRequest(_PAIR[0], [_PAIR[1]], args.instruction))
     except (CommandError, ModelLoadError, RerankError):
         raise
-    except Exception as error:  # whatever a broken checkpoint makes its libraries raise: a check answers, it never dies
+    except Exception as error:  # libraries raise anything for a broken checkpoint, and `check` must report all of it
         if args.verbose:
             raise
         first = (str(error).strip().splitlines() or [""])[0]
-        raise FailedError(f"cannot load: {type(error).__name__}: {first} (--verbose shows where)") from None
+        raise FailedError(f"cannot load: {type(error).__name__}: {first} (--verbose shows the traceback)") from None
     facts: dict[str, object] = {
         **ranker.facts,
         "load_seconds": round(loaded - start, 2),

@@ -1,28 +1,30 @@
-"""The commands and their arguments, and the one place where an error becomes a line and an exit code.
+"""The commands and their arguments, and the only place where an error becomes a line and an exit code.
 
-argparse, because it is always there: four commands with flat options need no more.
+argparse, because the standard library has it and four commands with flat options need no more.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from reranker import __version__
 from reranker.cli.options import add_model_options, load_env_file
 from reranker.errors import CommandError, FailedError, InputError, InvalidRequestError, ModelLoadError, RerankError
-from reranker.rows.forms import KINDS
+from reranker.rows.forms import KINDS, ROW_KINDS
 from reranker.terminal import discard_output, harmless, printing
 
 
 class _Once(argparse._StoreAction):
-    """An option with a value: the second of two would replace the first in silence."""
+    """Store a value, and refuse the option a second time: argparse would replace the first value."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *rest: Any) -> None:
         """Store the value."""
@@ -34,7 +36,7 @@ class _Once(argparse._StoreAction):
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in a line."""
+    """A parser whose errors are one line."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -42,88 +44,108 @@ class Parser(argparse.ArgumentParser):
             self.register("action", name, _Once)
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        """Help or the version; argparse itself hides that it cannot be written."""
+        """Print help or the version; argparse itself ignores write errors."""
         with printing():
             print(message, end="", file=file)
 
     def error(self, message: str) -> NoReturn:
-        """One line instead of the whole usage."""
+        """Raise one line instead of printing the whole usage."""
         raise InputError(f"{message} (see {self.prog} --help)")
 
 
 def count(text: str) -> int:
-    """A whole number of at least 1."""
+    """Return a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
 
 
-def _add_input_options(to: argparse._ActionsContainer, kinds: Sequence[str], means: str, field: bool = True) -> None:
-    to.add_argument("--input-format", choices=kinds, help=means)
+def _add_input_options(to: argparse._ActionsContainer, kinds: Sequence[str], default: str, field: bool = True) -> None:
+    to.add_argument("--input-format", choices=kinds, help=default)
     if field:
         to.add_argument(
-            "--field", metavar="NAME", help="the column or key of the text; without it a known name (docs/files.md)"
+            "--field", metavar="NAME", help="column or key of the text; default: a known name (docs/files.md)"
         )
-    to.add_argument("--encoding", metavar="NAME", help="without it: UTF-8; gb18030 for files that Chinese Excel saved")
+    to.add_argument("--encoding", metavar="NAME", help="default: UTF-8; gb18030 for files from Chinese Excel")
 
 
-def parser() -> argparse.ArgumentParser:
-    """All commands."""
-    top = Parser(prog="python -m reranker", description="Rank documents by relevance to a query, without a server.")
-    top.add_argument("--version", action="version", version=__version__)
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    add = commands.add_parser("rank", help="one query: a table in a terminal, JSON in a pipe")
-    add.add_argument("query", metavar="QUERY")
-    add.add_argument("document", nargs="*", metavar="DOCUMENT", help="without any: --file or standard input")
-    add.add_argument("--file", help="documents in any form below; - is standard input; blank lines are left out")
-    _add_input_options(add, KINDS, "without it: by the end of the name (also .gz); lines where it has none")
-    add.add_argument("--top-k", type=count, metavar="N", help="only the best N")
+def _add_output_option(add: argparse.ArgumentParser) -> None:
     add.add_argument("--output", choices=("auto", "table", "json"), default="auto")
-    add_model_options(add)
 
-    add = commands.add_parser("batch", help="many queries, JSON lines out; goes on after an interruption")
+
+def _rank(add: argparse.ArgumentParser) -> None:
+    add.add_argument("query", metavar="QUERY")
+    add.add_argument("document", nargs="*", metavar="DOCUMENT", help="default: --file or standard input")
+    add.add_argument("--file", help="documents in any form below; - is standard input; blank lines are skipped")
+    _add_input_options(add, KINDS, "default: by the suffix of the name (also .gz); lines where it has none")
+    add.add_argument("--top-k", type=count, metavar="N", help="only the best N")
+    _add_output_option(add)
+
+
+def _batch(add: argparse.ArgumentParser) -> None:
+    row = '{"query", "documents" or "document", "id"?, "top_k"?, "instruction"?}'
+    add.add_argument("input", metavar="IN", help=f"rows of {row}")
     add.add_argument(
-        "input", metavar="IN", help='rows of {"query", "documents" or "document", "id"?, "top_k"?, "instruction"?}'
+        "output", metavar="OUT.jsonl", help="exists when the batch is complete; OUT.jsonl.partial until then"
     )
-    add.add_argument(
-        "output", metavar="OUT.jsonl", help="complete when it is there; until then it is OUT.jsonl.partial"
-    )
-    _add_input_options(add, KINDS[1:], "without it: by the end of the name (also .gz)")
-    add.add_argument("--top-k", type=count, metavar="N", help="only the best N, where a line does not say")
-    add.add_argument("--skip-bad", action="store_true", help="report bad lines and go on")
+    _add_input_options(add, ROW_KINDS, "default: by the suffix of the name (also .gz)")
+    add.add_argument("--top-k", type=count, metavar="N", help="only the best N, for rows without top_k")
+    add.add_argument("--skip-bad", action="store_true", help="report bad lines and continue")
     add.add_argument("--overwrite", action="store_true", help="replace OUT, and an unfinished one of other options")
-    add_model_options(add)
 
-    add = commands.add_parser("evaluate", help="measure the gain on your own data (needs requirements-eval.txt)")
+
+def _evaluate(add: argparse.ArgumentParser) -> None:
     data = add.add_argument_group("data: a BEIR folder, or texts and TREC qrels")
     data.add_argument("--beir", metavar="DIR", help="corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv; or in other forms")
-    data.add_argument("--split", help="which qrels of a BEIR folder (default: test)")
+    data.add_argument("--split", help="qrels of a BEIR folder (default: test)")
     data.add_argument("--corpus", metavar="FILE", help="_id, text and title?; .txt: lines of id, tab, text")
     data.add_argument("--queries", metavar="FILE", help="the same")
     data.add_argument(
         "--qrels", metavar="FILE", help="query-id, corpus-id, score; .txt: TREC's query, 0, document, score"
     )
-    data.add_argument("--run", metavar="FILE", help="TREC run with the candidates; without it BM25 finds them")
+    data.add_argument("--run", metavar="FILE", help="TREC run with the candidates; default: candidates by BM25")
     _add_input_options(data, KINDS, "of --corpus and --queries, where their names do not tell it", field=False)
-    add.add_argument("--candidates", type=count, default=100, metavar="N", help="how many are reranked (default: 100)")
+    add.add_argument("--candidates", type=count, default=100, metavar="N", help="max reranked per query (default: 100)")
     add.add_argument("--measures", metavar="LIST", help='of ir-measures; default: "nDCG@10 RR@10 R@10 R@N"')
-    add.add_argument("--per-query", metavar="FILE.csv", help="every query before and after")
-    add.add_argument("--plot", metavar="FILE.png", help="the gain of every query as a picture")
+    add.add_argument("--per-query", metavar="FILE.csv", help="measures of every query before and after")
+    add.add_argument("--plot", metavar="FILE.png", help="a picture of the gain of every query")
     add.add_argument("--save-run", metavar="FILE", help="the reranked candidates as a TREC run")
-    add.add_argument("--output", choices=("auto", "table", "json"), default="auto")
-    add_model_options(add)
+    _add_output_option(add)
 
-    add = commands.add_parser("check", help="load, score one pair, say what was chosen; exit code 0 or 1")
-    add_model_options(add)
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A command. `reranker.cli.NAME` has a function NAME that runs it; the module is imported when it runs."""
+
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None] = lambda _: None
+
+
+COMMANDS = {
+    "rank": Command("one query: a table in a terminal, JSON in a pipe", _rank),
+    "batch": Command("many queries, JSON lines out; continues after an interruption", _batch),
+    "evaluate": Command("measure the gain on your own data (needs requirements-eval.txt)", _evaluate),
+    "check": Command("load, score one pair, print the choices; exit code 0 or 1"),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    top = Parser(prog="python -m reranker", description="Rank documents by relevance to a query, without a server.")
+    top.add_argument("--version", action="version", version=__version__)
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        add = commands.add_parser(name, help=command.help)
+        command.add_arguments(add)
+        add_model_options(add)
     return top
 
 
 def _check_text(words: Sequence[str]) -> None:
-    """Refuse arguments whose bytes Python could not read as text: a model would score rubbish.
+    """Refuse arguments whose bytes Python could not decode: the model would score rubbish.
 
     Raises:
-        InputError: says which argument, and where another encoding or locale helps.
+        InputError: names the argument and the encoding or locale that helps.
     """
     for number, word in enumerate(words, 1):
         if not any("\udc80" <= c <= "\udcff" for c in word):
@@ -145,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run one command.
 
     Raises:
-        CommandError, ModelLoadError, RerankError: `run` turns each into a line.
+        CommandError, ModelLoadError, RerankError: `run` prints each as one line.
     """
     words = sys.argv[1:] if argv is None else argv
     _check_text(words)
@@ -160,22 +182,14 @@ def main(argv: list[str] | None = None) -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     for warning in load_env_file():
         print(f"warning: {warning}", file=sys.stderr)
-    if args.command == "rank":
-        from reranker.cli.rank import rank as command
-    elif args.command == "batch":
-        from reranker.cli.batch import batch as command
-    elif args.command == "evaluate":
-        from reranker.evaluate.evaluation import evaluate as command
-    else:
-        from reranker.cli.check import check as command
-    command(args)
+    getattr(importlib.import_module(f"reranker.cli.{args.command}"), args.command)(args)
 
 
 def _fill_streams() -> None:
-    """Give the numbers of closed standard streams to the null device.
+    """Open the null device for closed standard streams.
 
-    Else the next file that is opened takes the number, and receives what a library prints. `print` would also write
-    to standard output what is meant for a closed standard error.
+    Otherwise the next opened file gets the descriptor and receives the output of libraries, and `print` writes to
+    standard output if standard error is closed.
     """
     for stream in (sys.stdin, sys.stdout):
         if stream is None:
@@ -185,7 +199,7 @@ def _fill_streams() -> None:
 
 
 def run(command: Callable[[], None] = main) -> NoReturn:
-    """The program: exit code 0, 1 (failed) or 2 (bad input); an interruption ends it by its signal."""
+    """Run the program: exit code 0, 1 (failed) or 2 (bad input); SIGINT ends it by the signal itself."""
     code = 0
     _fill_streams()
     try:
@@ -195,13 +209,13 @@ def run(command: Callable[[], None] = main) -> NoReturn:
             with printing():
                 pass
     except (CommandError, ModelLoadError, RerankError) as error:
-        print(f"error: {harmless(str(error))}", file=sys.stderr)  # it may quote a file
+        print(f"error: {harmless(str(error))}", file=sys.stderr)  # the text may quote a file
         code = error.code if isinstance(error, CommandError) else 2 if isinstance(error, InvalidRequestError) else 1
-    except BrokenPipeError:  # `... | head` has read enough
+    except BrokenPipeError:  # such as `... | head`
         discard_output()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
-        # By the signal itself: the shell then knows, and no thread that still reads or waits holds the end up.
+        # By the signal itself: the shell sees it, and threads that read or wait do not delay the exit.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""First-stage candidates by BM25, for data that comes without a run file."""
+"""First-stage candidates by BM25, for data without a run file."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from collections.abc import Mapping
 from reranker.errors import InputError
 from reranker.evaluate.judgements import Ranking
 
-# Chinese and Japanese are written without spaces: their characters are words, and so are pairs of them.
+# Chinese and Japanese have no spaces between words, so that characters and pairs of them count as words.
 _UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _RUN = re.compile(rf"[{_UNSPACED}]+|[^\W{_UNSPACED}]+")
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words, without stemming or stop words, so that it is the same for every language."""
-    found: list[str] = []
+    """Return lower-case words; no stemming or stop words, so that all languages are treated alike."""
+    result: list[str] = []
     for run in _RUN.findall(text.lower()):
         if re.match(rf"[{_UNSPACED}]", run):
-            found += [*run, *(run[i : i + 2] for i in range(len(run) - 1))]
+            result += [*run, *(run[i : i + 2] for i in range(len(run) - 1))]
         else:
-            found.append(run)
-    return found
+            result.append(run)
+    return result
 
 
 def candidates(corpus: Mapping[str, str], queries: Mapping[str, str], count: int) -> Ranking:
-    """The best `count` documents of each query that share a word with it.
+    """Return the best `count` documents of each query that share a word with it.
 
     Raises:
-        InputError: no document holds a word.
+        InputError: no document has a word.
     """
     import bm25s
 

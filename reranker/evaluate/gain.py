@@ -1,7 +1,7 @@
-"""Measures before and after reranking, by ir-measures, and how they are shown: table, JSON, file by query, picture.
+"""Measures before and after reranking, and their files: CSV by query, and a picture.
 
-ir-measures, because it is what the field's own tools use, is kept by their authors, is small, and comes with trec_eval
-itself in wheels. ranx would bring numba and pandas; pytrec_eval itself has no wheels.
+By ir-measures: retrieval research uses it, its authors maintain it, it is small, and its wheels contain trec_eval. ranx
+would add numba and pandas; pytrec_eval has no wheels.
 """
 
 from __future__ import annotations
@@ -20,58 +20,47 @@ from reranker.rows.lines import writing
 
 @dataclass(frozen=True, slots=True)
 class Gain:
-    """One measure of every judged query; a query without candidates counts as 0."""
+    """A measure of every judged query; a query without candidates counts as 0."""
 
     name: str
     before: dict[str, float]
     after: dict[str, float]
 
     @property
-    def means(self) -> tuple[float, float]:
-        """Over all queries, before and after."""
-        return sum(self.before.values()) / len(self.before), sum(self.after.values()) / len(self.after)
-
-    @property
-    def counts(self) -> tuple[int, int, int]:
-        """Queries that became better, stayed equal, became worse."""
-        changes = [self.after[q] - self.before[q] for q in self.before]
-        better, worse = sum(c > 1e-9 for c in changes), sum(c < -1e-9 for c in changes)
-        return better, len(changes) - better - worse, worse
-
-    @property
     def summary(self) -> dict[str, Any]:
-        """For JSON."""
-        before, after = self.means
-        better, equal, worse = self.counts
-        return {
-            "before": before,
-            "after": after,
-            "gain": after - before,
-            "better": better,
-            "equal": equal,
-            "worse": worse,
-        }
+        """Means over all queries, and the numbers of queries that are better, equal and worse after reranking."""
+        before, after = (sum(values.values()) / len(values) for values in (self.before, self.after))
+        changes = self.changes
+        better, worse = sum(c > 1e-9 for c in changes), sum(c < -1e-9 for c in changes)
+        counts = {"better": better, "equal": len(changes) - better - worse, "worse": worse}
+        return {"before": before, "after": after, "gain": after - before} | counts
+
+    @property
+    def changes(self) -> list[float]:
+        """The gain of each query, highest first."""
+        return sorted((self.after[query] - self.before[query] for query in self.before), reverse=True)
 
 
 def parse_measures(names: str) -> list[Any]:
-    """Parse names of ir-measures, in any case.
+    """Return the measures of a list of names of ir-measures, in any case.
 
     Raises:
         InputError: there is no such measure.
     """
     import ir_measures
 
-    if not names.replace(",", " ").split():
+    words = names.replace(",", " ").split()
+    if not words:
         raise InputError("--measures names no measure; examples: nDCG@10 RR@10 R@100 AP")
     try:
-        parsed = [ir_measures.parse_measure(_spelt(name)) for name in names.replace(",", " ").split()]
-        return list({str(measure): measure for measure in parsed}.values())
+        measures = [ir_measures.parse_measure(_spelling(word)) for word in words]
+        return list({str(measure): measure for measure in measures}.values())
     except (NameError, ValueError, SyntaxError) as error:
         raise InputError(f"--measures: {error}; examples: nDCG@10 RR@10 R@100 AP") from None
 
 
-def _spelt(name: str) -> str:
-    """ndcg@10 as nDCG@10."""
+def _spelling(name: str) -> str:
+    """Return ir-measures' own spelling: nDCG@10 for ndcg@10."""
     import ir_measures
 
     known = {measure.casefold(): measure for measure in ir_measures.measures.registry}
@@ -79,29 +68,25 @@ def _spelt(name: str) -> str:
 
 
 def measure(measures: Sequence[Any], grades: Grades, before: Ranking, after: Ranking) -> list[Gain]:
-    """Every measure of every judged query, before and after."""
-    was, now = (_values(measures, grades, ranking) for ranking in (before, after))
-    return [Gain(_name(m), was[str(m)], now[str(m)]) for m in measures]
+    """Return each measure of every judged query, before and after."""
+    old, new = (_values(measures, grades, ranking) for ranking in (before, after))
+    return [Gain(str(m).replace("RR@", "MRR@"), old[str(m)], new[str(m)]) for m in measures]
 
 
 def _values(measures: Sequence[Any], grades: Grades, ranking: Ranking) -> dict[str, dict[str, float]]:
     import ir_measures
 
-    # Places instead of scores: trec_eval reads 32-bit floats, in which two sure documents tie, and orders ties by id.
-    places = {q: {d: float(len(found) - i) for i, d in enumerate(found)} for q, found in ranking.items() if found}
+    # Positions instead of scores: trec_eval reads 32-bit floats, in which high scores tie, and orders ties by id.
+    runs = {q: {d: float(len(names) - i) for i, d in enumerate(names)} for q, names in ranking.items() if names}
     values: dict[str, dict[str, float]] = {str(m): dict.fromkeys(grades, 0.0) for m in measures}
-    if places:
-        for metric in ir_measures.iter_calc(measures, grades, places):
+    if runs:
+        for metric in ir_measures.iter_calc(measures, grades, runs):
             values[str(metric.measure)][metric.query_id] = float(metric.value)
     return values
 
 
-def _name(measure: Any) -> str:
-    return str(measure).replace("RR@", "MRR@")
-
-
 def write_per_query(path: Path, gains: Sequence[Gain]) -> None:
-    """CSV: query, and each measure before and after."""
+    """Write CSV: query, and each measure before and after."""
     with writing(path), open(path, "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(["query", *(f"{g.name} {when}" for g in gains for when in ("before", "after"))])
@@ -110,39 +95,37 @@ def write_per_query(path: Path, gains: Sequence[Gain]) -> None:
 
 
 def check_plot(name: str) -> None:
-    """Refuse a name whose end is no format of a picture.
+    """Refuse a suffix that is no format of a picture.
 
     Raises:
         InputError: matplotlib does not write it.
     """
     from matplotlib.backend_bases import FigureCanvasBase
 
-    end, known = Path(name).suffix[1:].lower(), FigureCanvasBase.get_supported_filetypes()
-    if end and end not in known:  # without an end, matplotlib adds .png
-        raise InputError(f"--plot={name}: {end} is no format of a picture; write .png, .svg or .pdf")
+    suffix, known = Path(name).suffix[1:].lower(), FigureCanvasBase.get_supported_filetypes()
+    if suffix and suffix not in known:  # without a suffix, matplotlib adds .png
+        raise InputError(f"--plot={name}: {suffix} is no format of a picture; write .png, .svg or .pdf")
 
 
 def write_plot(path: Path, gain: Gain) -> None:
-    """A bar for each query, most gained first, and the means in the title."""
+    """Draw a bar for each query, highest gain first, with the means in the title."""
     import matplotlib
 
     matplotlib.use("Agg")  # a file, no window
     from matplotlib import pyplot
 
-    changes = sorted((gain.after[q] - gain.before[q] for q in gain.before), reverse=True)
-    before, after = gain.means
-    better, equal, worse = gain.counts
+    changes = gain.changes
     figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
     axes.bar(range(len(changes)), changes, width=1.0, color=["#2a7f3f" if c >= 0 else "#b3362b" for c in changes])
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_ylim(-1.05, 1.05)
     axes.set_xticks([])
-    axes.set_xlabel(f"queries, most gained first: {better} better, {equal} equal, {worse} worse")
+    axes.set_xlabel("queries, highest gain first: {better} better, {equal} equal, {worse} worse".format(**gain.summary))
     axes.set_ylabel(f"change of {gain.name}")
-    axes.set_title(f"{gain.name}: {before:.4f} before, {after:.4f} after reranking")
+    axes.set_title("{}: {before:.4f} before, {after:.4f} after reranking".format(gain.name, **gain.summary))
     with writing(path):
         try:
             figure.savefig(path, dpi=150)
-        except ValueError as error:  # a format that matplotlib does not know
+        except ValueError as error:  # a format unknown to matplotlib
             raise InputError(f"--plot={path}: {error}") from None
     pyplot.close(figure)

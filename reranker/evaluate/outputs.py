@@ -1,4 +1,4 @@
-"""The files that `evaluate` writes, checked before a model is loaded: an hour of scoring must not be lost to a name."""
+"""Checks of the output files of `evaluate` before the model is loaded, so that a bad name does not lose the scores."""
 
 from __future__ import annotations
 
@@ -10,17 +10,13 @@ from reranker.errors import FailedError, InputError
 
 
 def check_outputs(outputs: Mapping[str, str | None], inputs: Iterable[str | Path]) -> None:
-    """Refuse outputs that would replace an input or one another, or that cannot be written.
-
-    Args:
-        outputs: option -> path; None where the option was not given.
-        inputs: the files that are read.
+    """Refuse outputs (option -> path) that would replace an input or one another, or that cannot be written.
 
     Raises:
         InputError: a path is empty, a folder, an input, or another output; or its folder does not exist.
-        FailedError: the permissions do not allow to write it.
+        FailedError: the permissions do not allow writing.
     """
-    taken = {_same(Path(path)): f"the input {path}" for path in inputs}
+    taken = {_identity(Path(path)): f"the input {path}" for path in inputs}
     for option, name in outputs.items():
         if name is None:
             continue
@@ -31,17 +27,17 @@ def check_outputs(outputs: Mapping[str, str | None], inputs: Iterable[str | Path
             raise InputError(f"{option}={name}: the folder {path.parent} does not exist")
         if not os.access(path if path.exists() else path.parent, os.W_OK):
             raise FailedError(f"cannot write {name} ({option}): Permission denied")
-        if path.exists() and not path.is_file():  # a device or a pipe keeps nothing that could be replaced
+        if path.exists() and not path.is_file():  # a device or a pipe has no content to replace
             continue
-        if other := taken.get(_same(path)):
+        if other := taken.get(_identity(path)):
             raise InputError(f"{option}={name} would replace {other}; name another file")
-        taken[_same(path)] = f"the output of {option}"
+        taken[_identity(path)] = f"the output of {option}"
 
 
-def _same(path: Path) -> object:
-    """What two names of one file have in common: links and hard links are followed."""
+def _identity(path: Path) -> object:
+    """Return the same value for all names of a file, symbolic and hard links included."""
     try:
-        about = path.stat()
+        status = path.stat()
     except OSError:
         return path.resolve()
-    return about.st_dev, about.st_ino
+    return status.st_dev, status.st_ino

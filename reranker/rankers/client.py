@@ -1,4 +1,4 @@
-"""Scores from a running service: POST /v1/rerank in its native shape.
+"""Scores from a running service: POST /v1/rerank in its native dialect.
 
 Over the standard library, which follows HTTPS_PROXY and NO_PROXY: a client package would be one more pin for one POST,
 and a new connection for each costs little beside the scoring.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import email.utils
 import http.client
+import itertools
 import json
 import random
 import re
@@ -18,6 +19,7 @@ import urllib.request
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 from reranker import __version__
@@ -27,48 +29,50 @@ from reranker.rankers.ranker import Scored
 from reranker.terminal import note
 from reranker.types import RerankRequest
 
-# Enough to fill the service's next batch while it computes this one; more would only fill its queue.
-_CONNECTIONS = 4
-# A request is sent in parts: a service may allow fewer documents or bytes than one request here has.
-_PART_DOCUMENTS = 256
-_PART_CHARACTERS = 1_000_000
-_SOCKET_SECONDS = 150
-"""Above the service's own deadline (REQUEST_TIMEOUT, 100 s), so that its 504 is heard."""
-_LONGEST_WAIT = 60.0
+MAX_CONNECTIONS = 4
+"""Enough to fill the service's next batch while it computes one; more would only fill its queue."""
+MAX_PART_DOCUMENTS = 256
+MAX_PART_CHARACTERS = 1_000_000
+"""A request is sent in parts, because a service may allow fewer documents or bytes in one."""
+CONNECT_TIMEOUT = 20.0
+RESPONSE_TIMEOUT = 150.0
+"""Seconds; above the service's own deadline (REQUEST_TIMEOUT, 100 s), so that its 504 arrives."""
+MAX_PAUSE = 60.0
 _PLACE = re.compile(r"^documents\[(\d+)\]")
 _BUSY = {429: "busy", 502: "behind a proxy without it", 503: "not ready", 504: "too slow"}
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Following would turn the POST into a GET and hand the token to another host."""
+    """Following a redirect would turn the POST into a GET and send the token to another host."""
 
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        """Never."""
+        """Follow no redirect."""
 
 
 class Client:
-    """A service at an address.
+    """A service at a URL, which may have a path prefix, with its bearer token.
 
-    Args:
-        url: scheme, host and port, and a path if it is served under one.
-        token: sent as a bearer token.
-        patience: seconds that one request may wait for a busy or restarting service.
+    One request waits at most `max_wait` seconds for a busy or restarting service.
 
     Raises:
-        FailedError: nothing answers there.
+        FailedError: nothing responds there.
     """
 
-    def __init__(self, url: str, token: str | None = None, *, patience: float = 300.0) -> None:
+    def __init__(self, url: str, token: str | None = None, *, max_wait: float = 300.0) -> None:
         self.url = url
-        self.patience = patience
+        self.max_wait = max_wait
         self._headers = {"Content-Type": "application/json", "User-Agent": f"reranker/{__version__}"}
         if token:
             self._headers["Authorization"] = f"Bearer {token}"
         self._opener = urllib.request.build_opener(_NoRedirect)
-        self._told = False
-        self._notes = Notes(note)  # which makes a server's text harmless
+        self._notes = Notes(note)  # `note` removes control characters from the server's texts
         self._lock = threading.Lock()
-        self._open("/livez", None).close()
+        try:
+            self._open("/livez").close()
+        except urllib.error.HTTPError as error:  # any response will do
+            error.close()
+        except (OSError, http.client.HTTPException) as error:
+            raise FailedError(f"cannot reach {url}: {_reason(error)}; is the service running?") from None
 
     @property
     def facts(self) -> dict[str, str]:
@@ -76,18 +80,18 @@ class Client:
         return {"url": self.url}
 
     def rank_many(self, requests: Iterable[RerankRequest]) -> Iterator[Scored | RerankError]:
-        """See `Ranker.rank_many`. A few requests are on their way at a time, and answered in order."""
-        sent: deque[Future[Scored | RerankError]] = deque()
+        """See `Ranker.rank_many`. A few requests are in flight at a time, and yielded in order."""
+        pending: deque[Future[Scored | RerankError]] = deque()
         closing = threading.Event()
-        pool = ThreadPoolExecutor(_CONNECTIONS, thread_name_prefix="client")
+        pool = ThreadPoolExecutor(MAX_CONNECTIONS, thread_name_prefix="client")
         try:
             for request in requests:
-                sent.append(pool.submit(self._rank, request, closing))
-                if len(sent) > _CONNECTIONS:
-                    yield sent.popleft().result()
-            while sent:
-                yield sent.popleft().result()
-        finally:  # where it is left early, nobody reads the rest: it must not hold an interruption up
+                pending.append(pool.submit(self._rank, request, closing))
+                if len(pending) > MAX_CONNECTIONS:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:  # a caller that stops early does not wait for the rest
             closing.set()
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -107,57 +111,57 @@ class Client:
         return Scored(scores, truncated, query_truncated)
 
     def _post(self, body: dict[str, Any], closing: threading.Event) -> Scored:
-        """Scores in the order of the documents; waits politely while the service is busy.
+        """Return scores in the order of the documents; retries while the service is busy.
 
         Raises:
             InvalidRequestError: the service refuses this request.
-            FailedError: it refuses all, or its patience ran out.
+            FailedError: it refuses all requests, or `max_wait` has passed.
         """
         data = json.dumps(body).encode()
-        deadline = time.monotonic() + self.patience
-        for attempt in range(1 << 30):
+        deadline = time.monotonic() + self.max_wait
+        for attempt in itertools.count():
             try:
-                with self._open("/v1/rerank", data) as response:
-                    rows, headers = json.load(response), response.headers
-                scores = {row["index"]: float(row["score"]) for row in rows}
-                truncated = int(headers.get("x-truncated-documents", 0))
-                self._note(headers.get("x-warnings", ""))
-                documents = range(len(body["documents"]))
-                return Scored([scores[i] for i in documents], truncated, "x-truncated-query" in headers)
+                return self._score(data, len(body["documents"]))
             except urllib.error.HTTPError as error:
-                wait, why = self._refused(error), f"{_BUSY.get(error.code)} ({error.code})"
+                wait, state = self._retry_after(error), f"{_BUSY.get(error.code)} ({error.code})"
             except (KeyError, TypeError, ValueError):
                 raise FailedError(f"{self.url} does not answer like this service; check --url") from None
-            except (OSError, http.client.HTTPException) as error:  # it answered before: probably it restarts
-                wait, why = None, f"gone ({_reason(error)})"
-            pause = min(_LONGEST_WAIT, wait if wait is not None else 0.5 * 2 ** min(attempt, 7))
-            pause += random.uniform(0, pause / 4)  # several clients must not come back at the same moment
+            except (OSError, http.client.HTTPException) as error:  # it responded before, so it probably restarts
+                wait, state = None, f"gone ({_reason(error)})"
+            pause = min(MAX_PAUSE, 0.5 * 2 ** min(attempt, 7) if wait is None else wait)
+            pause += random.uniform(0, pause / 4)  # several clients must not return at the same moment
             if time.monotonic() + pause > deadline:
-                raise FailedError(f"{self.url} is {why}, for {self.patience:g} s now; try again later")
-            if not self._told:
-                self._told = True
-                note(f"{self.url} is {why}; waiting up to {self.patience:g} s")
+                raise FailedError(f"{self.url} is {state}, for {self.max_wait:g} s now; try again later")
+            self._note(f"{self.url} is {state}; waiting up to {self.max_wait:g} s")
             if closing.wait(pause):
-                raise FailedError("interrupted")
-        raise AssertionError("unreachable")
+                break
+        raise FailedError("interrupted")
 
-    def _note(self, warnings: str) -> None:
-        """Print the service's warnings, except those about truncation, which are counted with the scores."""
+    def _score(self, data: bytes, count: int) -> Scored:
+        with self._open("/v1/rerank", data) as response:
+            rows, headers = json.load(response), response.headers
+        scores = {row["index"]: float(row["score"]) for row in rows}
+        warnings = (text for text in headers.get("x-warnings", "").split(" | ") if text)
+        # Truncation is counted with the scores.
+        self._note(*(f"{self.url}: {text}" for text in warnings if "did not fit" not in text))
+        truncated = int(headers.get("x-truncated-documents", 0))
+        return Scored([scores[i] for i in range(count)], truncated, "x-truncated-query" in headers)
+
+    def _note(self, *texts: str) -> None:
         with self._lock:
-            texts = (text for text in warnings.split(" | ") if text and "did not fit" not in text)
-            self._notes.add(texts, f"{self.url}: ")
+            self._notes.add(texts)
 
-    def _refused(self, error: urllib.error.HTTPError) -> float | None:
-        """Seconds to wait by a busy service's own word.
+    def _retry_after(self, error: urllib.error.HTTPError) -> float | None:
+        """Return the seconds that a busy service asks to wait, or None.
 
         Raises:
-            InvalidRequestError: this request will never do.
-            FailedError: no request will.
+            InvalidRequestError: the service refuses this request.
+            FailedError: it refuses all requests.
         """
         with error:
             detail = _detail(error)
         if error.code in _BUSY:
-            return _retry_after(error.headers.get("Retry-After"))
+            return _seconds(error.headers.get("Retry-After"))
         if error.code in (401, 403):
             raise FailedError(f"{self.url} refuses the token: {detail}; set --token or ACCESS_TOKEN")
         if error.code in (400, 413, 422):
@@ -165,22 +169,13 @@ class Client:
         base = "; --url is the base address, without /v1/rerank" if error.code in (404, 405) else ""
         raise FailedError(f"{self.url} answers {error.code}: {detail}{base}")
 
-    def _open(self, path: str, data: bytes | None) -> Any:
+    def _open(self, path: str, data: bytes | None = None) -> Any:
         request = urllib.request.Request(self.url + path, data, self._headers)
-        try:
-            return self._opener.open(request, timeout=_SOCKET_SECONDS if data else 20)
-        except urllib.error.HTTPError as error:
-            if data:
-                raise
-            return error  # whatever it is, something answers
-        except (OSError, http.client.HTTPException) as error:
-            if data:
-                raise
-            raise FailedError(f"cannot reach {self.url}: {_reason(error)}; is the service running?") from None
+        return self._opener.open(request, timeout=RESPONSE_TIMEOUT if data else CONNECT_TIMEOUT)
 
 
 def _body(request: RerankRequest, documents: list[str]) -> dict[str, Any]:
-    """The JSON body of a request, with some of its documents; options with their default value are left out."""
+    """Return the JSON body of a request with some of its documents, without options that have their default."""
     options = {
         "instruction": request.instruction,
         "max_tokens_per_doc": request.max_tokens_per_doc,
@@ -195,7 +190,7 @@ def _parts(documents: Iterable[str]) -> Iterator[list[str]]:
     part: list[str] = []
     characters = 0
     for document in documents:
-        if part and (len(part) == _PART_DOCUMENTS or characters + len(document) > _PART_CHARACTERS):
+        if part and (len(part) == MAX_PART_DOCUMENTS or characters + len(document) > MAX_PART_CHARACTERS):
             yield part
             part, characters = [], 0
         part.append(document)
@@ -210,7 +205,7 @@ def _reason(error: Exception) -> str:
 
 
 def _detail(error: urllib.error.HTTPError) -> str:
-    """The service's own words, else the status's."""
+    """Return the error text of the service, else the reason phrase."""
     try:
         detail = json.load(error)["detail"]
     except (ValueError, KeyError, TypeError, OSError, http.client.HTTPException):
@@ -218,15 +213,12 @@ def _detail(error: urllib.error.HTTPError) -> str:
     return " ".join(str(detail).split())[:500]
 
 
-def _retry_after(value: str | None) -> float | None:
-    """Seconds, from either form of the header."""
+def _seconds(value: str | None) -> float | None:
+    """Return the seconds of a Retry-After header in either form."""
     if value is None:
         return None
-    try:
+    with suppress(ValueError):
         return max(0.0, float(value))
-    except ValueError:
-        pass
-    try:
+    with suppress(ValueError):
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
-        return None
+    return None

@@ -4,30 +4,25 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any
 
-from reranker.engine.scorer import DEMO, Scorer
+from reranker.engine.scorer import Scorer
 from reranker.engine.scores import sigmoid
 from reranker.engine.stream import rerank_many
 from reranker.errors import RerankError
 from reranker.rankers.ranker import Scored
+from reranker.settings import ModelSettings
 from reranker.types import RerankRequest
 
 
 class Local:
     """A loaded model.
 
-    Args:
-        model: keywords of `Scorer.load`; a `model` of None is the bundled demo.
-
     Raises:
         ModelLoadError: it cannot be served.
     """
 
-    def __init__(self, model: dict[str, Any]) -> None:
-        rest = {key: value for key, value in model.items() if key not in ("model", "instruction")}
-        name, instruction = model["model"] or DEMO, model["instruction"] or None
-        self.scorer = Scorer.load(name, instruction=instruction, **rest)
+    def __init__(self, model: ModelSettings) -> None:
+        self.scorer = Scorer.load(**model.load_options())
         if self.scorer.info.demo:
             print("note: the bundled demo model is for trying only; choose another with --model", file=sys.stderr)
 
@@ -44,11 +39,5 @@ class Local:
     def facts(self) -> dict[str, str]:
         """See `Ranker.facts`."""
         info = self.scorer.info
-        return {
-            "model": info.name,
-            "device": info.device,
-            "precision": info.precision,
-            "max_seq_length": str(info.max_seq_length),
-            "max_batch_tokens": str(info.max_batch_tokens),
-            "self_check": info.self_check,
-        }
+        names = ("device", "precision", "max_seq_length", "max_batch_tokens", "self_check")
+        return {"model": info.name} | {name: str(getattr(info, name)) for name in names}

@@ -1,4 +1,4 @@
-"""Lines in and out: text and JSON, and errors that name their line."""
+"""Lines of text and JSON, read and written, with errors that name their place."""
 
 from __future__ import annotations
 
@@ -14,17 +14,10 @@ from reranker.errors import FailedError, InputError
 def decode(
     raw: bytes, where: str, *, first: bool, encoding: str = "utf-8", advice: Callable[[bytes], str] | None = None
 ) -> str:
-    """A line without its end; the first one without a byte order mark.
-
-    Args:
-        raw: the line.
-        where: its place, for the error.
-        first: it is the first of its file.
-        encoding: one in which a line feed is the byte 10.
-        advice: says how to read a line that is in another encoding.
+    """Return a line as text without its end; the first one of a file without a byte order mark.
 
     Raises:
-        InputError: it is in another encoding, or binary.
+        InputError: it is in another encoding (`advice` returns how to read it), or binary; begins with `where`.
     """
     try:
         text = raw.decode(encoding).rstrip("\r\n")
@@ -37,7 +30,7 @@ def decode(
 
 
 def parse(text: str, where: str) -> Any:
-    """The JSON value of a text.
+    """Return the JSON value of a text.
 
     Raises:
         InputError: it is not JSON.
@@ -53,12 +46,12 @@ def parse(text: str, where: str) -> Any:
         raise InputError(f"{where} is not JSON: {error.msg.removesuffix(' at')} at {place}") from None
     except RecursionError:
         raise InputError(f"{where} is nested too deep") from None
-    except ValueError:  # the one left: an integer of thousands of digits
+    except ValueError:  # the only other one: an integer of thousands of digits
         raise InputError(f"{where} holds a number with too many digits") from None
 
 
 def dump(value: object) -> bytes:
-    """A value as a line of JSON; readable, unless it holds half a surrogate pair."""
+    """Return a value as a line of JSON: UTF-8, or escaped if it contains a lone surrogate."""
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n"
     except UnicodeEncodeError:
@@ -67,7 +60,7 @@ def dump(value: object) -> bytes:
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Turn an OSError inside into a FailedError that names `path`.
+    """Turn an OSError in the block into a FailedError that names `path`.
 
     Raises:
         FailedError: it cannot be written.

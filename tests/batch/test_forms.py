@@ -142,7 +142,7 @@ def test_a_key_of_json_lines_by_field(tmp_path: Path) -> None:
             "in.txt is plain text by its name, and this command reads jsonl",
         ),
         ("in.dat", "", "--input-format"),
-        ("in", "", "name what it is with --input-format"),
+        ("in", "", "name its form with --input-format"),
         ("in.jsonl.gz", "{}", "is not gzip, or damaged"),
     ],
 )

@@ -1,25 +1,30 @@
-"""The command line as a user runs it: a process of its own, in a folder of its own, with a clean environment."""
+"""The command line in a folder of its own with a clean environment: in this process, or in one of its own."""
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import os
 import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+from reranker.cli.main import main, run
+from reranker.terminal import note
 from tests.conftest import ROOT
 
 COMMAND = [sys.executable, "-m", "reranker"]
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """Nothing of the developer's settings."""
+    """Return an environment without the developer's settings."""
     kept = {n: v for n, v in os.environ.items() if n in ("PATH", "HOME", "LD_LIBRARY_PATH", "TMPDIR")}
     return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "LANG": "C.UTF-8"} | changes
 
@@ -32,19 +37,54 @@ def cli(
     env: Mapping[str, str] | None = None,
     command: Sequence[str] = COMMAND,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end and check its exit code; expected problems never show a traceback."""
-    done = subprocess.run(
-        [*command, *map(str, args)],
-        cwd=cwd,
-        env=environment(**(env or {})),
-        input=stdin,
-        capture_output=True,
-        timeout=120,
-    )
-    out, err = done.stdout.decode(), done.stderr.decode()
-    assert done.returncode == code, err
-    assert "Traceback" not in err
-    return subprocess.CompletedProcess(done.args, done.returncode, out, err)
+    """Run a command to its end and check its exit code; expected problems never show a traceback.
+
+    `python -m reranker` runs in this process, because a process of its own imports for longer than most commands run.
+    """
+    words = list(map(str, args))
+    if command is COMMAND:
+        done = _in_process(words, cwd, stdin, environment(**(env or {})))
+    else:
+        done = run_process(*words, cwd=cwd, stdin=stdin, env=env, command=command)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def run_process(
+    *args: object,
+    cwd: Path,
+    stdin: bytes = b"",
+    env: Mapping[str, str] | None = None,
+    command: Sequence[str] = COMMAND,
+) -> subprocess.CompletedProcess[str]:
+    """Run a command in a process of its own."""
+    words, variables = [*command, *map(str, args)], environment(**(env or {}))
+    done = subprocess.run(words, cwd=cwd, env=variables, input=stdin, capture_output=True, timeout=120)
+    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+def _in_process(
+    words: list[str], cwd: Path, stdin: bytes, variables: dict[str, str]
+) -> subprocess.CompletedProcess[str]:
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
+    note.cache_clear()  # a note is printed once per process
+    code: object = None
+    with (
+        chdir(cwd),
+        patch.dict(os.environ, variables, clear=True),
+        patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8")),
+        patch.object(logging.getLogger(), "handlers", []),
+        redirect_stdout(out),
+        redirect_stderr(err),
+    ):
+        try:
+            run(lambda: main(words))
+        except SystemExit as end:
+            code = end.code
+    assert isinstance(code, int)
+    texts = [stream.buffer.getvalue().decode() for stream in (out, err)]
+    return subprocess.CompletedProcess(words, code, *texts)
 
 
 def write_lines(path: Path, values: Iterable[object]) -> Path:
@@ -57,7 +97,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 class Stub:
-    """A service that answers POST /v1/rerank from a list, then with equal scores; keeps what it was sent."""
+    """A service that answers POST /v1/rerank from a list, then with equal scores, and records the requests."""
 
     def __init__(self, answers: Iterable[tuple[int, dict[str, str], bytes]]) -> None:
         self.answers = list(answers)
@@ -98,7 +138,7 @@ def stub(*answers: tuple[int, dict[str, str], bytes]) -> Iterator[Stub]:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     service.url = f"http://127.0.0.1:{server.server_port}"
     try:

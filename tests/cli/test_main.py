@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,9 +14,11 @@ from pathlib import Path
 import pytest
 
 from config import Settings
-from reranker.cli.options import OPTIONS
-from tests.cli.command import COMMAND, cli, environment, read_lines, stub, write_lines
-from tests.conftest import DEMO, ROOT
+from reranker.cli.options import option
+from reranker.engine.scorer import DEMO, Scorer
+from reranker.settings import ModelSettings, keyword
+from tests.cli.command import COMMAND, cli, environment, read_lines, run_process, stub, write_lines
+from tests.conftest import ROOT
 from tests.test_imports import COMPUTE, imports, top
 
 
@@ -27,16 +32,26 @@ def test_the_command_line_knows_no_service_and_no_settings_file(path: Path) -> N
 def test_torch_comes_with_a_model_only() -> None:
     code = (
         "import sys, reranker.cli.main, reranker.cli.rank, reranker.cli.batch, reranker.cli.check, "
-        "reranker.evaluate.evaluation, reranker.rankers.client; print(sorted(set(sys.modules) & set(sys.argv[1:])))"
+        "reranker.cli.evaluate, reranker.rankers.client; print(sorted(set(sys.modules) & set(sys.argv[1:])))"
     )
     out = subprocess.run([sys.executable, "-c", code, *COMPUTE], cwd=ROOT, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("option", OPTIONS, ids=lambda o: o.setting)
-def test_every_model_option_is_a_setting_of_the_service_with_the_same_default(option: object) -> None:
-    field = Settings.model_fields[option.setting.lower()]  # type: ignore[attr-defined]
-    assert (option.default or "") == (field.default or "")  # type: ignore[attr-defined]
+@pytest.mark.parametrize("field", ModelSettings.model_fields)
+def test_every_model_option_is_a_setting_of_the_service_with_the_same_default(field: str) -> None:
+    default = Settings.model_fields[field].default
+    assert ModelSettings.model_fields[field].default == default
+    assert option(field) in cli("check", "--help", cwd=ROOT).stdout
+    parameter = inspect.signature(Scorer.load).parameters[keyword(field)]
+    assert default == parameter.default or (default == "" and parameter.default in (None, DEMO))
+
+
+def test_names_of_the_service_are_no_near_misses_for_the_command_line(tmp_path: Path) -> None:
+    """It knows the names of the model's settings only, and one `.env` serves both."""
+    shutil.copy(ROOT / ".env.example", tmp_path / ".env")
+    values = {name.upper(): "x" for name in Settings.model_fields if name not in ModelSettings.model_fields}
+    assert run_process("rank", "q", "--token", "t", cwd=tmp_path, env=values).stderr.count("\n") == 1
 
 
 def test_help_names_every_command(tmp_path: Path) -> None:
@@ -54,19 +69,27 @@ def test_help_names_every_command(tmp_path: Path) -> None:
         (["rank", " ", "d"], {}, "query must not be empty"),
         (["rank", "q", "d", "--file", "x"], {}, "not both"),
         (["rank", "q", "--file", "nowhere.txt"], {}, "cannot read nowhere.txt: No such file"),
-        (["rank", "q", "d", "--device", "gpu"], {}, "--device='gpu' cannot be used; auto, cpu, cuda"),
+        (["rank", "q", "d", "--device", "gpu"], {}, "--device='gpu' cannot be used; allowed: auto, cpu, cuda"),
         (["rank", "q", "d"], {"MAX_SEQ_LENGTH": "12"}, "MAX_SEQ_LENGTH='12' cannot be used"),
         (["rank", "q", "d"], {"BATCH_SIZE": "many"}, "BATCH_SIZE='many' cannot be used"),
         (["rank", "q", "d"], {"MAX_SEQ_LENGTH": "999999"}, "128 to 131072"),
-        (["rank", "q", "d"], {"MODEL_DEVICE": '"gpu"  # mine'}, "MODEL_DEVICE='gpu' cannot be used; auto, cpu, cuda"),
+        (
+            ["rank", "q", "d"],
+            {"MODEL_DEVICE": '"gpu"  # mine'},
+            "MODEL_DEVICE='gpu' cannot be used; allowed: auto, cpu, cuda",
+        ),
         (["rank", "q", "d"], {"MODEL_NAME_OR_PATH": "https://huggingface.co/Qwen/X/tree/main"}, "use Qwen/X"),
         (["rank", "q", "d", "--model", "hf-mirror.com/Qwen/X"], {}, "use Qwen/X and HF_ENDPOINT=https://hf-mirror.com"),
         (["rank", "q", "d", "--model", "https://modelscope.cn/models/Qwen/X"], {}, "--model='https://modelscope.cn/"),
-        (["rank", "q", "d", "--revision", "x" * 300], {}, "(300 characters) cannot be used; at most 255 characters"),
+        (
+            ["rank", "q", "d", "--revision", "x" * 300],
+            {},
+            "(300 characters) cannot be used; allowed: at most 255 characters",
+        ),
         (
             ["rank", "q", "d"],
             {"DEFAULT_INSTRUCTION": "x" * 5000},
-            "'... (5000 characters) cannot be used; at most 4096",
+            "'... (5000 characters) cannot be used; allowed: at most 4096",
         ),
         (["rank", "q", "d"], {"MODEL_DEVICE": '"cpu'}, "MODEL_DEVICE in the environment cannot be used; it opens with"),
         (["rank", "q", "d", "--url", "localhost:1"], {}, "write it like http://"),
@@ -94,18 +117,18 @@ def test_bad_input_is_one_line_and_exit_code_2(args: list[str], env: dict[str, s
 @pytest.mark.parametrize("place", range(1, 5))
 @pytest.mark.parametrize("command", ["rank q d --instruction=i", "batch a.jsonl b.jsonl --field=x"])
 def test_an_argument_that_is_no_text_is_refused(command: str, place: int, tmp_path: Path) -> None:
-    words: list[bytes] = [word.encode() for word in command.split()]
-    words[place - 1] += "压缩".encode("gbk")
-    done = subprocess.run([*COMMAND, *words], cwd=tmp_path, env=environment(), capture_output=True, timeout=60)
-    assert done.returncode == 2
-    assert done.stderr.decode().startswith(f"error: argument {place} is not UTF-8; convert it, or write it to a file")
-    assert done.stderr.count(b"\n") == 1
+    words = command.split()
+    words[place - 1] += os.fsdecode("压缩".encode("gbk"))
+    err = cli(*words, cwd=tmp_path, code=2).stderr
+    assert err.startswith(f"error: argument {place} is not UTF-8; convert it, or write it to a file")
+    assert err.count("\n") == 1
 
 
 def test_an_argument_outside_the_encoding_of_the_locale_is_refused(tmp_path: Path) -> None:
     changes = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    err = cli("rank", "压缩", "d", cwd=tmp_path, code=2, env=changes).stderr
-    assert err.startswith("error: argument 2 is not ASCII, the encoding of this locale; set LC_ALL=C.UTF-8")
+    done = run_process("rank", "压缩", "d", cwd=tmp_path, env=changes)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: argument 2 is not ASCII, the encoding of this locale; set LC_ALL=C.UTF-8")
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
@@ -191,13 +214,10 @@ def test_the_token_means_the_same_as_for_the_service(value: str, tmp_path: Path)
         assert service.authorization == ["Bearer s3cret"]
 
 
-def test_a_missing_evaluation_package_is_named_with_its_cure(tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(
-        "import importlib.util as u\nf = u.find_spec\n"
-        "u.find_spec = lambda name, *a: None if name == 'ir_measures' else f(name, *a)\n"
-    )
-    path = f"{tmp_path}:{ROOT}"
-    err = cli("evaluate", "--beir", "x", cwd=tmp_path, code=1, env={"PYTHONPATH": path}).stderr
+def test_a_missing_evaluation_package_is_named_with_its_cure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "ir_measures" else find(name))
+    err = cli("evaluate", "--beir", "x", cwd=tmp_path, code=1).stderr
     assert err == "error: ir_measures missing; pip install -r requirements-eval.txt\n"
 
 

@@ -191,10 +191,10 @@ def test_a_busy_service_is_asked_again_when_it_says(tmp_path: Path) -> None:
     assert "is busy (429); waiting" in out.stderr
 
 
-def test_patience_is_bounded() -> None:
+def test_the_wait_for_a_busy_service_is_bounded() -> None:
     busy = (503, {"Retry-After": "30"}, b"")
     with stub(busy) as service, pytest.raises(FailedError, match=r"not ready \(503\)"):
-        list(Client(service.url, patience=5).rank_many([RerankRequest("q", ["d"])]))
+        list(Client(service.url, max_wait=5).rank_many([RerankRequest("q", ["d"])]))
     assert len(service.bodies) == 1
 
 

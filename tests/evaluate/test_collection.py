@@ -176,7 +176,7 @@ def test_a_run_in_another_form_is_one_line(name: str, content: str, says: str, t
         ("c.csv", "number,text\n1,x\n", "c.csv has no column for the id; its columns are number, text: name one _id"),
         ("c.csv", "id,abstract\n1,x\n", "does not tell which column holds the text; its columns are abstract"),
         ("c.tsv", "id\tabstract\n1\tx\n", "does not tell which column holds the text"),
-        ("c.tsv", "id\ttext\n1\n", "line 2 has 1 column, not 2: id, text"),
+        ("c.tsv", "id\ttext\n1\n", r"row 1 \(line 2\) has too few columns: 1, not 2"),
         ("c.jsonl", '{"_id": "1", "text": null}\n', 'line 1 needs "_id" and a string "text"'),
         ("c.jsonl", '{"_id": true, "text": "x"}\n', 'line 1 needs "_id"'),
         (
@@ -234,7 +234,7 @@ def test_a_mixed_collection_and_what_is_said_of_it(tmp_path: Path) -> None:
         "note: the texts are 'query' of queries.csv",
         "note: ids such as 12.0 are read as 12",
         "note: corpus.parquet lacks 1 of 3 judged documents, the first is '99'; "
-        "what is relevant among them counts as not found",
+        "relevant ones among them count as not found",
     ]
 
 

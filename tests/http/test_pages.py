@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Dialog, Page, expect, sync_playwright
 
-from reranker.rows import forms
+from reranker.rows import columns
 from tests.conftest import GUNICORN, Server, Start
 from tests.rows import test_inputs
 
@@ -372,7 +372,7 @@ READ = """async (files) => {
 
 def test_files_are_read_as_on_the_command_line(fake: Server, visit: Open) -> None:
     page = visit(fake)
-    assert page.evaluate("TEXT_NAMES") == list(forms.TEXT_NAMES)
+    assert page.evaluate("TEXT_NAMES") == list(columns.TEXT_NAMES)
     encodings = ["utf-8", "utf-8-sig", "gb18030", "utf-16"]
     cases = [(name, encoding) for name in test_inputs.GOOD for encoding in encodings]
     contents = [test_inputs.GOOD[name][0].encode(encoding) for name, encoding in cases]

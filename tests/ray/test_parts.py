@@ -20,6 +20,7 @@ from reranker.batch.parts import Part, scan, split_into_parts
 from reranker.batch.scoring import Totals
 from reranker.errors import FailedError, InputError
 from reranker.rows.row import Defaults
+from reranker.settings import ModelSettings
 from reranker.terminal import note
 from tests.batch.test_output import PARTS, part_record
 from tests.batch.test_scoring import Words
@@ -106,7 +107,7 @@ class Rounds:
 @pytest.fixture
 def scoring(monkeypatch: pytest.MonkeyPatch) -> Callable[[Rounds], Iterator[PartRecord]]:
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 1})
-    config = ActorConfig({"device": "cpu"}, Output("/nowhere"), Defaults(), None)
+    config = ActorConfig(ModelSettings(model_device="cpu"), Output("/nowhere"), Defaults(), None)
 
     def start(rounds: Rounds) -> Iterator[PartRecord]:
         monkeypatch.setattr(cluster, "_round", rounds)

@@ -19,7 +19,7 @@ import pyarrow.parquet
 import pytest
 
 from reranker.errors import CommandError, InputError
-from reranker.rows import documents, forms
+from reranker.rows import columns, documents, forms
 from reranker.rows.inputs import open_input
 from reranker.terminal import note
 from tests.cli.command import COMMAND, cli, environment, stub, write_lines
@@ -291,7 +291,7 @@ def test_the_document_names_every_form_and_column() -> None:
     text = (ROOT / "docs" / "files.md").read_text(encoding="utf-8")
     assert re.findall(r"^\| `(\w+)` \| `\.\w+`", text, re.M) == list(forms.KINDS)
     names = text.partition("the first of ")[2].partition(" that is there")[0]
-    assert re.findall(r"`(\w+)`", names) == list(forms.TEXT_NAMES)
+    assert re.findall(r"`(\w+)`", names) == list(columns.TEXT_NAMES)
 
 
 PIECES = [piece.encode() for piece in '" \n \r \t , ; [ { } ] : null NaN 1e999 text \ufeff'.split(" ")]
@@ -371,7 +371,7 @@ def test_keys_that_are_not_ranked_are_said_once_each(tmp_path: Path) -> None:
     write_lines(tmp_path / "d.jsonl", [{"text": "a", f"key {i}": i} for i in range(200)])
     said = ranked(tmp_path, "--file", "d.jsonl")[1].splitlines()
     assert len(said) == 21
-    assert said[-1] == "note: more keys are not read in d.jsonl; no more notes follow"
+    assert said[-1] == "note: 20 different notes were written; no more follow"
 
 
 def test_what_has_no_effect_is_refused(tmp_path: Path) -> None:
