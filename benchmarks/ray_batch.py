@@ -20,12 +20,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.models import SHAPES, model
 from benchmarks.report import header, table
-from deploy.ray_batch import rates
-from reranker.batch.output import Record
+from reranker.batch.output import PartRecord
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -71,7 +72,7 @@ def main() -> None:
 
             size = -(-rows.stat().st_size // a.parts)
             _run("deploy.ray_batch", rows, folder / str(i), "--cpus", "1", "--part-bytes", size, *options)
-            records = [Record(**json.loads(path.read_bytes())) for path in (folder / str(i) / "_done").iterdir()]
+            records = [PartRecord(**json.loads(path.read_bytes())) for path in (folder / str(i) / "_done").iterdir()]
             speed[actor] += rates(records)
             used[actor].append(sum(record.processor for record in records))
             parts = len(records)
@@ -95,6 +96,18 @@ def main() -> None:
         f"\nAn actor reaches {statistics.median(ratios):.3f} of the command's rate "
         f"({ratios[0]:.3f} to {ratios[-1]:.3f} in a round)."
     )
+
+
+def rates(records: Iterable[PartRecord]) -> list[float]:
+    """Return documents per second of each actor, from the start of its first part to the end of its last."""
+    by_actor: dict[str, list[PartRecord]] = defaultdict(list)
+    for record in records:
+        by_actor[record.actor].append(record)
+    return [
+        sum(record.documents for record in parts)
+        / max(max(record.ended for record in parts) - min(record.started for record in parts), 1e-6)
+        for parts in by_actor.values()
+    ]
 
 
 def _command(rows: Path, output: Path, options: list[str]) -> tuple[str, float]:

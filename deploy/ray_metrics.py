@@ -1,8 +1,8 @@
-"""The service's metrics among Ray's own: each node shows those of its replicas to Prometheus, with the replica's name.
+"""Export the service's metrics through Ray: each node serves those of its replicas, labelled by replica.
 
-Behind Ray's router GET /metrics answers for whichever replica it comes to. Ray's agent on every node (`ray start
---metrics-export-port`) has them all: `reranker_queue_tokens` is `ray_reranker_queue_tokens` there, and
-deploy/prometheus/ray.yml takes the prefix off again, so that board and alerts stay as they are.
+Behind Ray's router, GET /metrics reaches only one replica. Ray's agent on every node (`ray start
+--metrics-export-port`) has the metrics of all: `reranker_queue_tokens` is `ray_reranker_queue_tokens` there, and
+deploy/prometheus/ray.yml removes the prefix, so dashboard and alerts need no change.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ _SECONDS = 5
 
 
 def share(metrics: Metrics) -> None:
-    """Hand all values to Ray every few seconds, from a thread that ends with the process."""
+    """Copy all values to Ray every few seconds, in a daemon thread."""
 
-    def forever() -> None:
+    def copy_forever() -> None:
         gauges: dict[str, Any] = {}
         while True:
             for family in metrics.registry.collect():
                 for sample in family.samples:
-                    # A gauge for counters and buckets too: they are counted already, and rate() does not mind.
+                    # Gauges for counters and buckets too: their values are sums already, and rate() accepts gauges.
                     if sample.name not in gauges:
                         gauges[sample.name] = Gauge(sample.name, family.documentation, tuple(sample.labels))
                     gauges[sample.name].set(sample.value, dict(sample.labels))
             time.sleep(_SECONDS)
 
-    threading.Thread(target=forever, name="metrics", daemon=True).start()
+    threading.Thread(target=copy_forever, name="metrics", daemon=True).start()

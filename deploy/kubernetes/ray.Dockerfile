@@ -1,9 +1,9 @@
-# The service's image with Ray in it, for rayservice.yaml:
+# The image of the service plus Ray, for rayservice.yaml; the package reranker is in the base image:
 #   docker build -t reranker . && docker build -t reranker-ray -f deploy/kubernetes/ray.Dockerfile deploy
 ARG BASE_IMAGE=reranker
 FROM ${BASE_IMAGE}
 USER root
-# KubeRay starts Ray through a login shell, which forgets PATH; before Ray 2.53 it looks after it with wget.
+# KubeRay starts Ray in a login shell, which resets PATH; its probes use wget for Ray before 2.53.
 RUN echo 'PATH=/opt/venv/bin:$PATH' > /etc/profile.d/venv.sh \
     && apt-get update \
     && apt-get install -y --no-install-recommends wget \

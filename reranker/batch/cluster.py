@@ -1,8 +1,9 @@
-"""Ray: a cluster that is there or one on this machine, files scanned on it, parts scored on it."""
+"""Ray: connect to a cluster or start one on this machine, scan files on it, score parts on it."""
 
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import os
 import socket
@@ -11,12 +12,12 @@ import uuid
 import warnings
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-# No report about this machine goes to Ray's makers.
+# Reports of usage to Ray's makers are off.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-# Ray starts its workers with a nice value of 15. An actor is no background work: it feeds the device.
+# Ray starts its workers with a nice value of 15, but an actor is no background work: it feeds the device.
 os.environ.setdefault("RAY_worker_niceness", "0")
 
 import ray
@@ -24,49 +25,55 @@ import ray.data
 from ray.exceptions import RayError, RayTaskError
 
 from reranker.batch import parts
-from reranker.batch.actor import Actor, Job
-from reranker.batch.output import Record
+from reranker.batch.actor import Actor, ActorConfig
+from reranker.batch.output import PartRecord
 from reranker.batch.parts import Part, Scan
 from reranker.errors import CommandError, FailedError
+from reranker.notes import Notes
+from reranker.terminal import note
 
-# It calls a node's death a bug of Ray's, with a page of traceback; what becomes of it is said here.
+# It reports a dead node as a bug of Ray with a page of traceback; `score` reports it in one line.
 logging.getLogger("ray.data.exceptions").setLevel(logging.CRITICAL)
 
 _OBJECT_STORE = 256 << 20
-"""Bytes; only parts' places and counts are kept in it."""
+"""Bytes; it only holds the places of parts and their records."""
 _CONNECT_SECONDS = 10.0
-_ROUNDS = 4
-"""How often in a row an actor may die before a part is finished."""
+_MAX_FRUITLESS_ROUNDS = 4
+"""Consecutive rounds in which an actor dies before any part is finished."""
+_AGAIN = "run the same command again to continue"
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """Min and max number of actors, and the GPUs and CPUs of each; None: by the resources of the cluster."""
+
+    size: tuple[int, int] | None = None
+    gpus: float | None = None
+    """0: score on the CPU."""
+    cpus: int | None = None
 
 
 @contextmanager
 def connected(address: str | None, *, verbose: bool) -> Iterator[None]:
-    """Ray, for as long as the block runs; one that is connected already is used and left.
-
-    Args:
-        address: of a cluster, or `local`; None: RAY_ADDRESS, else local.
-        verbose: whether what actors print is shown.
+    """Connect to Ray in the block; `address` is a cluster or `local` (None: RAY_ADDRESS, else local).
 
     Raises:
         FailedError: there is no cluster.
     """
-    if ray.is_initialized():
-        yield
-        return
-    where = address or os.environ.get("RAY_ADDRESS") or "local"
-    local = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE} if where == "local" else {}
+    target = address or os.environ.get("RAY_ADDRESS") or "local"
+    local = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE} if target == "local" else {}
     try:
-        host, _, port = where.rpartition(":")
-        if host and port.isdecimal():  # Ray itself would try for minutes
+        host, _, port = target.rpartition(":")
+        if host and port.isdecimal():  # Ray itself would retry for minutes
             socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
         with warnings.catch_warnings():
-            # It tells what a later Ray will do for actors without a GPU: here they are told to use the CPU.
+            # About a later default for actors without a GPU; `score` gives them device=cpu.
             warnings.simplefilter("ignore", FutureWarning)
-            ray.init(where, log_to_driver=verbose, logging_level="info" if verbose else "warning", **local)
+            ray.init(target, log_to_driver=verbose, logging_level="info" if verbose else "warning", **local)
     except (ConnectionError, RayError, OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise FailedError(
-            f"no Ray cluster at {where}: {reason[0].rstrip('.')}; start one, or --address local"
+            f"no Ray cluster at {target}: {reason[0].rstrip('.')}; start one, or --address local"
         ) from error
     try:
         yield
@@ -75,126 +82,121 @@ def connected(address: str | None, *, verbose: bool) -> Iterator[None]:
 
 
 def scan(files: Sequence[str], size: int) -> dict[str, Scan]:
-    """Read every file somewhere on the cluster.
-
-    Raises:
-        InputError: a file cannot be read or has not the columns of a batch.
-    """
+    """Scan every file on some node; see `parts.scan`."""
     task = ray.remote(parts.scan).options(scheduling_strategy="SPREAD")
     try:
-        found: list[Scan] = ray.get([task.remote(address, size) for address in files])
+        scans: list[Scan] = ray.get([task.remote(address, size) for address in files])
     except RayError as error:
-        raise _failed(error) from None
-    return dict(zip(files, found, strict=True))
+        raise _plain(error) from None
+    return dict(zip(files, scans, strict=True))
 
 
-def score(
-    left: Sequence[Part], job: Job, pool: tuple[int, int] | None, gpus: float | None, cpus: int | None
-) -> Iterator[Record]:
-    """Score parts on a pool of actors; a record for each, as they are finished.
-
-    Args:
-        left: what is to be done.
-        job: what the actors have in common.
-        pool: the least and the most actors.
-        gpus: GPUs of each; 0: the CPU.
-        cpus: CPUs of each.
+def score(unfinished: Sequence[Part], config: ActorConfig, pool: Pool) -> Iterator[PartRecord]:
+    """Score parts on a pool of actors; yield the record of each when it is finished.
 
     Raises:
-        FailedError: a part cannot be scored, or an actor dies again and again.
+        FailedError: a part cannot be scored, or actors die repeatedly.
     """
-    there = ray.cluster_resources()
-    if gpus is None:
-        gpus = 0 if job.model.model_device == "cpu" else min(1.0, there.get("GPU", 0))
-    if not gpus and job.model.model_device == "auto":
-        job = replace(job, model=job.model.model_copy(update={"model_device": "cpu"}))
-    least, most = pool or (max(1, int(there.get("GPU", 0) // gpus)) if gpus else 1,) * 2
-    if cpus is None:
-        widest = max((node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"]), default=1)
-        cpus = 1 if gpus else max(1, int(min(there.get("CPU", 1) // most, widest)))
-    waiting = {part.number: part for part in left}
-    fruitless = 0
-    while waiting:
-        size = ray.data.ActorPoolStrategy(
-            min_size=min(least, len(waiting)),
-            max_size=min(most, len(waiting)),
-            # Another part in an actor's own queue would wait there while a second actor is free.
-            max_tasks_in_flight_per_actor=1,
-        )
-        before = len(waiting)
+    size, resources = _resources(pool, config.model.model_device)
+    if not resources["num_gpus"] and config.model.model_device == "auto":
+        config = replace(config, model=config.model.model_copy(update={"model_device": "cpu"}))
+    pending = {part.number: part for part in unfinished}
+    notes, fruitless = Notes(note), 0
+    while pending:
+        before = len(pending)
         try:
-            with closing(_round(list(waiting.values()), job, size, gpus, cpus)) as rows:
+            with closing(_round(list(pending.values()), config, size, resources)) as rows:
                 for row in rows:
                     if "error" in row:
-                        raise FailedError(f"{row['error']}; run the same command again to continue")
-                    del waiting[row["part"]]
-                    yield Record(**row)
+                        raise FailedError(f"{row['error']}; {_AGAIN}")
+                    for text, place in json.loads(row.pop("notes")).items():
+                        notes.add([text], place)
+                    del pending[row["part"]]
+                    yield PartRecord(**row)
         except RayTaskError as error:
-            raise _failed(error) from None
+            raise _plain(error) from None
         except RayError as error:
-            fruitless = fruitless + 1 if len(waiting) == before else 0
-            if fruitless == _ROUNDS:
-                part = min(waiting.values(), key=lambda part: part.number)
+            fruitless = fruitless + 1 if len(pending) == before else 0
+            if fruitless == _MAX_FRUITLESS_ROUNDS:
+                part = pending[min(pending)]
                 raise FailedError(
-                    f"actors died with {len(waiting)} parts in each of {_ROUNDS} rounds, the first from {part.place} "
-                    f"of {part.file} ({_reason(error)}): Ray's logs say more; run the same command again to continue"
+                    f"actors died with {len(pending)} parts in each of {fruitless} rounds, the first from {part.unit} "
+                    f"{part.first} of {part.file} ({_reason(error)}); see Ray's logs, and {_AGAIN}"
                 ) from error
-            print(f"{_reason(error)}; {len(waiting)} parts left: once more", file=sys.stderr, flush=True)
+            print(f"{_reason(error)}; {len(pending)} parts left: starting new actors", file=sys.stderr, flush=True)
         else:
-            if waiting:  # Ray Data ended without an error, but also without them
-                raise FailedError(f"Ray lost {len(waiting)} parts; run the same command again to continue")
+            if pending:  # Ray Data ended without an error
+                raise FailedError(f"Ray lost {len(pending)} parts; {_AGAIN}")
 
 
 def _round(
-    left: Sequence[Part], job: Job, size: ray.data.ActorPoolStrategy, gpus: float, cpus: int
+    unfinished: Sequence[Part], config: ActorConfig, size: tuple[int, int], resources: dict[str, float]
 ) -> Generator[dict[str, Any], None, None]:
-    """What actors answer, until the first of them dies.
+    """Yield the results of actors until the first actor dies.
 
-    Ray Data could go on without it, but not always to an end: a part whose actor dies between its two answers (a block,
-    then what is in it) is never done, an actor that is gone for good keeps its place in the pool, and a restart waits
-    for ever for the node that is gone. So a death ends the round, and a new pool takes what is left.
+    Ray Data could continue without it, but would not always end: a part whose actor dies between its two messages (a
+    block, then its metadata) is never done, a dead actor keeps its place in the pool, and a restart waits forever for a
+    node that is gone. So a death ends the round, and a new pool takes the pending parts.
 
     Raises:
-        RayError: an actor died, or could not be had.
+        RayError: an actor died or could not start.
     """
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = True
+    ray.data.DataContext.get_current().enable_progress_bars = True
+    actors = ray.data.ActorPoolStrategy(
+        min_size=min(size[0], len(unfinished)),
+        max_size=min(size[1], len(unfinished)),
+        # A second part in the queue of one actor would wait while another actor is idle.
+        max_tasks_in_flight_per_actor=1,
+    )
     names = f"reranker-{uuid.uuid4().hex}"
     number = itertools.count()
     try:
         yield from (
-            ray.data.from_items([asdict(part) for part in left], override_num_blocks=len(left))
+            ray.data.from_items([asdict(part) for part in unfinished], override_num_blocks=len(unfinished))
             .map(
                 Actor,
-                fn_constructor_args=(job,),
-                compute=size,
-                num_cpus=cpus,
-                num_gpus=gpus,
+                fn_constructor_args=(config,),
+                compute=actors,
                 max_restarts=0,
                 max_task_retries=0,
                 ray_remote_args_fn=lambda: {"name": f"{names}-{next(number)}"},
+                **resources,
             )
             .iter_rows()
         )
     finally:
-        # Ray Data only drops its handles, some of them in reference cycles. Until those are collected, which may be
-        # never, the actors would hold the CPUs and GPUs that the next round waits for.
+        # Ray Data only drops its handles, some of them in reference cycles. Until those are collected, perhaps never,
+        # the actors would keep the CPUs and GPUs that the next round needs.
         for name in ray.util.list_named_actors():
             if name.startswith(names):
                 with suppress(ValueError):  # it died meanwhile
                     ray.kill(ray.get_actor(name))
 
 
-def _failed(error: RayError) -> Exception:
-    """As a line, where it is one of those that happen without a fault of this program."""
+def _resources(pool: Pool, device: str) -> tuple[tuple[int, int], dict[str, float]]:
+    """Return the size of a pool, and the resources of each actor as keywords of Ray; docs/ray-batch.md has defaults."""
+    total = ray.cluster_resources()
+    gpus = pool.gpus
+    if gpus is None:
+        gpus = 0 if device == "cpu" else min(1.0, total.get("GPU", 0))
+    size = pool.size or (max(1, int(total.get("GPU", 0) // gpus)) if gpus else 1,) * 2
+    cpus = pool.cpus or 1
+    if pool.cpus is None and not gpus:
+        widest = max((node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"]), default=1)
+        cpus = max(1, int(min(total.get("CPU", 1) // size[1], widest)))
+    return size, {"num_gpus": gpus, "num_cpus": cpus}
+
+
+def _plain(error: RayError) -> Exception:
+    """Return an error of one line, unless a bug of this program caused it."""
     if not isinstance(error, RayTaskError):
-        return FailedError(f"Ray gave up: {_reason(error)}; run the same command again to continue")
+        return FailedError(f"Ray gave up: {_reason(error)}; {_AGAIN}")
     cause: BaseException = error.cause
     if isinstance(cause, CommandError):
         return cause
     if "failed to import" in str(cause):
         return FailedError(
-            f"the cluster has not this program, or not its packages ({str(error).strip().splitlines()[-1]}): let Ray "
+            f"the cluster lacks this program or its packages ({str(error).strip().splitlines()[-1]}): let Ray "
             f"bring it, with `ray job submit --working-dir . -- python -m deploy.ray_batch ...`"
         )
     unexpected: Exception = error
@@ -202,8 +204,8 @@ def _failed(error: RayError) -> Exception:
 
 
 def _reason(error: RayError) -> str:
-    """In a line."""
+    """Return the one line of an error of Ray that names the cause."""
     lines = str(error).strip().splitlines() or [""]
-    # What went wrong in a constructor stands below its traceback, and why an actor died below its name.
+    # An error in a constructor stands below its traceback; the cause of an actor's death below its name.
     why = lines[-1] if "creation task" in lines[0] else next((line for line in lines if " because " in line), lines[0])
     return f"{type(error).__name__}: {why.strip().rstrip('.')}"

@@ -1,11 +1,11 @@
-"""The output of a batch, safe against every way to die: complete under its name, or not there.
+"""An output of one part on the local disk, written line by line: complete under its name, or not there.
 
-    OUT.partial        the lines written so far; becomes OUT by a rename when the last one is there
-    OUT.partial.json   what they were made from; another run may continue only with the same
+    OUT.partial        the lines written so far; renamed to OUT after the last one
+    OUT.partial.json   the manifest; another run continues only with the same
 
-A line is written with one call when it is scored, so a killed process loses nothing that it has scored. Every two
-seconds the file is forced to the disk, so a power failure loses at most two seconds of lines; a torn last
-line (half of one, or zeros) is truncated on the next start.
+Each line is one write when it is scored, so a killed process loses no scored line. The file is forced to the disk every
+two seconds, so a power failure loses at most two seconds of lines; the next start truncates a torn last line (half of
+one, or zeros).
 """
 
 from __future__ import annotations
@@ -14,141 +14,126 @@ import fcntl
 import json
 import os
 import time
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
+from reranker.batch.manifest import continues
 from reranker.errors import InputError
 from reranker.rows.lines import dump, writing
 
 _SYNC_SECONDS = 2.0
 
 
-class Journal:
-    """The unfinished output; a context manager.
+class Journal(AbstractContextManager["Journal"]):
+    """The unfinished output.
 
     Args:
         path: the output.
-        identity: the input and options that the output depends on; JSON values.
-        overwrite: replace a finished output, and an unfinished one of another identity.
+        manifest: everything the output depends on; JSON values.
+        overwrite: replace a finished output, and an unfinished one with another manifest.
         unit: `line` or `row`, the key of the number in an output line.
 
     Attributes:
-        last: number of the last input line or row that has its output line; 0: none.
-        lines: how many output lines there are.
+        last: number of the last input line or row that has an output line; 0: none.
+        lines: count of output lines.
 
     Raises:
-        InputError: the output exists, is being written by another process, or was begun with something else.
-        FailedError: it cannot be written.
+        InputError: the output exists, is being written by another process, or has another manifest.
+        FailedError: the disk is full or gone.
     """
 
-    def __init__(self, path: Path, identity: dict[str, Any], *, overwrite: bool, unit: str = "line") -> None:
+    def __init__(self, path: Path, manifest: dict[str, Any], *, overwrite: bool, unit: str = "line") -> None:
         self.path = path
         self.partial = path.with_name(path.name + ".partial")
-        self.about = path.with_name(path.name + ".partial.json")
+        self.manifest_path = path.with_name(path.name + ".partial.json")
         self.unit = unit
         self.last = self.lines = 0
-        self._mine = False
+        self._owned = False
         if path.exists() and not overwrite:
             raise InputError(f"{path} exists already; give another name, or --overwrite")
         with writing(self.partial):
             self._file = open(self.partial, "ab", buffering=0)  # noqa: SIM115  # closed by close()
         try:
-            self._begin(identity, overwrite)
-        except BaseException:  # an interrupt too leaves no file open
+            self._begin(manifest, overwrite)
+        except BaseException:  # an interrupt leaves no open file either
             self.close()
             raise
-
-    def __enter__(self) -> Journal:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def write(self, line: int, record: dict[str, Any]) -> None:
-        """The output of input line `line`.
-
-        Raises:
-            FailedError: the disk is full or gone.
-        """
-        data = dump({self.unit: line} | record)
+    def write(self, number: int, record: dict[str, Any]) -> None:
+        """Append the record of input line or row `number`; see `writing` for errors."""
+        data = dump({self.unit: number} | record)
         with writing(self.partial):
-            while data:  # a signal or a nearly full disk may cut a write short
+            while data:  # a signal or a nearly full disk may shorten a write
                 data = data[self._file.write(data) :]
-        self.last, self.lines = line, self.lines + 1
+        self.last, self.lines = number, self.lines + 1
         if time.monotonic() - self._synced > _SYNC_SECONDS:
             self.sync()
 
     def sync(self) -> None:
-        """Force everything written to the disk."""
+        """Force all lines to the disk."""
         with writing(self.partial):
             os.fsync(self._file.fileno())
         self._synced = time.monotonic()
 
     def finish(self) -> None:
-        """Everything is there: give it its name."""
+        """Rename the complete output to its name."""
         self.sync()
         with writing(self.path):
-            os.replace(self.partial, self.path)
-            _sync_folder(self.path)
-            self.about.unlink(missing_ok=True)
+            self.partial.replace(self.path)
+            _sync(self.path.parent)
+            self.manifest_path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Close the file. Lines that were written stay; a file without any is removed."""
-        if not self.lines and self._mine:
+        """Close the file; delete it if it has no lines."""
+        if not self.lines and self._owned:
             self.partial.unlink(missing_ok=True)
-            self.about.unlink(missing_ok=True)
+            self.manifest_path.unlink(missing_ok=True)
         self._file.close()
 
-    def _begin(self, identity: dict[str, Any], overwrite: bool) -> None:
+    def _begin(self, manifest: dict[str, Any], overwrite: bool) -> None:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise InputError(f"{self.partial} is being written by another process") from None
-        self._synced = time.monotonic()
-        other = _difference(self.about, identity) if self.partial.stat().st_size else None
-        if other and not overwrite:
-            raise InputError(f"{self.partial} was begun with {other}; use the same again, or --overwrite to start anew")
         with writing(self.partial):
-            self._mine = True
-            self._file.truncate(0 if other else self._recover())
-            # The manifest is on the disk before the first line.
-            draft = self.about.with_name(self.about.name + ".new")
-            with open(draft, "wb") as file:
-                file.write(dump(identity))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(draft, self.about)
-            _sync_folder(self.path)
+            resumed = self.partial.stat().st_size > 0 and self._continues(manifest, overwrite)
+            self._owned = True
+            self._file.truncate(self._whole_bytes() if resumed else 0)
+            self.sync()
+            if not resumed:  # on the disk between the last line of another manifest and the first line of this one
+                self.manifest_path.write_bytes(dump(manifest))
+                for path in (self.manifest_path, self.path.parent):
+                    _sync(path)
 
-    def _recover(self) -> int:
-        """Read what an earlier run left: bytes up to the last line before the first that is not whole."""
-        good = 0
+    def _continues(self, manifest: dict[str, Any], overwrite: bool) -> bool:
+        content = None
+        with suppress(OSError):
+            content = self.manifest_path.read_bytes()
+        return continues(content, manifest, str(self.partial), overwrite=overwrite)
+
+    def _whole_bytes(self) -> int:
+        """Read the lines of an earlier run, up to the first that is not whole; return their size."""
+        size = 0
         with open(self.partial, "rb") as file:
-            for raw in file:
+            for line in file:
                 try:
-                    number = json.loads(raw)[self.unit] if raw.endswith(b"\n") else 0
+                    number = json.loads(line)[self.unit] if line.endswith(b"\n") else 0
                 except (ValueError, KeyError, TypeError):
                     break
                 if not isinstance(number, int) or number <= self.last:
                     break
-                self.last, self.lines, good = number, self.lines + 1, good + len(raw)
-        return good
+                self.last, self.lines, size = number, self.lines + 1, size + len(line)
+        return size
 
 
-def _difference(about: Path, identity: dict[str, Any]) -> str | None:
-    """Name the options in which an unfinished output differs from this run."""
+def _sync(path: Path) -> None:
+    """Force a file, or the renames in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        begun = json.loads(about.read_bytes())
-        differs = [key for key in identity | begun if begun.get(key) != identity.get(key)]
-    except (OSError, ValueError, TypeError, AttributeError):
-        return "something unknown"
-    return f"another {' and '.join(differs)}" if differs else None
-
-
-def _sync_folder(path: Path) -> None:
-    """Force a rename in the folder of `path` to the disk."""
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)

@@ -1,54 +1,66 @@
-"""`batch`: rows in, JSON lines out, for as long as it takes. Run again after an interruption, it goes on.
+"""A batch on this machine: rows of one file in, JSON lines out. Run again after an interruption, it continues.
 
-in   {"id": ..., "query": "...", "documents": ["...", ...], "top_k": 3, "instruction": "..."}     only two are required
-     {"id": ..., "query": "...", "document": "...", "instruction": "..."}                         a pair
-out  {"line": 1, "id": ..., "results": [{"index": 0, "score": 0.98}, ...]}                  one for each row, in order
-     {"line": 1, "id": ..., "score": 0.98}                                                  for a pair
+in   {"id": ..., "query": "...", "documents": ["...", ...], "top_k": 3, "instruction": "..."}    only two are required
+     {"id": ..., "query": "...", "document": "...", "instruction": "..."}                        a pair
+out  {"line": 1, "id": ..., "results": [{"index": 0, "score": 0.98}, ...]}                 one for each row, in order
+     {"line": 1, "id": ..., "score": 0.98}                                                 for a pair
 
-Rows are JSON lines, or items of a JSON array, rows of CSV, TSV or Parquet; for those the output says `row`, not `line`.
+Rows are JSON lines, items of a JSON array, or rows of CSV, TSV or Parquet; for all but the first, the output has `row`
+instead of `line`.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
-from collections import deque
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from reranker.batch.journal import Journal
-from reranker.cli.options import source
+from reranker.batch.scoring import Totals, answers
 from reranker.errors import FailedError, InputError, InvalidRequestError, RerankError
 from reranker.notes import Notes
-from reranker.rankers.ranker import Ranker, Scored
-from reranker.rankers.source import open_ranker
+from reranker.rankers.ranker import Ranker
+from reranker.rankers.source import Source, open_ranker
 from reranker.rows.cells import Cells, RowError
-from reranker.rows.groups import Row, groups, joined, row_of
-from reranker.rows.inputs import Input, Record, open_input
-from reranker.terminal import meter, plural, truncated
-from reranker.types import RerankRequest
-
-KINDS = ("jsonl", "json", "csv", "tsv", "parquet")
-"""The forms of rows."""
+from reranker.rows.forms import ROW_KINDS
+from reranker.rows.inputs import Input, open_input
+from reranker.rows.row import Defaults, Row, read_row
+from reranker.terminal import Meter, meter, plural
 
 
-def batch(args: argparse.Namespace) -> None:
-    """Run the command.
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A batch on this machine."""
+
+    input: str
+    output: Path
+    source: Source
+    defaults: Defaults
+    input_format: str | None = None
+    field: str | None = None
+    encoding: str | None = None
+    skip_bad: bool = False
+    overwrite: bool = False
+
+
+def run(job: Job) -> None:
+    """Score all rows, or those that an earlier run did not.
 
     Raises:
         InputError: a row cannot be used; everything before it is written.
         FailedError: scoring failed, or the output cannot be written.
     """
-    where = source(args)
-    output = Path(args.output)
-    _check_paths(Path(args.input), output)
-    with open_input(args.input, args.input_format, args.encoding, KINDS) as rows:
-        rows.check_encoding()
-        options = {"input": rows.digest(), "top_k": args.top_k, "instruction of requests": args.instruction}
-        options |= {name: getattr(args, name) for name in ("field", "encoding", "input_format") if getattr(args, name)}
-        with Journal(output, options | where.identity, overwrite=args.overwrite, unit=rows.unit) as journal:
-            _run(args, open_ranker(where), _Reader(rows, args, skip_to=journal.last), journal)
+    _check_paths(Path(job.input), job.output)
+    with open_input(job.input, job.input_format, job.encoding, ROW_KINDS) as file:
+        file.check_encoding()
+        options = {"field": job.field, "encoding": job.encoding, "input_format": job.input_format}
+        manifest = {"input": file.digest()} | {name: value for name, value in options.items() if value}
+        manifest |= job.defaults.identity | job.source.identity
+        with Journal(job.output, manifest, overwrite=job.overwrite, unit=file.unit) as journal:
+            ranker = open_ranker(job.source)
+            with meter(file.total) as progress:
+                _score(job, ranker, file, journal, progress)
             journal.finish()
 
 
@@ -66,122 +78,48 @@ def _check_paths(path: Path, output: Path) -> None:
         raise InputError(f"the folder {output.parent} does not exist")
 
 
-def _run(args: argparse.Namespace, ranker: Ranker, read: _Reader, journal: Journal) -> None:
-    unit, before = journal.unit, journal.lines
-    bad = shortened = queries = 0
-    start = time.monotonic()
-    with meter(read.input.total) as shown:
-        if before:
-            shown.say(f"continuing after {unit} {journal.last}: {_done(before, unit)}")
-        notes = Notes(shown.say)
-        for group, outcome in _answers(ranker, read):
-            for row in group:
-                notes.add(row.warnings, f"{row.place}: ")
-            if isinstance(outcome, Scored):
-                _write(journal, group, outcome)
-                shortened += outcome.truncated
-                queries += outcome.query_truncated
-                shown.advance(group[-1].end, len(outcome.scores))
-                continue
-            if not isinstance(outcome, InvalidRequestError):
-                raise FailedError(f"{group[0].place}: {outcome}; run the same command again to continue")
-            if not args.skip_bad:
-                raise InputError(f"{group[0].place}: {outcome}; {_way_out(journal)}")
-            for row in group:
-                shown.say(f"{row.place} skipped: {outcome}")
-                journal.write(row.number, {"id": row.id, "error": str(outcome)})
-            bad += len(group)
-            shown.advance(group[-1].end, 0)
-        seconds = time.monotonic() - start
-        rows, documents = plural(journal.lines - before, unit), plural(shown.documents, "document")
-        shown.say(f"{rows}, {documents} in {seconds:.1f} s ({shown.rate})")
-        if bad:
-            were, each = ("was", "it") if bad == 1 else ("were", "each")
-            shown.say(f'{plural(bad, f"bad {unit}")} {were} skipped; the output says "error" for {each}')
-        if shortened:
-            shown.say(truncated(shortened, args.url))
-        if queries:
-            shown.say(truncated(queries, args.url, "query", "queries"))
+def _score(job: Job, ranker: Ranker, file: Input, journal: Journal, progress: Meter) -> None:
+    unit, totals, start = journal.unit, Totals(), time.monotonic()
+    if journal.lines:
+        progress.say(f"continuing after {unit} {journal.last}: {_done(journal)}")
+    for answer in answers(
+        ranker, _rows(job, file, journal.last), Notes(progress.say).add, stop_at_bad=not job.skip_bad
+    ):
+        if isinstance(answer.outcome, RerankError):
+            _check_skipped(answer.rows[0].place, answer.outcome, job, journal)
+            for row in answer.rows:
+                progress.say(f"{row.place} skipped: {answer.outcome}")
+        for number, record in answer.records:
+            journal.write(number, record)
+        totals.add(answer)
+        progress.advance(answer.rows[-1].end, answer.documents)
+    for line in totals.summary(time.monotonic() - start, '"error" in the output', unit, job.source.url):
+        progress.say(line)
 
 
-def _write(journal: Journal, group: list[Row], scored: Scored) -> None:
-    if group[0].pair:
-        for row, score in zip(group, scored.scores, strict=True):
-            journal.write(row.number, {"id": row.id, "score": score})
-        return
-    best = [{"index": i, "score": scored.scores[i]} for i in scored.best(group[0].top_k)]
-    journal.write(group[0].number, {"id": group[0].id, "results": best})
-
-
-def _done(count: int, unit: str) -> str:
-    return f"{plural(count, unit)} {'is' if count == 1 else 'are'} done"
-
-
-def _way_out(journal: Journal) -> str:
-    if not journal.lines:
-        return "correct it, or run again with --skip-bad"
-    return (
-        f"{_done(journal.lines, journal.unit)}: run again with --skip-bad to continue, "
-        f"or correct the input and start anew with --overwrite"
-    )
-
-
-def _answers(ranker: Ranker, read: _Reader) -> Iterator[tuple[list[Row], Scored | RerankError]]:
-    """Each group of rows with its outcome, in order: rows that hold no request wait for their turn as well.
-
-    Raises:
-        InputError: the input cannot be read any further.
-    """
-    for outcome in ranker.rank_many(read.requests()):
-        yield from _bad(read.groups)
-        yield read.groups.popleft(), outcome
-    yield from _bad(read.groups)
-    if read.failure:
-        raise read.failure
-
-
-def _bad(waiting: deque[list[Row]]) -> Iterator[tuple[list[Row], RerankError]]:
-    while waiting and waiting[0][0].request is None:
-        yield waiting[0], InvalidRequestError(waiting[0][0].error)
-        waiting.popleft()
-
-
-class _Reader:
-    """The input row by row; a worker thread reads, the main thread takes `groups`."""
-
-    def __init__(self, rows: Input, args: argparse.Namespace, skip_to: int) -> None:
-        self.input = rows
-        self.args = args
-        self.skip_to = skip_to
-        self.groups: deque[list[Row]] = deque()
-        """Read and not answered yet."""
-        self.failure: InputError | None = None
-        """Why the input ended early."""
-
-    def requests(self) -> Iterator[RerankRequest]:
-        """The requests of the good rows; ends at the first bad one, unless those are skipped."""
-        for group in groups(self._rows()):
-            self.groups.append(group)
-            request = joined(group)
-            if request is not None:
-                yield request
-            elif not self.args.skip_bad:
-                return
-
-    def _rows(self) -> Iterator[Row]:
-        cells = Cells(self.input, self.args.field)
-        try:
-            for record in self.input.records():
-                if record.number > self.skip_to:
-                    yield self._row(record, cells)
-        except InputError as error:
-            self.failure = error
-
-    def _row(self, record: Record, cells: Cells) -> Row:
-        row = Row(record.number, error=record.error)
+def _rows(job: Job, file: Input, after: int) -> Iterator[Row]:
+    cells = Cells(file, job.field)
+    for record in file.records():
+        if record.number <= after:
+            continue
         if not record.error:
             try:
-                row = row_of(record.number, cells.body(record.value), self.args.top_k, self.args.instruction)
+                record = replace(record, value=cells.body(record.value))
             except RowError as error:
-                row = replace(row, error=str(error))
-        return replace(row, place=record.place, end=record.end)
+                record = replace(record, error=str(error))
+        yield read_row(record, job.defaults)
+
+
+def _check_skipped(place: str, error: RerankError, job: Job, journal: Journal) -> None:
+    """Raise an error that ends the batch, unless it is that of a bad row, which the job skips."""
+    if not isinstance(error, InvalidRequestError):
+        raise FailedError(f"{place}: {error}; run the same command again to continue")
+    if not job.skip_bad and journal.lines:
+        way_out = "run again with --skip-bad to continue, or correct the input and start anew with --overwrite"
+        raise InputError(f"{place}: {error}; {_done(journal)}: {way_out}")
+    if not job.skip_bad:
+        raise InputError(f"{place}: {error}; correct it, or run again with --skip-bad")
+
+
+def _done(journal: Journal) -> str:
+    return f"{plural(journal.lines, journal.unit)} {'is' if journal.lines == 1 else 'are'} done"

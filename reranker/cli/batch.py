@@ -1,5 +1,31 @@
 """`batch`: many rows in, JSON lines out."""
 
-from reranker.batch.local import batch
+from __future__ import annotations
 
-__all__ = ["batch"]
+import argparse
+from pathlib import Path
+
+from reranker.batch.local import Job, run
+from reranker.cli.options import source
+from reranker.rows.row import Defaults
+
+
+def batch(args: argparse.Namespace) -> None:
+    """Run the command.
+
+    Raises:
+        InputError: a row cannot be used; everything before it is written.
+        FailedError: scoring failed, or the output cannot be written.
+    """
+    job = Job(
+        input=args.input,
+        output=Path(args.output),
+        source=source(args),
+        defaults=Defaults(args.top_k, args.instruction),
+        input_format=args.input_format,
+        field=args.field,
+        encoding=args.encoding,
+        skip_bad=args.skip_bad,
+        overwrite=args.overwrite,
+    )
+    run(job)

@@ -62,6 +62,8 @@ class Batcher:
         self._loaded = asyncio.Event()  # set once the status is no longer "loading"
         self._set_status("loading")
         self.scorer: ScorerLike | None = None
+        self.failure: Exception | None = None
+        """Why the scorer was not loaded or is lost."""
         self.queue = TokenQueue()
         self.admission = Admission(self.queue, max_queue_tokens, max_requests)
         self._cache = ScoreCache(cache_entries) if cache_entries else None
@@ -122,6 +124,7 @@ class Batcher:
         """Become unhealthy, fail the pending requests, then end the worker through `on_failure`; once."""
         if self.status == "unhealthy":
             return
+        self.failure = error
         self._set_status("unhealthy")
         try:
             self.on_unhealthy()

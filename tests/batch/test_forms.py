@@ -189,7 +189,7 @@ def test_an_interrupted_table_is_continued(name: str, tmp_path: Path) -> None:
         said = cli(*args, "--skip-bad", cwd=tmp_path).stderr
         assert "continuing after row 4: 4 rows are done\n" in said
         assert "\n6 rows, 5 documents in " in said
-        assert '1 bad row was skipped; the output says "error" for it\n' in said
+        assert '1 bad row was skipped; see "error" in the output\n' in said
     assert sorted(body["query"] for body in service.bodies) == [f"q{i}" for i in range(9)]
     rows = read_lines(tmp_path / "out.jsonl")
     assert [row["row"] for row in rows] == list(range(1, 11))

@@ -1,4 +1,4 @@
-"""`batch` as a process: killed, interrupted, resumed; nothing scored twice, nothing lost. And its journal alone."""
+"""`batch` as a process: killed, interrupted, resumed; nothing is scored twice or lost."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from typing import Any
 import pytest
 
 from reranker import Scorer
-from reranker.batch.journal import Journal
-from reranker.errors import InputError
 from tests.cli.command import COMMAND, cli, environment, read_lines, stub, write_lines
 from tests.cli.test_rank import terminal, url
 from tests.conftest import GUNICORN, Server, Start
@@ -28,7 +26,7 @@ WORDS = "gzip compresses files chess is a game 压缩 文件 cat small animal".s
 
 
 def inputs(count: int) -> list[dict[str, Any]]:
-    """Requests of different sizes; every text is another one."""
+    """Requests of different sizes; no text occurs twice."""
     return [
         {
             "id": f"q{i}",
@@ -47,14 +45,14 @@ def started(args: list[str], cwd: Path) -> subprocess.Popen[bytes]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         stdin=subprocess.DEVNULL,
-        # As a terminal starts it: a test run in the background of a shell ignores SIGINT, and so would this.
+        # As in a terminal: tests in the background of a shell ignore SIGINT, and so would this process.
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
 
 
 def wait_for_bytes(path: Path, count: int, process: subprocess.Popen[bytes]) -> None:
     while not (path.exists() and path.stat().st_size >= count):
-        assert process.poll() is None, "it ended before it could be interrupted"
+        assert process.poll() is None, "the process ended before it could be interrupted"
         time.sleep(0.01)
 
 
@@ -72,7 +70,7 @@ def test_killed_and_resumed_with_the_model(tmp_path: Path) -> None:
     before = partial.read_bytes()
     done = before.count(b"\n")
     assert 0 < done < len(values)
-    with partial.open("ab") as file:  # what a power failure leaves
+    with partial.open("ab") as file:  # as after a power failure
         file.write(b'{"line": %d, "id": "q' % (done + 1) + b"\0" * 100)
     resumed = cli("batch", "in.jsonl", "out.jsonl", *args, cwd=tmp_path)
     assert f"continuing after line {done}: {done} lines are done" in resumed.stderr
@@ -107,7 +105,7 @@ def test_interrupted_by_ctrl_c_and_resumed(start: Start, tmp_path: Path) -> None
     wait_for_bytes(tmp_path / "out.jsonl.partial", 500, process)
     while fcntl.ioctl(passes, termios.FIONREAD, bytes(4)) != bytes(4):
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)  # and nothing that is on its way will be answered
+    process.send_signal(signal.SIGINT)  # no request in flight will be answered
     assert process.wait(30) == -signal.SIGINT
     before = (tmp_path / "out.jsonl.partial").read_bytes()
     assert 0 < before.count(b"\n") < 100
@@ -225,6 +223,17 @@ def test_an_unfinished_output_is_continued_with_the_same_only(tmp_path: Path) ->
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
 
 
+def test_top_k_with_pairs_is_noted_once(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in.jsonl", [{"query": "q", "document": f"d{i}"} for i in range(3)])
+    with stub() as service:
+        args = ("batch", "in.jsonl", "out.jsonl", "--url", service.url)
+        assert "--top-k" not in cli(*args, cwd=tmp_path).stderr
+        err = cli(*args, "--top-k", 1, "--overwrite", cwd=tmp_path).stderr
+    assert err.count("--top-k") == 1
+    assert "line 1: --top-k has no effect on a row with document: its result is one score\n" in err
+    assert [row["score"] for row in read_lines(tmp_path / "out.jsonl")] == [0.5] * 3
+
+
 def test_progress_in_a_terminal(tmp_path: Path) -> None:
     write_lines(tmp_path / "in.jsonl", inputs(40))
     with stub() as service:
@@ -232,47 +241,6 @@ def test_progress_in_a_terminal(tmp_path: Path) -> None:
     assert "100%" in shown
     assert "documents/s" in shown
     assert "40 lines, " in shown
-
-
-def filled(path: Path, count: int) -> bytes:
-    with Journal(path, {"model": "m"}, overwrite=False) as journal:
-        for i in range(count):
-            journal.write(i * 2 + 1, {"id": f"文 {i}", "results": []})
-    return journal.partial.read_bytes()
-
-
-def test_a_journal_cut_anywhere_is_mended(tmp_path: Path) -> None:
-    whole = filled(tmp_path / "out", 2)
-    ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
-    for cut in range(len(whole) + 1):
-        for tail in (b"", b"\0" * 5, b"\0\n" + whole[-8:]):
-            (tmp_path / "out.partial").write_bytes(whole[:cut] + tail)
-            complete = sum(end <= cut for end in ends)
-            with Journal(tmp_path / "out", {"model": "m"}, overwrite=False) as journal:
-                assert (journal.lines, journal.last) == (complete, max(0, complete * 2 - 1)), (cut, tail)
-                journal.write(9, {})
-            left = (tmp_path / "out.partial").read_bytes()
-            assert left == whole[: ends[complete - 1] if complete else 0] + b'{"line": 9}\n'
-
-
-def test_a_journal_has_one_writer(tmp_path: Path) -> None:
-    with Journal(tmp_path / "out", {}, overwrite=False) as journal:
-        journal.write(1, {})
-        with pytest.raises(InputError, match="being written by another process"):
-            Journal(tmp_path / "out", {}, overwrite=True)
-    assert len(read_lines(tmp_path / "out.partial")) == 1
-
-
-def test_a_journal_without_a_line_leaves_nothing(tmp_path: Path) -> None:
-    Journal(tmp_path / "out", {}, overwrite=False).close()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_journal_of_unknown_origin_is_not_touched(tmp_path: Path) -> None:
-    (tmp_path / "out.partial").write_text("mine\n")
-    with pytest.raises(InputError, match="begun with something unknown"):
-        Journal(tmp_path / "out", {}, overwrite=False)
-    assert (tmp_path / "out.partial").read_text() == "mine\n"
 
 
 def test_a_full_disk_is_one_error_and_no_loss(tmp_path: Path) -> None:

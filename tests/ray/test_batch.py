@@ -32,7 +32,7 @@ UNCOLLECTED = [
     "-c",
     "import gc; gc.disable(); from deploy.ray_batch import main, run; run(main)",
 ]
-"""The same, and what is in reference cycles stays."""
+"""The same, without garbage collection of reference cycles."""
 MODEL = ("--device", "cpu", "--max-batch-tokens", "1024")
 SMALL = ("--part-bytes", "1000", *MODEL)
 STORE = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
@@ -40,7 +40,7 @@ STORE = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_RE
 
 @pytest.fixture(scope="session")
 def store() -> Iterator[dict[str, str]]:
-    """What a process needs in its environment to reach a store that is not the local disk."""
+    """Environment variables to reach a store that is not the local disk."""
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -95,7 +95,7 @@ def check(output: Path, rows: dict[Any, dict[int, float]]) -> None:
 
 
 class Running:
-    """A batch that is under way."""
+    """A batch in progress."""
 
     def __init__(self, *args: object, cwd: Path, command: Sequence[str] = COMMAND) -> None:
         self.log = cwd / "log"
@@ -110,10 +110,10 @@ class Running:
             )
 
     def wait_for(self, output: Path, parts: int, processes: int = 1) -> list[dict[str, Any]]:
-        """Until so many parts are finished, by so many actors."""
+        """Wait until at least `parts` parts are finished, by at least `processes` actors."""
         deadline = time.monotonic() + 120
         while len(found := records(output)) < parts or len({record["process"] for record in found}) < processes:
-            assert self.process.poll() is None, f"it ended too early:\n{self.log.read_text()[-5_000:]}"
+            assert self.process.poll() is None, f"the batch ended too early:\n{self.log.read_text()[-5_000:]}"
             assert time.monotonic() < deadline, self.log.read_text()[-5_000:]
             time.sleep(0.01)
         return found
@@ -122,7 +122,7 @@ class Running:
         try:
             code = self.process.wait(200)
         except subprocess.TimeoutExpired:
-            self.process.send_signal(signal.SIGABRT)  # it tells where it waits
+            self.process.send_signal(signal.SIGABRT)  # it prints all stacks
             code = self.process.wait(10)
         assert code == 0, self.log.read_text()[-5_000:]
         return self.log.read_text()
@@ -136,6 +136,7 @@ def test_from_and_to_a_store_equal_to_the_command_line(cluster: Cluster, store: 
     (data / "lines.jsonl").write_bytes(lines)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(lists), data / "deep" / "lists.parquet", row_group_size=13)
     flat = [{"id": i, "query": r["query"], "document": d} for i, r in enumerate(pairs) for d in r["documents"]]
+    flat[0]["lang"] = "en"
     write_lines(data / "pairs.jsonl", [*flat, {"id": "x", "query": "q", "document": 1}])
     (data / "_ignored.jsonl").write_text("not data")
     fs = s3fs.S3FileSystem(key="a", secret="b", endpoint_url=store["FSSPEC_S3_ENDPOINT_URL"])
@@ -145,7 +146,9 @@ def test_from_and_to_a_store_equal_to_the_command_line(cluster: Cluster, store: 
     args = ("s3://bucket/data", "s3://bucket/out", *SMALL, "--address", cluster.address)
     done = cli(*args, cwd=tmp_path, command=COMMAND, env=store)
     assert "3 files, " in done.stderr
-    assert f" rows ({len(BAD) + 1} bad), " in done.stderr
+    assert f"\n{len(BAD) + 1} bad rows were skipped; see s3://bucket/out/bad-*.jsonl\n" in done.stderr
+    assert done.stderr.count("note: pairs.jsonl line 1: lang is not read\n") == 1
+    assert done.stderr.count("lang is not read") == 1
     fs.invalidate_cache()
     fs.get("bucket/out", str(tmp_path / "out"), recursive=True)
     parts = len(records(tmp_path / "out"))
@@ -204,7 +207,7 @@ def test_a_killed_run_is_resumed(
         time.sleep(0.05)
     assert not (output / "_summary.json").exists()
     finished = {path: (path.stat().st_ino, path.read_bytes()) for path in output.glob("_done/*.json")}
-    # What a death between two files leaves: rows without a record, and half of a file that was being written.
+    # As after a death between two files: rows without a record, and half of an unfinished file.
     half = output / f"part-{len(finished):06d}.jsonl"
     half.write_bytes(b'{"file": "in.jsonl", "li')
     (output / "_draft-0").write_bytes(b"{")
@@ -212,10 +215,11 @@ def test_a_killed_run_is_resumed(
     resumed = cli(*args, cwd=tmp_path, command=COMMAND)
     parts = len(records(output))
     assert 3 <= len(finished) < parts
-    assert f"1 files, {parts} parts, {len(finished)} of them finished before" in resumed.stderr
+    assert f"1 file, {parts} parts, {len(finished)} of them finished before" in resumed.stderr
     left = [record for record in records(output) if record["process"] != actor]
     assert len(left) == parts - len(finished)
-    assert f"\n{sum(record['rows'] for record in left)} rows (0 bad), " in resumed.stderr
+    assert f"\n{sum(record['rows'] for record in left)} rows, " in resumed.stderr
+    assert " bad row" not in resumed.stderr
     for path, (inode, content) in finished.items():
         assert (path.stat().st_ino, path.read_bytes()) == (inode, content)
     check(output, rows)
@@ -257,7 +261,7 @@ def test_an_actor_that_dies_while_it_loads_is_replaced(
 ) -> None:
     lines, rows = expected
     output = tmp_path / "out"
-    others = actors()  # of the test before, on their way out
+    others = actors()  # of the test before, not ended yet
     running = Running(lines, output, *SMALL, "--address", cluster.address, cwd=tmp_path)
     deadline = time.monotonic() + 60
     while not (loading := actors() - others):
@@ -267,7 +271,7 @@ def test_an_actor_that_dies_while_it_loads_is_replaced(
     for process in loading:
         process.kill()
     log = running.finish()
-    assert log.count(": once more") == 1
+    assert log.count(": starting new actors") == 1
     check(output, rows)
 
 

@@ -1,4 +1,4 @@
-"""A row means what a body means: read alone, by `batch` with a model, and by `batch` through a service."""
+"""A row means the same as a body: alone, in `batch` with a model, and in `batch` through a service."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from reranker.errors import InputError, InvalidRequestError
+from reranker.errors import InvalidRequestError
 from reranker.request.fields import FIELDS
 from reranker.request.parse import parse_request
-from reranker.rows.row import COLUMNS, pair_of, request_of
+from reranker.rows.inputs import Record
+from reranker.rows.row import COLUMNS, Defaults, Row, read_row
 from tests.cli.command import cli, read_lines, stub, write_lines
 from tests.cli.test_rank import url
 from tests.conftest import Server, Start
@@ -19,61 +20,80 @@ from tests.http.test_rerank import ranked
 from tests.request.bodies import BASE, LONG, REFUSED, ROWS
 
 
-@pytest.mark.parametrize("row", ROWS)
-def test_a_row_is_read_as_a_body(row: dict[str, Any]) -> None:
-    parsed, read = parse_request(row), request_of({"id": 1} | row, None, None)
-    assert (read.request, read.top_k, read.warnings) == (parsed.request, parsed.limit, parsed.warnings)
+def read(body: Any, top_k: int | None = None, instruction: str | None = None) -> Row:
+    return read_row(Record(3, "line 3", 9, body), Defaults(top_k, instruction))
 
 
-@pytest.mark.parametrize("row", REFUSED[2:])
-def test_a_row_is_refused_in_the_words_of_a_body(row: dict[str, Any]) -> None:
+@pytest.mark.parametrize("body", ROWS)
+def test_a_row_is_read_as_a_body(body: dict[str, Any]) -> None:
+    parsed, row = parse_request(body), read({"id": 1} | body)
+    assert row == Row(3, "line 3", 9, 1, parsed.request, parsed.limit, warnings=parsed.warnings)
+
+
+@pytest.mark.parametrize("body", REFUSED[2:])
+def test_a_row_is_refused_in_the_words_of_a_body(body: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequestError) as expected:
-        parse_request(row)
-    with pytest.raises(InputError) as caught:
-        request_of(row, 5, "i")
-    assert str(caught.value) == str(expected.value)
+        parse_request(body)
+    assert read({"id": 1} | body, 5, "i") == Row(3, "line 3", 9, 1, error=str(expected.value))
 
 
 def test_a_row_that_is_no_object() -> None:
-    for row in (["a"], "a", None, 3):
-        with pytest.raises(InputError, match="must be an object with query and documents; got "):
-            request_of(row, None, None)
+    for body in (["a"], "a", None, 3):
+        row = read(body)
+        assert row.error.startswith("must be an object with query and documents; got ")
+        assert row.request is None
 
 
-def test_what_a_row_does_not_say_is_said_for_it() -> None:
-    read = request_of(BASE, 7, "mine")
-    assert (read.top_k, read.request.instruction) == (7, "mine")
-    for row in ({"top_k": "", "instruction": ""}, {"top_n": 0, "model": "m"}, {"top_k": None, "instruct": None}):
-        assert request_of(BASE | row, 7, "mine") == read
-    read = request_of(BASE | {"top_n": 2, "instruct": "own"}, 7, "mine")
-    assert (read.top_k, read.request.instruction) == (2, "own")
+def test_a_record_without_a_value_keeps_its_error() -> None:
+    row = read_row(Record(3, "row 3 (line 4)", 9, error="this is not JSON"), Defaults())
+    assert row == Row(3, "row 3 (line 4)", 9, error="this is not JSON")
 
 
-def test_what_only_changes_the_form_of_an_answer_is_said() -> None:
-    assert request_of(BASE | {"return_documents": False, "raw_scores": "false"}, None, None).warnings == ()
+def test_defaults_hold_for_rows_without_their_own() -> None:
+    row = read(BASE, 7, "mine")
+    assert row.request is not None
+    assert (row.top_k, row.request.instruction) == (7, "mine")
+    for body in ({"top_k": "", "instruction": ""}, {"top_n": 0, "model": "m"}, {"top_k": None, "instruct": None}):
+        assert read(BASE | body, 7, "mine") == row
+    row = read(BASE | {"top_n": 2, "instruct": "own"}, 7, "mine")
+    assert row.request is not None
+    assert (row.top_k, row.request.instruction) == (2, "own")
+
+
+def test_fields_that_change_the_shape_of_a_response_are_noted() -> None:
+    assert read(BASE | {"return_documents": False, "raw_scores": "false"}).warnings == ()
     for name, value in (("return_documents", True), ("return_text", "1"), ("raw_scores", 1), ("use_activation", False)):
-        [warning] = request_of(BASE | {name: value}, None, None).warnings
+        [warning] = read(BASE | {name: value}).warnings
         assert "not read in a batch" in warning
 
 
 def test_a_pair_is_a_row_of_one_document() -> None:
     more = {"max_tokens_per_doc": 3, "truncate": False, "title": "t"}
-    pair = pair_of({"id": 1, "query": "q", "document": {"text": "d", "lang": "en"}} | more, "i")
-    assert pair.request == request_of({"query": "q", "documents": ["d"]} | more, None, "i").request
+    pair = read({"id": 1, "query": "q", "document": {"text": "d", "lang": "en"}} | more, instruction="i")
+    assert pair.request == read({"query": "q", "documents": ["d"]} | more, instruction="i").request
+    assert pair.pair
     assert pair.warnings == ("title is not read", "document: lang is not read; to have it read, name it in rank_fields")
     for document in (None, 3, ["a"], {"title": "t"}):
-        with pytest.raises(InputError, match=r"^document: must be a string or an object"):
-            pair_of({"query": "q", "document": document}, None)
-    with pytest.raises(InputError, match=r"^query: is required"):
-        pair_of({"document": "d"}, None)
-    for limit in ({"top_k": 3}, {"top_n": "1"}):
-        assert pair_of({"query": "q", "document": "d"} | limit, None).warnings == (
-            "top_k and top_n are not read beside document: its result is one score",
-        )
-    assert pair_of({"query": "q", "document": "d", "top_k": None}, None).warnings == ()
+        assert read({"query": "q", "document": document}).error.startswith("document: must be a string or an object")
+    assert read({"document": "d"}).error.startswith("query: is required")
     values: dict[str, object] = {"chat_template_kwargs": {"instruction": "own", "instruct": None}}
-    assert pair_of({"query": "q", "document": "d"} | values, "i").request.instruction == "own"
+    row = read({"query": "q", "document": "d"} | values, instruction="i")
+    assert row.request is not None
+    assert row.request.instruction == "own"
     assert set(COLUMNS) == {"id", "document", *FIELDS, "chat_template_kwargs"}
+
+
+def test_a_limit_on_the_results_of_a_pair_has_no_effect_and_is_noted() -> None:
+    body = {"query": "q", "document": "d"}
+    for limit in ({"top_k": 3}, {"top_n": "1"}):
+        for top_k in (None, 2):
+            row = read(body | limit, top_k)
+            assert row.warnings == ("top_k and top_n are not read beside document: its result is one score",)
+            assert row.top_k is None
+    assert read(body | {"top_k": None}).warnings == ()
+    row = read(body, 2)
+    assert row.warnings == ("--top-k has no effect on a row with document: its result is one score",)
+    assert row.top_k is None
 
 
 @pytest.fixture(scope="module")
