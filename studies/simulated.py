@@ -19,7 +19,7 @@ Batch = list[tuple[Job, Slice]]
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """A forward pass takes `overhead + tokens / rate` seconds; `budget` is scorer.py's choice at this rate."""
+    """A forward pass takes `overhead + tokens / rate` seconds; `budget` is warmup.py's choice at this rate."""
 
     rate: float = 54_000.0
     """Tokens a second: half of a 4B model's rate at an H200's measured matmul rate (benchmarks/capacity.py)."""

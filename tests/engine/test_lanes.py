@@ -226,7 +226,7 @@ def test_as_many_lanes_as_are_fastest(
     monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
 
     def shortest_pass(scorer: Scorer, documents: int) -> float:
-        if scorer.lanes:  # what is measured is what is asked about
+        if scorer.lanes:  # the measured batch must use the lanes in question
             batch = warmup.warm_up_batch(scorer, documents)
             assert isinstance(batch, DealtBatch)
             assert len(batch.parts) == scorer.lanes.count
