@@ -178,11 +178,7 @@ def _filled_pipe(count: int) -> int:
 
 
 def make_folder(parent: str | None) -> tuple[str, int]:
-    """Make a folder in `parent`, return it with its lock, and remove the folders that are no longer in use.
-
-    Raises:
-        OSError: it cannot be made.
-    """
+    """Make a folder in `parent` and return it with its lock, or raise OSError; remove unused ones first."""
     parent = parent or tempfile.gettempdir()
     for unused in Path(parent).glob(f"{_FOLDER_PREFIX}*"):
         remove_folder(str(unused))
@@ -197,11 +193,7 @@ def make_folder(parent: str | None) -> tuple[str, int]:
 
 
 def lock_folder(folder: str) -> int:
-    """Return the descriptor of a lock that holds until this process and all its forks have ended.
-
-    Raises:
-        OSError: the folder does not exist.
-    """
+    """Return the descriptor of a lock that holds until this process and all its forks have ended, or raise OSError."""
     lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     fcntl.flock(lock, fcntl.LOCK_SH)
     return lock

@@ -89,23 +89,15 @@ class RerankWorker(UvicornWorker):  # type: ignore[misc]  # neither package is t
             return None
 
     async def _beat(self, server: DrainingServer) -> None:
-        """Publish once a second that this worker is alive, and report once that it serves."""
-        reported = False
+        """Tell gunicorn and the siblings once a second that this worker is alive."""
         while True:
-            await self.callback_notify()
+            if os.getppid() != self.ppid:  # the master was killed: an orphan must not hold the GPU
+                os.kill(os.getpid(), signal.SIGTERM)
+            self.notify()
             if server.siblings is not None:
                 server.siblings.publish()
             server.step_aside_if_unhealthy()  # again, because a sibling may be ready only now
-            if server.started and not server.should_exit and not reported:
-                fleet.context.report_ready()
-                reported = True
             await asyncio.sleep(1)
-
-    async def callback_notify(self) -> None:
-        """Send gunicorn's heartbeat. A worker whose master was killed ends, instead of holding the GPU as an orphan."""
-        if os.getppid() != self.ppid:
-            os.kill(os.getpid(), signal.SIGTERM)
-        self.notify()
 
 
 class DrainingServer(Server):
@@ -126,7 +118,7 @@ class DrainingServer(Server):
         self._sockets: list[socket.socket] = []
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and accept connections that siblings hand off."""
+        """Listen, accept connections that siblings hand off, and end an old generation."""
         await super().startup(sockets)
         self._sockets = sockets or []
         if self._batcher is not None:
@@ -141,6 +133,8 @@ class DrainingServer(Server):
                 return not self.should_exit and batcher is not None and batcher.status == "ok"
 
             self.siblings.join(is_open, lambda first: connect(first=first))
+        if self.started and not self.should_exit:
+            fleet.context.report_ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """On SIGTERM, SIGINT or SIGQUIT, finish the accepted requests and end."""
