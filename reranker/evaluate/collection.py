@@ -103,11 +103,7 @@ def _split_lines(source: Input) -> Iterator[tuple[str, str, str]]:
 
 
 def _keys(columns: list[str], file: str) -> tuple[str, str, str]:
-    """Return the columns of id, text and title; an empty name for no title.
-
-    Raises:
-        InputError: no column is an id, or none a text, or there are two of them.
-    """
+    """Return the columns of id, text and title; an empty name for no title."""
     name = find(columns, ID_NAMES)
     if name is None:
         raise InputError(f"{file} has no column for the id; its columns are {name_list(columns)}: name one _id")

@@ -124,8 +124,5 @@ def write_plot(path: Path, gain: Gain) -> None:
     axes.set_ylabel(f"change of {gain.name}")
     axes.set_title("{}: {before:.4f} before, {after:.4f} after reranking".format(gain.name, **gain.summary))
     with writing(path):
-        try:
-            figure.savefig(path, dpi=150)
-        except ValueError as error:  # a format unknown to matplotlib
-            raise InputError(f"--plot={path}: {error}") from None
+        figure.savefig(path, dpi=150)
     pyplot.close(figure)

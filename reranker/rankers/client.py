@@ -111,12 +111,7 @@ class Client:
         return Scored(scores, truncated, query_truncated)
 
     def _post(self, body: dict[str, Any], closing: threading.Event) -> Scored:
-        """Return scores in the order of the documents; retries while the service is busy.
-
-        Raises:
-            InvalidRequestError: the service refuses this request.
-            FailedError: it refuses all requests, or `max_wait` has passed.
-        """
+        """Return scores in the order of the documents; retries for `max_wait` seconds while the service is busy."""
         data = json.dumps(body).encode()
         deadline = time.monotonic() + self.max_wait
         for attempt in itertools.count():
@@ -152,12 +147,7 @@ class Client:
             self._notes.add(texts)
 
     def _retry_after(self, error: urllib.error.HTTPError) -> float | None:
-        """Return the seconds that a busy service asks to wait, or None.
-
-        Raises:
-            InvalidRequestError: the service refuses this request.
-            FailedError: it refuses all requests.
-        """
+        """Return the seconds that a busy service asks to wait, or None; raise the error that any other response is."""
         with error:
             detail = _detail(error)
         if error.code in _BUSY:
