@@ -95,11 +95,7 @@ def write_per_query(path: Path, gains: Sequence[Gain]) -> None:
 
 
 def check_plot(name: str) -> None:
-    """Refuse a suffix that is no format of a picture.
-
-    Raises:
-        InputError: matplotlib does not write it.
-    """
+    """Refuse a suffix of which matplotlib writes no picture."""
     from matplotlib.backend_bases import FigureCanvasBase
 
     suffix, known = Path(name).suffix[1:].lower(), FigureCanvasBase.get_supported_filetypes()

@@ -166,14 +166,15 @@ class Client:
 
 def _body(request: RerankRequest, documents: list[str]) -> dict[str, Any]:
     """Return the JSON body of a request with some of its documents, without options that have their default."""
-    options = {
+    body = {
+        "query": request.query,
+        "documents": documents,
         "instruction": request.instruction,
         "max_tokens_per_doc": request.max_tokens_per_doc,
         "max_chunks_per_doc": request.max_chunks_per_doc,
         "truncate": False if not request.truncate else True if request.truncate_query else None,
     }
-    body = {"query": request.query, "documents": documents}
-    return body | {name: value for name, value in options.items() if value is not None}
+    return {name: value for name, value in body.items() if value is not None}
 
 
 def _parts(documents: Iterable[str]) -> Iterator[list[str]]:

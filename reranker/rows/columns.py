@@ -53,11 +53,7 @@ def find_text(
 
 
 def require_once(columns: Sequence[str], wanted: Iterable[str], name: str, noun: str = "column") -> None:
-    """Refuse a heading with one of the wanted columns twice, in any case: only the last would be read.
-
-    Raises:
-        InputError: names the column.
-    """
+    """Refuse a heading with one of the wanted columns twice, in any case: only the last would be read."""
     folded = [fold(column) for column in columns]
     for column in wanted:
         if folded.count(fold(column)) > 1:

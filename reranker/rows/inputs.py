@@ -71,11 +71,7 @@ class Input:
         return "line" if self.form.kind in ("lines", "jsonl") else "row"
 
     def check_encoding(self) -> None:
-        """Refuse an encoding without an effect.
-
-        Raises:
-            InputError: it was given, and the input is Parquet.
-        """
+        """Refuse an encoding that was given for Parquet, where it has no effect."""
         if self.form.kind == "parquet" and self._given is not None:
             raise InputError(f"--encoding has no effect: {self.name} is Parquet, always UTF-8; leave it out")
 
@@ -280,11 +276,7 @@ def open_input(path: str, given: str | None, encoding: str | None, kinds: Sequen
 
 
 def values(source: Input) -> Iterator[tuple[str, Any]]:
-    """Yield the place and the value of each record.
-
-    Raises:
-        InputError: one has no value.
-    """
+    """Yield the place and the value of each record; a record without a value is an InputError."""
     for record in source.records():
         where = f"{source.name} {record.place}"
         if record.error:

@@ -60,11 +60,7 @@ def dump(value: object) -> bytes:
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Turn an OSError in the block into a FailedError that names `path`.
-
-    Raises:
-        FailedError: it cannot be written.
-    """
+    """Turn an OSError in the block into a FailedError that names `path`."""
     try:
         yield
     except OSError as error:
