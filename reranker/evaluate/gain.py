@@ -49,22 +49,16 @@ def parse_measures(names: str) -> list[Any]:
     """
     import ir_measures
 
-    words = names.replace(",", " ").split()
+    known = {measure.casefold(): measure for measure in ir_measures.measures.registry}
+    words = re.findall(r"[^\s,]+", names)
     if not words:
         raise InputError("--measures names no measure; examples: nDCG@10 RR@10 R@100 AP")
     try:
-        measures = [ir_measures.parse_measure(_spelling(word)) for word in words]
+        words = [re.sub(r"^\w+", lambda stem: known.get(stem[0].casefold(), stem[0]), word) for word in words]
+        measures = [ir_measures.parse_measure(word) for word in words]
         return list({str(measure): measure for measure in measures}.values())
     except (NameError, ValueError, SyntaxError) as error:
         raise InputError(f"--measures: {error}; examples: nDCG@10 RR@10 R@100 AP") from None
-
-
-def _spelling(name: str) -> str:
-    """Return ir-measures' own spelling: nDCG@10 for ndcg@10."""
-    import ir_measures
-
-    known = {measure.casefold(): measure for measure in ir_measures.measures.registry}
-    return re.sub(r"^\w+", lambda stem: known.get(stem[0].casefold(), stem[0]), name)
 
 
 def measure(measures: Sequence[Any], grades: Grades, before: Ranking, after: Ranking) -> list[Gain]:
