@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import logging
+import sys
 
 from reranker.cli.main import Parser, count, run
 from reranker.cli.options import add_model_options, load_env_file, source
@@ -71,7 +72,8 @@ def main(argv: list[str] | None = None) -> None:
     missing = [name for name in ("ray", "pyarrow") if importlib.util.find_spec(name) is None]
     if missing:
         raise FailedError(f"{' and '.join(missing)} missing; pip install -r deploy/requirements-ray.txt")
-    load_env_file()
+    for warning in load_env_file():
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
     model = source(args)
     from reranker.batch import cluster, distributed  # ray, pyarrow
 

@@ -167,7 +167,8 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"unknown arguments: {' '.join(rest)} (see python -m reranker {args.command} --help)")
     logging.basicConfig(format="%(message)s", level=logging.INFO if args.verbose else logging.WARNING)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    load_env_file()
+    for warning in load_env_file():
+        print(f"warning: {warning}", file=sys.stderr)
     getattr(importlib.import_module(f"reranker.cli.{args.command}"), args.command)(args)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 
 from reranker import environment
 from reranker.environment import SettingsError
@@ -43,18 +42,18 @@ def add_model_options(parser: argparse.ArgumentParser, *, service: bool = True) 
     parser.add_argument("--verbose", action="store_true", help="print the automatic choices and their reasons")
 
 
-def load_env_file() -> None:
+def load_env_file() -> list[str]:
     """Export the names of `.env` that are not set yet, for the libraries too (HF_ENDPOINT, HF_HOME).
 
-    A warning on standard error names each name, in `.env` or the environment, that is close to a setting's name.
+    Returns:
+        A warning for each name, in `.env` or the environment, that is close to a setting's name.
 
     Raises:
         InputError: `.env` or a value of the environment cannot be read.
     """
     try:
         environment.load()
-        for miss in environment.near_misses():
-            print(f"warning: {miss}", file=sys.stderr, flush=True)
+        return [str(miss) for miss in environment.near_misses()]
     except SettingsError as error:
         raise InputError(str(error)) from None
 
