@@ -143,13 +143,10 @@ def _check_text(words: Sequence[str]) -> None:
         try:
             word.encode(encoding, "surrogateescape").decode()
         except UnicodeError:
-            raise InputError(
-                f"argument {number} is not UTF-8; convert it, or write it to a file and name it with --encoding"
-            ) from None
-        raise InputError(
-            f"argument {number} is not {encoding.upper()}, the encoding of this locale; "
-            f"set LC_ALL=C.UTF-8, or PYTHONUTF8=1"
-        )
+            problem = "is not UTF-8; convert it, or write it to a file and name it with --encoding"
+        else:
+            problem = f"is not {encoding.upper()}, the encoding of this locale; set LC_ALL=C.UTF-8, or PYTHONUTF8=1"
+        raise InputError(f"argument {number} {problem}")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -79,7 +79,13 @@ def _rows(source: Input) -> Iterator[tuple[str, Any, Any]]:
     kind = source.form.kind
     heading = source.first_line().split("\t") if kind == "tsv" else []
     if kind == "lines" or (kind == "tsv" and not (find(heading, ID_NAMES) or find(heading, TEXT_NAMES))):
-        yield from _split_lines(source)
+        for number, line in source.texts():
+            if not line.strip():
+                continue
+            name, tab, text = line.rstrip("\r\n").partition("\t")
+            if not tab:
+                raise InputError(f"{source.name} line {number} needs an id, a tab and a text")
+            yield f"{source.name} line {number}", name, text
         return
     keys: tuple[str, str, str] | None = None
     for where, value in values(source):
@@ -90,16 +96,6 @@ def _rows(source: Input) -> Iterator[tuple[str, Any, Any]]:
         if isinstance(title, str) and title and isinstance(text, str):
             text = f"{title} {text}"
         yield where, name, text
-
-
-def _split_lines(source: Input) -> Iterator[tuple[str, str, str]]:
-    for number, line in source.texts():
-        name, tab, text = line.rstrip("\r\n").partition("\t")
-        if not line.strip():
-            continue
-        if not tab:
-            raise InputError(f"{source.name} line {number} needs an id, a tab and a text")
-        yield f"{source.name} line {number}", name, text
 
 
 def _keys(columns: list[str], file: str) -> tuple[str, str, str]:

@@ -119,7 +119,7 @@ def test_texts_from_the_hub(tmp_path: Path) -> None:
 
 
 def test_a_quote_in_lines_without_a_heading_is_a_character(tmp_path: Path) -> None:
-    path = write(tmp_path / "c.tsv", '1\t"half\n2\tand half"\n3\t"whole"\ttab\n')
+    path = write(tmp_path / "c.tsv", '1\t"half\n2\tand half"\n \t\n3\t"whole"\ttab\n')
     assert read_texts(path, None, None, None) == {"1": '"half', "2": 'and half"', "3": '"whole"\ttab'}
 
 
