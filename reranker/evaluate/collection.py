@@ -82,10 +82,10 @@ def _rows(source: Input) -> Iterator[tuple[str, Any, Any]]:
         for number, line in source.texts():
             if not line.strip():
                 continue
-            name, tab, text = line.rstrip("\r\n").partition("\t")
+            identifier, tab, rest = line.rstrip("\r\n").partition("\t")
             if not tab:
                 raise InputError(f"{source.name} line {number} needs an id, a tab and a text")
-            yield f"{source.name} line {number}", name, text
+            yield f"{source.name} line {number}", identifier, rest
         return
     keys: tuple[str, str, str] | None = None
     for where, value in values(source):

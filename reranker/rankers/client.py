@@ -71,7 +71,7 @@ class Client:
             self._open("/livez").close()
         except urllib.error.HTTPError as error:  # any response will do
             error.close()
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:  # a ValueError: not a URL
             raise FailedError(f"cannot reach {url}: {_reason(error)}; is the service running?") from None
 
     @property
