@@ -115,7 +115,7 @@ def get(name: str) -> str:
 def load(env_file: str | Path = ".env") -> dict[str, Value]:
     """Return the non-blank settings by name, and export them and all other names of `.env`.
 
-    The environment wins over `.env`; a blank value counts as not set.
+    The environment wins over `.env`; a blank value counts as not set; names may be in lower case.
 
     Raises:
         SettingsError: `.env` or a value of the environment cannot be read.
@@ -123,7 +123,8 @@ def load(env_file: str | Path = ".env") -> dict[str, Value]:
     file = read_env_file(env_file)
     values: dict[str, Value] = {}
     for name in SETTINGS:
-        _fold_case(name)
+        for other in [other for other in os.environ if other != name and other.upper() == name]:
+            os.environ.setdefault(name, os.environ.pop(other))
         text, line = get(name), file.get(name)
         if line and text in ("", line.text.strip()):  # the parent process exported the same text
             text, source = line.text.strip(), line.source
@@ -152,12 +153,6 @@ def _check_value(name: str, text: str, source: str) -> None:
         )
     if text.endswith(_QUOTES) and text.count(text[-1]) == 1:
         raise SettingsError(f"{name} (set in {source}) ends with a quote that none opens: remove it")
-
-
-def _fold_case(name: str) -> None:
-    """Rename a variable that differs from a setting in case only."""
-    for other in [other for other in os.environ if other != name and other.upper() == name]:
-        os.environ.setdefault(name, os.environ.pop(other))
 
 
 def _export_others(file: dict[str, Value]) -> None:

@@ -115,9 +115,7 @@ class Siblings:
         slot, accepted = sibling
         try:
             rights = struct.pack("=i", transport.get_extra_info("socket").fileno())
-            files = [
-                (socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)
-            ]  # socket.send_fds of Python 3.11 ignores the address
+            files = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)]  # send_fds of Python 3.11 ignores the address
             self._socket.sendmsg([data], files, 0, f"{self._address}{slot}")
         except OSError:  # it has ended, or its buffer is full
             return False
@@ -150,7 +148,7 @@ class Siblings:
     def _receive(self) -> None:
         while True:
             try:
-                # socket.recv_fds of Python 3.11 ignores the flags.
+                # recv_fds of Python 3.11 ignores the flags.
                 data, messages, _, _ = self._socket.recvmsg(_MAX_BYTES, socket.CMSG_LEN(4), socket.MSG_CMSG_CLOEXEC)
             except BlockingIOError:
                 return
