@@ -26,8 +26,7 @@ __all__ = ["OWN_WORKER_CLASS", "Settings", "SettingsError", "load_settings", "lo
 
 WORKER_CLASSES = ("uvicorn.workers.UvicornWorker", "uvicorn_worker.UvicornWorker")
 OWN_WORKER_CLASS = "reranker.server.worker.RerankWorker"
-MAX_TOKEN_LENGTH = 16_384
-"""Characters of one token: half of the limit on the head of a request."""
+MAX_TOKEN_LENGTH = 16_384  # characters: half of the limit on the head of a request
 
 
 def _check_host(value: str) -> str:

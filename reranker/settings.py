@@ -16,14 +16,13 @@ from pydantic.fields import FieldInfo
 from reranker import environment
 from reranker.environment import SettingsError, shorten
 
-_HUBS = {
+_HUBS = {  # host -> the setting that selects it
     "huggingface.co": "",
     "hf.co": "",
     "hf-mirror.com": "HF_ENDPOINT=https://hf-mirror.com",
     "modelscope.cn": "",
     "modelscope.ai": "",
 }
-"""Host -> the setting that selects it."""
 _URL = re.compile(r"(?:(?P<scheme>[a-z][a-z0-9+.-]*)://|git@)?(?P<host>[^/:]*)[/:]?(?P<path>[^?#]*)", re.I)
 _EXAMPLE = "Qwen/Qwen3-Reranker-4B"
 _KEYWORDS = {"model_name_or_path": "name", "default_instruction": "instruction"}
@@ -59,7 +58,6 @@ def _auto_is_none(value: Any) -> Any:
 
 Precision = Literal["auto", "bfloat16", "float16", "float32", "int8", "float8", "bf16", "fp16", "fp32", "fp8"]
 AutoInt = Annotated[int | None, BeforeValidator(_auto_is_none)]
-"""A whole number, or `auto`, which is None."""
 
 
 class ModelSettings(BaseModel):

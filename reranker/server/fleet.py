@@ -27,16 +27,12 @@ from reranker.errors import ModelLoadError, NotReadyError
 
 logger = logging.getLogger(__name__)
 
-BOOT_FAILURE = 3
-"""gunicorn's WORKER_BOOT_ERROR: a worker that exits with this code stops the whole service."""
+BOOT_FAILURE = 3  # gunicorn's WORKER_BOOT_ERROR: a worker that exits with this code stops the whole service
 _BACK_OFF_SECONDS = 10.0
-_FLUSH_SECONDS = 2.0
-"""Time for pending error responses to leave the process before it exits."""
-_FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
-"""Set by an operator, or in each worker for prometheus_client, which reads it."""
+_FLUSH_SECONDS = 2.0  # for pending error responses, before the process exits
+_FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"  # an operator's; set in each worker, because prometheus_client reads it
 _NEXT_MASTER = "RERANKER_GENERATION"
-_SECOND = "b"
-"""Suffix of every second generation's files: two generations share a folder during a rolling restart."""
+_SECOND = "b"  # suffix of every second generation's files: two generations share a folder during a rolling restart
 _FOLDER_PREFIX = "reranker-metrics-"
 
 

@@ -39,8 +39,7 @@ from reranker.server.siblings import Siblings
 
 logger = logging.getLogger(__name__)
 
-MAX_PIPELINED = 64
-"""Pending requests on one connection. No known client pipelines."""
+MAX_PIPELINED = 64  # pending requests on one connection; no known client pipelines
 
 
 class ConnState(Enum):

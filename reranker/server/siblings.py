@@ -33,12 +33,9 @@ logger = logging.getLogger(__name__)
 # requests in progress, count of accepted hand-offs.
 _CELL = struct.Struct("=dII")
 _MAX_WORKERS = 512
-_MAX_AGE = 3.0
-"""Seconds after which a cell is stale. worker.py publishes every second, unless its event loop hangs."""
-_IN_FLIGHT_SECONDS = 0.05
-"""Time in which a sent connection reaches its new worker."""
-_MAX_BYTES = 1 << 18
-"""Max size of a handed-off first read; uvloop reads up to 256,000 bytes."""
+_MAX_AGE = 3.0  # seconds until a cell is stale; worker.py publishes every second, unless its event loop hangs
+_IN_FLIGHT_SECONDS = 0.05  # in which a sent connection reaches its new worker
+_MAX_BYTES = 1 << 18  # of a handed-off first read; uvloop reads up to 256,000
 
 
 class Siblings:

@@ -25,12 +25,10 @@ from reranker.server.siblings import Siblings
 
 logger = logging.getLogger(__name__)
 
+# Above WORKER_CONNECTIONS: gunicorn's backlog. A burst of that size evicts no connection before its first read.
 _SPARE_CONNECTIONS = 2048
-"""Above WORKER_CONNECTIONS: gunicorn's backlog. A burst of that size evicts no connection before its first read."""
-_OTHER_FILES = 256
-"""File descriptors of a worker besides its connections: model, metrics, listener, libraries."""
-_LINGER_SECONDS = 5.0
-"""Time in which a stopping worker still responds on open connections."""
+_OTHER_FILES = 256  # file descriptors besides those of connections: model, metrics, listener, libraries
+_LINGER_SECONDS = 5.0  # in which a stopping worker still responds on open connections
 _CTRL_C_LINGER_SECONDS = 1.0
 _CLOSE = (b"connection", b"close")
 
