@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import resource
+import shutil
 import socket
+import ssl
+import subprocess
 from functools import partial
 from pathlib import Path
 
+import httpx
 import pytest
 from uvicorn.config import Config
 
@@ -19,7 +23,9 @@ from reranker.scheduler.compute import ScorerLike
 from reranker.server.protocol import ConnectionPool, HttpProtocol
 from reranker.server.siblings import Siblings
 from reranker.server.worker import DrainingServer, raise_fd_limit
+from tests.conftest import FAKE, Start
 from tests.fake import FakeScorer
+from tests.faults.traffic import BODY, all_ready
 
 ENDLESS = resource.RLIM_INFINITY
 
@@ -99,3 +105,20 @@ def test_every_response_after_the_port_is_closed_tells_that_the_connection_close
         assert [b"connection: close" in response for response in responses] == [False, True]
 
     asyncio.run(main())
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+def test_workers_with_tls_serve_the_requests_that_they_receive(start: Start, tmp_path: Path) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"]
+    make += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(make, check=True, capture_output=True)
+    tls = ["--certfile", str(certificate), "--keyfile", str(key)]
+    server = start(command=[*FAKE, *tls], WORKERS="2", wait=None)
+    all_ready(server, 2)
+    verify = ssl.create_default_context(cafile=str(certificate))
+    for _ in range(4):
+        with httpx.Client(verify=verify, trust_env=False, timeout=60) as client:
+            for _ in range(2):
+                assert client.post(f"https://127.0.0.1:{server.port}/v1/rerank", json=BODY).status_code == 200
+    assert server.stop() == 0
