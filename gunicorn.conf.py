@@ -71,7 +71,7 @@ def on_starting(server: Any) -> None:
     if server.cfg.worker_class_str != OWN_WORKER_CLASS:
         sys.exit(f"error: the worker class {server.cfg.worker_class_str} cannot serve this; leave out -k")
     _check_addresses(server)
-    fleet.master.start(server.master_pid, workers, worker_tmp_dir)
+    fleet.master.start(server.master_pid, server.cfg.workers, worker_tmp_dir)
 
 
 def pre_exec(server: Any) -> None:

@@ -152,6 +152,16 @@ def test_every_setting_reaches_gunicorn(monkeypatch: pytest.MonkeyPatch) -> None
     assert conf(monkeypatch, HOST="::1")["bind"] == "[::1]:7000"
 
 
+def test_a_new_generation_has_as_many_workers_as_the_command_line_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = conf(monkeypatch, WORKERS="1")
+    cfg = SimpleNamespace(worker_class_str=names["worker_class"], workers=3)
+    names["on_starting"](SimpleNamespace(cfg=cfg, master_pid=os.getpid()))
+    pipe = fleet.master.shared.ready_pipe
+    assert pipe is not None
+    assert os.read(pipe, 9) == b"..", "two of the three do not end the old generation"
+    fleet.master.close()
+
+
 def test_a_wrong_setting_is_one_line_and_no_traceback(tmp_path: Any) -> None:
     out = subprocess.run(
         [*GUNICORN, "--check-config"],

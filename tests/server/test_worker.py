@@ -1,4 +1,4 @@
-"""A worker's limit on connections, its advice to clients after its scorer is lost, and its end."""
+"""A worker's limit on connections, its advice to clients after its scorer is lost, its end, and TLS."""
 
 from __future__ import annotations
 
