@@ -11,7 +11,8 @@ import heapq
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,8 +26,7 @@ MIN_TOKENS = 256
 """Of a lane. Below it, computing a prefix twice and small products cost more than the lane gains."""
 
 
-@dataclass(frozen=True, slots=True)
-class Deal:
+class Deal(NamedTuple):
     """The part of a batch that one lane computes."""
 
     slices: tuple[Slice, ...]
@@ -50,14 +50,10 @@ class DealtBatch:
 
 
 def deal(slices: Sequence[Slice], lanes: int) -> list[Deal]:
-    """Divide a batch into lanes of about equal tokens; every lane has a document.
+    """Divide a batch into at most `lanes` lanes of about equal tokens; every lane has a document.
 
     Whole requests first, largest first, so that a prefix is computed once. If the lanes are then unequal, the largest
     requests are split by document, as few of them as possible.
-
-    Args:
-        slices: the batch.
-        lanes: the maximum.
     """
     offsets = [0, *accumulate(part.stop - part.start for part in slices)]
     lanes = min(lanes, offsets[-1])
@@ -148,11 +144,8 @@ class Lanes:
         lanes: list[Future[list[float]]] = [self._pool.submit(_run, width, forward, part) for part in batch.parts]
         try:
             wait(lanes)
-            logits = [0.0] * sum(map(len, batch.positions))
-            for positions, part in zip(batch.positions, map(Future.result, lanes), strict=True):
-                for position, logit in zip(positions, part, strict=True):
-                    logits[position] = logit
-            return logits
+            logits = dict(zip(chain(*batch.positions), chain(*map(Future.result, lanes)), strict=True))
+            return [logits[position] for position in range(len(logits))]
         finally:
             lanes.clear()  # an error refers to this frame, and would keep the tensors of its pass through the list
             torch.set_num_threads(threads)  # a lane's number is the default of every thread that starts later
