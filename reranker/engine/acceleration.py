@@ -83,7 +83,8 @@ def compile_layer_fns(eager: LayerFns) -> LayerFns:
 
     # A dozen kernels need no process pool beside a service's workers. The setting is this context's; see _run_within.
     inductor.compile_threads = 1
-    return LayerFns(*(torch.compile(function, dynamic=True, fullgraph=True) for function in eager))
+    fused = partial(torch.compile, dynamic=True, fullgraph=True)
+    return LayerFns(fused(eager.before), fused(eager.after))
 
 
 def record_passes(model: Model) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from reranker.engine.batch import PackedBatch
 
 try:
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention.varlen import varlen_attn as varlen_attn
 except ImportError:  # this torch has no varlen kernel
     varlen_attn = None  # type: ignore[assignment]
 

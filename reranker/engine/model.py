@@ -94,11 +94,9 @@ def load(family: Family, device: torch.device, dtype: torch.dtype, max_memory_pe
 def _check_memory(needed: int, stored: torch.dtype, device: torch.device, percentage: float) -> None:
     memory, gib = devices.memory(device, percentage), 1 << 30
     if needed > memory.available:
-        raise ModelLoadError(
-            f"the weights take {needed / gib:.1f} GiB in {short(stored)}, but only {memory} on {device} "
-            f"(MAX_MEMORY_PERCENTAGE={percentage:g} of {memory.total / gib:.1f} GiB): raise it, free memory, "
-            f"or use a smaller model"
-        )
+        limit = f"MAX_MEMORY_PERCENTAGE={percentage:g} of {memory.total / gib:.1f} GiB"
+        problem = f"the weights take {needed / gib:.1f} GiB in {short(stored)}, but only {memory} on {device} ({limit})"
+        raise ModelLoadError(f"{problem}: raise it, free memory, or use a smaller model")
 
 
 def _from_pretrained(family: Family, device: torch.device, dtype: torch.dtype) -> Any:
@@ -120,9 +118,8 @@ def _from_pretrained(family: Family, device: torch.device, dtype: torch.dtype) -
             output_loading_info=True,
         )
     except torch.OutOfMemoryError as error:
-        raise ModelLoadError(
-            f"the weights do not fit in the free memory of {device}: free memory, or use a smaller model"
-        ) from error
+        problem = f"the weights do not fit in the free memory of {device}"
+        raise ModelLoadError(f"{problem}: free memory, or use a smaller model") from error
     except Exception as error:  # of any library that reads one of the files
         raise ModelLoadError(f"cannot load the weights in {path}: {first_line(error)}") from error
     finally:

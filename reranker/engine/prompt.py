@@ -122,10 +122,8 @@ class Prompt:
             ids, end = encoding.ids, len(texts[i]) - 1
             if len(ids) > limit:
                 if not request.truncate:
-                    raise InvalidRequestError(
-                        f"documents[{request.position(i)}]: longer than the limit of {limit} tokens; "
-                        f"shorten it, or omit truncate to have it truncated"
-                    )
+                    problem = f"documents[{request.position(i)}]: longer than the limit of {limit} tokens"
+                    raise InvalidRequestError(f"{problem}; shorten it, or omit truncate to have it truncated")
                 truncated.add(i)
                 end = _character(encoding, limit) if split else end
             starts = range(0, min(len(ids), limit), size)

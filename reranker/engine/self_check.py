@@ -31,9 +31,7 @@ _PAIRS = {
 def self_check(scorer: Scorer, instruction: str) -> str:
     """Rank the pair of each language; return `passed`, `failed: ` with the wrong languages, or `not run: ` with why.
 
-    Args:
-        scorer: after its warm-up.
-        instruction: the checkpoint's, not the operator's, because a custom one may ask for the opposite.
+    `instruction` is the checkpoint's, not the operator's, because a custom one may ask for the opposite.
     """
     wrong: list[str] = []
     for language, (query, relevant, unrelated) in _PAIRS.items():

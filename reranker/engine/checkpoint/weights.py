@@ -97,12 +97,7 @@ def not_finite(path: Path) -> str | None:
 
 
 def check_weights(path: Path, config: PretrainedConfig, auto_class: Any) -> None:
-    """Refuse a checkpoint whose tensors are not exactly the model's, and log extra ones that change no score.
-
-    Args:
-        path: the folder.
-        config: its settings.
-        auto_class: transformers' class that creates the model.
+    """Refuse a checkpoint whose tensors are not exactly those of `auto_class`; log extra ones that change no score.
 
     Raises:
         ModelLoadError: names the number of wrong tensors, the first one and the likely cause.
@@ -114,16 +109,14 @@ def check_weights(path: Path, config: PretrainedConfig, auto_class: Any) -> None
         missing = [name for name in missing if name not in tied]
     _refuse_forms(path, stored, needed, extra)
     if missing:
-        raise ModelLoadError(
-            f"{len(missing)} of the {len(needed)} weights that the model needs are not in {path}, the first is "
-            f"{missing[0]}: {_cause(missing, set(stored), config.num_hidden_layers)}"
-        )
+        problem = f"{len(missing)} of the {len(needed)} weights that the model needs are not in {path}"
+        cause = _cause(missing, set(stored), config.num_hidden_layers)
+        raise ModelLoadError(f"{problem}, the first is {missing[0]}: {cause}")
     for name, shape in needed.items():
         if name in stored and stored[name].shape != shape:
-            raise ModelLoadError(
-                f"{name} is {list(stored[name].shape)} in {path}, and {list(shape)} by config.json: they do not belong "
-                f"to one model (look at hidden_size, head_dim, intermediate_size and vocab_size)"
-            )
+            fields = "hidden_size, head_dim, intermediate_size and vocab_size"
+            problem = f"{name} is {list(stored[name].shape)} in {path}, and {list(shape)} by config.json"
+            raise ModelLoadError(f"{problem}: they do not belong to one model (look at {fields})")
     _check_extra(path, stored, extra, config)
 
 
@@ -163,10 +156,9 @@ def _cause(missing: list[str], names: set[str], layers: int) -> str:
     first = missing[0]
     for name in names:
         if name.endswith(first):
-            return (
-                f"the names in the files begin with {name.removesuffix(first)!r}: remove it, or save the model without "
-                f"its wrapper (PEFT: merge_and_unload(), torch.compile: _orig_mod, DataParallel: module)"
-            )
+            wrappers = "(PEFT: merge_and_unload(), torch.compile: _orig_mod, DataParallel: module)"
+            prefix = name.removesuffix(first)
+            return f"the names begin with {prefix!r}: remove it, or save the model without its wrapper {wrappers}"
     if first.removeprefix("model.") in names:
         return "the names lack 'model.', as in an embedding model: use a reranker, or save the whole Qwen3ForCausalLM"
     if missing == ["lm_head.weight"]:

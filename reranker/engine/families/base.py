@@ -123,19 +123,11 @@ class Family(ABC):
     @staticmethod
     @abstractmethod
     def check_settings(file: Path, settings: dict[str, Any]) -> None:
-        """Check the settings in config.json, before transformers reads it.
-
-        Raises:
-            ModelLoadError: they describe another computation than the family's.
-        """
+        """Raise ModelLoadError if config.json describes another computation; transformers reads it afterwards."""
 
     @abstractmethod
     def head(self, model: PreTrainedModel) -> Head:
-        """Read the head from the loaded weights.
-
-        Raises:
-            ModelLoadError: it gives every document the same score.
-        """
+        """Read the head from the loaded weights; raise ModelLoadError if it gives every document the same score."""
 
     @abstractmethod
     def backbone(self, model: PreTrainedModel, dtype: torch.dtype, wrap: Wrap) -> Backbone:

@@ -141,8 +141,8 @@ class Qwen3Backbone(Backbone):
     def __init__(self, decoder: Qwen3Model, dtype: torch.dtype, wrap: Wrap = lambda linear: linear) -> None:
         self.decoder, config = decoder, cast("Any", decoder.config)
         self.vocab_size: int = config.vocab_size
-        heads = config.num_attention_heads + 4 * config.num_key_value_heads
-        self.activation_width = 4 * config.hidden_size + 2 * config.intermediate_size + 2 * heads * config.head_dim
+        width = (config.num_attention_heads + 4 * config.num_key_value_heads) * self._layers[0].self_attn.head_dim
+        self.activation_width = 4 * config.hidden_size + 2 * config.intermediate_size + 2 * width
         for layer in self._layers:
             _fuse(layer, wrap)
         for module in decoder.modules():
