@@ -115,7 +115,7 @@ class Qwen2(Qwen3):
     """The prompt and the answers of Qwen3-Reranker with another decoder."""
 
     def backbone(self, model: PreTrainedModel, dtype: torch.dtype, wrap: Wrap) -> Backbone:
-        return Qwen2Backbone(model.model, dtype, wrap)  # type: ignore[arg-type]
+        return Qwen2Backbone(model.model, dtype, wrap)
 
 
 def test_another_decoder_needs_a_class_and_a_line_of_the_registry(
