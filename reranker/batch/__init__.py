@@ -1,9 +1,12 @@
 """Rank many rows, resumable, on this machine or on a Ray cluster.
 
-An output has one manifest and numbered parts. Another run continues it only with the same manifest, and skips the
-finished parts. On this machine there is one part, written line by line (`journal`), which continues after its last
-whole line; over Ray each part is written whole, to a disk or a store (`output`). Rows, scores, result records and
-totals are the same code for both (`scoring`).
+An output belongs to one manifest (`manifest`), with which alone another run continues it. Rows, scores, result records
+and totals are the same code for both (`scoring`). How a run finds its place differs, because the promises do:
+
+- Here (`journal`) a killed process loses no scored line. So every line is appended at once, and the next run continues
+  after the last whole one. That needs order, appending, truncation and a lock.
+- Over Ray (`output`) parts finish in any order on any node, on stores that offer none of these four. So a part is
+  written whole, and the next run skips those with a record. As parts, lines here would be lost at each death.
 
 Ray Data assigns parts to actors, sizes the pool of actors, holds back parts while all actors are busy, and shows
 progress. Five things are done here because Ray Data 2.55 does not do them:

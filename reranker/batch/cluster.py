@@ -72,9 +72,8 @@ def connected(address: str | None, *, verbose: bool) -> Iterator[None]:
             ray.init(target, log_to_driver=verbose, logging_level="info" if verbose else "warning", **local)
     except (ConnectionError, RayError, OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise FailedError(
-            f"no Ray cluster at {target}: {reason[0].rstrip('.')}; start one, or --address local"
-        ) from error
+        reached = f"no Ray cluster at {target}: {reason[0].rstrip('.')}"
+        raise FailedError(f"{reached}; start one, or --address local") from error
     try:
         yield
     finally:
@@ -136,10 +135,7 @@ def _round(
 
     Ray Data could continue without it, but would not always end: a part whose actor dies between its two messages (a
     block, then its metadata) is never done, a dead actor keeps its place in the pool, and a restart waits forever for a
-    node that is gone. So a death ends the round, and a new pool takes the pending parts.
-
-    Raises:
-        RayError: an actor died or could not start.
+    node that is gone. So a death ends the round with a RayError, and a new pool takes the pending parts.
     """
     ray.data.DataContext.get_current().enable_progress_bars = True
     actors = ray.data.ActorPoolStrategy(

@@ -67,6 +67,7 @@ def test_the_same_name_with_other_weights_has_another_fingerprint(tmp_path: Path
         (["data", "out", "--gpus", "-1"], "is not a number of GPUs"),
         (["data", "out", "--url", "http://h"], "unrecognized arguments"),
         (["nowhere://a", "out"], "cannot read nowhere://a: Protocol not known"),
+        (["data", "nowhere://out"], "cannot use nowhere://out: Protocol not known"),
     ],
 )
 def test_wrong_arguments_are_one_error(
