@@ -2,11 +2,7 @@
 
     python -m deploy.ray_batch INPUT... OUTPUT [--actors 8] [--model Qwen/Qwen3-Reranker-0.6B]
 
-INPUT    Parquet or JSON lines: files, folders or patterns, on the disk or on a store (s3://bucket/folder). Rows are
-         {"query", "documents", "id"?, "top_k"?, "instruction"?} or {"query", "document", "id"?, "instruction"?}
-OUTPUT   a folder, on the disk or on a store; reranker/batch/output.py describes its files
-
-docs/ray-batch.md has more; reranker/batch/ does the work.
+docs/ray-batch.md describes rows and results; reranker/batch/ does the work.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """An actor: a Scorer in a process of its own on a node of the cluster, which scores parts.
 
 It reads its part and writes the results itself, so texts and scores never pass through Ray's object store, and a thread
-of `rerank_many` reads and tokenises while the device computes. Expected errors are returned, not raised: Ray would wrap
-them in pages of traceback and retry parts that cannot succeed.
+of `rerank_many` reads and tokenises while the device computes.
 """
 
 from __future__ import annotations

@@ -118,10 +118,9 @@ def score(unfinished: Sequence[Part], config: ActorConfig, pool: Pool) -> Iterat
             fruitless = fruitless + 1 if len(pending) == before else 0
             if fruitless == _MAX_FRUITLESS_ROUNDS:
                 part = pending[min(pending)]
-                raise FailedError(
-                    f"actors died with {len(pending)} parts in each of {fruitless} rounds, the first from {part.unit} "
-                    f"{part.first} of {part.file} ({_reason(error)}); see Ray's logs, and {_AGAIN}"
-                ) from error
+                died = f"actors died with {len(pending)} parts in each of {fruitless} rounds"
+                first = f"the first from {part.unit} {part.first} of {part.file} ({_reason(error)})"
+                raise FailedError(f"{died}, {first}; see Ray's logs, and {_AGAIN}") from error
             print(f"{_reason(error)}; {len(pending)} parts left: starting new actors", file=sys.stderr, flush=True)
         else:
             if pending:  # Ray Data ended without an error
@@ -191,10 +190,9 @@ def _plain(error: RayError) -> Exception:
     if isinstance(cause, CommandError):
         return cause
     if "failed to import" in str(cause):
-        return FailedError(
-            f"the cluster lacks this program or its packages ({str(error).strip().splitlines()[-1]}): let Ray "
-            f"bring it, with `ray job submit --working-dir . -- python -m deploy.ray_batch ...`"
-        )
+        lacks = f"the cluster lacks this program or its packages ({str(error).strip().splitlines()[-1]})"
+        command = "ray job submit --working-dir . -- python -m deploy.ray_batch ..."
+        return FailedError(f"{lacks}: let Ray bring it, with `{command}`")
     unexpected: Exception = error
     return unexpected
 

@@ -26,15 +26,10 @@ _SYNC_SECONDS = 2.0
 
 
 class Journal(AbstractContextManager["Journal"]):
-    """The unfinished output.
-
-    Args:
-        path: the output.
-        manifest: everything the output depends on; JSON values.
-        overwrite: replace a finished output, and an unfinished one with another manifest.
-        unit: `line` or `row`, the key of the number in an output line.
+    """The unfinished output; `overwrite` replaces a finished one, and an unfinished one with another manifest.
 
     Attributes:
+        unit: `line` or `row`, the key of the number in an output line.
         last: number of the last input line or row that has an output line; 0: none.
         lines: count of output lines.
 

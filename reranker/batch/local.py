@@ -1,13 +1,4 @@
-"""A batch on this machine: rows of one file in, JSON lines out. Run again after an interruption, it continues.
-
-in   {"id": ..., "query": "...", "documents": ["...", ...], "top_k": 3, "instruction": "..."}    only two are required
-     {"id": ..., "query": "...", "document": "...", "instruction": "..."}                        a pair
-out  {"line": 1, "id": ..., "results": [{"index": 0, "score": 0.98}, ...]}                 one for each row, in order
-     {"line": 1, "id": ..., "score": 0.98}                                                 for a pair
-
-Rows are JSON lines, items of a JSON array, or rows of CSV, TSV or Parquet; for all but the first, the output has `row`
-instead of `line`.
-"""
+"""A batch on this machine: rows of one file in, JSON lines out (docs/files.md). Run again, it continues."""
 
 from __future__ import annotations
 
