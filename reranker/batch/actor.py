@@ -54,8 +54,8 @@ class Actor:
             self.problem = str(error)
             return
         if config.weights not in (None, self.weights):
-            differ = f"the files of the model on {os.uname().nodename} differ from those that scored the finished parts"
-            self.problem = f"{differ}: restore them, or start anew with --overwrite"
+            cause = f"the files of the model on {os.uname().nodename} differ from those that scored the finished parts"
+            self.problem = f"{cause}: restore them, or start anew with --overwrite"
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Score a part; return a row of Ray Data: a PartRecord with `notes` (JSON), or `part` and `error`."""

@@ -72,8 +72,8 @@ def connected(address: str | None, *, verbose: bool) -> Iterator[None]:
             ray.init(target, log_to_driver=verbose, logging_level="info" if verbose else "warning", **local)
     except (ConnectionError, RayError, OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        reached = f"no Ray cluster at {target}: {reason[0].rstrip('.')}"
-        raise FailedError(f"{reached}; start one, or --address local") from error
+        cause = f"no Ray cluster at {target}: {reason[0].rstrip('.')}"
+        raise FailedError(f"{cause}; start one, or --address local") from error
     try:
         yield
     finally:
@@ -118,9 +118,9 @@ def score(unfinished: Sequence[Part], config: ActorConfig, pool: Pool) -> Iterat
             fruitless = fruitless + 1 if len(pending) == before else 0
             if fruitless == _MAX_FRUITLESS_ROUNDS:
                 part = pending[min(pending)]
-                died = f"actors died with {len(pending)} parts in each of {fruitless} rounds"
-                first = f"the first from {part.unit} {part.first} of {part.file} ({_reason(error)})"
-                raise FailedError(f"{died}, {first}; see Ray's logs, and {_AGAIN}") from error
+                cause = f"actors died with {len(pending)} parts in each of {fruitless} rounds"
+                place = f"the first from {part.unit} {part.first} of {part.file} ({_reason(error)})"
+                raise FailedError(f"{cause}, {place}; see Ray's logs, and {_AGAIN}") from error
             print(f"{_reason(error)}; {len(pending)} parts left: starting new actors", file=sys.stderr, flush=True)
         else:
             if pending:  # Ray Data ended without an error
@@ -190,9 +190,9 @@ def _plain(error: RayError) -> Exception:
     if isinstance(cause, CommandError):
         return cause
     if "failed to import" in str(cause):
-        lacks = f"the cluster lacks this program or its packages ({str(error).strip().splitlines()[-1]})"
+        reason = f"the cluster lacks this program or its packages ({str(error).strip().splitlines()[-1]})"
         command = "ray job submit --working-dir . -- python -m deploy.ray_batch ..."
-        return FailedError(f"{lacks}: let Ray bring it, with `{command}`")
+        return FailedError(f"{reason}: let Ray bring it, with `{command}`")
     unexpected: Exception = error
     return unexpected
 

@@ -83,8 +83,8 @@ class Output:
             continues(store.read(f"{self.address}/{_MANIFEST}"), manifest, self.address)
             return self._finished(names, parts)
         if names:
-            found = f"{self.address} holds {min(names)}"
-            raise InputError(f"{found} and was begun by no batch: name a new or an empty folder")
+            cause = f"{self.address} holds {min(names)}"
+            raise InputError(f"{cause} and was begun by no batch: name a new or an empty folder")
         store.write(f"{self.address}/{_MANIFEST}", dump(manifest))
         return {}
 
@@ -121,8 +121,8 @@ class Output:
             records = [record for record in pool.map(self.record, written) if record]
         weights = {record.weights for record in records}
         if len(weights) > 1:
-            scored = f"the parts in {self.address} were scored with {len(weights)} different models under one name"
-            raise InputError(f"{scored}: make them the same on every node, and start anew with --overwrite")
+            cause = f"the parts in {self.address} were scored with {len(weights)} different models under one name"
+            raise InputError(f"{cause}: make them the same on every node, and start anew with --overwrite")
         return {record.part: record for record in records}
 
     def _clear(self, names: set[str]) -> None:

@@ -149,8 +149,8 @@ def _split_rows(file: pyarrow.parquet.ParquetFile, address: str, size: int) -> I
 def _check_columns(schema: pyarrow.Schema, address: str) -> None:
     names = set(schema.names)
     if "query" not in names or not names & {"documents", "texts", "document"}:
-        needs = "a batch needs query and documents, or query and document: rename them"
-        raise InputError(f"{address} has the columns {', '.join(schema.names)}; {needs}")
+        fix = "a batch needs query and documents, or query and document: rename them"
+        raise InputError(f"{address} has the columns {', '.join(schema.names)}; {fix}")
     if "id" in names:
         kind = schema.field("id").type
         kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
