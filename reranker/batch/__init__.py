@@ -1,12 +1,12 @@
 """Rank many rows, resumable, on this machine or on a Ray cluster.
 
-An output belongs to one manifest (`manifest`), with which alone another run continues it. Rows, scores, result records
-and totals are the same code for both (`scoring`). How a run finds its place differs, because the promises do:
+Another run continues an output only with the same manifest (`manifest`). Rows, scores, result records and totals are
+the same code for both (`scoring`). Finished rows are found in two ways, because neither keeps the other's promises:
 
-- Here (`journal`) a killed process loses no scored line. So every line is appended at once, and the next run continues
-  after the last whole one. That needs order, appending, truncation and a lock.
-- Over Ray (`output`) parts finish in any order on any node, on stores that offer none of these four. So a part is
-  written whole, and the next run skips those with a record. As parts, lines here would be lost at each death.
+- On this machine (`journal`) a killed process loses no scored line: each line is appended when it is scored, and the
+  next run continues after the last whole line. With parts, it would lose the lines of the unfinished one.
+- Over Ray (`output`) parts finish in any order on any node: each is written whole, and the next run skips those with a
+  record. A journal needs lines in order, and a file to append, truncate and lock, which an object store does not have.
 
 Ray Data assigns parts to actors, sizes the pool of actors, holds back parts while all actors are busy, and shows
 progress. Five things are done here because Ray Data 2.55 does not do them:
