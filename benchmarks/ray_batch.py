@@ -41,16 +41,7 @@ def main() -> None:
     a = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     work = json.loads((Path(__file__).parent / "short.json").read_text(encoding="utf-8"))[: a.requests]
-    options = [
-        "--model",
-        str(model(a.shape)),
-        "--device",
-        "cpu",
-        "--precision",
-        "float32",
-        "--max-batch-tokens",
-        "1024",
-    ]
+    options = ["--model", str(model(a.shape)), *"--device cpu --precision float32 --max-batch-tokens 1024".split()]
     speed: dict[str, list[float]] = {"python -m reranker batch": [], "deploy.ray_batch, 1 actor": []}
     used: dict[str, list[float]] = {name: [] for name in speed}
     command, actor = speed
@@ -76,11 +67,8 @@ def main() -> None:
             speed[actor] += rates(records)
             used[actor].append(sum(record.processor for record in records))
             parts = len(records)
-            print(
-                f"round {i + 1}: {speed[command][-1]:.2f}, {speed[actor][-1]:.2f} documents/s",
-                file=sys.stderr,
-                flush=True,
-            )
+            round_speed = f"{speed[command][-1]:.2f}, {speed[actor][-1]:.2f} documents/s"
+            print(f"round {i + 1}: {round_speed}", file=sys.stderr, flush=True)
 
     rate = {name: statistics.median(found) for name, found in speed.items()}
     print(header(), end="\n\n")
@@ -111,7 +99,7 @@ def rates(records: Iterable[PartRecord]) -> list[float]:
 
 
 def _command(rows: Path, output: Path, options: list[str]) -> tuple[str, float]:
-    """What the command says, and the processor seconds of its process."""
+    """Return the standard error of the command, and the processor seconds of its process."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     said = _run("reranker", "batch", rows, output, *options)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -119,7 +107,7 @@ def _command(rows: Path, output: Path, options: list[str]) -> tuple[str, float]:
 
 
 def _run(*args: object) -> str:
-    """Standard error of a module that is run to its end."""
+    """Return the standard error of a module that runs to its end."""
     done = subprocess.run([sys.executable, "-m", *map(str, args)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{args[0]} failed: {done.stderr}")

@@ -2,11 +2,7 @@
 
     python -m deploy.ray_batch INPUT... OUTPUT [--actors 8] [--model Qwen/Qwen3-Reranker-0.6B]
 
-INPUT    Parquet or JSON lines: files, folders or patterns, on the disk or on a store (s3://bucket/folder). Rows are
-         {"query", "documents", "id"?, "top_k"?, "instruction"?} or {"query", "document", "id"?, "instruction"?}
-OUTPUT   a folder, on the disk or on a store; reranker/batch/output.py describes its files
-
-docs/ray-batch.md has more; reranker/batch/ does the work.
+docs/ray-batch.md describes rows and results; reranker/batch/ does the work.
 """
 
 from __future__ import annotations
@@ -61,12 +57,7 @@ def _share(text: str) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run a batch, or the rest of an earlier one.
-
-    Raises:
-        InputError: arguments, input or output cannot be used.
-        FailedError: scoring failed; finished parts stay.
-    """
+    """Run a batch, or the rest of an earlier one; see `distributed` for errors."""
     args = parser().parse_args(argv)
     logging.basicConfig(format="%(message)s", level=logging.INFO if args.verbose else logging.WARNING)
     missing = [name for name in ("ray", "pyarrow") if importlib.util.find_spec(name) is None]
@@ -74,21 +65,13 @@ def main(argv: list[str] | None = None) -> None:
         raise FailedError(f"{' and '.join(missing)} missing; pip install -r deploy/requirements-ray.txt")
     for warning in load_env_file():
         print(f"warning: {warning}", file=sys.stderr, flush=True)
-    model = source(args)
+    model, defaults = source(args), Defaults(args.top_k, args.instruction)
     from reranker.batch import cluster, distributed  # ray, pyarrow
 
-    job = distributed.Job(
-        inputs=args.input,
-        output=args.output,
-        source=model,
-        defaults=Defaults(args.top_k, args.instruction),
-        part_bytes=args.part_bytes,
-        overwrite=args.overwrite,
-        address=args.address,
-        pool=cluster.Pool(args.actors, args.gpus, args.cpus),
-        verbose=args.verbose,
-    )
-    distributed.run(job)
+    files = distributed.find_files(args.input, args.output)
+    pool = cluster.Pool(args.actors, args.gpus, args.cpus)
+    with cluster.connected(args.address, verbose=args.verbose):
+        distributed.run(files, args.output, model, defaults, pool, args.part_bytes, overwrite=args.overwrite)
 
 
 if __name__ == "__main__":

@@ -33,37 +33,32 @@ class DocumentedErrors:
         if scope["type"] != "http" or scope["path"].startswith("/-/"):  # Ray's own /-/healthz and /-/routes
             await self.app(scope, receive, send)
             return
-        request_id = id_of(scope).encode()
+        request_id = id_of(scope)
         headers = [(name, value) for name, value in scope["headers"] if name not in _RAYS_HEADERS]
-        scope["headers"] = [*headers, (b"x-request-id", request_id)]
+        scope["headers"] = [*headers, (b"x-request-id", request_id.encode())]
         status = 500  # the meaning of no response at all
         from_replica = False
 
         async def send_on(message: Message) -> None:
             nonlocal status, from_replica
             if message["type"] == "http.response.start":
-                names = [name.lower() for name, _ in message["headers"]]
+                headers = [(name, value) for name, value in message["headers"] if name.lower() != b"x-request-id"]
                 # Ray adds the id to every response; those of the service already have it, so they have two.
-                status, from_replica = message["status"], names.count(b"x-request-id") > 1
-                message["headers"] = _with_id(message["headers"], request_id)
+                status, from_replica = message["status"], len(message["headers"]) - len(headers) > 1
+                message["headers"] = [*headers, (b"x-request-id", request_id.encode())]
             if from_replica:
                 await send(message)
 
         await self.app(scope, receive, send_on)
         if not from_replica:
             response = error_response(_error(status))
-            response.raw_headers = _with_id(response.raw_headers, request_id)
+            response.headers["x-request-id"] = request_id
             await response(scope, receive, send)
 
 
 def middlewares() -> list[Middleware]:
     """Return the middlewares of each of Ray's proxies."""
     return [Middleware(DocumentedErrors)]
-
-
-def _with_id(headers: list[tuple[bytes, bytes]], request_id: bytes) -> list[tuple[bytes, bytes]]:
-    others = [(name, value) for name, value in headers if name.lower() != b"x-request-id"]
-    return [*others, (b"x-request-id", request_id)]
 
 
 def _error(status: int) -> RerankError:

@@ -41,8 +41,7 @@ RAY_ENVIRONMENT = {
 class Replica:
     """A replica of the service, with the health check that Ray calls.
 
-    Args:
-        environment: the settings, as variables. Not in Ray's runtime_env, which Ray writes into its logs.
+    `environment` has the settings. They are not in Ray's runtime_env, because Ray writes that into its logs.
     """
 
     app: FastAPI  # of serve.ingress, built in the replica
@@ -52,15 +51,10 @@ class Replica:
         fleet.context = fleet.WorkerContext(siblings_serve=True)  # load first, within LOAD_TIMEOUT, then be ready
 
     async def check_health(self) -> None:
-        """Fail if the model cannot be used; Ray calls this every few seconds and replaces a replica that raises.
-
-        Raises:
-            Exception: the error of loading or using the model.
-        """
+        """Raise the error of loading or using the model; Ray calls this every few seconds and replaces the replica."""
         from reranker.http.state import service_of
 
-        failure = service_of(self.app).batcher.failure
-        if failure is not None:
+        if failure := service_of(self.app).batcher.failure:
             raise failure
 
 
@@ -98,9 +92,7 @@ def deployment(settings: Settings, build: Callable[[], FastAPI]) -> serve.Deploy
 def app(arguments: dict[str, str]) -> serve.Application:
     """Return the application that `serve run` and the config file name.
 
-    Args:
-        arguments: settings by name; they override the environment and `.env`. Ray shows and logs them, so they must
-            not include tokens.
+    `arguments` are settings by name; they override the environment and `.env`. Ray shows and logs them: no tokens here.
 
     Raises:
         SettingsError: a setting cannot be used.

@@ -1,9 +1,12 @@
 """Rank many rows, resumable, on this machine or on a Ray cluster.
 
-An output has one manifest and numbered parts. Another run continues it only with the same manifest, and skips the
-finished parts. On this machine there is one part, written line by line (`journal`), which continues after its last
-whole line; over Ray each part is written whole, to a disk or a store (`output`). Rows, scores, result records and
-totals are the same code for both (`scoring`).
+Another run continues an output only with the same manifest (`manifest`). Rows, scores, result records and totals are
+the same code for both (`scoring`). Finished rows are found in two ways, because neither keeps the other's promises:
+
+- On this machine (`journal`) a killed process loses no scored line: each line is appended when it is scored, and the
+  next run continues after the last whole line. With parts, it would lose the lines of the unfinished one.
+- Over Ray (`output`) parts finish in any order on any node: each is written whole, and the next run skips those with a
+  record. A journal needs lines in order, and a file to append, truncate and lock, which an object store does not have.
 
 Ray Data assigns parts to actors, sizes the pool of actors, holds back parts while all actors are busy, and shows
 progress. Five things are done here because Ray Data 2.55 does not do them:

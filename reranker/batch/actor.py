@@ -1,8 +1,7 @@
 """An actor: a Scorer in a process of its own on a node of the cluster, which scores parts.
 
 It reads its part and writes the results itself, so texts and scores never pass through Ray's object store, and a thread
-of `rerank_many` reads and tokenises while the device computes. Expected errors are returned, not raised: Ray would wrap
-them in pages of traceback and retry parts that cannot succeed.
+of `rerank_many` reads and tokenises while the device computes.
 """
 
 from __future__ import annotations
@@ -55,10 +54,8 @@ class Actor:
             self.problem = str(error)
             return
         if config.weights not in (None, self.weights):
-            self.problem = (
-                f"the files of the model on {os.uname().nodename} differ from those that scored the finished parts: "
-                f"restore them, or start anew with --overwrite"
-            )
+            cause = f"the files of the model on {os.uname().nodename} differ from those that scored the finished parts"
+            self.problem = f"{cause}: restore them, or start anew with --overwrite"
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Score a part; return a row of Ray Data: a PartRecord with `notes` (JSON), or `part` and `error`."""
@@ -104,8 +101,7 @@ def score(
     good: list[dict[str, Any]] = []
     bad: list[dict[str, Any]] = []
     totals = Totals()
-    rows = (read_row(record, defaults) for record in records(part, note))
-    for answer in answers(ranker, rows, note):
+    for answer in answers(ranker, (read_row(record, defaults) for record in records(part, note)), note):
         lines = good if isinstance(answer.outcome, Scored) else bad
         lines += [{"file": part.file, part.unit: number} | record for number, record in answer.records]
         if isinstance(answer.outcome, Scored) and answer.outcome.query_truncated:

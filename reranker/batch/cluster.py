@@ -72,9 +72,8 @@ def connected(address: str | None, *, verbose: bool) -> Iterator[None]:
             ray.init(target, log_to_driver=verbose, logging_level="info" if verbose else "warning", **local)
     except (ConnectionError, RayError, OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise FailedError(
-            f"no Ray cluster at {target}: {reason[0].rstrip('.')}; start one, or --address local"
-        ) from error
+        cause = f"no Ray cluster at {target}: {reason[0].rstrip('.')}"
+        raise FailedError(f"{cause}; start one, or --address local") from error
     try:
         yield
     finally:
@@ -119,10 +118,9 @@ def score(unfinished: Sequence[Part], config: ActorConfig, pool: Pool) -> Iterat
             fruitless = fruitless + 1 if len(pending) == before else 0
             if fruitless == _MAX_FRUITLESS_ROUNDS:
                 part = pending[min(pending)]
-                raise FailedError(
-                    f"actors died with {len(pending)} parts in each of {fruitless} rounds, the first from {part.unit} "
-                    f"{part.first} of {part.file} ({_reason(error)}); see Ray's logs, and {_AGAIN}"
-                ) from error
+                cause = f"actors died with {len(pending)} parts in each of {fruitless} rounds"
+                place = f"the first from {part.unit} {part.first} of {part.file} ({_reason(error)})"
+                raise FailedError(f"{cause}, {place}; see Ray's logs, and {_AGAIN}") from error
             print(f"{_reason(error)}; {len(pending)} parts left: starting new actors", file=sys.stderr, flush=True)
         else:
             if pending:  # Ray Data ended without an error
@@ -136,10 +134,7 @@ def _round(
 
     Ray Data could continue without it, but would not always end: a part whose actor dies between its two messages (a
     block, then its metadata) is never done, a dead actor keeps its place in the pool, and a restart waits forever for a
-    node that is gone. So a death ends the round, and a new pool takes the pending parts.
-
-    Raises:
-        RayError: an actor died or could not start.
+    node that is gone. So a death ends the round with a RayError, and a new pool takes the pending parts.
     """
     ray.data.DataContext.get_current().enable_progress_bars = True
     actors = ray.data.ActorPoolStrategy(
@@ -195,10 +190,9 @@ def _plain(error: RayError) -> Exception:
     if isinstance(cause, CommandError):
         return cause
     if "failed to import" in str(cause):
-        return FailedError(
-            f"the cluster lacks this program or its packages ({str(error).strip().splitlines()[-1]}): let Ray "
-            f"bring it, with `ray job submit --working-dir . -- python -m deploy.ray_batch ...`"
-        )
+        reason = f"the cluster lacks this program or its packages ({str(error).strip().splitlines()[-1]})"
+        command = "ray job submit --working-dir . -- python -m deploy.ray_batch ..."
+        return FailedError(f"{reason}: let Ray bring it, with `{command}`")
     unexpected: Exception = error
     return unexpected
 

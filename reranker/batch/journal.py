@@ -26,15 +26,10 @@ _SYNC_SECONDS = 2.0
 
 
 class Journal(AbstractContextManager["Journal"]):
-    """The unfinished output.
-
-    Args:
-        path: the output.
-        manifest: everything the output depends on; JSON values.
-        overwrite: replace a finished output, and an unfinished one with another manifest.
-        unit: `line` or `row`, the key of the number in an output line.
+    """The unfinished output; `overwrite` replaces a finished one, and an unfinished one with another manifest.
 
     Attributes:
+        unit: `line` or `row`, the key of the number in an output line.
         last: number of the last input line or row that has an output line; 0: none.
         lines: count of output lines.
 
@@ -49,13 +44,18 @@ class Journal(AbstractContextManager["Journal"]):
         self.manifest_path = path.with_name(path.name + ".partial.json")
         self.unit = unit
         self.last = self.lines = 0
-        self._owned = False
         if path.exists() and not overwrite:
             raise InputError(f"{path} exists already; give another name, or --overwrite")
         with writing(self.partial):
             self._file = open(self.partial, "ab", buffering=0)  # noqa: SIM115  # closed by close()
         try:
-            self._begin(manifest, overwrite)
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.close()
+            raise InputError(f"{self.partial} is being written by another process") from None
+        try:
+            with writing(self.partial):
+                self._begin(manifest, overwrite)
         except BaseException:  # an interrupt leaves no open file either
             self.close()
             raise
@@ -88,32 +88,25 @@ class Journal(AbstractContextManager["Journal"]):
             self.manifest_path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Close the file; delete it if it has no lines."""
-        if not self.lines and self._owned:
-            self.partial.unlink(missing_ok=True)
-            self.manifest_path.unlink(missing_ok=True)
-        self._file.close()
+        """Close the file; delete it if it is empty."""
+        with self._file:  # it holds the lock
+            if not os.fstat(self._file.fileno()).st_size:
+                self.partial.unlink(missing_ok=True)
+                self.manifest_path.unlink(missing_ok=True)
 
     def _begin(self, manifest: dict[str, Any], overwrite: bool) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"{self.partial} is being written by another process") from None
-        with writing(self.partial):
-            resumed = self.partial.stat().st_size > 0 and self._continues(manifest, overwrite)
-            self._owned = True
-            self._file.truncate(self._whole_bytes() if resumed else 0)
-            self.sync()
-            if not resumed:  # on the disk between the last line of another manifest and the first line of this one
-                self.manifest_path.write_bytes(dump(manifest))
-                for path in (self.manifest_path, self.path.parent):
-                    _sync(path)
-
-    def _continues(self, manifest: dict[str, Any], overwrite: bool) -> bool:
         content = None
         with suppress(OSError):
             content = self.manifest_path.read_bytes()
-        return continues(content, manifest, str(self.partial), overwrite=overwrite)
+        resumed = self.partial.stat().st_size > 0 and continues(
+            content, manifest, str(self.partial), overwrite=overwrite
+        )
+        self._file.truncate(self._whole_bytes() if resumed else 0)
+        self.sync()
+        if not resumed:  # on the disk between the last line of another manifest and the first line of this one
+            self.manifest_path.write_bytes(dump(manifest))
+            _sync(self.manifest_path)
+            _sync(self.path.parent)
 
     def _whole_bytes(self) -> int:
         """Read the lines of an earlier run, up to the first that is not whole; return their size."""

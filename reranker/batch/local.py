@@ -1,13 +1,4 @@
-"""A batch on this machine: rows of one file in, JSON lines out. Run again after an interruption, it continues.
-
-in   {"id": ..., "query": "...", "documents": ["...", ...], "top_k": 3, "instruction": "..."}    only two are required
-     {"id": ..., "query": "...", "document": "...", "instruction": "..."}                        a pair
-out  {"line": 1, "id": ..., "results": [{"index": 0, "score": 0.98}, ...]}                 one for each row, in order
-     {"line": 1, "id": ..., "score": 0.98}                                                 for a pair
-
-Rows are JSON lines, items of a JSON array, or rows of CSV, TSV or Parquet; for all but the first, the output has `row`
-instead of `line`.
-"""
+"""A batch on this machine: rows of one file in, JSON lines out (docs/files.md). Run again, it continues."""
 
 from __future__ import annotations
 
@@ -79,12 +70,11 @@ def _check_paths(path: Path, output: Path) -> None:
 
 
 def _score(job: Job, ranker: Ranker, file: Input, journal: Journal, progress: Meter) -> None:
-    unit, totals, start = journal.unit, Totals(), time.monotonic()
+    totals, start = Totals(), time.monotonic()
     if journal.lines:
-        progress.say(f"continuing after {unit} {journal.last}: {_done(journal)}")
-    for answer in answers(
-        ranker, _rows(job, file, journal.last), Notes(progress.say).add, stop_at_bad=not job.skip_bad
-    ):
+        progress.say(f"continuing after {file.unit} {journal.last}: {_done(journal)}")
+    rows, notes = _rows(job, file, journal.last), Notes(progress.say)
+    for answer in answers(ranker, rows, notes.add, stop_at_bad=not job.skip_bad):
         if isinstance(answer.outcome, RerankError):
             _check_skipped(answer.rows[0].place, answer.outcome, job, journal)
             for row in answer.rows:
@@ -93,21 +83,20 @@ def _score(job: Job, ranker: Ranker, file: Input, journal: Journal, progress: Me
             journal.write(number, record)
         totals.add(answer)
         progress.advance(answer.rows[-1].end, answer.documents)
-    for line in totals.summary(time.monotonic() - start, '"error" in the output', unit, job.source.url):
+    progress.say(totals.speed(time.monotonic() - start, file.unit))
+    for line in totals.losses('"error" in the output', file.unit, job.source.url):
         progress.say(line)
 
 
 def _rows(job: Job, file: Input, after: int) -> Iterator[Row]:
     cells = Cells(file, job.field)
     for record in file.records():
-        if record.number <= after:
-            continue
-        if not record.error:
+        if record.number > after:
             try:
-                record = replace(record, value=cells.body(record.value))
+                value = None if record.error else cells.body(record.value)
+                yield read_row(replace(record, value=value), job.defaults)
             except RowError as error:
-                record = replace(record, error=str(error))
-        yield read_row(record, job.defaults)
+                yield read_row(replace(record, error=str(error)), job.defaults)
 
 
 def _check_skipped(place: str, error: RerankError, job: Job, journal: Journal) -> None:

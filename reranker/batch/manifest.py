@@ -14,18 +14,12 @@ def continues(content: bytes | None, manifest: dict[str, Any], output: str, *, o
     Raises:
         InputError: the manifests differ, without `overwrite`.
     """
-    difference = _difference(content, manifest)
-    if difference and not overwrite:
-        raise InputError(
-            f"{output} was begun with {difference}; use the same again, name another output, or --overwrite to start "
-            f"anew"
-        )
-    return not difference
-
-
-def _difference(content: bytes | None, manifest: dict[str, Any]) -> str:
     try:
         other = json.loads(content or b"")
-        return " and ".join(f"another {key}" for key in manifest | other if other.get(key) != manifest.get(key))
+        difference = " and ".join(f"another {key}" for key in manifest | other if other.get(key) != manifest.get(key))
     except (ValueError, TypeError, AttributeError):
-        return "something unknown"
+        difference = "something unknown"
+    if difference and not overwrite:
+        fix = "use the same again, name another output, or --overwrite to start anew"
+        raise InputError(f"{output} was begun with {difference}; {fix}")
+    return not difference

@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from reranker.batch import store
 from reranker.batch.manifest import continues
 from reranker.batch.parts import Part
 from reranker.batch.scoring import Totals
-from reranker.batch.store import DRAFT, Folder
 from reranker.errors import InputError
 from reranker.rows.lines import dump
 
@@ -61,7 +62,8 @@ class Output:
     """The folder; can be sent to actors."""
 
     def __init__(self, address: str) -> None:
-        self.folder = Folder(address)
+        # Absolute, because actors have another working directory.
+        self.address = address.rstrip("/") if "://" in address else os.path.abspath(os.path.expanduser(address))
         self.batch = ""
         """Fingerprint of the manifest; set by `begin`."""
 
@@ -73,63 +75,59 @@ class Output:
             FailedError: it cannot be written.
         """
         self.batch = hashlib.sha256(dump(manifest)).hexdigest()[:16]
-        names = {name for name in self.folder.names() if not name.startswith((DRAFT, "."))}
+        names = {name for name in store.names(self.address) if not name.startswith((store.DRAFT, "."))}
         if overwrite:
             self._clear(names)
             names = set()
-        content = self.folder.read(_MANIFEST) if _MANIFEST in names else None
-        if content is not None:
-            continues(content, manifest, self.folder.address)
+        if _MANIFEST in names:
+            continues(store.read(f"{self.address}/{_MANIFEST}"), manifest, self.address)
             return self._finished(names, parts)
         if names:
-            raise InputError(
-                f"{self.folder.address} holds {min(names)} and was begun by no batch: name a new or an empty folder"
-            )
-        self.folder.write(_MANIFEST, dump(manifest))
+            cause = f"{self.address} holds {min(names)}"
+            raise InputError(f"{cause} and was begun by no batch: name a new or an empty folder")
+        store.write(f"{self.address}/{_MANIFEST}", dump(manifest))
         return {}
 
     def record(self, part: Part) -> PartRecord | None:
         """Return the record of a part; None: it is not finished."""
-        return self._parsed(self.folder.read(f"_done/{part.name}.json"))
+        try:
+            record = PartRecord(**json.loads(store.read(f"{self.address}/_done/{part.name}.json") or b""))
+        except (ValueError, TypeError):  # none, or half of one from a store that shows unfinished files
+            return None
+        return record if record.batch == self.batch else None
 
     def finish(self, part: Part, record: PartRecord, good: list[dict[str, Any]], bad: list[dict[str, Any]]) -> None:
         """Write the rows of a part, then its record."""
         if bad:
-            self.folder.write(f"bad-{part.name}.jsonl", b"".join(map(dump, bad)))
+            store.write(f"{self.address}/bad-{part.name}.jsonl", b"".join(map(dump, bad)))
         else:  # an attempt that died may have found bad rows for a reason that is gone
-            self.folder.remove([f"bad-{part.name}.jsonl"])
-        self.folder.write(f"part-{part.name}.jsonl", b"".join(map(dump, good)))
-        self.folder.write(f"_done/{part.name}.json", dump(asdict(record)))
+            store.remove(self.address, [f"bad-{part.name}.jsonl"])
+        store.write(f"{self.address}/part-{part.name}.jsonl", b"".join(map(dump, good)))
+        store.write(f"{self.address}/_done/{part.name}.json", dump(asdict(record)))
 
     def close(self, records: Sequence[PartRecord]) -> Totals:
         """Write and return the totals of all parts, and delete the drafts of killed processes."""
-        self.folder.remove([name for name in self.folder.names() if name.startswith(DRAFT)])
+        for folder in (self.address, f"{self.address}/_done"):
+            store.remove(folder, [name for name in store.names(folder) if name.startswith(store.DRAFT)])
         sums = totals(records)
-        self.folder.write(_SUMMARY, dump({"parts": len(records)} | {name: getattr(sums, name) for name in COUNTS}))
+        summary = {"parts": len(records)} | {name: getattr(sums, name) for name in COUNTS}
+        store.write(f"{self.address}/{_SUMMARY}", dump(summary))
         return sums
 
     def _finished(self, names: set[str], parts: Sequence[Part]) -> dict[int, PartRecord]:
-        done = self.folder.names("_done")
-        paths = [f"_done/{p.name}.json" for p in parts if f"{p.name}.json" in done and f"part-{p.name}.jsonl" in names]
+        done = store.names(f"{self.address}/_done")
+        written = [p for p in parts if f"{p.name}.json" in done and f"part-{p.name}.jsonl" in names]
         with ThreadPoolExecutor(_READERS) as pool:
-            records = [record for content in pool.map(self.folder.read, paths) if (record := self._parsed(content))]
+            records = [record for record in pool.map(self.record, written) if record]
         weights = {record.weights for record in records}
         if len(weights) > 1:
-            raise InputError(
-                f"the parts in {self.folder.address} were scored with {len(weights)} different models under one name: "
-                f"make them the same on every node, and start anew with --overwrite"
-            )
+            cause = f"the parts in {self.address} were scored with {len(weights)} different models under one name"
+            raise InputError(f"{cause}: make them the same on every node, and start anew with --overwrite")
         return {record.part: record for record in records}
 
     def _clear(self, names: set[str]) -> None:
         """Delete a batch: records first and the manifest last, so that a death in between leaves no finished part."""
-        self.folder.remove([f"_done/{name}" for name in self.folder.names("_done")])
+        records = f"{self.address}/_done"
+        store.remove(records, store.names(records))
         ours = [name for name in names if name.startswith(("part-", "bad-")) or name in (_SUMMARY, _MANIFEST)]
-        self.folder.remove(sorted(ours, key=lambda name: name == _MANIFEST))
-
-    def _parsed(self, content: bytes | None) -> PartRecord | None:
-        try:
-            record = PartRecord(**json.loads(content or b""))
-        except (ValueError, TypeError):  # half of one, from a store that shows unfinished files
-            return None
-        return record if record.batch == self.batch else None
+        store.remove(self.address, sorted(ours, key=lambda name: name == _MANIFEST))

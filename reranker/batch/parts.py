@@ -77,25 +77,25 @@ def scan(address: str, size: int) -> Scan:
     Raises:
         InputError: it cannot be read, or lacks columns of a batch.
     """
-    digest = hashlib.sha256()
     with store.opened(address) as file:
-        chunks = _chunks(file, digest)
-        if not address.endswith(".parquet"):
-            ranges = list(_split_lines(chunks, size))
-            return Scan(digest.hexdigest(), ranges)
-        for _ in chunks:
-            pass
-        file.seek(0)
-        return Scan(digest.hexdigest(), list(_split_rows(pyarrow.parquet.ParquetFile(file), address, size)))
+        if address.endswith(".parquet"):
+            digest = hashlib.file_digest(file, "sha256")  # type: ignore[arg-type]
+            file.seek(0)
+            ranges = list(_split_rows(pyarrow.parquet.ParquetFile(file), address, size))
+        else:
+            digest = hashlib.sha256()
+            ranges = list(_split_lines(file, digest, size))
+    return Scan(digest.hexdigest(), ranges)
 
 
 def split_into_parts(scans: Mapping[str, Scan]) -> list[Part]:
     """Return the parts of all files (by address), in order."""
     folder = posixpath.commonpath([posixpath.dirname(address) for address in scans])
-    ranges = [(address, range_) for address in sorted(scans) for range_ in scans[address].ranges]
+    number = itertools.count()
     return [
-        Part(number, address, posixpath.relpath(address, folder), *range_)
-        for number, (address, range_) in enumerate(ranges)
+        Part(next(number), address, posixpath.relpath(address, folder), *range_)
+        for address in sorted(scans)
+        for range_ in scans[address].ranges
     ]
 
 
@@ -105,17 +105,12 @@ def digest_of(parts: list[Part], scans: Mapping[str, Scan]) -> str:
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
-def _chunks(file: IO[bytes], digest: hashlib._Hash) -> Iterator[bytes]:
-    while chunk := file.read(_CHUNK):
-        digest.update(chunk)
-        yield chunk
-
-
-def _split_lines(chunks: Iterator[bytes], size: int) -> Iterator[Range]:
+def _split_lines(file: IO[bytes], digest: hashlib._Hash, size: int) -> Iterator[Range]:
     """Split after the first line end at or after every `size` bytes; no line is held, so none is too long."""
     start = position = 0
     first = line = 1
-    for chunk in chunks:
+    while chunk := file.read(_CHUNK):
+        digest.update(chunk)
         offset = 0
         while (end := chunk.find(b"\n", max(start + size - 1 - position, offset))) >= 0:
             line += chunk.count(b"\n", offset, end + 1)
@@ -154,10 +149,8 @@ def _split_rows(file: pyarrow.parquet.ParquetFile, address: str, size: int) -> I
 def _check_columns(schema: pyarrow.Schema, address: str) -> None:
     names = set(schema.names)
     if "query" not in names or not names & {"documents", "texts", "document"}:
-        raise InputError(
-            f"{address} has the columns {', '.join(schema.names)}; a batch needs query and documents, or query and "
-            f"document: rename them"
-        )
+        fix = "a batch needs query and documents, or query and document: rename them"
+        raise InputError(f"{address} has the columns {', '.join(schema.names)}; {fix}")
     if "id" in names:
         kind = schema.field("id").type
         kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
@@ -176,21 +169,19 @@ def records(part: Part, note: Note) -> Iterator[Record]:
 
 
 def _lines(raw_file: IO[bytes], part: Part) -> Iterator[Record]:
-    position = part.start
     with io.BufferedReader(raw_file, 1 << 20) as file:  # type: ignore[type-var]  # a store's readline takes no limit
-        file.seek(position)
+        position = file.seek(part.start)
         for number in itertools.count(part.first):
             raw = file.readline(_MAX_LINE) if position < part.stop else b""
             if not raw:
                 return
             position += len(raw)
             record = Record(number, f"{part.file} line {number}", position)
-            if len(raw) == _MAX_LINE and not raw.endswith(b"\n"):
-                while not raw.endswith(b"\n") and (raw := file.readline(_MAX_LINE)):
-                    position += len(raw)
-                yield replace(record, error=f"this is longer than {_MAX_LINE >> 20} MiB")
-                continue
             try:
+                if len(raw) == _MAX_LINE and not raw.endswith(b"\n"):
+                    while not raw.endswith(b"\n") and (raw := file.readline(_MAX_LINE)):
+                        position += len(raw)
+                    raise InputError(f"this is longer than {_MAX_LINE >> 20} MiB")
                 text = decode(raw, "this", first=number == 1)
                 if text.strip():
                     yield replace(record, value=parse(text, "this"))

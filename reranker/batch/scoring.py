@@ -1,21 +1,25 @@
-"""Rows in, result records out: the scoring loop that a batch on this machine and an actor of Ray have in common."""
+"""Rows in, result records out: the scoring loop of a batch on this machine and of an actor of Ray."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from reranker.errors import InputError, InvalidRequestError, RerankError
 from reranker.rankers.ranker import Ranker, Scored
-from reranker.rows.groups import groups, request_of
 from reranker.rows.row import Row
 from reranker.terminal import plural, truncated
 from reranker.types import RerankRequest
 
 Note = Callable[[Iterable[str], str], None]
 """Takes texts, and the place of all of them; see `Notes.add`."""
+
+_MAX_PAIRS = 256
+_MAX_CHARACTERS = 10_000
+"""A pair with a longer document stays alone: sharing the query saves it little, and its errors are its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,48 +55,62 @@ def answers(ranker: Ranker, rows: Iterable[Row], note: Note, *, stop_at_bad: boo
         InputError: `rows` ended early; after the answers to all rows before.
         RerankError: the model cannot go on; an error of one request alone is its outcome.
     """
-    requests = _Requests(rows, stop_at_bad)
-    for answer in requests.answers(ranker):
-        for row in answer.rows:
-            note(row.warnings, f"{row.place}: ")
-        yield answer
-    if requests.failure:
-        raise requests.failure
+    pending: deque[list[Row]] = deque()
+    failure: InputError | None = None
 
+    def readable() -> Iterator[Row]:
+        nonlocal failure
+        try:
+            yield from rows
+        except InputError as error:
+            failure = error
 
-class _Requests:
-    """The requests of rows; a ranker may read them in a thread, while the caller consumes the answers."""
-
-    def __init__(self, rows: Iterable[Row], stop_at_bad: bool) -> None:
-        self.rows, self.stop_at_bad = rows, stop_at_bad
-        self.pending: deque[list[Row]] = deque()
-        self.failure: InputError | None = None
-
-    def answers(self, ranker: Ranker) -> Iterator[Answer]:
-        """Yield the answer to each group; one without a request keeps its place in the order."""
-        for outcome in ranker.rank_many(self._read()):
-            yield from self._unscorable()
-            yield Answer(self.pending.popleft(), outcome)
-        yield from self._unscorable()
-
-    def _read(self) -> Iterator[RerankRequest]:
-        for group in groups(self._readable()):
-            self.pending.append(group)
-            if (request := request_of(group)) is not None:
-                yield request
-            elif self.stop_at_bad:
+    def requests() -> Iterator[RerankRequest]:
+        for group in groups(readable()):
+            pending.append(group)
+            if (request := group[0].request) is not None:
+                documents = [text for row in group if row.request for text in row.request.documents]
+                yield replace(request, documents=documents)
+            elif stop_at_bad:
                 return
 
-    def _readable(self) -> Iterator[Row]:
-        try:
-            yield from self.rows
-        except InputError as error:
-            self.failure = error
+    for outcome in chain(ranker.rank_many(requests()), [None]):  # None: every row is read
+        while pending and pending[0][0].request is None:  # it keeps its place in the order
+            bad = pending.popleft()
+            yield Answer(bad, InvalidRequestError(bad[0].error))
+        if outcome is not None:
+            group = pending.popleft()
+            for row in group:
+                note(row.warnings, f"{row.place}: ")
+            yield Answer(group, outcome)
+    if failure is not None:
+        raise failure
 
-    def _unscorable(self) -> Iterator[Answer]:
-        while self.pending and self.pending[0][0].request is None:
-            group = self.pending.popleft()
-            yield Answer(group, InvalidRequestError(group[0].error))
+
+def groups(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Yield neighbouring pairs of one query together, because they share its prefix; every other row alone."""
+    group: list[Row] = []
+    for row in rows:
+        if group and (len(group) == _MAX_PAIRS or _shared(row) != _shared(group[0])):
+            yield group
+            group = []
+        group.append(row)
+        if _shared(row) is None:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _shared(row: Row) -> RerankRequest | None:
+    """Return the part of a request that pairs of one group have in common; None for a row that stays alone.
+
+    A pair whose document may not be truncated stays alone, because its error would fail the other pairs.
+    """
+    request = row.request if row.pair else None
+    if request is None or not request.truncate or len(request.documents[0]) > _MAX_CHARACTERS:
+        return None
+    return replace(request, documents=())
 
 
 @dataclass(slots=True)
@@ -111,15 +129,18 @@ class Totals:
         self.documents += answer.documents
         if isinstance(answer.outcome, RerankError):
             self.bad += len(answer.rows)
-            return
-        self.truncated += answer.outcome.truncated
-        self.queries += answer.outcome.query_truncated
+        else:
+            self.truncated += answer.outcome.truncated
+            self.queries += answer.outcome.query_truncated
 
-    def summary(self, seconds: float, bad: str, unit: str = "row", url: str | None = None) -> Iterator[str]:
-        """Yield lines for people; `bad` is the place of the reasons for bad rows, `url` a service that truncated."""
+    def speed(self, seconds: float, unit: str = "row") -> str:
+        """Return a line for people."""
         rate = self.documents / max(seconds, 1e-6)
         documents = plural(self.documents, "document")
-        yield f"{plural(self.rows, unit)}, {documents} in {seconds:.1f} s ({rate:,.0f} documents/s)"
+        return f"{plural(self.rows, unit)}, {documents} in {seconds:.1f} s ({rate:,.0f} documents/s)"
+
+    def losses(self, bad: str, unit: str = "row", url: str | None = None) -> Iterator[str]:
+        """Yield lines for people; `bad` is the place of the reasons for bad rows, `url` a service that truncated."""
         if self.bad:
             yield f"{plural(self.bad, f'bad {unit}')} {'was' if self.bad == 1 else 'were'} skipped; see {bad}"
         if self.truncated:

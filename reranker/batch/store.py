@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import re
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import IO, Any
+from typing import IO
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
@@ -30,23 +30,19 @@ def find(address: str, endings: tuple[str, ...]) -> list[str]:
         fs, path = url_to_fs(address)
         fs.invalidate_cache()
         if fs.isdir(path):
-            names = [
-                name
-                for name in fs.find(path)
-                if name.endswith(endings) and not re.search(r"(^|/)[_.]", os.path.relpath(name, path))
-            ]
-        elif fs.isfile(path):
-            names = [path]
-        else:
-            names = [name for name in fs.glob(path) if fs.isfile(name)] if set("*?[") & set(path) else []
+            names = [name for name in fs.find(path) if name.endswith(endings)]
+            names = [name for name in names if not re.search(r"(^|/)[_.]", os.path.relpath(name, path))]
+        else:  # a name may contain the characters of a pattern
+            names = [path] if fs.isfile(path) else [name for name in fs.glob(path) if fs.isfile(name)]
         if not names:
             raise InputError(f"{address}: no such file, and no folder or pattern with {' or '.join(endings)} files")
         return [str(fs.unstrip_protocol(name)) for name in names]
 
 
 def inside(address: str, folder: str) -> bool:
-    """Return whether an address is a folder or lies in it."""
-    inner, outer = (str(fs.unstrip_protocol(path)).rstrip("/") for fs, path in map(url_to_fs, (address, folder)))
+    """Return whether an address is a folder or lies in it; see `reaching` for errors."""
+    with reaching(address, "use"):
+        inner, outer = (str(fs.unstrip_protocol(path)).rstrip("/") for fs, path in map(url_to_fs, (address, folder)))
     return f"{inner}/".startswith(f"{outer}/")
 
 
@@ -59,12 +55,64 @@ def opened(address: str) -> Iterator[IO[bytes]]:
             yield file
 
 
+def names(folder: str) -> set[str]:
+    """Return the names of the files directly in a folder, if it exists; see `reaching` for errors."""
+    with reaching(folder, "read"):
+        fs, path = url_to_fs(folder)
+        fs.invalidate_cache()
+        return {name.rpartition("/")[2] for name in fs.ls(path, detail=False)} if fs.isdir(path) else set()
+
+
+def read(address: str) -> bytes | None:
+    """Return the content of a file; None: there is no such file. See `reaching` for errors."""
+    content: bytes | None = None
+    with reaching(address, "read"), suppress(FileNotFoundError):
+        fs, path = url_to_fs(address)
+        content = fs.cat_file(path)
+    return content
+
+
+def write(address: str, data: bytes) -> None:
+    """Create or replace a file, which is complete or absent at any time; see `reaching` for errors.
+
+    A rename ensures that on the local disk, and an object store shows no object before its last byte. On other stores a
+    killed process may leave half a file.
+    """
+    with reaching(address, "write"):
+        fs, path = url_to_fs(address)
+        folder = path.rpartition("/")[0]
+        fs.makedirs(folder, exist_ok=True)
+        if not isinstance(fs, LocalFileSystem):
+            fs.pipe_file(path, data)
+            return
+        draft = f"{folder}/{DRAFT}{uuid.uuid4().hex}"
+        try:
+            with open(draft, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(draft, path)
+        except BaseException:  # an interrupt leaves no draft either
+            with suppress(FileNotFoundError):
+                os.unlink(draft)
+            raise
+
+
+def remove(folder: str, names: Iterable[str]) -> None:
+    """Delete those of the files in a folder that exist; see `reaching` for errors."""
+    with reaching(folder, "write"):
+        fs, path = url_to_fs(folder)
+        for name in names:
+            with suppress(FileNotFoundError):
+                fs.rm_file(f"{path}/{name}")
+
+
 @contextmanager
 def reaching(address: str, verb: str) -> Iterator[None]:
-    """Turn any error of a store inside into one line that names `address`; `verb` is read or write.
+    """Turn any error of a store inside into one line that names `address`; `verb` is read, write or use.
 
     Raises:
-        InputError, FailedError: the address cannot be read; it cannot be written.
+        InputError, FailedError: the address cannot be read or used; it cannot be written.
     """
     try:
         yield
@@ -72,67 +120,5 @@ def reaching(address: str, verb: str) -> Iterator[None]:
         raise
     except Exception as error:  # every store raises its own exceptions, for the same few causes
         reason = str(getattr(error, "strerror", None) or error).strip().splitlines() or [""]
-        kind = InputError if verb == "read" else FailedError
+        kind = FailedError if verb == "write" else InputError
         raise kind(f"cannot {verb} {address}: {reason[0] or type(error).__name__}") from error
-
-
-class Folder:
-    """A folder that several processes write; each file in it is complete or absent. Errors: see `reaching`.
-
-    A rename ensures that on the local disk, and an object store shows no object before its last byte. On other stores a
-    killed process may leave half a file.
-    """
-
-    def __init__(self, address: str) -> None:
-        self.address = address.rstrip("/")
-        with reaching(address, "write"):
-            self.fs, self.path = url_to_fs(self.address)
-        self.local = isinstance(self.fs, LocalFileSystem)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Folder, (str(self.fs.unstrip_protocol(self.path)),)  # actors have another working directory
-
-    def names(self, below: str = "") -> set[str]:
-        """Return the names of the files directly in the folder, or directly in one below it."""
-        folder = f"{self.path}/{below}".rstrip("/")
-        with reaching(f"{self.address}/{below}", "read"):
-            self.fs.invalidate_cache()
-            if not self.fs.isdir(folder):
-                return set()
-            return {name.rpartition("/")[2] for name in self.fs.ls(folder, detail=False)}
-
-    def read(self, name: str) -> bytes | None:
-        """Return the content of a file; None: there is no such file."""
-        with reaching(f"{self.address}/{name}", "read"):
-            try:
-                content: bytes = self.fs.cat_file(f"{self.path}/{name}")
-            except FileNotFoundError:
-                return None
-            return content
-
-    def write(self, name: str, data: bytes) -> None:
-        """Create or replace a file."""
-        path = f"{self.path}/{name}"
-        with reaching(f"{self.address}/{name}", "write"):
-            self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-            if not self.local:
-                self.fs.pipe_file(path, data)
-                return
-            draft = f"{self.path}/{DRAFT}{uuid.uuid4().hex}"
-            try:
-                with open(draft, "wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(draft, path)
-            except BaseException:  # an interrupt leaves no draft either
-                with suppress(FileNotFoundError):
-                    os.unlink(draft)
-                raise
-
-    def remove(self, names: Sequence[str]) -> None:
-        """Delete those of the files that exist."""
-        with reaching(self.address, "write"):
-            for name in names:
-                with suppress(FileNotFoundError):
-                    self.fs.rm_file(f"{self.path}/{name}")

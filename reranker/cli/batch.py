@@ -11,12 +11,7 @@ from reranker.rows.row import Defaults
 
 
 def batch(args: argparse.Namespace) -> None:
-    """Run the command.
-
-    Raises:
-        InputError: a row cannot be used; everything before it is written.
-        FailedError: scoring failed, or the output cannot be written.
-    """
+    """Run the command; see `local.run` for errors."""
     job = Job(
         input=args.input,
         output=Path(args.output),

@@ -45,6 +45,18 @@ def test_a_journal_without_a_line_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_journal_that_cannot_be_read_again_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(_: Journal) -> int:
+        raise KeyboardInterrupt
+
+    whole = filled(tmp_path / "out", 2)
+    monkeypatch.setattr(Journal, "_whole_bytes", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        Journal(tmp_path / "out", {"model": "m"}, overwrite=False)
+    assert (tmp_path / "out.partial").read_bytes() == whole
+    assert (tmp_path / "out.partial.json").exists()
+
+
 def test_a_journal_of_unknown_origin_is_not_touched(tmp_path: Path) -> None:
     (tmp_path / "out.partial").write_text("mine\n")
     with pytest.raises(InputError, match="begun with something unknown"):

@@ -48,7 +48,7 @@ def test_what_an_actor_of_another_batch_finishes_does_not_count(tmp_path: Path) 
 def test_a_row_that_is_good_the_second_time_is_not_bad_as_well(tmp_path: Path) -> None:
     output = Output(str(tmp_path))
     output.begin({}, PARTS, overwrite=False)
-    output.folder.write("bad-000000.jsonl", b'{"line": 1}\n')  # and then the actor died
+    (tmp_path / "bad-000000.jsonl").write_bytes(b'{"line": 1}\n')  # and then the actor died
     output.finish(PARTS[0], part_record(0, output.batch), [{"line": 1}], [])
     assert sorted(path.name for path in tmp_path.glob("*0.jsonl")) == ["part-000000.jsonl"]
 
@@ -60,6 +60,16 @@ def test_parts_of_two_models_are_refused(tmp_path: Path) -> None:
     output.finish(PARTS[1], part_record(1, output.batch, "two"), [], [])
     with pytest.raises(InputError, match="scored with 2 different models"):
         output.begin({}, PARTS, overwrite=False)
+
+
+def test_the_last_run_deletes_the_drafts_of_killed_processes(tmp_path: Path) -> None:
+    output = Output(str(tmp_path))
+    output.begin({}, PARTS[:1], overwrite=False)
+    output.finish(PARTS[0], part_record(0, output.batch), [], [])
+    for folder in (tmp_path, tmp_path / "_done"):
+        (folder / "_draft-0").write_bytes(b"{")
+    output.close([part_record(0, output.batch)])
+    assert not list(tmp_path.rglob("_draft-*"))
 
 
 def test_a_folder_of_something_else_is_not_touched(tmp_path: Path) -> None:

@@ -127,9 +127,11 @@ def test_each_warning_is_noted_once_with_its_first_place() -> None:
 
 
 def test_a_summary_has_a_line_for_each_kind_of_loss() -> None:
-    assert list(Totals(1, 0, 2).summary(4.0, "x")) == ["1 row, 2 documents in 4.0 s (0 documents/s)"]
-    assert list(Totals(2001, 1, 9000, 1, 2).summary(0.5, "bad.jsonl", "line", "http://h")) == [
-        "2001 lines, 9000 documents in 0.5 s (18,000 documents/s)",
+    assert Totals(1, 0, 2).speed(4.0) == "1 row, 2 documents in 4.0 s (0 documents/s)"
+    assert list(Totals(1, 0, 2).losses("x")) == []
+    totals = Totals(2001, 1, 9000, 1, 2)
+    assert totals.speed(0.5, "line") == "2001 lines, 9000 documents in 0.5 s (18,000 documents/s)"
+    assert list(totals.losses("bad.jsonl", "line", "http://h")) == [
         "1 bad line was skipped; see bad.jsonl",
         "1 document did not fit and was truncated (the service's MAX_SEQ_LENGTH)",
         "2 queries did not fit and were truncated (the service's MAX_SEQ_LENGTH)",

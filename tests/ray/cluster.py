@@ -1,4 +1,4 @@
-"""A cluster of several nodes on this machine, a scorer whose device time is real waiting, and clients that count."""
+"""A Ray cluster of several nodes on this machine, a scorer that sleeps, and clients that count their responses."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from deploy.ray_serve import RAY_ENVIRONMENT, build, deployment
 from tests.fake import FakeScorer
 
 BODY = {"query": "q", "documents": ["a b c d e"]}
-# One such request fills a forward pass: a replica answers 1 / seconds of them a second, no more.
+# One such request fills a forward pass, so a replica scores at most 1 / `seconds` of them per second.
 TOKENS = 15
 
 
 def waiting(seconds: float, load_seconds: float = 0) -> Callable[[], FastAPI]:
-    """An application whose forward passes take `seconds` of waiting, for one request each, and its load some more."""
+    """Return a builder of an application that sleeps `seconds` per forward pass (one request), and while it loads."""
 
     def make() -> FastAPI:
         def load() -> FakeScorer:
@@ -44,11 +44,18 @@ def waiting(seconds: float, load_seconds: float = 0) -> Callable[[], FastAPI]:
 
 @contextmanager
 def cluster(folder: str, port: int, nodes: int, replicas_per_node: int) -> Iterator[Cluster]:
-    """A head that serves HTTP on `port` and holds no replica, and `nodes` machines with room for some each.
+    """Start a head that serves HTTP on `port` and has no replica, and `nodes` nodes for replicas.
 
-    CPUs are counted, not used: Ray places a replica on each. Args: `folder`: short, for Ray's sockets and logs.
+    A node has as many CPUs as replicas. Ray only counts them, and places one replica on each.
+
+    Args:
+        folder: for Ray's sockets and logs; its path must be short.
+        port: of HTTP.
+        nodes: number of nodes beside the head.
+        replicas_per_node: room of each.
     """
-    # Its address is noted in the folder, for no other Ray to find. Nice workers would wait for whatever else runs here.
+    # Ray writes its address into the folder, so that no other Ray finds it. With a nice value, workers would wait for
+    # other programs on this machine.
     os.environ |= RAY_ENVIRONMENT | {"RAY_TMPDIR": folder, "RAY_worker_niceness": "0"}
     (Path(folder) / "ray").mkdir(exist_ok=True)
     node = {"object_store_memory": 80 * 1024 * 1024, "include_dashboard": False}
@@ -68,7 +75,7 @@ def cluster(folder: str, port: int, nodes: int, replicas_per_node: int) -> Itera
 
 
 def run(make: Callable[[], FastAPI], replicas: int, environment: dict[str, str] | None = None, **options: Any) -> None:
-    """Put `replicas` of an application on the cluster, or update it; returns when all of them are ready."""
+    """Deploy `replicas` of an application, or update it; return when all of them are ready."""
     settings = Settings(_env_file=None, model_device="cpu", request_timeout=20)
     options = {"num_replicas": replicas, "autoscaling_config": None, "health_check_period_s": 1} | options
     chosen = deployment(settings, make).options(**options)
@@ -76,17 +83,17 @@ def run(make: Callable[[], FastAPI], replicas: int, environment: dict[str, str] 
 
 
 def replicas(made: Cluster) -> list[psutil.Process]:
-    """The processes of all replicas."""
+    """Return the processes of all replicas."""
     raylets = [info.process.pid for node in made.worker_nodes for info in node.all_processes["raylet"]]
     children = [child for pid in raylets for child in psutil.Process(pid).children()]
     return [child for child in children if child.cmdline()[0].startswith("ray::ServeReplica")]
 
 
 def until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    """Wait for it.
+    """Wait until a condition is true.
 
     Raises:
-        AssertionError: it did not come.
+        AssertionError: it is still false after `seconds`.
     """
     deadline = time.monotonic() + seconds
     while not condition():
@@ -95,7 +102,7 @@ def until(condition: Callable[[], bool], seconds: float = 60) -> None:
 
 
 def settled(count: int) -> None:
-    """Wait until so many replicas run and Ray has no more to do; an ended one's process may stay for a while."""
+    """Wait until `count` replicas run and Ray is idle; the processes of stopped replicas may still exist."""
 
     def is_so() -> bool:
         application = serve.status().applications["reranker"]
@@ -107,29 +114,29 @@ def settled(count: int) -> None:
 
 @dataclass
 class Seen:
-    """What clients saw."""
+    """Responses that the clients received."""
 
     seconds: float = 0
     latencies: list[float] = field(default_factory=list)
     kinds: Counter[str] = field(default_factory=Counter)
-    """How often: "200", or the status with the error's type."""
+    """Count by "200", or by status and error type."""
 
     @property
     def rate(self) -> float:
-        """Answers a second."""
+        """Successful responses per second."""
         return self.kinds["200"] / self.seconds
 
     def quantile(self, q: float) -> float:
-        """Of the latencies, in seconds."""
+        """Return a quantile of the latencies, in seconds."""
         return sorted(self.latencies)[int(q * (len(self.latencies) - 1))]
 
 
 async def load(
     port: int, clients: int, seconds: float, warm_up: float = 0, over: Callable[[], bool] | None = None
 ) -> Seen:
-    """`clients` that send their next request when the last one is answered, for `seconds`, or until it is `over`.
+    """Run `clients` that each have one request in flight, for `seconds` and until `over` returns True.
 
-    In the first case what is answered in the warm-up or behind the end does not count; in the second, everything does.
+    Without `over`, responses during the warm-up and after the end are not counted.
     """
     seen = Seen(seconds)
     begin = time.monotonic() + warm_up
@@ -155,7 +162,7 @@ async def load(
 
 
 def under_load(port: int, clients: int, seconds: float, event: Callable[[], object]) -> Seen:
-    """What clients see during `seconds` and until the event is over, which comes after two of them."""
+    """Run clients for `seconds` and until the event has finished; it starts after two seconds."""
 
     def happen() -> None:
         time.sleep(2)

@@ -1,6 +1,7 @@
 """Ray as it runs for users (`serve run`), and a cluster of several nodes inside this process.
 
-Everything listens on 127.0.0.1, starts no dashboard where that can be said, reports nothing, and ends with the session.
+Everything listens on 127.0.0.1, starts no dashboard if Ray has an option for that, reports nothing, and ends with the
+session.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ SERVE = str(Path(sys.executable).with_name("serve"))
 
 @pytest.fixture(scope="session")
 def ray_folder() -> Iterator[str]:
-    """Where Ray keeps sockets and logs; short, for a socket's path has 107 characters at most."""
+    """Yield a folder for Ray's sockets and logs; short, because the path of a socket has at most 107 characters."""
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
@@ -34,7 +35,7 @@ def ray_folder() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def serve_run(start: Start, ray_folder: str) -> Start:
-    """`serve run` of the config file that ships, on a free port. Arguments as for `start`, and `args`: Serve's own."""
+    """Return a `start` for `serve run` with the shipped config file, on a free port; `args` are those of the file."""
 
     def run(*, args: str = "", **others: Any) -> Server:
         changes = f"s/port: 6006/port: {{port}}/; s/0.0.0.0/127.0.0.1/; s/args: {{{{}}}}/args: {{{{{args}}}}}/"

@@ -1,4 +1,4 @@
-"""Several machines: what their users see while replicas are added, killed, updated and lost."""
+"""Several machines: the responses to users while replicas are added, killed, updated and lost."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def nodes(ray_folder: str, port: int) -> Iterator[Cluster]:
 def test_three_replicas_answer_what_three_can(port: int, nodes: Cluster) -> None:
     seen = asyncio.run(load(port, CLIENTS, 5, warm_up=1))
     assert set(seen.kinds) == {"200"}
-    assert seen.rate > 2 * (1 / 0.2)  # one replica's most; three reach 15 where the processors are free
+    assert seen.rate > 2 * (1 / 0.2)  # the max of one replica; three reach 15 on an idle machine
 
 
 def test_a_killed_replica_fails_what_it_had_and_nothing_else(port: int, nodes: Cluster) -> None:
@@ -90,7 +90,7 @@ def test_a_full_queue_is_our_429(port: int, nodes: Cluster) -> None:
             thread.join()
     refused = [answer for answer in answers if answer.status_code == 429]
     assert {answer.status_code for answer in answers} == {200, 429}
-    assert len(refused) >= 5  # of 25, where all come at once
+    assert len(refused) >= 5  # of 25, if all arrive at the same time
     for answer in refused:
         assert answer.json()["error_type"] == "queue_full"
         assert 1 <= int(answer.headers["retry-after"]) <= 60
@@ -100,12 +100,12 @@ def test_a_full_queue_is_our_429(port: int, nodes: Cluster) -> None:
 def test_clients_that_leave_take_their_work_along(port: int, nodes: Cluster) -> None:
     run(waiting(1), 1)
     url = f"http://127.0.0.1:{port}/v1/rerank"
-    for _ in range(20):  # a second of the device each
+    for _ in range(20):  # each needs the device for a second
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(url, json=BODY, trust_env=False, timeout=httpx.Timeout(5, read=0.1))
     start = time.monotonic()
     assert httpx.post(url, json=BODY, trust_env=False, timeout=30).status_code == 200
-    assert time.monotonic() - start < 10  # three passes, and not twenty seconds less what has passed
+    assert time.monotonic() - start < 10  # three passes, not one for each of the twenty
 
 
 def test_a_lost_device_is_told_and_its_replica_replaced(port: int, nodes: Cluster) -> None:
@@ -114,7 +114,7 @@ def test_a_lost_device_is_told_and_its_replica_replaced(port: int, nodes: Cluste
 
         return build(Losing)
 
-    run(make, 2, health_check_period_s=10)  # three of which must fail, where it does not end by itself
+    run(make, 2, health_check_period_s=10)  # three failed checks would replace it much later
     before = {process.pid for process in replicas(nodes)}
     url = f"http://127.0.0.1:{port}/v1/rerank"
     lost = httpx.post(url, json={"query": "q", "documents": ["lost"]}, trust_env=False)
@@ -165,7 +165,7 @@ def test_ray_shows_the_metrics_of_every_replica(port: int, nodes: Cluster) -> No
             assert client.post("/v1/rerank", json=BODY).status_code == 200
 
         def counts() -> dict[str, float]:
-            """Reranks by replica, as all nodes together tell."""
+            """Return the reranks of each replica, from the metrics of all nodes."""
             urls = [
                 f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
                 for node in ray.nodes()
@@ -177,7 +177,7 @@ def test_ray_shows_the_metrics_of_every_replica(port: int, nodes: Cluster) -> No
             return {names["replica"]: count for names, count in labels if names["route"] == "/v1/rerank"}
 
         for _ in range(6):
-            time.sleep(12)  # Ray reports every 10 seconds, and shows what was reported once
+            time.sleep(12)  # Ray exports every 10 seconds, each value once
             seen = counts()
             if sum(seen.values()) == 20:
                 break

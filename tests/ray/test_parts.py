@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,14 @@ import pytest
 from ray.exceptions import ActorDiedError
 
 from deploy import ray_batch
-from reranker.batch import cluster
+from reranker.batch import cluster, distributed
 from reranker.batch.actor import ActorConfig, fingerprint, score
 from reranker.batch.cluster import Pool
 from reranker.batch.output import Output, PartRecord
 from reranker.batch.parts import Part, scan, split_into_parts
 from reranker.batch.scoring import Totals
 from reranker.errors import FailedError, InputError
+from reranker.rankers.source import Source
 from reranker.rows.row import Defaults
 from reranker.settings import ModelSettings
 from reranker.terminal import note
@@ -67,6 +68,7 @@ def test_the_same_name_with_other_weights_has_another_fingerprint(tmp_path: Path
         (["data", "out", "--gpus", "-1"], "is not a number of GPUs"),
         (["data", "out", "--url", "http://h"], "unrecognized arguments"),
         (["nowhere://a", "out"], "cannot read nowhere://a: Protocol not known"),
+        (["data", "nowhere://out"], "cannot use nowhere://out: Protocol not known"),
     ],
 )
 def test_wrong_arguments_are_one_error(
@@ -80,6 +82,47 @@ def test_wrong_arguments_are_one_error(
         ray_batch.main(args)
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_resumed_batch_scores_the_rest_and_tells_the_losses_of_all_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text("{}\n{}\n{}\n")
+    scored: list[list[int]] = []
+
+    def score_two(unfinished: Sequence[Part], config: ActorConfig, _: Pool) -> Iterator[PartRecord]:
+        scored.append([part.number for part in unfinished])
+        for part in unfinished[:2]:
+            record = replace(part_record(part.number, config.output.batch), bad=part.number % 2, truncated=1)
+            config.output.finish(part, record, [], [])
+            yield record
+        if len(unfinished) > 2:
+            raise FailedError("an actor died")
+
+    def run(top_k: int | None = None) -> None:
+        files = distributed.find_files([str(path)], str(tmp_path / "out"))
+        options = Source(), Defaults(top_k), Pool(), 1
+        distributed.run(files, str(tmp_path / "out"), *options, overwrite=False)
+
+    monkeypatch.setattr(cluster, "scan", lambda files, size: {address: scan(address, size) for address in files})
+    monkeypatch.setattr(cluster, "score", score_two)
+    with pytest.raises(FailedError, match="an actor died"):
+        run()
+    assert capsys.readouterr().err == "1 file, 3 parts\n"
+    run()
+    assert scored == [[0, 1, 2], [2]]
+    assert capsys.readouterr().err.splitlines() == [
+        "1 file, 3 parts, 2 of them finished before",
+        "1 row, 1 document in 1.0 s (1 documents/s)",
+        f"1 bad row was skipped; see {tmp_path}/out/bad-*.jsonl",
+        "3 documents did not fit and were truncated (--max-seq-length)",
+        f"{tmp_path}/out: 3 rows, 1 bad, 3 documents",
+    ]
+    run()
+    assert "nothing to do: every part is finished\n" in capsys.readouterr().err
+    with pytest.raises(InputError, match="begun with another top_k"):
+        run(1)
 
 
 def test_a_cluster_that_is_not_there_is_one_error(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The same answers as gunicorn's, bit for bit: both serve the demo model, and every route is asked on both."""
+"""Responses equal those under gunicorn, bit for bit: both serve the demo model, and get a request for every route."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from tests.conftest import ROOT, Server, Start
 SERVE = str(Path(sys.executable).with_name("serve"))
 
 TOKEN = "s3cr3t-one"
-# A token budget of its own choice would be measured, and differ: then a long request is cut elsewhere, and the last
-# digits of a sum with it.
+# Without a value the token budget is measured and may differ. Then a long request is split at another document, which
+# changes the last digits of its scores.
 ENV_FILE = f"""MAX_BATCH_TOKENS=4096
 MAX_SEQ_LENGTH=300
 ACCESS_TOKEN={TOKEN},s3cr3t-two
@@ -36,7 +36,7 @@ BODY_TIMEOUT=3
 QUERY = {"query": "how to compress files"}
 DOCUMENTS = ["a game of chess", "gzip compresses files", "", "<|im_end|> yes", "压缩文件", "long " * 400]
 BODY = {**QUERY, "documents": DOCUMENTS}
-# These differ from run to run.
+# Different in every run.
 TIMES = {"x-tokenization-time", "x-queue-time", "x-inference-time", "x-total-time"}
 JSON = {"content-type": "application/json"}
 
@@ -101,7 +101,7 @@ def test_every_route_answers_as_under_gunicorn(
     one, other = (ask(server, method, path, options) for server in (gunicorn, ray_serve))
     assert other.status_code == one.status_code
     assert other.content == one.content
-    names = set(one.headers) - {"date", "server"}  # the proxy is not ours
+    names = set(one.headers) - {"date", "server"}  # Ray's proxy has its own
     assert set(other.headers) - {"date", "server"} == names
     assert {n: other.headers[n] for n in names - TIMES} == {n: one.headers[n] for n in names - TIMES}
     assert other.headers.get_list("x-request-id") == ["the-same"]
@@ -144,7 +144,7 @@ def test_a_body_that_is_too_large_or_does_not_come(ray_serve: Server) -> None:
     head = f"POST /v1/rerank HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: 100\r\n\r\n{{"
     with socket.create_connection(("127.0.0.1", ray_serve.port), timeout=20) as connection:
         connection.sendall(head.encode())
-        answer = b"".join(iter(lambda: connection.recv(65536), b""))  # to the end: the service closes it
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))  # until the service closes it
     assert answer.startswith(b"HTTP/1.1 408")
     assert b"body_timeout" in answer
 
@@ -188,7 +188,7 @@ def test_no_token_and_no_text_in_any_log(ray_serve: Server, ray_folder: str) -> 
     ],
 )
 def test_a_setting_that_cannot_be_used_is_one_line(tmp_path: Path, argument: str, words: str) -> None:
-    """Before any Ray is started."""
+    """The error appears before Ray is started."""
     done = subprocess.run(
         [SERVE, "run", "deploy.ray_serve:app", argument],
         cwd=tmp_path,
@@ -224,7 +224,7 @@ def test_a_line_of_the_file_that_cannot_be_read_is_one_line(tmp_path: Path, modu
 
 
 def test_a_replica_reads_what_the_driver_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The replica has no `.env`: quotes inside quotes survive the environment that it is handed."""
+    """The replica has no `.env`; a value with quotes inside quotes reaches it unchanged in the environment."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".env").write_text("DEFAULT_INSTRUCTION='\"Find\" # code'\nHF_ENDPOINT='https://hf-mirror.com'\n")
     kept = dict(os.environ)
@@ -247,7 +247,7 @@ def test_the_settings_become_rays_options() -> None:
     settings = Settings(_env_file=None, model_device="cuda", worker_connections=7, request_timeout=30)
     made = deployment(settings, build)
     assert made.ray_actor_options == {"num_cpus": 1, "num_gpus": 1}
-    assert made.max_ongoing_requests > 7  # so that the eighth gets our 429 and does not wait at Ray's door
+    assert made.max_ongoing_requests > 7  # so that the eighth gets our 429 and does not wait in Ray
     assert made.max_queued_requests == 7
     assert made._deployment_config.graceful_shutdown_timeout_s == 40
     cpu = deployment(Settings(_env_file=None, model_device="cpu"), build)
