@@ -84,13 +84,13 @@ class AccessLog:
             fields["error_type"] = context.error_type
         json_fields = {"id": context.request_id, "method": method, "route": route, "status": status}
         if route == OTHER:
-            json_fields["path"] = printable(path)
+            json_fields["path"] = path = printable(path)
         logger.log(
             # Probes and scrapes arrive every few seconds: only their failures are logged.
             logging.DEBUG if path in _QUIET and status < 400 else logging.INFO,
             "%s %s %d %.1f ms id=%s%s",
             method,
-            path if route == path else printable(path),
+            path,
             status,
             seconds * 1000,
             context.request_id,

@@ -11,8 +11,8 @@ import json
 import secrets
 import struct
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from typing import NamedTuple
 
 from reranker.types import Chunk, DocumentScore, RerankRequest
 
@@ -21,21 +21,14 @@ from reranker.types import Chunk, DocumentScore, RerankRequest
 _ENTRY = struct.Struct("<dI??bII")
 
 
-@dataclass(slots=True)
-class Lookup:
-    """The cached scores of one request, and a request for the documents without one."""
+class Lookup(NamedTuple):
+    """The cached scores of one request."""
 
     keys: list[bytes]
     """One per document; equal documents share a key."""
-    known: dict[bytes, DocumentScore]
-    missing_keys: list[bytes]
-    missing: RerankRequest | None
-    """One document per missing key; None: all scores are known."""
-
-    @property
-    def scores(self) -> list[DocumentScore]:
-        """One score per document, in order; `ScoreCache.store` must have entered the missing ones."""
-        return [self.known[key] for key in self.keys]
+    scores: dict[bytes, DocumentScore]
+    missing: dict[bytes, int]
+    """Keys without a score, each with the index of its first document."""
 
 
 class ScoreCache:
@@ -56,23 +49,22 @@ class ScoreCache:
         """Of the hash: without it a client could search for two texts that collide."""
 
     def lookup(self, request: RerankRequest) -> Lookup:
-        """Return the cached scores of a request; equal documents are missing at most once."""
+        """Return the cached scores of a request."""
         keys = self._keys(request)
-        known = {key: _unpack(self._entries[key]) for key in keys if key in self._entries}
-        for key in known:
+        scores = {key: _unpack(self._entries[key]) for key in keys if key in self._entries}
+        for key in scores:
             self._entries.move_to_end(key)
         if not request.truncate_query:  # then a query that does not fit is an error, which the scorer raises
-            known = {key: score for key, score in known.items() if not score.query_truncated}
+            scores = {key: score for key, score in scores.items() if not score.query_truncated}
         missing: dict[bytes, int] = {}
         for i, key in enumerate(keys):
-            if key not in known:
+            if key not in scores:
                 missing.setdefault(key, i)
-        return Lookup(keys, known, list(missing), request.only(list(missing.values())) if missing else None)
+        return Lookup(keys, scores, missing)
 
-    def store(self, lookup: Lookup, scores: Sequence[DocumentScore]) -> None:
-        """Enter the scores of `lookup.missing`, in its order, into the cache and the lookup."""
-        for key, score in zip(lookup.missing_keys, scores, strict=True):
-            lookup.known[key] = score
+    def store(self, scores: Mapping[bytes, DocumentScore]) -> None:
+        """Enter scores by the keys of a lookup."""
+        for key, score in scores.items():
             self._entries[key] = _pack(score)
             self._entries.move_to_end(key)
             if len(self._entries) > self._max_entries:
