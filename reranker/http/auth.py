@@ -23,10 +23,9 @@ _HINT = f"send the header 'Authorization: Bearer <token>' or the query parameter
 
 
 class TokenAuth:
-    """ASGI middleware. It removes the credentials from the scope, so that no later part can log them.
+    """ASGI middleware that requires one of `tokens`, unless there are none.
 
-    Args:
-        tokens: the accepted tokens; empty: no check.
+    It removes the credentials from the scope, so that no later part can log them.
     """
 
     def __init__(self, app: ASGIApp, tokens: list[str]) -> None:

@@ -33,13 +33,10 @@ class Cors(CORSMiddleware):
 
 
 def install(app: FastAPI, origins: Sequence[str]) -> None:
-    """Allow pages of these origins to call the service.
+    """Allow pages of these origins, as browsers send them or `*` for all, to call the service.
 
-    Call it after the token guard is added, because a preflight never carries a token, and before the access log is.
-
-    Args:
-        app: already has its handler of unexpected errors.
-        origins: as browsers send them, or `*` for all.
+    Call it after `errors.install` and after the token guard is added, because a preflight never carries a token, and
+    before the access log is.
     """
     options: dict[str, Any] = {
         "allow_origins": origins,

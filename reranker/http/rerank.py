@@ -32,11 +32,7 @@ class RawRoute(APIRoute):
 
 
 async def rerank(request: Request) -> Response:
-    """Answer a rerank request in the dialect of its path and keys.
-
-    Raises:
-        RerankError: see `body.read` and `Batcher.rerank`.
-    """
+    """Answer a rerank request in the dialect of its path and keys; see `body.read` and `Batcher.rerank` for errors."""
     service, context = service_of(request.app), context_of(request.scope)
     scorer = service.batcher.check_capacity(service.request_timeout)
     try:

@@ -26,11 +26,7 @@ _KINDS = {str: "a string", bool: "true or false", int: "a number", float: "a num
 
 
 def refuse(name: str, rule: str, value: Any) -> NoReturn:
-    """Raise the error of a field that breaks a rule, with the kind of its value.
-
-    Raises:
-        InvalidRequestError: always.
-    """
+    """Raise the InvalidRequestError of a field that breaks a rule, with the kind of its value."""
     raise InvalidRequestError(f"{name}: {rule}; got {json_kind(value)}")
 
 
@@ -134,13 +130,10 @@ def _object_schema(*keys: str) -> dict[str, Any]:
     return {"type": "object", "required": [keys[-1]], "properties": kinds}
 
 
-DOCUMENT = {
-    "anyOf": [{"type": "string"}, *(_object_schema(*TEXT_KEYS[: i + 1]) for i in range(len(TEXT_KEYS)))],
-}
+DOCUMENT = {"anyOf": [{"type": "string"}, *(_object_schema(*TEXT_KEYS[: i + 1]) for i in range(len(TEXT_KEYS)))]}
 FIELDS: dict[str, Field] = {
     "query": Field(
-        _query,
-        {"type": "string", "pattern": r"\S", "description": "The search query", "examples": ["what is a cat?"]},
+        _query, {"type": "string", "pattern": r"\S", "description": "The search query", "examples": ["what is a cat?"]}
     ),
     "documents": _DOCUMENTS,
     "texts": _DOCUMENTS,

@@ -21,11 +21,10 @@ from typing import Any
 
 from reranker.engine.scores import per_document
 from reranker.errors import DeadlineError, DeviceLostError, NotReadyError, RerankError, ScoringError
-from reranker.scheduler.admission import Admission
 from reranker.scheduler.cache import ScoreCache
 from reranker.scheduler.compute import ComputeThread, ScorerLike, catch_panics
 from reranker.scheduler.events import ForwardPass, NullObserver, Observer, Status
-from reranker.scheduler.queue import Batch, Job, TokenQueue
+from reranker.scheduler.queue import Admission, Batch, Job, TokenQueue
 from reranker.scheduler.tokenizer_pool import TokenizerPool
 from reranker.types import DocumentScore, EncodedRequest, RerankRequest, RerankResult, Timings
 
@@ -143,11 +142,7 @@ class Batcher:
             job.fail(error)
 
     def require_ready(self) -> ScorerLike:
-        """Return the scorer.
-
-        Raises:
-            NotReadyError: loading, draining or unhealthy.
-        """
+        """Return the scorer; raise NotReadyError while loading, draining or unhealthy."""
         if self.status != "ok" or self.scorer is None:
             wait = self.unhealthy_retry_after if self.status == "unhealthy" else 5
             raise NotReadyError(f"the service is {self.status}; try again in {wait} s", retry_after=wait)

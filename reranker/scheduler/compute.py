@@ -64,10 +64,8 @@ class ComputeThread:
     """Loads a scorer and scores with it.
 
     Args:
-        load: makes the scorer.
-        load_timeout: max seconds of `load`.
-        pass_timeout: max seconds of a forward pass; above every request's timeout, so a longer pass is useless to all
-            clients and blocks them.
+        load: makes the scorer, within `load_timeout` seconds.
+        pass_timeout: max seconds of a forward pass; above every request's timeout, so a longer pass only blocks.
     """
 
     def __init__(self, load: Callable[[], ScorerLike], *, load_timeout: float, pass_timeout: float) -> None:
@@ -78,21 +76,14 @@ class ComputeThread:
         self._hangs = False
 
     async def load(self) -> ScorerLike:
-        """Load the scorer.
-
-        Raises:
-            TimeoutError: `load_timeout` is over.
-            Exception: any error of `load`, depending on the checkpoint.
-        """
+        """Load the scorer; raises TimeoutError after `load_timeout`, and any error of `load`."""
         late = TimeoutError(f"the model was not loaded within LOAD_TIMEOUT={self._load_timeout:g} s")
         return await self._run(self._load_timeout, late, self._load)
 
     async def score(self, scorer: ScorerLike, slices: Sequence[Slice], packed: Any) -> list[float]:
         """Return the logits of the slices' documents; `packed` is the result of `pack`, or None to pack here.
 
-        Raises:
-            DeviceLostError: the device is lost, or a forward pass hangs.
-            Exception: any error of the scorer.
+        Raises DeviceLostError if the device is lost or a forward pass hangs, and any error of the scorer.
         """
         text = f"a forward pass did not end within {self._pass_timeout:g} s and the worker restarts; try again"
         late = DeviceLostError(text, retry_after=10)

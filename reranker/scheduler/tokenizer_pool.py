@@ -33,11 +33,7 @@ class TokenizerPool:
         """Requests of this iteration of the event loop."""
 
     async def encode(self, scorer: ScorerLike, request: RerankRequest) -> EncodedRequest:
-        """Tokenise a request.
-
-        Raises:
-            Exception: any error of the scorer.
-        """
+        """Tokenise a request; raises any error of the scorer."""
         loop = asyncio.get_running_loop()
         if request.characters > _MAX_PART_CHARACTERS:
             encode = catch_panics(scorer.encode)

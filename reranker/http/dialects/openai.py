@@ -10,7 +10,7 @@ from typing import Literal
 from fastapi import APIRouter, Request
 from pydantic import BaseModel
 
-from reranker.http.errors import ErrorBody
+from reranker.http.errors import NOT_LOADED, ErrorBody
 from reranker.http.state import service_of
 
 router = APIRouter(tags=["models"])
@@ -33,10 +33,7 @@ class ModelList(BaseModel):
     data: list[ServedModel]
 
 
-_NOT_LOADED: dict[int | str, dict[str, object]] = {503: {"model": ErrorBody, "description": "The model is not loaded"}}
-
-
-@router.get("/v1/models", summary="The served model, as OpenAI lists it", responses=_NOT_LOADED)
+@router.get("/v1/models", summary="The served model, as OpenAI lists it", responses=NOT_LOADED)
 async def models(request: Request) -> ModelList:
     """A list of one model."""
     return ModelList(object="list", data=[_served(request)])
@@ -46,7 +43,7 @@ async def models(request: Request) -> ModelList:
     "/v1/models/{name:path}",
     summary="The served model, for any name",
     # Without 4XX FastAPI describes a 422 for the name, but any text is valid.
-    responses={**_NOT_LOADED, "4XX": {"model": ErrorBody, "description": "Not served"}},
+    responses={**NOT_LOADED, "4XX": {"model": ErrorBody, "description": "Not served"}},
 )
 async def model(request: Request, name: str) -> ServedModel:
     """The same for every name, because a rerank request accepts every `model`."""

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel
 
 from reranker import __version__
-from reranker.http.errors import ErrorBody
+from reranker.http.errors import NOT_LOADED
 from reranker.http.state import service_of
 
 router = APIRouter(tags=["models"])
@@ -53,11 +53,7 @@ class Info(BaseModel):
     docker_label: str | None
 
 
-@router.get(
-    "/info",
-    summary="The served model and its limits, as TEI answers them",
-    responses={503: {"model": ErrorBody, "description": "The model is not loaded"}},
-)
+@router.get("/info", summary="The served model and its limits, as TEI answers them", responses=NOT_LOADED)
 async def info(request: Request) -> Info:
     """Read by Dify and other TEI clients before their first rerank request."""
     service = service_of(request.app)
