@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from inspect import isawaitable
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -49,8 +48,7 @@ def install(app: FastAPI, origins: Sequence[str]) -> None:
     unexpected: Any = app.exception_handlers[Exception]
 
     async def readable(request: Request, error: Exception) -> ASGIApp:
-        response = unexpected(request, error)
-        return Cors(await response if isawaitable(response) else response, **options)
+        return Cors(await unexpected(request, error), **options)
 
     # Starlette sends the response to an unexpected error outside of all middleware.
     app.add_exception_handler(Exception, readable)  # type: ignore[arg-type]  # sent as an ASGI application

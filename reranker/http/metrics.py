@@ -138,15 +138,15 @@ class Metrics(Observer):
         """Count the queue time of a request, even if it fails later."""
         self._child("reranker_queue_wait_seconds").observe(wait)
 
-    def pass_ended(self, done: ForwardPass) -> None:
+    def pass_ended(self, forward_pass: ForwardPass) -> None:
         """Count a forward pass."""
-        self._child("reranker_batch_tokens").observe(done.tokens)
-        self._child("reranker_batch_documents").observe(done.documents)
-        self._child("reranker_batch_duration_seconds").observe(done.seconds)
-        self._child("reranker_batch_utilisation_ratio").observe(done.tokens / done.budget)
-        self._child("reranker_prompt_tokens").inc(done.prompt_tokens)
-        self._child("reranker_batch_token_budget").set(done.budget)
-        self._child("reranker_device_memory_bytes").set(done.memory)
+        self._child("reranker_batch_tokens").observe(forward_pass.tokens)
+        self._child("reranker_batch_documents").observe(forward_pass.documents)
+        self._child("reranker_batch_duration_seconds").observe(forward_pass.seconds)
+        self._child("reranker_batch_utilisation_ratio").observe(forward_pass.tokens / forward_pass.budget)
+        self._child("reranker_prompt_tokens").inc(forward_pass.prompt_tokens)
+        self._child("reranker_batch_token_budget").set(forward_pass.budget)
+        self._child("reranker_device_memory_bytes").set(forward_pass.memory)
 
     def cache_used(self, hits: int, misses: int) -> None:
         """Count the documents of a request by their source."""

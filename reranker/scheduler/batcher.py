@@ -136,10 +136,10 @@ class Batcher:
         self._observer.status_changed(status)
 
     def _fail_all(self, error: Exception) -> None:
-        self.queue.clear()
-        self._observer.queue_changed(0)
         for job in self._jobs:
             job.fail(error)
+        self.queue.drop_finished()
+        self._observer.queue_changed(self.queue.tokens)
 
     def require_ready(self) -> ScorerLike:
         """Return the scorer; raise NotReadyError while loading, draining or unhealthy."""
@@ -177,9 +177,9 @@ class Batcher:
             keys, known, missing = self._cache.lookup(request)
             if missing:
                 rest = request.only(list(missing.values()))
-                computed = dict(zip(missing, await self._score(scorer, rest, seconds, timings), strict=True))
-                self._cache.store(computed)
-                known |= computed
+                new = dict(zip(missing, await self._score(scorer, rest, seconds, timings), strict=True))
+                self._cache.store(new)
+                known |= new
             scores = [known[key] for key in keys]
             self._observer.cache_used(len(keys) - len(missing), len(missing))
         timings.total = time.monotonic() - start

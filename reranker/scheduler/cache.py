@@ -12,23 +12,12 @@ import secrets
 import struct
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import NamedTuple
 
 from reranker.types import Chunk, DocumentScore, RerankRequest
 
 # Logit, prompt tokens, truncated, query truncated; of the best chunk the index (-1: the document was not split), start
 # and stop.
 _ENTRY = struct.Struct("<dI??bII")
-
-
-class Lookup(NamedTuple):
-    """The cached scores of one request."""
-
-    keys: list[bytes]
-    """One per document; equal documents share a key."""
-    scores: dict[bytes, DocumentScore]
-    missing: dict[bytes, int]
-    """Keys without a score, each with the index of its first document."""
 
 
 class ScoreCache:
@@ -48,8 +37,11 @@ class ScoreCache:
         self._secret = secrets.token_bytes(16)
         """Of the hash: without it a client could search for two texts that collide."""
 
-    def lookup(self, request: RerankRequest) -> Lookup:
-        """Return the cached scores of a request."""
+    def lookup(self, request: RerankRequest) -> tuple[list[bytes], dict[bytes, DocumentScore], dict[bytes, int]]:
+        """Return one key per document, the cached scores by key, and each other key's first document (its index).
+
+        Equal documents share a key.
+        """
         keys = self._keys(request)
         scores = {key: _unpack(self._entries[key]) for key in keys if key in self._entries}
         for key in scores:
@@ -60,7 +52,7 @@ class ScoreCache:
         for i, key in enumerate(keys):
             if key not in scores:
                 missing.setdefault(key, i)
-        return Lookup(keys, scores, missing)
+        return keys, scores, missing
 
     def store(self, scores: Mapping[bytes, DocumentScore]) -> None:
         """Enter scores by the keys of a lookup."""

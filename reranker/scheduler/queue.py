@@ -28,11 +28,6 @@ _PROMPT_CHARACTERS, _SUFFIX_CHARACTERS = 300, 40
 _MEMORY = 0.8
 
 
-def max_small_tokens(max_batch_tokens: int) -> int:
-    """Max tokens of a small request: half of a forward pass."""
-    return max_batch_tokens // 2
-
-
 @dataclass(eq=False, slots=True)
 class Job:
     """A tokenised request, scored by one or more batches."""
@@ -119,7 +114,7 @@ class TokenQueue:
             return []
         oldest, *others = self._jobs
         self._odd ^= 1
-        half = max_small_tokens(max_tokens)
+        half = max_tokens // 2
         tokens = max(half, max_tokens - oldest.pending_tokens)
         documents = max((max_documents + self._odd) // 2, max_documents - oldest.pending_documents)
         oldest_tokens, oldest_documents = max_tokens - tokens, max_documents - documents
@@ -142,10 +137,6 @@ class TokenQueue:
     def tokens_up_to(self, max_tokens: int) -> int:
         """Pending tokens of the jobs that have at most `max_tokens`."""
         return sum(job.pending_tokens for job in self._jobs if job.pending_tokens <= max_tokens)
-
-    def clear(self) -> None:
-        """Drop all jobs."""
-        self._jobs, self.tokens = [], 0
 
 
 class Admission:
@@ -181,7 +172,7 @@ class Admission:
         if math.isfinite(self.tokens_per_second):
             limit = min(limit, self.tokens_per_second * seconds * _SHARE_OF_TIME)
         pending = self._pending
-        small = max_small_tokens(max_batch_tokens)
+        small = max_batch_tokens // 2  # the half of `TokenQueue.take`
         if tokens <= small and pending + tokens > limit:
             pending = self.queue.tokens_up_to(small) + sum(t for t in self._reserved if t <= small)
         if pending and pending + tokens > limit:

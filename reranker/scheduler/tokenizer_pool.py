@@ -19,8 +19,7 @@ _MAX_PART_CHARACTERS = 200_000
 _MAX_MICROBATCH_CHARACTERS = 2_000
 
 Pending = tuple[RerankRequest, asyncio.Future[EncodedRequest]]
-Outcome = EncodedRequest | Exception | None
-"""None: the request was cancelled."""
+Outcome = tuple[asyncio.Future[EncodedRequest], EncodedRequest | Exception]
 
 
 class TokenizerPool:
@@ -89,10 +88,12 @@ def _encode(scorer: ScorerLike, microbatch: list[Pending]) -> list[Outcome]:
     outcomes: list[Outcome] = []
     encode = catch_panics(scorer.encode)
     for request, encoded in microbatch:
+        if encoded.done():  # cancelled
+            continue
         try:
-            outcomes.append(None if encoded.done() else encode(request))
+            outcomes.append((encoded, encode(request)))
         except Exception as error:
-            outcomes.append(error)
+            outcomes.append((encoded, error))
     return outcomes
 
 
@@ -101,8 +102,8 @@ def _resolve(microbatch: list[Pending], work: asyncio.Future[list[Outcome]]) -> 
         for _, encoded in microbatch:
             encoded.cancel()
         return
-    for (_, encoded), outcome in zip(microbatch, work.result(), strict=True):
-        if encoded.done() or outcome is None:
+    for encoded, outcome in work.result():
+        if encoded.done():
             continue
         if isinstance(outcome, Exception):
             encoded.set_exception(outcome)

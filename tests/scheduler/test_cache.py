@@ -275,8 +275,8 @@ def test_it_uses_no_more_memory_than_its_setting_says() -> None:
     try:
         cache = ScoreCache(entries)
         for i in range(3 * entries // documents):  # several times its size, so that it evicts entries
-            lookup = cache.lookup(RerankRequest("q", [f"{i} {j}" for j in range(documents)]))
-            cache.store(dict(zip(lookup.missing, scores, strict=True)))
+            keys, _, _ = cache.lookup(RerankRequest("q", [f"{i} {j}" for j in range(documents)]))
+            cache.store(dict(zip(keys, scores, strict=True)))
         used = tracemalloc.get_traced_memory()[1] / entries
     finally:
         tracemalloc.stop()

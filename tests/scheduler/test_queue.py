@@ -122,12 +122,15 @@ def test_the_last_document_resolves_a_job() -> None:
     assert j.logits == [1.0, 2.0, 3.0]
 
 
-def test_clear_drops_all_jobs() -> None:
+def test_failed_jobs_are_dropped() -> None:
     queue, a, b = TokenQueue(), job([1]), job([1])
     queue.put(a)
     queue.put(b)
-    queue.clear()
-    assert (len(queue), queue.tokens) == (0, 0)
+    for j, left in ((a, (1, 6)), (b, (0, 0))):
+        j.fail(RuntimeError("a kernel failed"))
+        assert j.done.exception()
+        queue.drop_finished()
+        assert (len(queue), queue.tokens) == left
 
 
 # Admission
