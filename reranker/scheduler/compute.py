@@ -77,26 +77,28 @@ class ComputeThread:
 
     async def load(self) -> ScorerLike:
         """Load the scorer; raises TimeoutError after `load_timeout`, and any error of `load`."""
-        error = TimeoutError(f"the model was not loaded within LOAD_TIMEOUT={self._load_timeout:g} s")
-        return await self._run(self._load_timeout, error, self._load)
+        text = f"the model was not loaded within LOAD_TIMEOUT={self._load_timeout:g} s"
+        return await self._run(self._load_timeout, lambda: TimeoutError(text), self._load)
 
     async def score(self, scorer: ScorerLike, slices: Sequence[Slice], packed: Any) -> list[float]:
         """Return the logits of the slices' documents; `packed` is the result of `pack`, or None to pack here.
 
         Raises DeviceLostError if the device is lost or a forward pass hangs, and any error of the scorer.
         """
-        text = f"a forward pass did not end within {self._pass_timeout:g} s and the worker restarts; try again"
-        error = DeviceLostError(text, retry_after=10)
         if self._hangs:  # a batch packed during the hung pass would wait for the timeout again
-            raise error
-        return await self._run(self._pass_timeout, error, _score, scorer, slices, packed)
+            raise self._lost()
+        return await self._run(self._pass_timeout, self._lost, _score, scorer, slices, packed)
 
     def close(self) -> None:
         """Start no further work; a running pass is abandoned."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    async def _run(self, seconds: float, error: Exception, function: Callable[..., T], *args: Any) -> T:
-        """Call a function in the thread; raise `error` if it does not return within `seconds`."""
+    def _lost(self) -> DeviceLostError:
+        text = f"a forward pass did not end within {self._pass_timeout:g} s and the worker restarts; try again"
+        return DeviceLostError(text, retry_after=10)
+
+    async def _run(self, seconds: float, error: Callable[[], Exception], function: Callable[..., T], *args: Any) -> T:
+        """Call a function in the thread; raise `error()` if it does not return within `seconds`."""
         work = asyncio.get_running_loop().run_in_executor(self._pool, catch_panics(function), *args)
         try:
             return await asyncio.wait_for(work, seconds)
@@ -104,7 +106,7 @@ class ComputeThread:
             if not work.cancelled():
                 raise  # of the function itself: of a download, for example
             self._hangs = True
-            raise error from None
+            raise error() from None
 
 
 def _score(scorer: ScorerLike, slices: Sequence[Slice], packed: Any) -> list[float]:

@@ -560,7 +560,7 @@ def test_a_bug_in_the_loop_answers_what_waits_and_what_is_half_done() -> None:
         raise OSError("a bug after a forward pass")
 
     async def test(batcher: Batcher) -> None:
-        batcher._observer.pass_ended = broken  # type: ignore[method-assign,assignment]
+        batcher._observer.pass_ended = broken  # type: ignore[method-assign]
         half = await held(batcher, scorer, ask(200))  # of several batches
         waiting = await queued(batcher, ask(), ask())
         scorer.hold.set()
