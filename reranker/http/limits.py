@@ -39,8 +39,7 @@ class Limits:
             await error_response(refusal)(scope, receive, send)
             return
         deadline = time.monotonic() + self.body_timeout
-        body_bytes = 0
-        more = True
+        body_bytes, more = 0, True
 
         async def receive_within_limits() -> Message:
             nonlocal body_bytes, more
