@@ -1,7 +1,7 @@
 """The composition root: settings in, FastAPI application out. Nothing else reads the settings.
 
 uvicorn app:app --host 0.0.0.0 --port 6006 --reload      for development
-gunicorn -c gunicorn.conf.py app:app                     for production (what `make serve` runs)
+gunicorn -c gunicorn.conf.py app:app                     for production, as `make serve` does
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def create_app(
 
     Args:
         settings: of the whole service.
-        load: creates the scorer; default: the one that the settings describe.
+        load: creates the scorer; default: `load_scorer`.
         on_failure: called with the error if the scorer cannot be loaded or is lost; default: `end_process`.
     """
     logging.config.dictConfig(log_config(settings))

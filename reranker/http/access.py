@@ -23,8 +23,6 @@ _REQUEST_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
 # A path with "&access_token=" in place of "?access_token=". The token may contain any delimiter.
 _MISPLACED = re.compile(r"(access_token=).*", re.IGNORECASE | re.DOTALL)
 _QUIET = frozenset({"/health", "/livez", "/readyz", "/metrics"})
-_MAX_PATH = 200
-"""Characters of a path in the log."""
 
 CLIENT_DISCONNECTED = 499
 """nginx's status for a client that closed its connection before the response; for logs and metrics only."""
@@ -84,13 +82,13 @@ class AccessLog:
             fields["error_type"] = context.error_type
         json_fields = {"id": context.request_id, "method": method, "route": route, "status": status}
         if route == OTHER:
-            json_fields["path"] = printable(path)
+            json_fields["path"] = path = printable(path)
         logger.log(
             # Probes and scrapes arrive every few seconds: only their failures are logged.
             logging.DEBUG if path in _QUIET and status < 400 else logging.INFO,
             "%s %s %d %.1f ms id=%s%s",
             method,
-            path if route == path else printable(path),
+            path,
             status,
             seconds * 1000,
             context.request_id,
@@ -112,4 +110,4 @@ def new_id() -> str:
 
 def printable(path: str) -> str:
     """Return a path for a log line: one line, of limited length, without a token."""
-    return repr(_MISPLACED.sub(r"\1***", path)[:_MAX_PATH])[1:-1]
+    return repr(_MISPLACED.sub(r"\1***", path)[:200])[1:-1]

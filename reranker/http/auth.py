@@ -23,10 +23,9 @@ _HINT = f"send the header 'Authorization: Bearer <token>' or the query parameter
 
 
 class TokenAuth:
-    """ASGI middleware. It removes the credentials from the scope, so that no later part can log them.
+    """ASGI middleware that requires one of `tokens`, unless there are none.
 
-    Args:
-        tokens: the accepted tokens; empty: no check.
+    It removes the credentials from the scope, so that no later part can log them.
     """
 
     def __init__(self, app: ASGIApp, tokens: list[str]) -> None:
@@ -38,21 +37,15 @@ class TokenAuth:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        parameters: list[str] = []
-        if scope["query_string"]:
-            pairs = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True, max_num_fields=None)
-            parameters = [value for name, value in pairs if name == PARAMETER]
-        if parameters:
-            # In place: the server's log line reads the same scope.
+        pairs = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
+        parameters = [value for name, value in pairs if name == PARAMETER]
+        if parameters:  # redact in place: the server's log line reads the same scope
             scope["query_string"] = redact(scope["query_string"])
         headers = [value for name, value in scope["headers"] if name == b"authorization"]
         scope["headers"] = [(name, value) for name, value in scope["headers"] if name != b"authorization"]
-        if self.digests and scope["path"] not in OPEN:
-            problem = self._problem(headers, parameters)
-            if problem:
-                error = UnauthorizedError(f"{problem}; {_HINT}")
-                await error_response(error)(scope, receive, send)
-                return
+        if self.digests and scope["path"] not in OPEN and (problem := self._problem(headers, parameters)):
+            await error_response(UnauthorizedError(f"{problem}; {_HINT}"))(scope, receive, send)
+            return
         await self.app(scope, receive, send)
 
     def _problem(self, headers: list[bytes], parameters: list[str]) -> str | None:

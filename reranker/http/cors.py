@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from inspect import isawaitable
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -33,13 +32,10 @@ class Cors(CORSMiddleware):
 
 
 def install(app: FastAPI, origins: Sequence[str]) -> None:
-    """Allow pages of these origins to call the service.
+    """Allow pages of these origins, as browsers send them or `*` for all, to call the service.
 
-    Call it after the token guard is added, because a preflight never carries a token, and before the access log is.
-
-    Args:
-        app: already has its handler of unexpected errors.
-        origins: as browsers send them, or `*` for all.
+    Call it after `errors.install` and after the token guard is added, because a preflight never carries a token, and
+    before the access log is.
     """
     options: dict[str, Any] = {
         "allow_origins": origins,
@@ -52,8 +48,7 @@ def install(app: FastAPI, origins: Sequence[str]) -> None:
     unexpected: Any = app.exception_handlers[Exception]
 
     async def readable(request: Request, error: Exception) -> ASGIApp:
-        response = unexpected(request, error)
-        return Cors(await response if isawaitable(response) else response, **options)
+        return Cors(await unexpected(request, error), **options)
 
     # Starlette sends the response to an unexpected error outside of all middleware.
     app.add_exception_handler(Exception, readable)  # type: ignore[arg-type]  # sent as an ASGI application

@@ -36,6 +36,7 @@ _DOCUMENTED = [
     errors.NotReadyError,
     errors.DeadlineError,
 ]
+NOT_LOADED: dict[int | str, dict[str, object]] = {503: {"model": ErrorBody, "description": "The model is not loaded"}}
 RESPONSES: dict[int | str, dict[str, object]] = {
     error.status: {"model": ErrorBody, "description": str(error.__doc__).rstrip(".")} for error in _DOCUMENTED
 }
@@ -70,19 +71,17 @@ def error_response(error: RerankError) -> ErrorResponse:
 
 def install(app: FastAPI) -> None:
     """Register handlers for the project's errors, the framework's (404, 405), disconnects and unexpected errors."""
-    app.add_exception_handler(RerankError, _own_error)
-    app.add_exception_handler(HTTPException, _framework_error)
+    app.add_exception_handler(RerankError, _own_error)  # type: ignore[arg-type]  # Starlette's type is of any error
+    app.add_exception_handler(HTTPException, _framework_error)  # type: ignore[arg-type]
     app.add_exception_handler(ClientDisconnect, _disconnected)
     app.add_exception_handler(Exception, _unexpected_error)
 
 
-async def _own_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RerankError)
+async def _own_error(request: Request, error: RerankError) -> Response:
     return error_response(error)
 
 
-async def _framework_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
+async def _framework_error(request: Request, error: HTTPException) -> Response:
     kind = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
     detail = str(error.detail)
     if kind == "method_not_allowed":

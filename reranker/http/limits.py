@@ -35,19 +35,21 @@ class Limits:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        refusal = self._refusal(scope)
-        if refusal is not None:
+        if refusal := self._refusal(scope):
             await error_response(refusal)(scope, receive, send)
             return
         deadline = time.monotonic() + self.body_timeout
-        body_bytes = 0
-        more = True
+        body_bytes, more = 0, True
 
         async def receive_within_limits() -> Message:
             nonlocal body_bytes, more
             if not more:  # only the disconnect remains, which has no deadline
                 return await receive()
-            message = await self._before(deadline, receive)
+            try:
+                async with asyncio.timeout(deadline - time.monotonic()):
+                    message = await receive()
+            except TimeoutError:
+                raise BodyTimeoutError(f"the body did not arrive within {self.body_timeout:g} s") from None
             size = len(message.get("body", b""))
             more = bool(message.get("more_body", False))
             body_bytes += size
@@ -62,13 +64,6 @@ class Limits:
             await self.app(scope, receive_within_limits, send)
         finally:
             self.held_bytes -= body_bytes
-
-    async def _before(self, deadline: float, receive: Receive) -> Message:
-        try:
-            async with asyncio.timeout(deadline - time.monotonic()):
-                return await receive()
-        except TimeoutError:
-            raise BodyTimeoutError(f"the body did not arrive within {self.body_timeout:g} s") from None
 
     def _refusal(self, scope: Scope) -> RerankError | None:
         target = len(scope["path"]) + len(scope["query_string"])

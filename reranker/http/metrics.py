@@ -64,13 +64,7 @@ class Row(NamedTuple):
 
 TABLE = (
     Row("reranker_requests", Counter, "Completed requests.", ("route", "status")),
-    Row(
-        "reranker_request_duration_seconds",
-        Histogram,
-        "Time from head to response end.",
-        ("route",),
-        _SECONDS,
-    ),
+    Row("reranker_request_duration_seconds", Histogram, "Time from head to response end.", ("route",), _SECONDS),
     Row("reranker_requests_in_progress", Gauge, "Requests without a complete response."),
     Row("reranker_errors", Counter, "Refused and failed requests.", ("error_type",), zeros=_ERROR_TYPES),
     Row("reranker_ready_workers", Gauge, "Workers that accept requests."),
@@ -94,13 +88,7 @@ TABLE = (
     Row("reranker_batch_tokens", Histogram, "Tokens in a forward pass, each uncached prefix once.", (), _TOKENS),
     Row("reranker_batch_documents", Histogram, "Documents in a forward pass.", (), _DOCUMENTS),
     Row("reranker_batch_duration_seconds", Histogram, "Time of a forward pass.", (), _SECONDS),
-    Row(
-        "reranker_batch_utilisation_ratio",
-        Histogram,
-        "Tokens of a forward pass divided by the budget.",
-        (),
-        _RATIOS,
-    ),
+    Row("reranker_batch_utilisation_ratio", Histogram, "Tokens of a forward pass divided by the budget.", (), _RATIOS),
     Row(
         "reranker_prompt_tokens",
         Counter,
@@ -150,15 +138,15 @@ class Metrics(Observer):
         """Count the queue time of a request, even if it fails later."""
         self._child("reranker_queue_wait_seconds").observe(wait)
 
-    def pass_ended(self, done: ForwardPass) -> None:
+    def pass_ended(self, forward_pass: ForwardPass) -> None:
         """Count a forward pass."""
-        self._child("reranker_batch_tokens").observe(done.tokens)
-        self._child("reranker_batch_documents").observe(done.documents)
-        self._child("reranker_batch_duration_seconds").observe(done.seconds)
-        self._child("reranker_batch_utilisation_ratio").observe(done.tokens / done.budget)
-        self._child("reranker_prompt_tokens").inc(done.prompt_tokens)
-        self._child("reranker_batch_token_budget").set(done.budget)
-        self._child("reranker_device_memory_bytes").set(done.memory)
+        self._child("reranker_batch_tokens").observe(forward_pass.tokens)
+        self._child("reranker_batch_documents").observe(forward_pass.documents)
+        self._child("reranker_batch_duration_seconds").observe(forward_pass.seconds)
+        self._child("reranker_batch_utilisation_ratio").observe(forward_pass.tokens / forward_pass.budget)
+        self._child("reranker_prompt_tokens").inc(forward_pass.prompt_tokens)
+        self._child("reranker_batch_token_budget").set(forward_pass.budget)
+        self._child("reranker_device_memory_bytes").set(forward_pass.memory)
 
     def cache_used(self, hits: int, misses: int) -> None:
         """Count the documents of a request by their source."""
@@ -206,12 +194,8 @@ class Metrics(Observer):
 
 
 def _create(row: Row, registry: CollectorRegistry) -> Any:
-    options: dict[str, Any] = {"registry": registry}
-    if row.kind is Histogram:
-        options["buckets"] = row.buckets
-    if row.kind is Gauge:
-        options["multiprocess_mode"] = row.mode
-    metric = row.kind(row.name, row.help, row.labels, **options)
+    options: dict[Any, dict[str, Any]] = {Histogram: {"buckets": row.buckets}, Gauge: {"multiprocess_mode": row.mode}}
+    metric = row.kind(row.name, row.help, row.labels, registry=registry, **options.get(row.kind, {}))
     for value in row.zeros:
         metric.labels(value)
     return metric

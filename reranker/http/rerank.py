@@ -6,26 +6,33 @@ import asyncio
 from contextlib import suppress
 
 from fastapi import APIRouter, Request
+from fastapi.routing import APIRoute
 from pydantic_core import to_json
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from reranker.errors import NotReadyError
 from reranker.http import body
 from reranker.http.dialects import ROUTES, render
-from reranker.http.openapi import RawRoute
 from reranker.http.ranking import Ranking
 from reranker.http.state import RequestContext, context_of, service_of
 from reranker.types import RerankRequest, RerankResult
 
-router = APIRouter(tags=["rerank"], route_class=RawRoute)
+
+class RawRoute(APIRoute):
+    """A POST route whose endpoint maps a request to a response: FastAPI resolves and validates nothing."""
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Call the endpoint and send its response."""
+        if scope["method"] != "POST":
+            await super().handle(scope, receive, send)  # 405
+            return
+        response: Response = await self.endpoint(Request(scope, receive, send))
+        await response(scope, receive, send)
 
 
 async def rerank(request: Request) -> Response:
-    """Answer a rerank request in the dialect of its path and keys.
-
-    Raises:
-        RerankError: see `body.read` and `Batcher.rerank`.
-    """
+    """Answer a rerank request in the dialect of its path and keys; see `body.read` and `Batcher.rerank` for errors."""
     service, context = service_of(request.app), context_of(request.scope)
     scorer = service.batcher.check_capacity(service.request_timeout)
     try:
@@ -70,5 +77,6 @@ async def _cancel_on_disconnect(request: Request, work: asyncio.Task[RerankResul
     work.cancel()
 
 
+router = APIRouter(tags=["rerank"], route_class=RawRoute)
 for _route in ROUTES:
     router.add_api_route(_route.path, rerank, **_route.openapi)

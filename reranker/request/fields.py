@@ -19,26 +19,14 @@ TEXT_KEYS = ("text", "content", "page_content")
 
 def json_kind(value: object) -> str:
     """The kind of a JSON value, for error texts."""
-    return _KINDS.get(type(value), "another value")
+    return "null" if value is None else _KINDS.get(type(value), "another value")
 
 
-_KINDS = {
-    str: "a string",
-    bool: "true or false",
-    int: "a number",
-    float: "a number",
-    list: "a list",
-    dict: "an object",
-    type(None): "null",
-}
+_KINDS = {str: "a string", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
 
 
 def refuse(name: str, rule: str, value: Any) -> NoReturn:
-    """Raise the error of a field that breaks a rule, with the kind of its value.
-
-    Raises:
-        InvalidRequestError: always.
-    """
+    """Raise the InvalidRequestError of a field that breaks a rule, with the kind of its value."""
     raise InvalidRequestError(f"{name}: {rule}; got {json_kind(value)}")
 
 
@@ -113,29 +101,27 @@ class Field:
     schema: dict[str, Any]
 
 
-def _optional(schema: dict[str, Any], description: str) -> dict[str, Any]:
-    return {"anyOf": [schema, {"enum": [None, ""]}], "description": description}
+def _optional(read: Callable[[str, Any], Any], description: str) -> Field:
+    return Field(read, {"anyOf": [_SCHEMAS[read], {"enum": [None, ""]}], "description": description})
 
 
-def _count_field(description: str) -> Field:
-    digits = {"type": "string", "pattern": f"^({_DIGITS.pattern})$"}
-    return Field(_count, _optional({"anyOf": [{"type": "integer", "minimum": 0}, digits]}, description))
-
-
-def _flag_field(description: str) -> Field:
-    texts = sorted(flag for flag in _FLAGS if isinstance(flag, str))
-    return Field(_flag, _optional({"anyOf": [{"type": "boolean"}, {"enum": [*texts, 1, 0]}]}, description))
-
-
-def _text_field(description: str) -> Field:
-    return Field(_text, _optional({"type": "string"}, description))
-
-
-def _documents_field() -> Field:
-    items = {"anyOf": [{"type": "string"}, {"type": "object"}]}
-    text = 'Texts, or objects with their text in "text", "content" or "page_content", or in the fields of rank_fields'
-    examples = [["a small animal", "a bread"]]
-    return Field(_list, {"type": "array", "minItems": 1, "items": items, "description": text, "examples": examples})
+_SCHEMAS: dict[Callable[[str, Any], Any], dict[str, Any]] = {
+    _text: {"type": "string"},
+    _count: {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": f"^({_DIGITS.pattern})$"}]},
+    _flag: {"anyOf": [{"type": "boolean"}, {"enum": [*(flag for flag in _FLAGS if isinstance(flag, str)), 1, 0]}]},
+    _rank_fields: {"type": "array", "items": {"type": "string"}, "maxItems": MAX_RANK_FIELDS},
+}
+_DOCUMENTS = Field(
+    _list,
+    {
+        "type": "array",
+        "minItems": 1,
+        "items": {"anyOf": [{"type": "string"}, {"type": "object"}]},
+        "description": 'Texts, or objects with their text in "text", "content" or "page_content", or in the fields of '
+        "rank_fields",
+        "examples": [["a small animal", "a bread"]],
+    },
+)
 
 
 def _object_schema(*keys: str) -> dict[str, Any]:
@@ -144,43 +130,39 @@ def _object_schema(*keys: str) -> dict[str, Any]:
     return {"type": "object", "required": [keys[-1]], "properties": kinds}
 
 
-DOCUMENT = {
-    "anyOf": [{"type": "string"}, *(_object_schema(*TEXT_KEYS[: i + 1]) for i in range(len(TEXT_KEYS)))],
-}
+DOCUMENT = {"anyOf": [{"type": "string"}, *(_object_schema(*TEXT_KEYS[: i + 1]) for i in range(len(TEXT_KEYS)))]}
 FIELDS: dict[str, Field] = {
     "query": Field(
-        _query,
-        {"type": "string", "pattern": r"\S", "description": "The search query", "examples": ["what is a cat?"]},
+        _query, {"type": "string", "pattern": r"\S", "description": "The search query", "examples": ["what is a cat?"]}
     ),
-    "documents": _documents_field(),
-    "texts": _documents_field(),
-    "top_k": _count_field("Max results; null, or 0 beside a model: all"),
-    "top_n": _count_field("The same as top_k, which has precedence"),
-    "instruction": _text_field("Replaces the default instruction"),
-    "instruct": _text_field("The same as instruction, which has precedence"),
-    "return_documents": _flag_field("Return the texts as well"),
-    "return_text": _flag_field("The same as return_documents"),
-    "rank_fields": Field(
+    "documents": _DOCUMENTS,
+    "texts": _DOCUMENTS,
+    "top_k": _optional(_count, "Max results; null, or 0 beside a model: all"),
+    "top_n": _optional(_count, "The same as top_k, which has precedence"),
+    "instruction": _optional(_text, "Replaces the default instruction"),
+    "instruct": _optional(_text, "The same as instruction, which has precedence"),
+    "return_documents": _optional(_flag, "Return the texts as well"),
+    "return_text": _optional(_flag, "The same as return_documents"),
+    "rank_fields": _optional(
         _rank_fields,
-        _optional(
-            {"type": "array", "items": {"type": "string"}, "maxItems": MAX_RANK_FIELDS},
-            "Fields of object documents that are read, joined as lines `name: value`; every object must have them. "
-            'A null is left out. ["text"] alone is the text without its name',
-        ),
+        "Fields of object documents that are read, joined as lines `name: value`; every object must have them. "
+        'A null is left out. ["text"] alone is the text without its name',
     ),
-    "max_tokens_per_doc": _count_field("Max tokens of a document, or of each of its chunks; null: as many as fit"),
-    "max_chunks_per_doc": _count_field(
+    "max_tokens_per_doc": _optional(_count, "Max tokens of a document, or of each of its chunks; null: as many as fit"),
+    "max_chunks_per_doc": _optional(
+        _count,
         f"A longer document is split into at most this many chunks (limit {MAX_CHUNKS}) and gets the score of its best "
-        "one; null: it is truncated"
+        "one; null: it is truncated",
     ),
-    "max_chunk_per_doc": _count_field("The same as max_chunks_per_doc, which has precedence"),
-    "raw_scores": _flag_field("Return logits instead of probabilities"),
-    "use_activation": _flag_field("false: the same as raw_scores: true"),
-    "truncate": _flag_field(
+    "max_chunk_per_doc": _optional(_count, "The same as max_chunks_per_doc, which has precedence"),
+    "raw_scores": _optional(_flag, "Return logits instead of probabilities"),
+    "use_activation": _optional(_flag, "false: the same as raw_scores: true"),
+    "truncate": _optional(
+        _flag,
         "false: a document that does not fit is an error instead of truncated (not with texts). true: a query that "
-        "leaves no room for a document is truncated instead of an error (with texts always)"
+        "leaves no room for a document is truncated instead of an error (with texts always)",
     ),
-    "model": _text_field("Any string; the response names the model that is served"),
+    "model": _optional(_text, "Any string; the response names the model that is served"),
 }
 COUNTS = tuple(name for name, field in FIELDS.items() if field.read is _count)
 """Fields with a whole number."""

@@ -42,11 +42,9 @@ class ParsedRequest:
 
 
 def parse_request(body: Mapping[str, Any], *, max_documents: int | None = None) -> ParsedRequest:
-    """Read the fields of a request. A null counts as absent, and so does "" in a field that is not required.
+    """Read the fields of a JSON object; `max_documents` is checked before the first document is read.
 
-    Args:
-        body: a JSON object.
-        max_documents: limit, checked before the first document is read.
+    A null counts as absent, and so does "" in a field that is not required.
 
     Raises:
         InvalidRequestError: a field is wrong; its message names the field and says how to fix it.
@@ -214,7 +212,8 @@ def _unwrap(
                 "send the bare documents"
             )
         return query, instruction, documents
-    if not wrapped.query.strip():
+    inner_instruction, inner_query = wrapped
+    if not inner_query.strip():
         raise InvalidRequestError("query: must not be empty inside the template")
     bare = list(map(unwrap_document, documents))
     changed = sum(text != document for text, document in zip(bare, documents, strict=True))
@@ -223,7 +222,7 @@ def _unwrap(
         f"query: Qwen's prompt template was taken off {'query and documents' if changed == len(documents) else some}; "
         "send the bare texts" + ("; the instruction inside it is not read beside the request's" if instruction else "")
     )
-    return wrapped.query, instruction or wrapped.instruction or None, bare
+    return inner_query, instruction or inner_instruction or None, bare
 
 
 def json_schema(documents: str) -> dict[str, Any]:

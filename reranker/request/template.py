@@ -9,8 +9,6 @@ publish for this model format the same prompt themselves, in two parts:
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 SYSTEM = (
     "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
     'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
@@ -24,19 +22,12 @@ _LIKELY = "<|im_start|>", "<Instruct>:"
 """Starts of texts in any prompt template."""
 
 
-class Wrapped(NamedTuple):
-    """The texts inside a query in the published template."""
-
-    instruction: str
-    query: str
-
-
-def unwrap_query(text: str) -> Wrapped | None:
-    """Return the texts inside the published template; None if `text` is not exactly that template."""
+def unwrap_query(text: str) -> tuple[str, str] | None:
+    """Return instruction and query inside the published template; None if `text` is not exactly that template."""
     if not (text.startswith(_QUERY_HEAD) and text.endswith("\n")):
         return None
     instruction, separator, query = text[len(_QUERY_HEAD) : -1].partition(_QUERY)
-    return Wrapped(instruction, query) if separator else None
+    return (instruction, query) if separator else None
 
 
 def unwrap_document(text: str) -> str:

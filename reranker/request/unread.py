@@ -48,11 +48,7 @@ _SYNONYMS = {
 
 
 class Report:
-    """The names and sentences about one request that its client should know.
-
-    Args:
-        unread: names that are no fields.
-    """
+    """The names and sentences about one request that its client should know; `unread` names are no fields."""
 
     __slots__ = ("ignored", "keys", "objects", "warnings")
 

@@ -21,11 +21,10 @@ from typing import Any
 
 from reranker.engine.scores import per_document
 from reranker.errors import DeadlineError, DeviceLostError, NotReadyError, RerankError, ScoringError
-from reranker.scheduler.admission import Admission
 from reranker.scheduler.cache import ScoreCache
 from reranker.scheduler.compute import ComputeThread, ScorerLike, catch_panics
 from reranker.scheduler.events import ForwardPass, NullObserver, Observer, Status
-from reranker.scheduler.queue import Batch, Job, TokenQueue
+from reranker.scheduler.queue import Admission, Batch, Job, TokenQueue
 from reranker.scheduler.tokenizer_pool import TokenizerPool
 from reranker.types import DocumentScore, EncodedRequest, RerankRequest, RerankResult, Timings
 
@@ -36,11 +35,8 @@ class Batcher:
     """Loads one scorer in the background and shares its forward passes between all requests of this process.
 
     Args:
-        load: makes the scorer; runs in the compute thread.
-        max_queue_tokens: see `Admission`.
-        max_requests: see `Admission`.
-        load_timeout: max seconds of `load`.
-        pass_timeout: max seconds of a forward pass.
+        load, load_timeout, pass_timeout: see `ComputeThread`.
+        max_queue_tokens, max_requests: see `Admission`.
         cache_entries: documents in the score cache; 0: no cache.
         on_failure: called once, with the error, if the scorer cannot be loaded or is lost.
         observer: receives the events.
@@ -140,17 +136,13 @@ class Batcher:
         self._observer.status_changed(status)
 
     def _fail_all(self, error: Exception) -> None:
-        self.queue.clear()
-        self._observer.queue_changed(0)
         for job in self._jobs:
             job.fail(error)
+        self.queue.drop_finished()
+        self._observer.queue_changed(self.queue.tokens)
 
     def require_ready(self) -> ScorerLike:
-        """Return the scorer.
-
-        Raises:
-            NotReadyError: loading, draining or unhealthy.
-        """
+        """Return the scorer; raise NotReadyError while loading, draining or unhealthy."""
         if self.status != "ok" or self.scorer is None:
             wait = self.unhealthy_retry_after if self.status == "unhealthy" else 5
             raise NotReadyError(f"the service is {self.status}; try again in {wait} s", retry_after=wait)
@@ -160,10 +152,7 @@ class Batcher:
         """Return the scorer if a new request with `seconds` would be accepted; for the time before its body is read.
 
         So a full queue also refuses requests that the cache could answer: only their bodies would tell.
-
-        Raises:
-            NotReadyError: loading, draining or unhealthy.
-            QueueFullError: too many requests or tokens; the error says when to try again.
+        Raises NotReadyError and QueueFullError as `rerank` does.
         """
         scorer = self.require_ready()
         self.admission.check(scorer.max_batch_tokens, seconds)
@@ -185,11 +174,14 @@ class Batcher:
         if self._cache is None:
             scores = await self._score(scorer, request, seconds, timings)
         else:
-            lookup = self._cache.lookup(request)
-            if lookup.missing is not None:
-                self._cache.store(lookup, await self._score(scorer, lookup.missing, seconds, timings))
-            scores = lookup.scores
-            self._observer.cache_used(len(scores) - len(lookup.missing_keys), len(lookup.missing_keys))
+            keys, known, missing = self._cache.lookup(request)
+            if missing:
+                rest = request.only(list(missing.values()))
+                new = dict(zip(missing, await self._score(scorer, rest, seconds, timings), strict=True))
+                self._cache.store(new)
+                known |= new
+            scores = [known[key] for key in keys]
+            self._observer.cache_used(len(keys) - len(missing), len(missing))
         timings.total = time.monotonic() - start
         result = RerankResult.of(scores, timings)
         self._observer.request_scored(result)
@@ -250,8 +242,11 @@ class Batcher:
             self._observer.queue_changed(self.queue.tokens)
             if not batch:
                 continue
-            # Without a running pass the compute thread packs, which saves a thread switch.
-            packed = None if running.done() else await self._pack(scorer, batch)
+            packed = None  # without a running pass the compute thread packs, which saves a thread switch
+            if not running.done():
+                slices, pack = [part for _, part in batch], catch_panics(scorer.pack)
+                with suppress(Exception):  # the compute thread will raise it again
+                    packed = await asyncio.get_running_loop().run_in_executor(self._packer, pack, slices)
             await running
             if all(job.done.done() for job, _ in batch):  # all clients disconnected while it was packed
                 continue
@@ -277,13 +272,6 @@ class Batcher:
                 async with asyncio.timeout(remaining if full else None):
                     await self._changed.wait()
 
-    async def _pack(self, scorer: ScorerLike, batch: Batch) -> Any:
-        """Pack a batch in the packer thread; None after an error, which the compute thread will raise again."""
-        slices = [part for _, part in batch]
-        with suppress(Exception):
-            return await asyncio.get_running_loop().run_in_executor(self._packer, catch_panics(scorer.pack), slices)
-        return None
-
     async def _score_batch(self, scorer: ScorerLike, batch: Batch, packed: Any) -> None:
         """Score a batch. After an error its requests are scored one by one, and only the one that causes it fails."""
         start = time.monotonic()
@@ -308,8 +296,8 @@ class Batcher:
     async def _isolate(self, scorer: ScorerLike, batch: Batch, error: Exception) -> None:
         """Fail the only request of a failed batch, or score each unresolved one in its own batch."""
         if len(batch) == 1:
-            unknown = not isinstance(error, RerankError)
-            batch[0][0].fail(ScoringError("scoring failed; the operator's log has the cause") if unknown else error)
+            known = isinstance(error, RerankError)
+            batch[0][0].fail(error if known else ScoringError("scoring failed; the operator's log has the cause"))
             return
         for job, part in batch:
             if not job.done.done():

@@ -11,31 +11,13 @@ import json
 import secrets
 import struct
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 from reranker.types import Chunk, DocumentScore, RerankRequest
 
 # Logit, prompt tokens, truncated, query truncated; of the best chunk the index (-1: the document was not split), start
 # and stop.
 _ENTRY = struct.Struct("<dI??bII")
-
-
-@dataclass(slots=True)
-class Lookup:
-    """The cached scores of one request, and a request for the documents without one."""
-
-    keys: list[bytes]
-    """One per document; equal documents share a key."""
-    known: dict[bytes, DocumentScore]
-    missing_keys: list[bytes]
-    missing: RerankRequest | None
-    """One document per missing key; None: all scores are known."""
-
-    @property
-    def scores(self) -> list[DocumentScore]:
-        """One score per document, in order; `ScoreCache.store` must have entered the missing ones."""
-        return [self.known[key] for key in self.keys]
 
 
 class ScoreCache:
@@ -55,24 +37,26 @@ class ScoreCache:
         self._secret = secrets.token_bytes(16)
         """Of the hash: without it a client could search for two texts that collide."""
 
-    def lookup(self, request: RerankRequest) -> Lookup:
-        """Return the cached scores of a request; equal documents are missing at most once."""
+    def lookup(self, request: RerankRequest) -> tuple[list[bytes], dict[bytes, DocumentScore], dict[bytes, int]]:
+        """Return one key per document, the cached scores by key, and each other key's first document (its index).
+
+        Equal documents share a key.
+        """
         keys = self._keys(request)
-        known = {key: _unpack(self._entries[key]) for key in keys if key in self._entries}
-        for key in known:
+        scores = {key: _unpack(self._entries[key]) for key in keys if key in self._entries}
+        for key in scores:
             self._entries.move_to_end(key)
         if not request.truncate_query:  # then a query that does not fit is an error, which the scorer raises
-            known = {key: score for key, score in known.items() if not score.query_truncated}
+            scores = {key: score for key, score in scores.items() if not score.query_truncated}
         missing: dict[bytes, int] = {}
         for i, key in enumerate(keys):
-            if key not in known:
+            if key not in scores:
                 missing.setdefault(key, i)
-        return Lookup(keys, known, list(missing), request.only(list(missing.values())) if missing else None)
+        return keys, scores, missing
 
-    def store(self, lookup: Lookup, scores: Sequence[DocumentScore]) -> None:
-        """Enter the scores of `lookup.missing`, in its order, into the cache and the lookup."""
-        for key, score in zip(lookup.missing_keys, scores, strict=True):
-            lookup.known[key] = score
+    def store(self, scores: Mapping[bytes, DocumentScore]) -> None:
+        """Enter scores by the keys of a lookup."""
+        for key, score in scores.items():
             self._entries[key] = _pack(score)
             self._entries.move_to_end(key)
             if len(self._entries) > self._max_entries:

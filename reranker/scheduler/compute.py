@@ -64,59 +64,50 @@ class ComputeThread:
     """Loads a scorer and scores with it.
 
     Args:
-        load: makes the scorer.
-        load_timeout: max seconds of `load`.
-        pass_timeout: max seconds of a forward pass; above every request's timeout, so a longer pass is useless to all
-            clients and blocks them.
+        load: makes the scorer, within `load_timeout` seconds.
+        pass_timeout: max seconds of a forward pass; above every request's timeout, so a longer pass only blocks.
     """
 
     def __init__(self, load: Callable[[], ScorerLike], *, load_timeout: float, pass_timeout: float) -> None:
         self._load = load
-        self.load_timeout = load_timeout
-        self.pass_timeout = pass_timeout
+        self._load_timeout = load_timeout
+        self._pass_timeout = pass_timeout
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="device")
         self._hangs = False
 
     async def load(self) -> ScorerLike:
-        """Load the scorer.
-
-        Raises:
-            TimeoutError: `load_timeout` is over.
-            Exception: any error of `load`, depending on the checkpoint.
-        """
-        work = asyncio.get_running_loop().run_in_executor(self._pool, catch_panics(self._load))
-        try:
-            return await asyncio.wait_for(work, self.load_timeout)
-        except TimeoutError:
-            if not work.cancelled():
-                raise  # of `load` itself: a download, for example
-            raise TimeoutError(f"the model was not loaded within LOAD_TIMEOUT={self.load_timeout:g} s") from None
+        """Load the scorer; raises TimeoutError after `load_timeout`, and any error of `load`."""
+        text = f"the model was not loaded within LOAD_TIMEOUT={self._load_timeout:g} s"
+        return await self._run(self._load_timeout, lambda: TimeoutError(text), self._load)
 
     async def score(self, scorer: ScorerLike, slices: Sequence[Slice], packed: Any) -> list[float]:
         """Return the logits of the slices' documents; `packed` is the result of `pack`, or None to pack here.
 
-        Raises:
-            DeviceLostError: the device is lost, or a forward pass hangs.
-            Exception: any error of the scorer.
+        Raises DeviceLostError if the device is lost or a forward pass hangs, and any error of the scorer.
         """
-        if not self._hangs:  # otherwise a batch packed during the hung pass would wait for the timeout again
-            work = asyncio.get_running_loop().run_in_executor(self._pool, _score, scorer, slices, packed)
-            try:
-                return await asyncio.wait_for(work, self.pass_timeout)
-            except TimeoutError:
-                if not work.cancelled():
-                    raise
-                self._hangs = True
-        raise DeviceLostError(
-            f"a forward pass did not end within {self.pass_timeout:g} s and the worker restarts; try again",
-            retry_after=10,
-        )
+        if self._hangs:  # a batch packed during the hung pass would wait for the timeout again
+            raise self._lost()
+        return await self._run(self._pass_timeout, self._lost, _score, scorer, slices, packed)
 
     def close(self) -> None:
         """Start no further work; a running pass is abandoned."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
+    def _lost(self) -> DeviceLostError:
+        text = f"a forward pass did not end within {self._pass_timeout:g} s and the worker restarts; try again"
+        return DeviceLostError(text, retry_after=10)
 
-@catch_panics
+    async def _run(self, seconds: float, error: Callable[[], Exception], function: Callable[..., T], *args: Any) -> T:
+        """Call a function in the thread; raise `error()` if it does not return within `seconds`."""
+        work = asyncio.get_running_loop().run_in_executor(self._pool, catch_panics(function), *args)
+        try:
+            return await asyncio.wait_for(work, seconds)
+        except TimeoutError:
+            if not work.cancelled():
+                raise  # of the function itself: of a download, for example
+            self._hangs = True
+            raise error() from None
+
+
 def _score(scorer: ScorerLike, slices: Sequence[Slice], packed: Any) -> list[float]:
     return scorer.score(scorer.pack(slices) if packed is None else packed)

@@ -41,7 +41,7 @@ class Observer(Protocol):
     def request_started(self, wait: float) -> None:
         """The first document of a request goes to the device, `wait` seconds after the request was queued."""
 
-    def pass_ended(self, done: ForwardPass) -> None:
+    def pass_ended(self, forward_pass: ForwardPass) -> None:
         """The device has scored a batch."""
 
     def cache_used(self, hits: int, misses: int) -> None:

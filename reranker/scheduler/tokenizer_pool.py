@@ -9,7 +9,6 @@ import asyncio
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import NamedTuple
 
 from reranker.scheduler.compute import ScorerLike, catch_panics
 from reranker.types import EncodedRequest, RerankRequest
@@ -19,16 +18,8 @@ _MAX_PART_CHARACTERS = 200_000
 # 1 ms of work: the delay of a microbatch's first request by its last one.
 _MAX_MICROBATCH_CHARACTERS = 2_000
 
-Outcome = EncodedRequest | Exception | None
-"""None: the request was cancelled."""
-
-
-class Pending(NamedTuple):
-    """A request without its tokens."""
-
-    request: RerankRequest
-    characters: int
-    encoded: asyncio.Future[EncodedRequest]
+Pending = tuple[RerankRequest, asyncio.Future[EncodedRequest]]
+Outcome = tuple[asyncio.Future[EncodedRequest], EncodedRequest | Exception]
 
 
 class TokenizerPool:
@@ -41,30 +32,24 @@ class TokenizerPool:
         """Requests of this iteration of the event loop."""
 
     async def encode(self, scorer: ScorerLike, request: RerankRequest) -> EncodedRequest:
-        """Tokenise a request.
-
-        Raises:
-            Exception: any error of the scorer.
-        """
+        """Tokenise a request; raises any error of the scorer."""
         loop = asyncio.get_running_loop()
-        characters = request.characters
-        if characters > _MAX_PART_CHARACTERS:
+        if request.characters > _MAX_PART_CHARACTERS:
             encode = catch_panics(scorer.encode)
-            return EncodedRequest.join(
-                [await loop.run_in_executor(self._bulk, encode, part) for part in _parts(request)]
-            )
+            parts = [await loop.run_in_executor(self._bulk, encode, part) for part in _parts(request)]
+            return EncodedRequest.join(parts)
         encoded: asyncio.Future[EncodedRequest] = loop.create_future()
         if not self._pending:
             loop.call_soon(self._submit, scorer)
-        self._pending.append(Pending(request, characters, encoded))
+        self._pending.append((request, encoded))
         return await encoded
 
     def close(self) -> None:
         """Cancel the pending requests and start no further work."""
         for pool in (self._host, self._bulk):
             pool.shutdown(wait=False, cancel_futures=True)
-        for pending in self._pending:
-            pending.encoded.cancel()
+        for _, encoded in self._pending:
+            encoded.cancel()
         self._pending = []
 
     def _submit(self, scorer: ScorerLike) -> None:
@@ -87,12 +72,13 @@ def _parts(request: RerankRequest) -> Iterator[RerankRequest]:
 def _microbatches(requests: list[Pending]) -> Iterator[list[Pending]]:
     microbatch: list[Pending] = []
     size = 0
-    for pending in requests:
-        if microbatch and size + pending.characters > _MAX_MICROBATCH_CHARACTERS:
+    for request, encoded in requests:
+        characters = request.characters
+        if microbatch and size + characters > _MAX_MICROBATCH_CHARACTERS:
             yield microbatch
             microbatch, size = [], 0
-        microbatch.append(pending)
-        size += pending.characters
+        microbatch.append((request, encoded))
+        size += characters
     if microbatch:
         yield microbatch
 
@@ -101,23 +87,25 @@ def _encode(scorer: ScorerLike, microbatch: list[Pending]) -> list[Outcome]:
     """Tokenise in a host thread; an error fails only its own request."""
     outcomes: list[Outcome] = []
     encode = catch_panics(scorer.encode)
-    for pending in microbatch:
+    for request, encoded in microbatch:
+        if encoded.done():  # cancelled
+            continue
         try:
-            outcomes.append(None if pending.encoded.done() else encode(pending.request))
+            outcomes.append((encoded, encode(request)))
         except Exception as error:
-            outcomes.append(error)
+            outcomes.append((encoded, error))
     return outcomes
 
 
 def _resolve(microbatch: list[Pending], work: asyncio.Future[list[Outcome]]) -> None:
     if work.cancelled():  # by `close`
-        for pending in microbatch:
-            pending.encoded.cancel()
+        for _, encoded in microbatch:
+            encoded.cancel()
         return
-    for pending, outcome in zip(microbatch, work.result(), strict=True):
-        if pending.encoded.done():
+    for encoded, outcome in work.result():
+        if encoded.done():
             continue
         if isinstance(outcome, Exception):
-            pending.encoded.set_exception(outcome)
-        elif outcome is not None:
-            pending.encoded.set_result(outcome)
+            encoded.set_exception(outcome)
+        else:
+            encoded.set_result(outcome)

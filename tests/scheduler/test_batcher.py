@@ -560,7 +560,7 @@ def test_a_bug_in_the_loop_answers_what_waits_and_what_is_half_done() -> None:
         raise OSError("a bug after a forward pass")
 
     async def test(batcher: Batcher) -> None:
-        batcher._observer.pass_ended = broken  # type: ignore[method-assign,assignment]
+        batcher._observer.pass_ended = broken  # type: ignore[method-assign]
         half = await held(batcher, scorer, ask(200))  # of several batches
         waiting = await queued(batcher, ask(), ask())
         scorer.hold.set()
@@ -716,3 +716,53 @@ def test_many_clients_at_once_get_their_own_scores() -> None:
         assert batcher.queue.tokens == 0
 
     run(test, scorer)
+
+
+def test_a_pass_that_hangs_loses_the_device_and_no_other_starts() -> None:
+    scorer, failures = FakeScorer(max_batch_tokens=PREFIX + 4), list[Exception]()
+
+    async def test(batcher: Batcher) -> None:
+        first = await held(batcher, scorer, ask(4))
+        second = asyncio.create_task(batcher.rerank(ask(4), 30))  # packed beside the pass
+        with pytest.raises(DeviceLostError, match="a forward pass did not end within 1 s") as caught:
+            await first
+        assert caught.value.retry_after == 10
+        with pytest.raises(NotReadyError):  # a DeviceLostError, unless tokenising took a second
+            await second
+        assert (batcher.status, len(scorer.passes), len(failures)) == ("unhealthy", 1, 1)
+
+    run(test, scorer, pass_timeout=1, on_failure=failures.append)
+
+
+def test_a_timeout_error_of_the_scorer_is_not_that_of_the_pass() -> None:
+    scorer, failures = FakeScorer(), list[Exception]()
+    score = scorer.score
+
+    def time_out(batch: list[Slice]) -> list[float]:
+        scorer.score = score  # type: ignore[method-assign]
+        raise TimeoutError("of a library")
+
+    async def test(batcher: Batcher) -> None:
+        scorer.score = time_out  # type: ignore[method-assign]
+        with pytest.raises(ScoringError):
+            await batcher.rerank(ask(), 30)
+        assert (await batcher.rerank(ask(), 30)).logits == [1.0]
+        assert not failures
+
+    run(test, scorer, on_failure=failures.append)
+
+
+def test_a_timeout_error_of_a_load_is_reported_as_it_is() -> None:
+    failures: list[Exception] = []
+
+    def load() -> FakeScorer:
+        raise TimeoutError("the hub did not answer")
+
+    async def main() -> None:
+        batcher = Batcher(load, on_failure=failures.append)
+        await batcher.start()
+        await batcher.wait_until_loaded()
+        await batcher.stop()
+
+    asyncio.run(main())
+    assert [str(error) for error in failures] == ["the hub did not answer"]

@@ -231,11 +231,10 @@ def test_the_least_recently_used_document_is_evicted() -> None:
 
 def score_one(cache: ScoreCache, request: RerankRequest, new: DocumentScore) -> DocumentScore:
     """The score of a request's only document: the known one, else `new`."""
-    lookup = cache.lookup(request)
-    if lookup.missing is not None:
-        cache.store(lookup, [new])
-    [score] = lookup.scores
-    return score
+    [key], scores, missing = cache.lookup(request)
+    if missing:
+        cache.store({key: new})
+    return scores.get(key, new)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +275,8 @@ def test_it_uses_no_more_memory_than_its_setting_says() -> None:
     try:
         cache = ScoreCache(entries)
         for i in range(3 * entries // documents):  # several times its size, so that it evicts entries
-            cache.store(cache.lookup(RerankRequest("q", [f"{i} {j}" for j in range(documents)])), scores)
+            keys, _, _ = cache.lookup(RerankRequest("q", [f"{i} {j}" for j in range(documents)]))
+            cache.store(dict(zip(keys, scores, strict=True)))
         used = tracemalloc.get_traced_memory()[1] / entries
     finally:
         tracemalloc.stop()

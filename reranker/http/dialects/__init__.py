@@ -9,8 +9,8 @@ of text-embeddings-inference (checked first, because one of its clients also sen
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import RootModel
@@ -18,8 +18,9 @@ from pydantic import RootModel
 import reranker.http.dialects.cohere as cohere
 import reranker.http.dialects.native as native
 from reranker.http.dialects.tei import REQUEST as TEI_REQUEST
-from reranker.http.openapi import describe
-from reranker.http.ranking import Ranking
+from reranker.http.errors import RESPONSES
+from reranker.http.ranking import HEADERS, Ranking
+from reranker.request.parse import json_schema
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +31,30 @@ class Route:
     render: Callable[[Ranking], object]
     with_model: Callable[[Ranking], object]
     """The same for bodies with `model`."""
-    openapi: dict[str, Any]
-    """See `describe`."""
+    name: str
+    """The start of the operation id."""
+    summary: str
+    description: str
+    response: object
+    """Model of the 200 response."""
+    requests: Mapping[str, object]
+    """Examples by name, as in `responses`."""
+    responses: Mapping[str, object]
+
+    @property
+    def openapi(self) -> dict[str, Any]:
+        """Arguments of `add_api_route`."""
+        bodies, contents = ({name: {"value": each[name]} for name in each} for each in (self.requests, self.responses))
+        request = {"schema": {"oneOf": [json_schema("documents"), json_schema("texts")]}, "examples": bodies}
+        ok = {"model": self.response, "headers": HEADERS, "content": {"application/json": {"examples": contents}}}
+        return {
+            "methods": ["POST"],
+            "name": self.name,
+            "summary": self.summary,
+            "description": self.description,
+            "responses": {**RESPONSES, 200: ok},
+            "openapi_extra": {"requestBody": {"required": True, "content": {"application/json": request}}},
+        }
 
 
 def render(path: str, ranking: Ranking) -> object:
@@ -54,44 +77,47 @@ class TextResultsOrArray(RootModel[native.TextResults | list[native.Score]], jso
     """The results with their texts, or the array."""
 
 
-def _results_route(path: str, summary: str) -> Route:
-    openapi = describe(
-        "rerank_results",
-        summary,
-        "The results object of Cohere, Jina, vLLM, Infinity; with `texts` the array of text-embeddings-inference.",
-        ArrayOrResults,
-        {"Cohere, Jina, vLLM": cohere.REQUEST, "TEI": TEI_REQUEST},
-        {"results": cohere.RESPONSE, "TEI": native.ARRAY_RESPONSE},
-    )
-    return Route(path, cohere.results, cohere.results, openapi)
-
-
 _REQUESTS = {"native": native.REQUEST, "with a model": cohere.REQUEST, "TEI": TEI_REQUEST}
-_ARRAY = describe(
-    "rerank",
-    "Rank documents: the array, or with `model` the results object",
-    '`[{"index", "score"}]`, best first; with `model` in the body the results object of Cohere and Jina.',
+_RESULTS = Route(
+    "/rerank",
+    cohere.results,
+    cohere.results,
+    "rerank_results",
+    "Rank documents: Jina, vLLM, Infinity; TEI with `texts`",
+    "The results object of Cohere, Jina, vLLM, Infinity; with `texts` the array of text-embeddings-inference.",
     ArrayOrResults,
-    _REQUESTS,
-    {"native and TEI": native.ARRAY_RESPONSE, "with a model": cohere.RESPONSE},
-)
-_TEXTS = describe(
-    "rerank_with_texts",
-    "Rank documents: results with their texts",
-    '`{"results": [{"index", "relevance_score", "text"}]}`, best first; with `model` also id, model, usage, meta.',
-    TextResultsOrArray,
-    _REQUESTS,
-    {
-        "native": native.TEXTS_RESPONSE,
-        "with a model": native.TEXTS_RESPONSE | cohere.META_RESPONSE,
-        "TEI": native.ARRAY_RESPONSE,
-    },
+    {"Cohere, Jina, vLLM": cohere.REQUEST, "TEI": TEI_REQUEST},
+    {"results": cohere.RESPONSE, "TEI": native.ARRAY_RESPONSE},
 )
 ROUTES = (
-    Route("/v1/rerank", native.array, cohere.results, _ARRAY),
-    Route("/api/v1/rerank", native.texts, native.texts_with_meta, _TEXTS),
-    _results_route("/rerank", "Rank documents: Jina, vLLM, Infinity; TEI with `texts`"),
-    _results_route("/v2/rerank", "Rank documents: Cohere"),
-    _results_route("/api/v2/rerank", "Rank documents: Cohere"),
+    Route(
+        "/v1/rerank",
+        native.array,
+        cohere.results,
+        "rerank",
+        "Rank documents: the array, or with `model` the results object",
+        '`[{"index", "score"}]`, best first; with `model` in the body the results object of Cohere and Jina.',
+        ArrayOrResults,
+        _REQUESTS,
+        {"native and TEI": native.ARRAY_RESPONSE, "with a model": cohere.RESPONSE},
+    ),
+    Route(
+        "/api/v1/rerank",
+        native.texts,
+        native.texts_with_meta,
+        "rerank_with_texts",
+        "Rank documents: results with their texts",
+        '`{"results": [{"index", "relevance_score", "text"}]}`, best first; with `model` also id, model, usage, meta.',
+        TextResultsOrArray,
+        _REQUESTS,
+        {
+            "native": native.TEXTS_RESPONSE,
+            "with a model": native.TEXTS_RESPONSE | cohere.META_RESPONSE,
+            "TEI": native.ARRAY_RESPONSE,
+        },
+    ),
+    _RESULTS,
+    replace(_RESULTS, path="/v2/rerank", summary="Rank documents: Cohere"),
+    replace(_RESULTS, path="/api/v2/rerank", summary="Rank documents: Cohere"),
 )
 _BY_PATH = {route.path: route for route in ROUTES}

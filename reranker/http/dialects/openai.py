@@ -9,9 +9,8 @@ from typing import Literal
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel
-from starlette.responses import JSONResponse, Response
 
-from reranker.http.errors import ErrorBody
+from reranker.http.errors import NOT_LOADED, ErrorBody
 from reranker.http.state import service_of
 
 router = APIRouter(tags=["models"])
@@ -34,30 +33,24 @@ class ModelList(BaseModel):
     data: list[ServedModel]
 
 
-_NOT_LOADED: dict[int | str, dict[str, object]] = {503: {"model": ErrorBody, "description": "The model is not loaded"}}
-
-
-def _served(request: Request) -> dict[str, object]:
-    name = service_of(request.app).batcher.require_ready().info.name
-    # The age of a checkpoint is unknown, and the format requires `created`.
-    return {"id": name, "object": "model", "created": 0, "owned_by": "reranker", "model_type": "rerank"}
-
-
-@router.get(
-    "/v1/models", summary="The served model, as OpenAI lists it", response_model=ModelList, responses=_NOT_LOADED
-)
-async def models(request: Request) -> Response:
+@router.get("/v1/models", summary="The served model, as OpenAI lists it", responses=NOT_LOADED)
+async def models(request: Request) -> ModelList:
     """A list of one model."""
-    return JSONResponse({"object": "list", "data": [_served(request)]})
+    return ModelList(object="list", data=[_served(request)])
 
 
 @router.get(
     "/v1/models/{name:path}",
     summary="The served model, for any name",
-    response_model=ServedModel,
     # Without 4XX FastAPI describes a 422 for the name, but any text is valid.
-    responses={**_NOT_LOADED, "4XX": {"model": ErrorBody, "description": "Not served"}},
+    responses={**NOT_LOADED, "4XX": {"model": ErrorBody, "description": "Not served"}},
 )
-async def model(request: Request, name: str) -> Response:
+async def model(request: Request, name: str) -> ServedModel:
     """The same for every name, because a rerank request accepts every `model`."""
-    return JSONResponse(_served(request))
+    return _served(request)
+
+
+def _served(request: Request) -> ServedModel:
+    name = service_of(request.app).batcher.require_ready().info.name
+    # The age of a checkpoint is unknown, and the format requires `created`.
+    return ServedModel(id=name, object="model", created=0, owned_by="reranker", model_type="rerank")

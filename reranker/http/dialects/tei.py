@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel
-from starlette.responses import JSONResponse, Response
 
 from reranker import __version__
-from reranker.http.errors import ErrorBody
+from reranker.http.errors import NOT_LOADED
 from reranker.http.state import service_of
 
 router = APIRouter(tags=["models"])
@@ -54,32 +53,25 @@ class Info(BaseModel):
     docker_label: str | None
 
 
-@router.get(
-    "/info",
-    summary="The served model and its limits, as TEI answers them",
-    response_model=Info,
-    responses={503: {"model": ErrorBody, "description": "The model is not loaded"}},
-)
-async def info(request: Request) -> Response:
+@router.get("/info", summary="The served model and its limits, as TEI answers them", responses=NOT_LOADED)
+async def info(request: Request) -> Info:
     """Read by Dify and other TEI clients before their first rerank request."""
     service = service_of(request.app)
     model = service.batcher.require_ready().info
-    return JSONResponse(
-        {
-            "model_id": model.name,
-            "model_sha": None,
-            "model_dtype": model.precision,
-            "model_type": {"reranker": {"id2label": {"0": "relevant"}, "label2id": {"relevant": 0}}},
-            "max_concurrent_requests": service.batcher.admission.max_requests,
-            "max_input_length": model.max_seq_length,
-            "max_batch_tokens": model.max_batch_tokens,
-            "max_batch_requests": None,
-            "max_client_batch_size": service.max_documents,
-            "auto_truncate": True,
-            "tokenization_workers": 1,
-            "version": __version__,
-            "sha": None,
-            "self_check": model.self_check,
-            "docker_label": None,
-        }
+    return Info(
+        model_id=model.name,
+        model_sha=None,
+        model_dtype=model.precision,
+        model_type=ModelType(reranker=Labels(id2label={"0": "relevant"}, label2id={"relevant": 0})),
+        max_concurrent_requests=service.batcher.admission.max_requests,
+        max_input_length=model.max_seq_length,
+        max_batch_tokens=model.max_batch_tokens,
+        max_batch_requests=None,
+        max_client_batch_size=service.max_documents,
+        auto_truncate=True,
+        tokenization_workers=1,
+        version=__version__,
+        sha=None,
+        self_check=model.self_check,
+        docker_label=None,
     )
