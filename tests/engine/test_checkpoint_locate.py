@@ -196,10 +196,13 @@ def test_a_whole_download_is_served_without_a_network(cache: Path, monkeypatch: 
     assert "cannot download Qwen/Qwen3-Reranker-4B" in refused("Qwen/Qwen3-Reranker-4B")
 
 
-def test_half_a_download_is_one_line_of_the_command_line(cache: Path, tmp_path: Path) -> None:
+def test_half_a_download_is_one_line_of_the_command_line(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (cache / "snapshots" / "aaaa" / "config.json").unlink()
-    env = {"HF_HUB_CACHE": str(cache.parent), "HF_HUB_OFFLINE": "1"}
-    done = cli("check", "--model", "Qwen/Qwen3-Reranker-0.6B", cwd=tmp_path, env=env, code=1)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache.parent))
+    done = cli("check", "--model", "Qwen/Qwen3-Reranker-0.6B", cwd=tmp_path, code=1)
     assert "holds no config.json" in done.stderr.splitlines()[-1]
 
 
