@@ -34,9 +34,6 @@ from reranker.server.fleet import end_process
 
 logger = logging.getLogger("reranker")
 
-_GC_THRESHOLD = 10_000
-"""New objects between two collections; a request leaves none to collect (tests/test_service.py)."""
-
 
 def create_app(
     settings: Settings,
@@ -159,18 +156,13 @@ def load_and_freeze_gc(load: Callable[[], ScorerLike]) -> ScorerLike:
     scorer = load()
     gc.collect()
     gc.freeze()
-    gc.set_threshold(_GC_THRESHOLD)
+    gc.set_threshold(10_000)  # new objects between two collections; a request leaves none (tests/test_service.py)
     return scorer
 
 
-def _from_environment() -> FastAPI:
-    try:
-        made = create_app(load_settings())
-        for warning in misspelt():
-            logger.warning(warning)
-        return made
-    except SettingsError as error:
-        sys.exit(f"error: {error}")  # one line, no traceback
-
-
-app = _from_environment()
+try:
+    app = create_app(load_settings())
+    for warning in misspelt():
+        logger.warning(warning)
+except SettingsError as error:
+    sys.exit(f"error: {error}")  # one line, no traceback

@@ -20,14 +20,13 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from reranker import environment
 from reranker.environment import SettingsError, shorten
-from reranker.settings import AutoInt, ModelSettings, first_problem, lower
+from reranker.settings import AutoInt, ModelSettings, first_problem
 
 __all__ = ["OWN_WORKER_CLASS", "Settings", "SettingsError", "load_settings", "log_config", "misspelt"]
 
 WORKER_CLASSES = ("uvicorn.workers.UvicornWorker", "uvicorn_worker.UvicornWorker")
 OWN_WORKER_CLASS = "reranker.server.worker.RerankWorker"
-MAX_TOKEN_LENGTH = 16_384
-"""Characters of one token: half of the limit on the head of a request."""
+MAX_TOKEN_LENGTH = 16_384  # characters: half of the limit on the head of a request
 
 
 def _check_host(value: str) -> str:
@@ -127,13 +126,6 @@ def _normalize_origins(value: str) -> str:
     return ",".join(_DEFAULT_PORT.sub(r"\1\2", origin) for origin in origins if origin)
 
 
-def _upper(value: Any) -> Any:
-    return value.upper() if isinstance(value, str) else value
-
-
-LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
-
-
 class Settings(ModelSettings, BaseSettings):
     """All settings. Field names are the lower-case names of the environment variables."""
 
@@ -185,13 +177,13 @@ class Settings(ModelSettings, BaseSettings):
     )
 
     # Libraries and logs
-    tokenizers_parallelism: Annotated[Literal["true", "false"], BeforeValidator(lower)] = Field(
+    tokenizers_parallelism: Annotated[Literal["true", "false"], BeforeValidator(str.lower)] = Field(
         "false", description="true or false; passed on to the tokenizers library"
     )
     pytorch_cuda_alloc_conf: Annotated[str, AfterValidator(_check_allocator)] = Field(
         "", max_length=4096, description="Passed on to PyTorch, e.g. expandable_segments:True"
     )
-    log_level: Annotated[LogLevel, BeforeValidator(_upper)] = Field(
+    log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], BeforeValidator(str.upper)] = Field(
         "INFO", description="DEBUG, INFO, WARNING, ERROR, CRITICAL"
     )
     log_format: Annotated[str, AfterValidator(_check_log_format)] = Field(
@@ -220,7 +212,10 @@ def load_settings(env_file: str | Path = ".env") -> Settings:
     try:
         settings = Settings(**texts)
     except ValidationError as error:
-        raise SettingsError(_one_line(error, values)) from None
+        name, reason = first_problem(error, Settings.model_fields)
+        given = values.get(name.upper(), environment.Value("", "the default"))
+        value = "(hidden)" if name == "access_token" else shorten(given.text)
+        raise SettingsError(f"{name.upper()}={value} cannot be used; {reason} (set in {given.source})") from None
     settings._sources.update((name.lower(), value.source) for name, value in values.items())
     os.environ["TOKENIZERS_PARALLELISM"] = settings.tokenizers_parallelism
     if settings.log_format == "json":  # a download's progress bar is not JSON
@@ -233,14 +228,6 @@ def load_settings(env_file: str | Path = ".env") -> Settings:
 def misspelt(env_file: str | Path = ".env") -> list[str]:
     """Return a warning for each name in `.env` or the environment that is close to a setting's name."""
     return [str(miss) for miss in environment.near_misses(env_file)]
-
-
-def _one_line(error: ValidationError, values: dict[str, environment.Value]) -> str:
-    """Return variable, value, reason and source of the first problem."""
-    name, reason = first_problem(error, Settings.model_fields)
-    given = values.get(name.upper(), environment.Value("", "the default"))
-    value = "(hidden)" if name == "access_token" else shorten(given.text)
-    return f"{name.upper()}={value} cannot be used; {reason} (set in {given.source})"
 
 
 def log_config(settings: Settings) -> dict[str, Any]:

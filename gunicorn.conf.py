@@ -27,8 +27,7 @@ def count_gpus() -> int:
     return int(done.stdout.strip() or 0) if done.returncode == 0 else 0
 
 
-_pinned = _settings.model_device in ("auto", "cuda") and _settings.workers != 1
-_gpus = count_gpus() if _pinned else 0
+_gpus = count_gpus() if _settings.model_device in ("auto", "cuda") and _settings.workers != 1 else 0
 _visible = [device.strip() for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device.strip()]
 _devices = (_visible or [str(i) for i in range(_gpus)]) if _gpus else []  # slot i uses device i % len(_devices)
 
@@ -72,7 +71,7 @@ def on_starting(server: Any) -> None:
     if server.cfg.worker_class_str != OWN_WORKER_CLASS:
         sys.exit(f"error: the worker class {server.cfg.worker_class_str} cannot serve this; leave out -k")
     _check_addresses(server)
-    fleet.master.start(server.master_pid, workers, worker_tmp_dir)
+    fleet.master.start(server.master_pid, server.cfg.workers, worker_tmp_dir)
 
 
 def pre_exec(server: Any) -> None:
@@ -83,7 +82,7 @@ def pre_exec(server: Any) -> None:
         )
         logging.shutdown()
         os._exit(1)
-    server.cfg.env_orig |= fleet.master.next_environment()
+    server.cfg.env_orig = fleet.master.next_environment()
     args = server.START_CTX["args"]
     if Path(args[1]).name == "__main__.py":  # started with python -m gunicorn
         args[1:2] = ["-m", "gunicorn"]

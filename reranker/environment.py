@@ -19,8 +19,7 @@ from pathlib import Path
 from dotenv.parser import Binding, parse_stream
 from dotenv.variables import Variable, parse_variables
 
-SETTINGS = ["ACCESS_TOKEN"]
-"""The names of all settings: those that `register` adds, and the token, which the command line reads as well."""
+SETTINGS = ["ACCESS_TOKEN"]  # `register` adds the others; the command line reads the token as well
 
 LIBRARY_VARIABLES = (
     *("HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_TOKEN"),
@@ -39,8 +38,7 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 _ASSIGNMENT = re.compile(r"\s*(?:export\s+)?([\w.-]+)\s*(=?)\s*(['\"]?)")
 _NEXT = re.compile(r"\s*(?:export\s+)?([A-Z][A-Z0-9_]*)\s*=(.?)")
 _MAX_SHOWN = 80
-_NEVER_BLANK = ("HF_", "PYTORCH_")
-"""Prefixes of names that are not exported without a value: the hub's client would take it as a URL."""
+_NEVER_BLANK = ("HF_", "PYTORCH_")  # not exported without a value: the hub's client would take it as a URL
 _FREE_TEXT = ("DEFAULT_INSTRUCTION", "LOG_FORMAT")
 _SECOND = re.compile(r"[\s;,]([A-Z][A-Z0-9_]*_[A-Z0-9_]*)=")
 
@@ -115,7 +113,7 @@ def get(name: str) -> str:
 def load(env_file: str | Path = ".env") -> dict[str, Value]:
     """Return the non-blank settings by name, and export them and all other names of `.env`.
 
-    The environment wins over `.env`; a blank value counts as not set.
+    The environment wins over `.env`; a blank value counts as not set; names may be in lower case.
 
     Raises:
         SettingsError: `.env` or a value of the environment cannot be read.
@@ -123,7 +121,8 @@ def load(env_file: str | Path = ".env") -> dict[str, Value]:
     file = read_env_file(env_file)
     values: dict[str, Value] = {}
     for name in SETTINGS:
-        _fold_case(name)
+        for other in [other for other in os.environ if other != name and other.upper() == name]:
+            os.environ.setdefault(name, os.environ.pop(other))
         text, line = get(name), file.get(name)
         if line and text in ("", line.text.strip()):  # the parent process exported the same text
             text, source = line.text.strip(), line.source
@@ -152,12 +151,6 @@ def _check_value(name: str, text: str, source: str) -> None:
         )
     if text.endswith(_QUOTES) and text.count(text[-1]) == 1:
         raise SettingsError(f"{name} (set in {source}) ends with a quote that none opens: remove it")
-
-
-def _fold_case(name: str) -> None:
-    """Rename a variable that differs from a setting in case only."""
-    for other in [other for other in os.environ if other != name and other.upper() == name]:
-        os.environ.setdefault(name, os.environ.pop(other))
 
 
 def _export_others(file: dict[str, Value]) -> None:
@@ -302,6 +295,7 @@ class NearMiss:
 
 
 _SIMILAR = 0.85
+# Names that other servers use for these settings. Each counts only while our own is not set.
 _MEANT = {
     "ACCESS_TOKEN_FILE": _TOKEN,
     **dict.fromkeys(("API_KEY", "API_KEYS", "API_TOKEN", "AUTH_TOKEN", "BEARER_TOKEN", "TOKEN"), _TOKEN),
@@ -311,7 +305,6 @@ _MEANT = {
     **dict.fromkeys(("MAX_LENGTH", "MAX_MODEL_LEN"), "MAX_SEQ_LENGTH"),
     "INSTRUCTION": "DEFAULT_INSTRUCTION",
 }
-"""Names that other servers use for these settings. Each counts only while our own is not set."""
 _PREFIX = "RERANKER_"
 _PLAIN_PREFIXES = ("MODEL", "ACCESS_TOKEN", _PREFIX)
 _SHORT = ("HOST", "PORT")  # too many names of other programs differ from them by one letter

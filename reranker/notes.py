@@ -11,10 +11,6 @@ class Notes:
     """Writes each different text once, at most `limit` of them, then one line that says that no more follow.
 
     The texts name fields of clients, so both the output and this object need a limit.
-
-    Args:
-        write: writes one line.
-        limit: different texts.
     """
 
     def __init__(self, write: Callable[[str], None], limit: int = MAX_NOTES) -> None:

@@ -16,14 +16,13 @@ from pydantic.fields import FieldInfo
 from reranker import environment
 from reranker.environment import SettingsError, shorten
 
-_HUBS = {
+_HUBS = {  # host -> the setting that selects it
     "huggingface.co": "",
     "hf.co": "",
     "hf-mirror.com": "HF_ENDPOINT=https://hf-mirror.com",
     "modelscope.cn": "",
     "modelscope.ai": "",
 }
-"""Host -> the setting that selects it."""
 _URL = re.compile(r"(?:(?P<scheme>[a-z][a-z0-9+.-]*)://|git@)?(?P<host>[^/:]*)[/:]?(?P<path>[^?#]*)", re.I)
 _EXAMPLE = "Qwen/Qwen3-Reranker-4B"
 _KEYWORDS = {"model_name_or_path": "name", "default_instruction": "instruction"}
@@ -53,18 +52,12 @@ def _check_model_name(value: str) -> str:
     return value
 
 
-def lower(value: Any) -> Any:
-    """Return a text in lower case, any other value unchanged."""
-    return value.lower() if isinstance(value, str) else value
-
-
 def _auto_is_none(value: Any) -> Any:
-    return None if lower(value) == "auto" else value
+    return None if str(value).lower() == "auto" else value
 
 
 Precision = Literal["auto", "bfloat16", "float16", "float32", "int8", "float8", "bf16", "fp16", "fp32", "fp8"]
 AutoInt = Annotated[int | None, BeforeValidator(_auto_is_none)]
-"""A whole number, or `auto`, which is None."""
 
 
 class ModelSettings(BaseModel):
@@ -76,10 +69,10 @@ class ModelSettings(BaseModel):
         "", max_length=4096, description="Hub name or folder; empty: the bundled demo model"
     )
     model_revision: str = Field("", max_length=255, description="Branch, tag or commit on the hub; empty: the newest")
-    model_device: Annotated[str, BeforeValidator(lower), Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")] = Field(
+    model_device: Annotated[str, BeforeValidator(str.lower), Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")] = Field(
         "auto", description="auto, cpu, cuda or cuda:N"
     )
-    model_precision: Annotated[Precision, BeforeValidator(lower)] = Field(
+    model_precision: Annotated[Precision, BeforeValidator(str.lower)] = Field(
         "auto", description="auto, bfloat16, float16, float32, int8 or float8 (bf16, fp16, fp32, fp8)"
     )
     max_memory_percentage: float = Field(
@@ -141,9 +134,8 @@ def allowed(field: FieldInfo) -> str:
     """Return the choices, the range of a number, the max length of a text, or the description."""
     if get_origin(field.annotation) is Literal:
         return ", ".join(get_args(field.annotation))
-    limits = {
-        key: getattr(m, key) for m in field.metadata for key in ("gt", "ge", "le", "max_length") if hasattr(m, key)
-    }
+    keys = ("gt", "ge", "le", "max_length")
+    limits = {key: getattr(m, key) for m in field.metadata for key in keys if hasattr(m, key)}
     if "max_length" in limits:
         return f"at most {limits['max_length']} characters"
     if not limits:

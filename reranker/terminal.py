@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -59,13 +59,15 @@ def discard_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def print_json(value: object) -> None:
-    """Print a value as a line of JSON, unescaped where the encoding of standard output allows it.
+def print_result(value: object, table: Callable[[], None], output: str = "auto") -> None:
+    """Print the result of a command: `table()` for people, else `value` as a line of JSON; see `printing`.
 
-    Raises:
-        FailedError: see `printing`.
+    `output` is `table`, `json`, or `auto` for a table in a terminal only.
     """
     with printing():
+        if output == "table" or (output == "auto" and sys.stdout.isatty()):
+            table()
+            return
         try:
             print(json.dumps(value, ensure_ascii=False))
         except UnicodeEncodeError:  # a lone surrogate, or a terminal that is not UTF-8
@@ -91,12 +93,7 @@ def truncated(count: int, url: str | None, noun: str = "document", several: str 
 
 @contextmanager
 def loading(name: str, *, quiet: bool = False) -> Iterator[None]:
-    """Print on standard error that a model is loaded in the block: a spinner in a terminal, else a line.
-
-    Args:
-        name: the model, for people.
-        quiet: no spinner, because the block draws a progress bar.
-    """
+    """Print on standard error that a model is loaded in the block: in a terminal a spinner, unless `quiet`."""
     console = Console(stderr=True)
     if console.is_terminal and not quiet:
         with console.status(f"loading {escape(name)}..."):

@@ -87,11 +87,6 @@ class EncodedRequest:
         """Cost in queue and budget: the prefix without its cached part once, every document once."""
         return len(self.prefix) - self.cached_prefix_len + sum(map(len, self.documents))
 
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens of all prompts: the whole prefix once per document."""
-        return len(self.prefix) * len(self.documents) + sum(map(len, self.documents))
-
 
 @dataclass(frozen=True, slots=True)
 class Slice:

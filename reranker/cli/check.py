@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 
 from reranker.cli.options import source
 from reranker.errors import CommandError, FailedError, ModelLoadError, RerankError
 from reranker.rankers.ranker import rank_one
 from reranker.rankers.source import open_ranker
-from reranker.terminal import print_json, printing
+from reranker.terminal import print_result
 from reranker.types import RerankRequest
-
-_PAIR = ("how to compress files", "gzip compresses files to save disk space")
 
 
 def check(args: argparse.Namespace) -> None:
-    """Print the facts of the loaded model: JSON in a pipe, lines in a terminal.
-
-    Raises:
-        FailedError: the model cannot serve.
-    """
+    """Print the facts of the loaded model: JSON in a pipe, lines in a terminal."""
     origin = source(args)
     start = time.monotonic()
     try:
         ranker = open_ranker(origin)
         loaded = time.monotonic()
-        scored = rank_one(ranker, RerankRequest(_PAIR[0], [_PAIR[1]], args.instruction))
+        documents = ["gzip compresses files to save disk space"]
+        scored = rank_one(ranker, RerankRequest("how to compress files", documents, args.instruction))
     except (CommandError, ModelLoadError, RerankError):
         raise
     except Exception as error:  # libraries raise anything for a broken checkpoint, and `check` must report all of it
@@ -41,9 +35,5 @@ def check(args: argparse.Namespace) -> None:
         "score_seconds": round(time.monotonic() - loaded, 3),
         "score": scored.scores[0],
     }
-    if sys.stdout.isatty():
-        with printing():
-            print("\n".join(f"{name:17} {value}" for name, value in facts.items()))
-            print("ok")
-    else:
-        print_json(facts | {"status": "ok"})
+    lines = [*(f"{name:17} {value}" for name, value in facts.items()), "ok"]
+    print_result(facts | {"status": "ok"}, lambda: print("\n".join(lines)))

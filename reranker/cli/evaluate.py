@@ -10,38 +10,26 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from reranker.cli.options import source, wants_table
+from reranker.cli.options import source
 from reranker.errors import FailedError, InputError
 from reranker.evaluate import collection
 from reranker.evaluate.evaluation import Job, Report, write_files
 from reranker.evaluate.evaluation import evaluate as run
 from reranker.rows.forms import structured_kind
-from reranker.terminal import print_json, printing
+from reranker.terminal import print_result
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Measure the gain and print it; the files come last, so that a full disk does not lose the report.
-
-    Raises:
-        InputError: the data cannot be read, or does not fit together.
-        FailedError: a package is missing, or scoring failed.
-    """
+    """Measure the gain and print it; the files come last, so that a full disk does not lose the report."""
     origin = source(args)
-    _require("ir_measures", *(() if args.run else ("bm25s",)), *(("matplotlib",) if args.plot else ()))
+    needed = ["ir_measures", *([] if args.run else ["bm25s"]), *(["matplotlib"] if args.plot else [])]
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        raise FailedError(f"{' and '.join(missing)} missing; pip install -r requirements-eval.txt")
     job = _job(args)
     report = run(job, origin)
-    if wants_table(args.output):
-        with printing():
-            _print(report)
-    else:
-        print_json(report.facts | {"measures": {gain.name: gain.summary for gain in report.gains}})
+    value = report.facts | {"measures": {gain.name: gain.summary for gain in report.gains}}
+    print_result(value, lambda: _print(report), args.output)
     write_files(job, report)
-
-
-def _require(*modules: str) -> None:
-    missing = [name for name in modules if importlib.util.find_spec(name) is None]
-    if missing:
-        raise FailedError(f"{' and '.join(missing)} missing; pip install -r requirements-eval.txt")
 
 
 def _job(args: argparse.Namespace) -> Job:
@@ -49,7 +37,7 @@ def _job(args: argparse.Namespace) -> Job:
         raise InputError("--run='' names no file")
     job = Job(
         paths=_paths(args),
-        run=Path(args.run) if args.run else None,
+        run=args.run,
         kind=args.input_format,
         encoding=args.encoding,
         candidates=args.candidates,
@@ -59,7 +47,7 @@ def _job(args: argparse.Namespace) -> Job:
         plot=args.plot,
         save_run=args.save_run,
     )
-    kinds = [structured_kind(str(path)) for path in job.inputs]
+    kinds = [structured_kind(path) for path in job.inputs]
     if args.input_format and kinds[0] and kinds[1]:
         raise InputError("--input-format has no effect: the names of corpus and queries tell their forms")
     if args.encoding is not None and set(kinds) == {"parquet"}:

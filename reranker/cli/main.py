@@ -13,11 +13,9 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from reranker import __version__
-from reranker.cli.options import add_model_options, load_env_file
 from reranker.errors import CommandError, FailedError, InputError, InvalidRequestError, ModelLoadError, RerankError
 from reranker.rows.forms import KINDS, ROW_KINDS
 from reranker.terminal import discard_output, harmless, printing
@@ -60,6 +58,9 @@ def count(text: str) -> int:
     return int(text)
 
 
+_OUTPUTS = ("auto", "table", "json")
+
+
 def _add_input_options(to: argparse._ActionsContainer, kinds: Sequence[str], default: str, field: bool = True) -> None:
     to.add_argument("--input-format", choices=kinds, help=default)
     if field:
@@ -69,17 +70,13 @@ def _add_input_options(to: argparse._ActionsContainer, kinds: Sequence[str], def
     to.add_argument("--encoding", metavar="NAME", help="default: UTF-8; gb18030 for files from Chinese Excel")
 
 
-def _add_output_option(add: argparse.ArgumentParser) -> None:
-    add.add_argument("--output", choices=("auto", "table", "json"), default="auto")
-
-
 def _rank(add: argparse.ArgumentParser) -> None:
     add.add_argument("query", metavar="QUERY")
     add.add_argument("document", nargs="*", metavar="DOCUMENT", help="default: --file or standard input")
     add.add_argument("--file", help="documents in any form below; - is standard input; blank lines are skipped")
     _add_input_options(add, KINDS, "default: by the suffix of the name (also .gz); lines where it has none")
     add.add_argument("--top-k", type=count, metavar="N", help="only the best N")
-    _add_output_option(add)
+    add.add_argument("--output", choices=_OUTPUTS, default="auto")
 
 
 def _batch(add: argparse.ArgumentParser) -> None:
@@ -110,68 +107,55 @@ def _evaluate(add: argparse.ArgumentParser) -> None:
     add.add_argument("--per-query", metavar="FILE.csv", help="measures of every query before and after")
     add.add_argument("--plot", metavar="FILE.png", help="a picture of the gain of every query")
     add.add_argument("--save-run", metavar="FILE", help="the reranked candidates as a TREC run")
-    _add_output_option(add)
+    add.add_argument("--output", choices=_OUTPUTS, default="auto")
 
 
-@dataclass(frozen=True, slots=True)
-class Command:
-    """A command. `reranker.cli.NAME` has a function NAME that runs it; the module is imported when it runs."""
-
-    help: str
-    add_arguments: Callable[[argparse.ArgumentParser], None] = lambda _: None
-
-
-COMMANDS = {
-    "rank": Command("one query: a table in a terminal, JSON in a pipe", _rank),
-    "batch": Command("many queries, JSON lines out; continues after an interruption", _batch),
-    "evaluate": Command("measure the gain on your own data (needs requirements-eval.txt)", _evaluate),
-    "check": Command("load, score one pair, print the choices; exit code 0 or 1"),
+COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
+    "rank": ("one query: a table in a terminal, JSON in a pipe", _rank),
+    "batch": ("many queries, JSON lines out; continues after an interruption", _batch),
+    "evaluate": ("measure the gain on your own data (needs requirements-eval.txt)", _evaluate),
+    "check": ("load, score one pair, print the choices; exit code 0 or 1", lambda _: None),
 }
+"""Name -> help and arguments. `reranker.cli.NAME` has a function NAME that runs it, and is imported only then."""
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the parser of all commands."""
+def parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    """Return the parser of all commands, with the arguments of those in `words`: the settings take long to import."""
     top = Parser(prog="python -m reranker", description="Rank documents by relevance to a query, without a server.")
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, command in COMMANDS.items():
-        add = commands.add_parser(name, help=command.help)
-        command.add_arguments(add)
-        add_model_options(add)
+    for name, (text, add_arguments) in COMMANDS.items():
+        add = commands.add_parser(name, help=text)
+        if name in words:
+            from reranker.cli.options import add_model_options
+
+            add_arguments(add)
+            add_model_options(add)
     return top
 
 
 def _check_text(words: Sequence[str]) -> None:
-    """Refuse arguments whose bytes Python could not decode: the model would score rubbish.
-
-    Raises:
-        InputError: names the argument and the encoding or locale that helps.
-    """
+    """Refuse arguments whose bytes Python could not decode: the model would score rubbish."""
+    encoding = sys.getfilesystemencoding()
     for number, word in enumerate(words, 1):
         if not any("\udc80" <= c <= "\udcff" for c in word):
             continue
-        encoding = sys.getfilesystemencoding()
         try:
             word.encode(encoding, "surrogateescape").decode()
         except UnicodeError:
-            raise InputError(
-                f"argument {number} is not UTF-8; convert it, or write it to a file and name it with --encoding"
-            ) from None
-        raise InputError(
-            f"argument {number} is not {encoding.upper()}, the encoding of this locale; "
-            f"set LC_ALL=C.UTF-8, or PYTHONUTF8=1"
-        )
+            problem = "is not UTF-8; convert it, or write it to a file and name it with --encoding"
+        else:
+            problem = f"is not {encoding.upper()}, the encoding of this locale; set LC_ALL=C.UTF-8, or PYTHONUTF8=1"
+        raise InputError(f"argument {number} {problem}")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run one command.
-
-    Raises:
-        CommandError, ModelLoadError, RerankError: `run` prints each as one line.
-    """
+    """Run one command; `run` prints its CommandError, ModelLoadError or RerankError as one line."""
     words = sys.argv[1:] if argv is None else argv
     _check_text(words)
-    args, rest = parser().parse_known_args(words)
+    args, rest = parser(words).parse_known_args(words)
+    from reranker.cli.options import load_env_file
+
     if sys.stdout is None and args.command != "batch":
         raise FailedError("standard output is closed; the result has no place to go")
     if args.command == "rank" and not any(word.startswith("-") for word in rest):

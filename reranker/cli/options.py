@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
-from pathlib import Path
 
 from reranker import environment
 from reranker.environment import SettingsError
@@ -44,12 +42,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, service: bool = True) 
     parser.add_argument("--verbose", action="store_true", help="print the automatic choices and their reasons")
 
 
-def wants_table(output: str) -> bool:
-    """Whether `--output` selects a table for people rather than JSON."""
-    return output == "table" or (output == "auto" and sys.stdout.isatty())
-
-
-def load_env_file(path: str | Path = ".env") -> list[str]:
+def load_env_file() -> list[str]:
     """Export the names of `.env` that are not set yet, for the libraries too (HF_ENDPOINT, HF_HOME).
 
     Returns:
@@ -59,8 +52,8 @@ def load_env_file(path: str | Path = ".env") -> list[str]:
         InputError: `.env` or a value of the environment cannot be read.
     """
     try:
-        environment.load(path)
-        return [str(miss) for miss in environment.near_misses(path)]
+        environment.load()
+        return [str(miss) for miss in environment.near_misses()]
     except SettingsError as error:
         raise InputError(str(error)) from None
 
@@ -71,17 +64,15 @@ def source(args: argparse.Namespace) -> Source:
     Raises:
         InputError: a value cannot be used, or model options were given together with --url.
     """
-    options = {field: getattr(args, field, None) for field in ModelSettings.model_fields}
-    texts = {field: (option(field), text) for field, text in options.items() if text is not None}
+    fields = ModelSettings.model_fields
+    given = {name: (option(name), text) for name in fields if (text := getattr(args, name, None)) is not None}
     try:
         if args.url is not None:
-            return _service(args, next(iter(texts), None))
+            return _service(args, next(iter(given), None))
         if args.token is not None:
             raise InputError("--token is for a running service; give its address with --url")
-        for field in options.keys() - texts.keys():
-            if text := environment.get(field.upper()):
-                texts[field] = field.upper(), text
-        return Source(model=read(texts))
+        variables = {name: (name.upper(), text) for name in fields if (text := environment.get(name.upper()))}
+        return Source(model=read(variables | given))
     except SettingsError as error:
         raise InputError(str(error)) from None
 

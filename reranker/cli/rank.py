@@ -9,24 +9,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from reranker.cli.options import source, wants_table
+from reranker.cli.options import source
 from reranker.errors import InputError
 from reranker.rankers.ranker import Scored, rank_one
 from reranker.rankers.source import open_ranker
 from reranker.rows import documents
-from reranker.terminal import harmless, note, print_json, printing, truncated
+from reranker.terminal import harmless, note, print_result, truncated
 from reranker.types import RerankRequest
 
-MAX_SHOWN = 500
-"""Characters of a document in the table, where a row is one line."""
+MAX_SHOWN = 500  # characters of a document in the table, where a row is one line
 
 
 def rank(args: argparse.Namespace) -> None:
-    """Rank the documents and print them.
-
-    Raises:
-        InputError: no query, no documents, or documents from two sources.
-    """
+    """Rank the documents and print them."""
     origin = source(args)
     if not args.query.strip():
         raise InputError("the query must not be empty")
@@ -35,12 +30,8 @@ def rank(args: argparse.Namespace) -> None:
     best = scored.best(args.top_k)
     if scored.truncated:
         note(truncated(scored.truncated, args.url))
-    if wants_table(args.output):
-        console = Console()
-        with printing():
-            console.print(_table(texts, scored, best, console.width))
-    else:
-        print_json([{"index": i, "score": scored.scores[i], "text": texts[i]} for i in best])
+    rows = [{"index": i, "score": scored.scores[i], "text": texts[i]} for i in best]
+    print_result(rows, lambda: _print(texts, scored, best), args.output)
 
 
 def _texts(args: argparse.Namespace) -> list[str]:
@@ -57,16 +48,17 @@ def _texts(args: argparse.Namespace) -> list[str]:
     return list(args.document)
 
 
-def _table(texts: Sequence[str], scored: Scored, best: Sequence[int], width: int) -> Table:
+def _print(texts: Sequence[str], scored: Scored, best: Sequence[int]) -> None:
+    console = Console()
     table = Table(box=None, header_style="bold", pad_edge=False)
     # Fixed widths: rich would shorten every column alike, the numbers too. It counts Chinese characters double.
     numbers = max(5, len(str(len(texts))))
     table.add_column("score", justify="right", width=6)
     table.add_column("index", justify="right", width=numbers)
-    table.add_column("document", no_wrap=True, overflow="ellipsis", width=max(20, width - numbers - 10))
+    table.add_column("document", no_wrap=True, overflow="ellipsis", width=max(20, console.width - numbers - 10))
     for i in best:
         score = scored.scores[i]
         colour = "green" if score >= 0.5 else "yellow" if score >= 0.1 else "red"
         # Text, not markup: brackets in a document are only brackets.
         table.add_row(Text(f"{score:.4f}", colour), Text(str(i), "dim"), Text(harmless(texts[i][:MAX_SHOWN]).strip()))
-    return table
+    console.print(table)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from reranker.engine.attention import VarlenAttention
 from reranker.engine.batch import PackedBatch, pack
+from reranker.engine.checkpoint.files import first_line
 from reranker.engine.families.base import LayerFns
 from reranker.engine.graphs import SIZES, Graphs
 from reranker.engine.model import Model
@@ -53,8 +54,11 @@ def accelerate(model: Model) -> None:
         return
     for name, set_up in (("compiled layers", compile_layers), ("CUDA graphs", record_passes)):
         start = time.perf_counter()
-        # A compiler that exceeded its time limit still launches kernels, and they must not enter a recording.
-        reason = "the compiler is still running" if _compiling() else _attempt(set_up, model)
+        try:
+            # A compiler that exceeded its time limit still launches kernels, and they must not enter a recording.
+            reason = "the compiler is still running" if _compiling() else set_up(model)
+        except Exception as error:  # of a compiler or a driver; the eager path needs neither
+            reason = _describe(error)
         seconds = time.perf_counter() - start
         if reason:
             logger.warning("%s: not used (%s), after %.0f s", name, reason, seconds)
@@ -65,8 +69,7 @@ def accelerate(model: Model) -> None:
 
 def compile_layers(model: Model) -> str:
     """Use compiled layers if they pass the checks; return the reason against them, or an empty string."""
-    compiled = compile_layer_fns(model.backbone.eager)
-    batch = sample(_COMPARED_TOKENS, model).to(model.device)
+    compiled, batch = compile_layer_fns(model.backbone.eager), sample(_COMPARED_TOKENS, model).to(model.device)
     fast, eager = partial(model.hidden, batch, compiled), partial(model.hidden, batch)
     reason = _run_within(_COMPILE_SECONDS, fast) or differs(fast, eager, tolerance(model)) or slower(fast, eager)
     if not reason:
@@ -80,17 +83,12 @@ def compile_layer_fns(eager: LayerFns) -> LayerFns:
 
     # A dozen kernels need no process pool beside a service's workers. The setting is this context's; see _run_within.
     inductor.compile_threads = 1
-    return LayerFns(
-        torch.compile(eager.before, dynamic=True, fullgraph=True),
-        torch.compile(eager.after, dynamic=True, fullgraph=True),
-    )
+    fused = partial(torch.compile, dynamic=True, fullgraph=True)
+    return LayerFns(fused(eager.before), fused(eager.after))
 
 
 def record_passes(model: Model) -> str:
-    """Use the recorded passes that are not slower; return the reason if there are none.
-
-    A pass that cannot be recorded, or computes something else, rules out all of them.
-    """
+    """Use the recorded passes that are not slower; return the reason if there are none, or if one fails its check."""
     if model.kernel is not VarlenAttention:
         return "attention runs segment by segment here"
     graphs = Graphs(lambda batch: model.hidden(batch, model.compiled), model.device)
@@ -151,28 +149,17 @@ def differs(fast: Callable[[], Tensor | None], eager: Callable[[], Tensor], tole
 
 def slower(fast: Callable[[], Tensor | None], eager: Callable[[], Tensor]) -> str:
     """Return both times if `fast` is clearly slower than `eager`, else ""."""
-    eager_seconds, seconds = _shortest(eager), _shortest(fast)
+    eager_seconds, seconds = (min(_seconds(run) for _ in range(3)) for run in (eager, fast))
     if seconds > _MAX_SLOWDOWN * eager_seconds + _MAX_SLOWDOWN_SECONDS:
         return f"slower than the eager path: {1000 * seconds:.1f} against {1000 * eager_seconds:.1f} ms"
     return ""
 
 
-def _shortest(run: Callable[[], Tensor | None]) -> float:
-    """Seconds of the shortest of three runs, including the device's work."""
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        if (out := run()) is not None:
-            out.sum().item()  # waits for the device
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-def _attempt(set_up: Callable[[Model], str], model: Model) -> str:
-    try:
-        return set_up(model)
-    except Exception as error:  # of a compiler or a driver; the eager path needs neither
-        return _first_line(error)
+def _seconds(run: Callable[[], Tensor | None]) -> float:
+    start = time.perf_counter()
+    if (out := run()) is not None:
+        out.sum().item()  # waits for the device
+    return time.perf_counter() - start
 
 
 def _run_within(seconds: float, work: Callable[[], object]) -> str:
@@ -191,12 +178,12 @@ def _run_within(seconds: float, work: Callable[[], object]) -> str:
     thread.join(seconds)
     if thread.is_alive():
         return f"not ready within {seconds:.0f} s"
-    return _first_line(errors[0]) if errors else ""
+    return _describe(errors[0]) if errors else ""
 
 
 def _compiling() -> bool:
     return any(thread.name == _COMPILER_THREAD for thread in threading.enumerate())
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"

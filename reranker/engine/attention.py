@@ -7,7 +7,6 @@ head dimension; T tokens, N documents, P cached keys of the static prefix, K gat
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -16,14 +15,19 @@ from torch import Tensor
 
 from reranker.engine.batch import PackedBatch
 
-varlen_attn: Callable[..., Any] | None
 try:
-    from torch.nn.attention import varlen
+    from torch.nn.attention.varlen import varlen_attn as varlen_attn
 except ImportError:  # this torch has no varlen kernel
-    varlen_attn = None
-else:
-    varlen_attn = varlen.varlen_attn
+    varlen_attn = None  # type: ignore[assignment]
 
+_PARAMETERS = {} if varlen_attn is None else inspect.signature(varlen_attn).parameters
+_OPTIONS: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in _PARAMETERS else {"is_causal": True}
+_OPTIONS |= {name: value for name, value in {"enable_gqa": True, "num_splits": 1}.items() if name in _PARAMETERS}
+"""The installed torch's options for "causal, aligned to the end of the keys, fewer key than query heads".
+
+torch 2.10 has `is_causal`, 2.11 `window_size` (and unequal head counts), later ones also `enable_gqa` and `num_splits`:
+1 makes a document's result independent of its neighbours' lengths.
+"""
 # Largest mask: [1024, 1024] floats.
 _MAX_MASK = 1 << 20
 # Queries of a segment in the last layer: 1 for a document, at most 64 for the padding of a recorded batch (graphs.py).
@@ -133,46 +137,20 @@ class VarlenAttention:
 
     def attend_all(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """See `Attention.attend_all`."""
-        k, v = k[self.kv_index], v[self.kv_index]
-        return _varlen(q, k, v, self.cu_q, self.cu_k, self.max_q, self.max_k, scale)
+        return self._attend(q, k, v, self.cu_q, self.max_q, scale)
 
     def attend_last(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """See `Attention.attend_last`."""
+        return self._attend(q, k, v, self.cu_last, MAX_LAST_QUERIES, scale)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, max_q: int, scale: float) -> Tensor:
         k, v = k[self.kv_index], v[self.kv_index]
-        return _varlen(q, k, v, self.cu_last, self.cu_k, MAX_LAST_QUERIES, self.max_k, scale)
+        out = varlen_attn(q, k, v, cu_q, self.cu_k, max_q, self.max_k, scale=scale, **_OPTIONS)
+        assert isinstance(out, Tensor)  # a tuple only if auxiliary outputs are requested
+        return out
 
 
 def _shifted_causal(queries: int, shared: int, device: torch.device) -> Tensor:
     """[queries, shared + queries] additive mask: query i sees keys 0 to shared + i"""
     hidden = torch.ones(queries, shared + queries, dtype=torch.bool, device=device).triu(shared + 1)
     return torch.zeros(hidden.shape, device=device).masked_fill_(hidden, float("-inf"))
-
-
-def _varlen_options() -> dict[str, Any]:
-    """Return the installed torch's options for "causal, aligned to the end of the keys, fewer key than query heads".
-
-    torch 2.10 has `is_causal`, 2.11 `window_size` (and unequal head counts), later ones also `enable_gqa` and
-    `num_splits`: 1 makes a document's result independent of its neighbours' lengths.
-    """
-    if varlen_attn is None:
-        return {}
-    parameters = inspect.signature(varlen_attn).parameters
-    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in parameters else {"is_causal": True}
-    if "enable_gqa" in parameters:
-        options["enable_gqa"] = True
-    if "num_splits" in parameters:
-        options["num_splits"] = 1
-    return options
-
-
-_OPTIONS = _varlen_options()
-
-
-def _varlen(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, scale: float
-) -> Tensor:
-    """[Tq, H, D], [K, G, D], [K, G, D] -> [Tq, H, D]"""
-    assert varlen_attn is not None  # `choose_kernel` has checked it
-    out = varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, **_OPTIONS)
-    assert isinstance(out, Tensor)  # a tuple only if auxiliary outputs are requested
-    return out

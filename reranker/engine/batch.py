@@ -25,20 +25,14 @@ from reranker.types import Slice
 
 
 class Shape(NamedTuple):
-    """Sizes of a batch, on the host."""
+    """Sizes of a batch, on the host: T, N, K and S; tokens and keys of the longest segment."""
 
     tokens: int
-    """T"""
     documents: int
-    """N"""
     keys: int
-    """K"""
     segments: int
-    """S"""
     longest_q: int
-    """Tokens of the longest segment"""
     longest_k: int
-    """Keys of the longest segment"""
 
 
 @dataclass(frozen=True, slots=True)

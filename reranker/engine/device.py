@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 
@@ -15,8 +15,7 @@ _GIB = 1 << 30
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class Choice(Generic[T]):
+class Choice(NamedTuple, Generic[T]):
     """A value and why it was chosen."""
 
     value: T
@@ -37,14 +36,11 @@ def choose_device(wanted: str) -> Choice[torch.device]:
         raise ModelLoadError(f"MODEL_DEVICE={wanted!r} is not known: use auto, cpu, cuda or cuda:N")
     if not torch.cuda.is_available():
         why = "this torch was built without CUDA" if torch.version.cuda is None else "no CUDA device is visible"
-        raise ModelLoadError(
-            f"MODEL_DEVICE={wanted} cannot be used: {why}; set MODEL_DEVICE=auto or cpu, or fix the driver"
-        )
-    index = int(wanted.partition(":")[2] or 0)
-    if index >= torch.cuda.device_count():
-        raise ModelLoadError(
-            f"MODEL_DEVICE={wanted} does not exist: {torch.cuda.device_count()} CUDA device(s) visible"
-        )
+        fix = "set MODEL_DEVICE=auto or cpu, or fix the driver"
+        raise ModelLoadError(f"MODEL_DEVICE={wanted} cannot be used: {why}; {fix}")
+    index, count = int(wanted.partition(":")[2] or 0), torch.cuda.device_count()
+    if index >= count:
+        raise ModelLoadError(f"MODEL_DEVICE={wanted} does not exist: {count} CUDA device(s) visible")
     source = "auto" if wanted == "auto" else "requested"
     return Choice(torch.device("cuda", index), f"{source}: {torch.cuda.get_device_name(index)}")
 

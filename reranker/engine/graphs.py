@@ -38,13 +38,8 @@ def fits(batch: PackedBatch, shape: Shape) -> bool:
     """Whether the batch can be padded to the shape, including the segment for the padding."""
     b = batch.shape
     added = shape.tokens - b.tokens
-    return (
-        added >= 0
-        and b.documents <= shape.documents
-        and b.segments < shape.segments
-        and b.keys + added <= shape.keys
-        and b.longest_q <= shape.longest_q
-    )
+    room = added >= 0 and b.keys + added <= shape.keys and b.longest_q <= shape.longest_q
+    return room and b.documents <= shape.documents and b.segments < shape.segments
 
 
 @dataclass(frozen=True, slots=True)

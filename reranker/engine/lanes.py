@@ -8,10 +8,11 @@ lane. `benchmarks/lanes.py` measures the gain.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,8 +26,7 @@ MIN_TOKENS = 256
 """Of a lane. Below it, computing a prefix twice and small products cost more than the lane gains."""
 
 
-@dataclass(frozen=True, slots=True)
-class Deal:
+class Deal(NamedTuple):
     """The part of a batch that one lane computes."""
 
     slices: tuple[Slice, ...]
@@ -50,66 +50,57 @@ class DealtBatch:
 
 
 def deal(slices: Sequence[Slice], lanes: int) -> list[Deal]:
-    """Divide a batch into lanes of about equal tokens; every lane has a document.
+    """Divide a batch into at most `lanes` lanes of about equal tokens; every lane has a document.
 
     Whole requests first, largest first, so that a prefix is computed once. If the lanes are then unequal, the largest
     requests are split by document, as few of them as possible.
-
-    Args:
-        slices: the batch.
-        lanes: the maximum.
     """
     offsets = [0, *accumulate(part.stop - part.start for part in slices)]
     lanes = min(lanes, offsets[-1])
     by_size = sorted(range(len(slices)), key=lambda i: slices[i].tokens, reverse=True)
     enough = sum(part.tokens for part in slices) / lanes * _EVEN
-    attempts: list[tuple[int, list[list[tuple[int, int]]]]] = []
+    attempts: list[tuple[int, list[dict[int, list[int]]]]] = []
     for split in sorted({0, 1, 2, lanes, len(slices)}):
         if split <= len(slices):
             attempts.append(_distribute(slices, by_size[:split], by_size[split:], lanes))
             if attempts[-1][0] <= enough:
                 break
     _, best = min(attempts, key=lambda attempt: attempt[0])
-    return [_deal(slices, offsets, sorted(documents)) for documents in best if documents]
+    return [_deal(slices, offsets, documents) for documents in best if documents]
 
 
 def _distribute(
     slices: Sequence[Slice], split: Sequence[int], whole: Sequence[int], lanes: int
-) -> tuple[int, list[list[tuple[int, int]]]]:
+) -> tuple[int, list[dict[int, list[int]]]]:
     """Give each next largest slice or document to the lane with the fewest tokens.
 
     Returns:
-        The tokens of the largest lane, and each lane's documents as (slice, document of its request).
+        The tokens of the largest lane, and each lane's documents: slice -> documents of its request.
     """
     loads = [(0, lane) for lane in range(lanes)]
-    hands: list[list[tuple[int, int]]] = [[] for _ in range(lanes)]
+    hands: list[dict[int, list[int]]] = [{} for _ in range(lanes)]
     for i in whole:
         load, lane = loads[0]
         heapq.heapreplace(loads, (load + slices[i].tokens, lane))
-        hands[lane] += [(i, j) for j in range(slices[i].start, slices[i].stop)]
+        hands[lane][i] = list(range(slices[i].start, slices[i].stop))
     documents = (
         (len(slices[i].request.documents[j]), i, j) for i in split for j in range(slices[i].start, slices[i].stop)
     )
-    prefixes: set[tuple[int, int]] = set()
     for tokens, i, j in sorted(documents, reverse=True):
         load, lane = loads[0]
-        if (i, lane) not in prefixes:
-            prefixes.add((i, lane))
+        if i not in hands[lane]:
             load += len(slices[i].request.prefix) - slices[i].request.cached_prefix_len
         heapq.heapreplace(loads, (load + tokens, lane))
-        hands[lane].append((i, j))
+        hands[lane].setdefault(i, []).append(j)
     return max(load for load, _ in loads), hands
 
 
-def _deal(slices: Sequence[Slice], offsets: Sequence[int], documents: Sequence[tuple[int, int]]) -> Deal:
+def _deal(slices: Sequence[Slice], offsets: Sequence[int], documents: Mapping[int, list[int]]) -> Deal:
     """Make the slices of one lane: a whole slice as it is, a part of one as a request with some of its documents."""
-    by_slice: dict[int, list[int]] = {}
-    for i, j in documents:
-        by_slice.setdefault(i, []).append(j)
     parts: list[Slice] = []
     positions: list[int] = []
-    for i, indices in by_slice.items():
-        part = slices[i]
+    for i in sorted(documents):
+        part, indices = slices[i], sorted(documents[i])
         positions += [offsets[i] + j - part.start for j in indices]
         if len(indices) < part.stop - part.start:
             request = replace(part.request, documents=[part.request.documents[j] for j in indices], chunks=None)
@@ -148,11 +139,8 @@ class Lanes:
         lanes: list[Future[list[float]]] = [self._pool.submit(_run, width, forward, part) for part in batch.parts]
         try:
             wait(lanes)
-            logits = [0.0] * sum(map(len, batch.positions))
-            for positions, part in zip(batch.positions, map(Future.result, lanes), strict=True):
-                for position, logit in zip(positions, part, strict=True):
-                    logits[position] = logit
-            return logits
+            logits = dict(zip(chain(*batch.positions), chain(*map(Future.result, lanes)), strict=True))
+            return [logits[position] for position in range(len(logits))]
         finally:
             lanes.clear()  # an error refers to this frame, and would keep the tensors of its pass through the list
             torch.set_num_threads(threads)  # a lane's number is the default of every thread that starts later

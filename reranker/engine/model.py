@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.utils.logging import disable_progress_bar
 
 from reranker.engine import device as devices
 from reranker.engine.attention import Attention, choose_kernel
 from reranker.engine.batch import PackedBatch
-from reranker.engine.checkpoint.config import Checkpoint
 from reranker.engine.checkpoint.files import first_line
 from reranker.engine.checkpoint.weights import check_weights, parameters
 from reranker.engine.families.base import Backbone, Family, Head, LayerFns
@@ -72,9 +68,7 @@ class Model:
         return self.backbone.hidden(batch, self.kernel, layer_fns or self.backbone.eager)
 
 
-def load(
-    checkpoint: Checkpoint, family: Family, device: torch.device, dtype: torch.dtype, max_memory_percentage: float
-) -> Model:
+def load(family: Family, device: torch.device, dtype: torch.dtype, max_memory_percentage: float) -> Model:
     """Load a checked checkpoint onto the device in the chosen precision, shard by shard.
 
     A quantised precision is made from the weights as stored, a layer at a time; each product is verified.
@@ -83,18 +77,15 @@ def load(
         ModelLoadError: the weights do not fit, are not those of the model, or the files are broken.
         ScoringError: this machine does not compute the quantised precision.
     """
-    path, config = checkpoint.path, checkpoint.config
+    path, config = family.checkpoint.path, family.checkpoint.config
     compute_dtype = stored_dtype = QUANTIZED.get(dtype, dtype)
     if dtype in QUANTIZED and isinstance(config.dtype, torch.dtype):
         stored_dtype = config.dtype
-    check_weights(path, config)
+    check_weights(path, config, family.auto_class)
     _check_memory(parameters(path) * stored_dtype.itemsize, stored_dtype, device, max_memory_percentage)
-    whole = _from_pretrained(path, config, device, stored_dtype)
+    whole = _from_pretrained(family, device, stored_dtype)
     head = family.head(whole)
-    if dtype in QUANTIZED:
-        backbone = _quantized_backbone(family, whole, compute_dtype, dtype)
-    else:
-        backbone = family.backbone(whole, compute_dtype, lambda linear: linear)
+    backbone = _backbone(family, whole, compute_dtype, dtype)
     kernel, reason = choose_kernel(device, compute_dtype)
     logger.info("attention: %s", reason)
     return Model(backbone, head, device, dtype, kernel)
@@ -103,60 +94,51 @@ def load(
 def _check_memory(needed: int, stored: torch.dtype, device: torch.device, percentage: float) -> None:
     memory, gib = devices.memory(device, percentage), 1 << 30
     if needed > memory.available:
-        raise ModelLoadError(
-            f"the weights take {needed / gib:.1f} GiB in {short(stored)}, but only {memory} on {device} "
-            f"(MAX_MEMORY_PERCENTAGE={percentage:g} of {memory.total / gib:.1f} GiB): raise it, free memory, "
-            f"or use a smaller model"
-        )
+        limit = f"MAX_MEMORY_PERCENTAGE={percentage:g} of {memory.total / gib:.1f} GiB"
+        problem = f"the weights take {needed / gib:.1f} GiB in {short(stored)}, but only {memory} on {device} ({limit})"
+        raise ModelLoadError(f"{problem}: raise it, free memory, or use a smaller model")
 
 
-def _from_pretrained(path: Path, config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> Any:
+def _from_pretrained(family: Family, device: torch.device, dtype: torch.dtype) -> Any:
+    path, log = family.checkpoint.path, logging.getLogger("transformers.modeling_utils")
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    log.addFilter(is_other)  # check_weights has judged missing and unexpected tensors
     try:
-        with _without_load_report():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                str(path),
-                config=config,
-                dtype=dtype,
-                device_map={"": device},
-                use_safetensors=True,
-                trust_remote_code=False,
-                attn_implementation="sdpa",  # unused: reranker.engine.attention replaces it
-                output_loading_info=True,
-            )
+        model, report = family.auto_class.from_pretrained(
+            str(path),
+            config=family.checkpoint.config,
+            dtype=dtype,
+            device_map={"": device},
+            use_safetensors=True,
+            trust_remote_code=False,
+            attn_implementation="sdpa",  # unused: reranker.engine.attention replaces it
+            output_loading_info=True,
+        )
     except torch.OutOfMemoryError as error:
-        raise ModelLoadError(
-            f"the weights do not fit in the free memory of {device}: free memory, or use a smaller model"
-        ) from error
+        problem = f"the weights do not fit in the free memory of {device}"
+        raise ModelLoadError(f"{problem}: free memory, or use a smaller model") from error
     except Exception as error:  # of any library that reads one of the files
         raise ModelLoadError(f"cannot load the weights in {path}: {first_line(error)}") from error
-    model, report = loaded
+    finally:
+        log.removeFilter(is_other)
     if missing := sorted(report["missing_keys"]):  # transformers fills them with random numbers
         raise ModelLoadError(f"{len(missing)} weights were not found in {path}, the first is {missing[0]}")
     return model.eval()
 
 
-@contextmanager
-def _without_load_report() -> Iterator[None]:
-    """Drop transformers' report of missing and unexpected tensors: check_weights has judged them."""
-
-    def is_other(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
-
-    loading = logging.getLogger("transformers.modeling_utils")
-    loading.addFilter(is_other)
+def _backbone(family: Family, model: Any, compute_dtype: torch.dtype, precision: torch.dtype) -> Backbone:
+    quantized = precision in QUANTIZED
     try:
-        yield
-    finally:
-        loading.removeFilter(is_other)
-
-
-def _quantized_backbone(family: Family, model: Any, compute_dtype: torch.dtype, precision: torch.dtype) -> Backbone:
-    try:
-        backbone = family.backbone(model, compute_dtype, lambda linear: quantize(linear, precision))
+        backbone = family.backbone(model, compute_dtype, lambda p: quantize(p, precision) if quantized else p)
     except torch.OutOfMemoryError as error:
-        raise ModelLoadError("the weights fit, but no layer's quantised copy beside them") from error
-    except (RuntimeError, ValueError, NotImplementedError, AttributeError) as error:  # part of the kernel is missing
-        raise ScoringError(str(error).splitlines()[0]) from error
+        raise ModelLoadError("the weights fit, but no copy of a layer beside them") from error
+    except (RuntimeError, ValueError, NotImplementedError, AttributeError) as error:
+        if not quantized:
+            raise
+        raise ScoringError(str(error).splitlines()[0]) from error  # a part of the kernel is missing
     if precision is torch.int8 and not torch.cpu._is_vnni_supported():
         logger.warning("int8: this processor has no VNNI (AVX-512): 7-bit activations, and less speed is gained")
     return backbone

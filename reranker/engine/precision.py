@@ -21,7 +21,7 @@ PRECISIONS = {
 """The values of MODEL_PRECISION besides `auto`."""
 QUANTIZED = {torch.int8: torch.float32, FLOAT8: torch.bfloat16}
 """Precisions of the layers' products only, and the precision of everything between the products."""
-_MIN_CAPABILITY = {torch.bfloat16: (8, 0), FLOAT8: (8, 9)}
+_MIN_CAPABILITY = {torch.bfloat16: (8, 0, "Ampere"), FLOAT8: (8, 9, "Ada, Hopper")}
 """Compute capabilities. Emulated bfloat16 is slower than float16; `_scaled_mm` takes a scale per row from 8.9 on."""
 
 
@@ -67,7 +67,6 @@ def _unsupported(dtype: torch.dtype, device: torch.device) -> str:
         return "" if device.type == "cpu" else "is for the CPU only"
     if device.type != "cuda":
         return "is for NVIDIA GPUs only" if dtype is FLOAT8 else ""
-    capability = _MIN_CAPABILITY.get(dtype, (0, 0))
-    if torch.cuda.get_device_capability(device) >= capability:
-        return ""
-    return "needs compute capability {}.{}".format(*capability)
+    major, minor, names = _MIN_CAPABILITY.get(dtype, (0, 0, ""))
+    supported = torch.cuda.get_device_capability(device) >= (major, minor)
+    return "" if supported else f"needs compute capability {major}.{minor} ({names})"

@@ -65,7 +65,7 @@ class Prompt:
 
     def _encode_control(self, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
-        for token in sorted(self.template.control_tokens):
+        for token in self.template.own_tokens:
             if token in text and tokenizer.convert_tokens_to_ids(token) not in ids:
                 raise ModelLoadError(f"the tokenizer has no token {token}: use the original checkpoint's tokenizer")
         return ids
@@ -122,10 +122,8 @@ class Prompt:
             ids, end = encoding.ids, len(texts[i]) - 1
             if len(ids) > limit:
                 if not request.truncate:
-                    raise InvalidRequestError(
-                        f"documents[{request.position(i)}]: longer than the limit of {limit} tokens; "
-                        f"shorten it, or omit truncate to have it truncated"
-                    )
+                    problem = f"documents[{request.position(i)}]: longer than the limit of {limit} tokens"
+                    raise InvalidRequestError(f"{problem}; shorten it, or omit truncate to have it truncated")
                 truncated.add(i)
                 end = _character(encoding, limit) if split else end
             starts = range(0, min(len(ids), limit), size)
@@ -133,13 +131,9 @@ class Prompt:
             if split:
                 chunks.append([*(_character(encoding, start) for start in starts), end])
         common = takewhile(lambda pair: pair[0] == pair[1], zip(cached_prefix, prefix[:-1], strict=False))
+        cached = sum(1 for _ in common)
         return EncodedRequest(
-            prefix,
-            documents,
-            frozenset(truncated),
-            chunks if split else None,
-            cached_prefix_len=sum(1 for _ in common),
-            query_truncated=query_truncated,
+            prefix, documents, frozenset(truncated), chunks if split else None, cached, query_truncated
         )
 
     def _prefix(self, request: RerankRequest) -> tuple[list[int], bool]:
@@ -183,9 +177,8 @@ class Prompt:
         enough = (wanted + 1) * self.max_token_characters
         pending = list(range(len(texts)))
         while pending:
-            encodings |= zip(
-                pending, encode([texts[i][:limit] for i in pending], add_special_tokens=False), strict=True
-            )
+            shortened = [texts[i][:limit] for i in pending]
+            encodings |= zip(pending, encode(shortened, add_special_tokens=False), strict=True)
             if limit >= enough:
                 break
             pending = [i for i in pending if len(texts[i]) > limit and len(encodings[i]) - _UNSURE_TOKENS <= wanted]

@@ -14,16 +14,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig
 
 from reranker.engine import device as devices
 from reranker.engine.batch import PackedBatch, pack
 from reranker.engine.budget import MIN_BATCH_TOKENS, split, split_in_half
-from reranker.engine.checkpoint.config import Checkpoint, read
 from reranker.engine.checkpoint.layout import default_instruction
 from reranker.engine.checkpoint.locate import locate
 from reranker.engine.checkpoint.weights import not_finite
-from reranker.engine.families import family_of
+from reranker.engine.families import open_checkpoint
 from reranker.engine.families.base import Family
 from reranker.engine.lanes import DealtBatch, Lanes, deal
 from reranker.engine.model import Model, load
@@ -40,6 +39,7 @@ logger = logging.getLogger(__name__)
 Batch = PackedBatch | DealtBatch
 """The result of `pack` and the argument of `score`."""
 
+NOT_A_NUMBER = "the model gave a score that is not a number; set MODEL_PRECISION=float32"
 DEMO = Path(__file__).resolve().parents[2] / "models" / "demo"
 
 
@@ -98,17 +98,13 @@ class Scorer:
         target = devices.choose_device(device)
         logger.info("device: %s (%s)", target.value, target.reason)
         devices.cap_memory(target.value, max_memory_percentage)
-        checkpoint = read(locate(str(name), revision))
-        family = family_of(checkpoint)
-        trained = _trained_instruction(checkpoint, family, instruction)
-        prompt = Prompt(
-            checkpoint.tokenizer, family.template, max_seq_length=max_seq_length, instruction=instruction or trained
-        )
-        _check_prompt(prompt, checkpoint.tokenizer)
-        _warn_about_length(checkpoint.config, max_seq_length)
+        family = open_checkpoint(locate(str(name), revision))
+        trained = _trained_instruction(family, instruction)
+        prompt = _checked_prompt(family, max_seq_length, instruction or trained)
+        _warn_about_length(family.checkpoint.config, max_seq_length)
 
         def start(dtype: torch.dtype) -> tuple[Scorer, Rate]:
-            model = load(checkpoint, family, target.value, dtype, max_memory_percentage)
+            model = load(family, target.value, dtype, max_memory_percentage)
             scorer = cls(
                 model, prompt, name=str(name), max_batch_tokens=MIN_BATCH_TOKENS, max_batch_documents=batch_size
             )
@@ -116,7 +112,7 @@ class Scorer:
             scorer.self_check = self_check(scorer, trained)
             return scorer, rate
 
-        scorer, rate = _first_usable(checkpoint.path, target.value, precision, start)
+        scorer, rate = _first_usable(family.checkpoint.path, target.value, precision, start)
         memory = devices.memory(target.value, max_memory_percentage)
         scorer.max_batch_tokens = choose_budget(rate, memory, max_batch_tokens)
         return scorer
@@ -174,11 +170,10 @@ class Scorer:
             return logits
         except RuntimeError as error:
             if not _out_of_memory(error):
-                if isinstance(error, torch.AcceleratorError):  # every further call in this process would fail too
-                    raise DeviceLostError(
-                        "the device failed and the worker restarts; try again", retry_after=10
-                    ) from error
-                raise
+                if not isinstance(error, torch.AcceleratorError):
+                    raise
+                # Every further call in this process would fail too.
+                raise DeviceLostError("the device failed and the worker restarts; try again", retry_after=10) from error
         # After the handler: its exception holds frames, and they hold the tensors that must be freed first.
         return self._score_in_halves(batch)
 
@@ -208,23 +203,21 @@ class Scorer:
         if isinstance(documents, str) or not all(isinstance(document, str) for document in documents):
             raise InvalidRequestError('documents: must be a list of strings, such as ["a", "b"]')
         request = self.encode(RerankRequest(query, documents, instruction))
-        if request.truncated:
+        if truncated := len(request.truncated):
             logger.warning(
-                "%d of %d documents did not fit and were truncated (max_seq_length)",
-                len(request.truncated),
-                request.count,
+                "%d of %d documents did not fit and were truncated (max_seq_length)", truncated, request.count
             )
         logits: list[float] = []
         for part in split(request, self.max_batch_tokens, self.max_batch_documents):
             logits += self.score(self.pack([part]))
         if not all(map(math.isfinite, logits)):
-            raise ScoringError("the model gave a score that is not a number; set MODEL_PRECISION=float32")
+            raise ScoringError(NOT_A_NUMBER)
         return [sigmoid(logit) for logit in logits]
 
 
-def _trained_instruction(checkpoint: Checkpoint, family: Family, requested: str | None) -> str:
+def _trained_instruction(family: Family, requested: str | None) -> str:
     """Return the instruction in the checkpoint's own files, else the family's."""
-    stored = default_instruction(checkpoint.path, checkpoint.tokenizer)
+    stored = default_instruction(family)
     if stored in (None, family.template.instruction):
         return family.template.instruction
     use = "replaced by DEFAULT_INSTRUCTION" if requested else "the default"
@@ -232,15 +225,18 @@ def _trained_instruction(checkpoint: Checkpoint, family: Family, requested: str 
     return stored
 
 
-def _check_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> None:
+def _checked_prompt(family: Family, max_seq_length: int, instruction: str) -> Prompt:
     """Refuse a tokenizer that splits prompts differently, and a default instruction that leaves no room."""
+    tokenizer = family.checkpoint.tokenizer
+    prompt = Prompt(tokenizer, family.template, max_seq_length=max_seq_length, instruction=instruction)
     prompt.check(tokenizer)
     try:
         prompt.encode(RerankRequest("warm-up", ["document"]))
     except InvalidRequestError as error:
         raise ModelLoadError(
-            f"DEFAULT_INSTRUCTION leaves no room for a query and a document in MAX_SEQ_LENGTH={prompt.max_seq_length}"
+            f"DEFAULT_INSTRUCTION leaves no room for a query and a document in MAX_SEQ_LENGTH={max_seq_length}"
         ) from error
+    return prompt
 
 
 def _warn_about_length(config: PretrainedConfig, max_seq_length: int) -> None:
@@ -249,12 +245,8 @@ def _warn_about_length(config: PretrainedConfig, max_seq_length: int) -> None:
     original = rope.get("original_max_position_embeddings") or positions
     positions = max(positions, int(original * (rope.get("factor") or 1.0)))
     if max_seq_length > positions:
-        logger.warning(
-            "MAX_SEQ_LENGTH=%d is above the model's %d positions (max_position_embeddings): scores of longer prompts "
-            "are unreliable",
-            max_seq_length,
-            positions,
-        )
+        problem = "MAX_SEQ_LENGTH=%d is above the model's %d positions (max_position_embeddings)"
+        logger.warning(problem + ": scores of longer prompts are unreliable", max_seq_length, positions)
 
 
 def _first_usable(
@@ -273,9 +265,8 @@ def _first_usable(
         except OutOfMemoryError as error:
             raise ModelLoadError(f"the weights fit, but no forward pass beside them: {error}") from error
         except ScoringError as error:
-            problem = str(error)  # not the exception, whose frames hold the model
-            problems.append(f"{name}: {problem}")
-            logger.warning("precision %s cannot be used: %s", name, problem)
+            problems.append(f"{name}: {error}")  # not the exception, whose frames hold the model
+            logger.warning("precision %s cannot be used: %s", name, str(error))
         else:
             as_requested = precision == "auto" or choice.value is PRECISIONS[precision]
             logger.log(logging.INFO if as_requested else logging.WARNING, "precision: %s (%s)", name, choice.reason)
@@ -283,10 +274,9 @@ def _first_usable(
         gc.collect()  # the next precision needs this one's memory
         if device.type == "cuda":
             torch.cuda.empty_cache()
+    reason = f"{path} cannot be scored in any precision on this machine ({'; '.join(problems)})"
     if damaged := not_finite(path):
         reason = f"the weights are damaged: {damaged} is not finite; download the checkpoint again"
-    else:
-        reason = f"{path} cannot be scored in any precision on this machine ({'; '.join(problems)})"
     raise ModelLoadError(reason) from ScoringError(problems[0])
 
 

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 from reranker.errors import InvalidRequestError
-from reranker.types import EncodedRequest, RerankRequest, Slice
+from reranker.types import RerankRequest, Slice
+
+if TYPE_CHECKING:
+    from reranker.engine.scorer import Scorer
 
 logger = logging.getLogger(__name__)
 
@@ -25,23 +28,10 @@ _PAIRS = {
 """Language -> query, relevant text, unrelated text."""
 
 
-class _Scorer(Protocol):
-    def encode(self, request: RerankRequest) -> EncodedRequest:
-        """Tokenise a request."""
-
-    def pack(self, slices: list[Slice]) -> Any:
-        """Pack slices for one forward pass."""
-
-    def score(self, batch: Any) -> list[float]:
-        """Return the logits of the batch's documents."""
-
-
-def self_check(scorer: _Scorer, instruction: str) -> str:
+def self_check(scorer: Scorer, instruction: str) -> str:
     """Rank the pair of each language; return `passed`, `failed: ` with the wrong languages, or `not run: ` with why.
 
-    Args:
-        scorer: after its warm-up.
-        instruction: the checkpoint's, not the operator's, because a custom one may ask for the opposite.
+    `instruction` is the checkpoint's, not the operator's, because a custom one may ask for the opposite.
     """
     wrong: list[str] = []
     for language, (query, relevant, unrelated) in _PAIRS.items():

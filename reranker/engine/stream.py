@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from reranker.engine.budget import full_batches
-from reranker.engine.scorer import Batch, Scorer
+from reranker.engine.scorer import NOT_A_NUMBER, Batch, Scorer
 from reranker.engine.scores import per_document
 from reranker.errors import RerankError, ScoringError
 from reranker.types import EncodedRequest, RerankRequest, RerankResult
@@ -51,22 +51,18 @@ def rerank_many(scorer: Scorer, requests: Iterable[RerankRequest]) -> Iterator[R
             first = pending[0]
             if isinstance(first, RerankError):
                 yield first
-            elif len(logits) >= len(first.documents):
-                yield _result(first, [logits.popleft() for _ in first.documents])
-            else:
+            elif len(logits) < len(first.documents):
                 return
+            else:
+                own = [logits.popleft() for _ in first.documents]
+                finite = all(map(math.isfinite, own))
+                yield RerankResult.of(per_document(first, own)) if finite else ScoringError(NOT_A_NUMBER)
             pending.popleft()
 
     for batch in _prefetch(batches()):
         logits += scorer.score(batch)
         yield from finished()
     yield from finished()
-
-
-def _result(request: EncodedRequest, logits: list[float]) -> RerankResult | RerankError:
-    if not all(map(math.isfinite, logits)):
-        return ScoringError("the model gave a score that is not a number; set MODEL_PRECISION=float32")
-    return RerankResult.of(per_document(request, logits))
 
 
 def _prefetch(items: Iterator[T]) -> Iterator[T]:

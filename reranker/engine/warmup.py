@@ -62,23 +62,32 @@ def warm_up(scorer: Scorer) -> Rate:
 
 
 def _measure_growing(scorer: Scorer) -> tuple[int, Rate]:
-    """Return the best rate, and the documents of the largest batch measured.
+    """Return the documents of the largest batch measured, and the best rate.
 
     A 4B model on a laptop needs seconds for 128 tokens; a GPU is not busy below a few thousand.
     """
     best = Rate(0.0, 0.0)
-    documents, seconds = 1, 0.0
     for documents in (1, 8, 64):
-        batch, start = warm_up_batch(scorer, documents), time.perf_counter()
-        for repeat in range(3):  # the first pass is cold, and another process may delay the second
-            rate = measure(scorer, batch)
-            seconds = batch.tokens / rate.tokens_per_second
-            best = Rate(max(best.tokens_per_second, rate.tokens_per_second), rate.bytes_per_token)
-            if repeat and time.perf_counter() - start > 2 * BATCH_SECONDS:
-                break
+        rate, seconds = _best_pass(scorer, documents, min_passes=2)  # the first pass is cold
+        best = Rate(max(best.tokens_per_second, rate.tokens_per_second), rate.bytes_per_token)
         if seconds > BATCH_SECONDS / 2:
             break
     return documents, best
+
+
+def shortest_pass(scorer: Scorer, documents: int) -> float:
+    """Seconds that a batch takes, the best of up to three."""
+    return _best_pass(scorer, documents, min_passes=1)[1]
+
+
+def _best_pass(scorer: Scorer, documents: int, min_passes: int) -> tuple[Rate, float]:
+    """Score a batch up to three times, because another process may delay a pass; return the best rate and seconds."""
+    batch, start = warm_up_batch(scorer, documents), time.perf_counter()
+    rates: list[Rate] = []
+    while len(rates) < min_passes or (len(rates) < 3 and time.perf_counter() - start < 2 * BATCH_SECONDS):
+        rates.append(measure(scorer, batch))
+    speed = max(rate.tokens_per_second for rate in rates)
+    return Rate(speed, rates[-1].bytes_per_token), batch.tokens / speed
 
 
 def warm_up_batch(scorer: Scorer, documents: int) -> Batch:
@@ -122,16 +131,16 @@ def choose_lanes(scorer: Scorer, documents: int, rate: Rate) -> Rate:
     documents = max(documents, 2 * cores, -(-cores * MIN_TOKENS // document_tokens))  # enough for all lanes
     tokens = warm_up_batch(scorer, documents).tokens
     one_pass = best = shortest_pass(scorer, documents)
-    for count in _lane_counts(cores, one_pass):
+    powers = {2**i for i in range(1, cores.bit_length()) if 2**i < cores} if one_pass < _SLOW_SECONDS else set()
+    for count in sorted(powers | {cores}):
         previous, scorer.lanes = scorer.lanes, Lanes(count, cores)
         seconds = shortest_pass(scorer, documents)
-        faster = seconds < best * _MAX_LANE_TIME
-        rejected = previous if faster else scorer.lanes
-        if rejected is not None:
-            rejected.close()
-        if not faster:
+        if seconds >= best * _MAX_LANE_TIME:
+            scorer.lanes.close()
             scorer.lanes = previous
             break
+        if previous is not None:
+            previous.close()
         best = seconds
     logger.info(
         "lanes: %s (%d cores; warm-up ran %.0f tokens/s in one pass with all cores, %.0f with these lanes)",
@@ -141,22 +150,6 @@ def choose_lanes(scorer: Scorer, documents: int, rate: Rate) -> Rate:
         tokens / best,
     )
     return Rate(max(rate.tokens_per_second, tokens / best), rate.bytes_per_token)
-
-
-def _lane_counts(cores: int, one_pass: float) -> list[int]:
-    """Powers of two up to the cores, then the cores."""
-    powers = {2**i for i in range(1, cores.bit_length()) if 2**i < cores} if one_pass < _SLOW_SECONDS else set()
-    return sorted(powers | {cores})
-
-
-def shortest_pass(scorer: Scorer, documents: int) -> float:
-    """Seconds that a batch takes, the best of three."""
-    batch, start, shortest = warm_up_batch(scorer, documents), time.perf_counter(), math.inf
-    for _ in range(3):
-        shortest = min(shortest, batch.tokens / measure(scorer, batch).tokens_per_second)
-        if time.perf_counter() - start > 2 * BATCH_SECONDS:
-            break
-    return shortest
 
 
 def choose_budget(rate: Rate, memory: devices.Memory, requested: int | None) -> int:

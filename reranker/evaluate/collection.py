@@ -79,7 +79,13 @@ def _rows(source: Input) -> Iterator[tuple[str, Any, Any]]:
     kind = source.form.kind
     heading = source.first_line().split("\t") if kind == "tsv" else []
     if kind == "lines" or (kind == "tsv" and not (find(heading, ID_NAMES) or find(heading, TEXT_NAMES))):
-        yield from _split_lines(source)
+        for number, line in source.texts():
+            if not line.strip():
+                continue
+            identifier, tab, rest = line.rstrip("\r\n").partition("\t")
+            if not tab:
+                raise InputError(f"{source.name} line {number} needs an id, a tab and a text")
+            yield f"{source.name} line {number}", identifier, rest
         return
     keys: tuple[str, str, str] | None = None
     for where, value in values(source):
@@ -92,22 +98,8 @@ def _rows(source: Input) -> Iterator[tuple[str, Any, Any]]:
         yield where, name, text
 
 
-def _split_lines(source: Input) -> Iterator[tuple[str, str, str]]:
-    for number, line in source.texts():
-        name, tab, text = line.rstrip("\r\n").partition("\t")
-        if not line.strip():
-            continue
-        if not tab:
-            raise InputError(f"{source.name} line {number} needs an id, a tab and a text")
-        yield f"{source.name} line {number}", name, text
-
-
 def _keys(columns: list[str], file: str) -> tuple[str, str, str]:
-    """Return the columns of id, text and title; an empty name for no title.
-
-    Raises:
-        InputError: no column is an id, or none a text, or there are two of them.
-    """
+    """Return the columns of id, text and title; an empty name for no title."""
     name = find(columns, ID_NAMES)
     if name is None:
         raise InputError(f"{file} has no column for the id; its columns are {name_list(columns)}: name one _id")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -13,7 +14,6 @@ from reranker.errors import FailedError, InputError, RerankError
 from reranker.evaluate import bm25, gain, judgements
 from reranker.evaluate.collection import Paths, read_texts
 from reranker.evaluate.judgements import Grades, Ranking
-from reranker.evaluate.outputs import check_outputs
 from reranker.rankers.ranker import Ranker
 from reranker.rankers.source import Source, open_ranker
 from reranker.terminal import meter, note, plural
@@ -25,7 +25,7 @@ class Job:
     """An evaluation as the user describes it."""
 
     paths: Paths
-    run: Path | None = None
+    run: str | None = None
     """TREC run with the candidates; None: BM25 finds them."""
     kind: str | None = None
     """Form of corpus and queries, where their names do not tell it."""
@@ -41,19 +41,10 @@ class Job:
     save_run: str | None = None
 
     @property
-    def inputs(self) -> list[Path]:
+    def inputs(self) -> list[str]:
         """The files that are read, corpus and queries first."""
-        return [self.paths.corpus, self.paths.queries, self.paths.qrels, *([self.run] if self.run else [])]
-
-
-@dataclass(frozen=True, slots=True)
-class Data:
-    """Everything that is read: judgements, texts of judged queries and of candidates, and the candidates."""
-
-    grades: Grades
-    queries: dict[str, str]
-    corpus: dict[str, str]
-    candidates: Ranking
+        paths = self.paths
+        return [*map(str, (paths.corpus, paths.queries, paths.qrels)), *([self.run] if self.run else [])]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,29 +66,23 @@ def evaluate(job: Job, source: Source) -> Report:
     """
     default = f"nDCG@10 RR@10 R@10 R@{job.candidates}"
     measures = gain.parse_measures(default if job.measures is None else job.measures)
-    check_outputs({"--per-query": job.per_query, "--plot": job.plot, "--save-run": job.save_run}, job.inputs)
-    if job.plot:
-        gain.check_plot(job.plot)
-    data = _read(job)
+    _check_outputs(job)
+    grades, before, requests = _read(job)
     ranker = open_ranker(source)
     start = time.monotonic()
-    ranking = _rerank(ranker, data, job.instruction)
+    after = _rerank(ranker, before, requests)
     facts = {
-        "queries": len(data.grades),
-        "without_candidates": sum(not data.candidates.get(query) for query in data.grades),
-        "documents": sum(map(len, data.candidates.values())),
-        "first_stage": str(job.run or "bm25"),
+        "queries": len(grades),
+        "without_candidates": sum(not before.get(query) for query in grades),
+        "documents": sum(map(len, before.values())),
+        "first_stage": job.run or "bm25",
         "seconds": round(time.monotonic() - start, 1),
     }
-    return Report(facts, gain.measure(measures, data.grades, data.candidates, ranking), ranking)
+    return Report(facts, gain.measure(measures, grades, before, after), after)
 
 
 def write_files(job: Job, report: Report) -> None:
-    """Write the output files of a job.
-
-    Raises:
-        FailedError: one cannot be written.
-    """
+    """Write the output files of a job; see `writing` for errors."""
     if job.per_query:
         gain.write_per_query(Path(job.per_query), report.gains)
     if job.plot:
@@ -106,31 +91,65 @@ def write_files(job: Job, report: Report) -> None:
         judgements.write_run(Path(job.save_run), report.ranking)
 
 
-def _read(job: Job) -> Data:
-    """Read the data.
+def _check_outputs(job: Job) -> None:
+    """Refuse outputs that would replace an input or one another, or that cannot be written.
 
-    Raises:
-        InputError: a part is missing, or an id has no text.
+    Before the model is loaded, so that a bad name does not lose the scores.
     """
+    taken = {_identity(Path(path)): f"the input {path}" for path in job.inputs}
+    for option, name in {"--per-query": job.per_query, "--plot": job.plot, "--save-run": job.save_run}.items():
+        if name is None:
+            continue
+        path = Path(name)
+        if not name or path.is_dir():
+            raise InputError(f"{option}={name!r} names no file")
+        if not path.parent.is_dir():
+            raise InputError(f"{option}={name}: the folder {path.parent} does not exist")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise FailedError(f"cannot write {name} ({option}): Permission denied")
+        if path.exists() and not path.is_file():  # a device or a pipe has no content to replace
+            continue
+        if other := taken.get(_identity(path)):
+            raise InputError(f"{option}={name} would replace {other}; name another file")
+        taken[_identity(path)] = f"the output of {option}"
+    if job.plot:
+        gain.check_plot(job.plot)
+
+
+def _identity(path: Path) -> object:
+    """Return the same value for all names of a file, symbolic and hard links included."""
+    try:
+        status = path.stat()
+    except OSError:
+        return path.resolve()
+    return status.st_dev, status.st_ino
+
+
+def _read(job: Job) -> tuple[Grades, Ranking, dict[str, RerankRequest]]:
+    """Return the judgements, the candidates, and the request of each query that has candidates."""
     paths = job.paths
     grades = judgements.read_grades(paths.qrels, job.encoding)
     queries = read_texts(paths.queries, job.kind, job.encoding, None)
     _require_texts(grades, queries, paths.queries, "query")
     queries = {query: text for query, text in queries.items() if query in grades}
     judged = dict.fromkeys(chain(*grades.values()))
-    if job.run is None:
-        corpus = read_texts(paths.corpus, job.kind, job.encoding, None)
-        ranking = bm25.candidates(corpus, queries, job.candidates)
-    else:
-        run = judgements.read_run(job.run, job.encoding, grades)
+    ranking: Ranking = {}
+    if job.run:
+        run = judgements.read_run(Path(job.run), job.encoding, grades)
         ranking = {query: documents[: job.candidates] for query, documents in run.items()}
         if not ranking:
             raise InputError(f"{job.run} ranks no query of {paths.qrels}")
-        wanted = dict.fromkeys(chain(*ranking.values()))
-        corpus = read_texts(paths.corpus, job.kind, job.encoding, wanted | judged)
-        _require_texts(wanted, corpus, paths.corpus, "document")
+    wanted = dict.fromkeys(chain(*ranking.values()))
+    corpus = read_texts(paths.corpus, job.kind, job.encoding, wanted | judged if job.run else None)
+    _require_texts(wanted, corpus, paths.corpus, "document")
     _check_judged(judged, corpus, paths.corpus)
-    return Data(grades, queries, corpus, ranking)
+    ranking = ranking or bm25.candidates(corpus, queries, job.candidates)
+    requests = {
+        query: RerankRequest(text, [corpus[name] for name in ranking[query]], job.instruction)
+        for query, text in queries.items()
+        if ranking.get(query)
+    }
+    return grades, ranking, requests
 
 
 def _require_texts(ids: Collection[str], texts: Mapping[str, str], path: Path, noun: str) -> None:
@@ -143,11 +162,7 @@ def _require_texts(ids: Collection[str], texts: Mapping[str, str], path: Path, n
 
 
 def _check_judged(judged: Collection[str], corpus: Mapping[str, str], path: Path) -> None:
-    """Note the judged documents that the corpus lacks, which count as not found.
-
-    Raises:
-        InputError: it lacks all of them.
-    """
+    """Note the judged documents that the corpus lacks, which count as not found; refuse a corpus without any."""
     missing = [name for name in judged if name not in corpus]
     if len(missing) == len(judged):
         _require_texts(judged, corpus, path, "judged document")
@@ -158,17 +173,12 @@ def _check_judged(judged: Collection[str], corpus: Mapping[str, str], path: Path
         )
 
 
-def _rerank(ranker: Ranker, data: Data, instruction: str | None) -> Ranking:
-    lists = {query: data.candidates[query] for query in data.queries if data.candidates.get(query)}
-    requests = (
-        RerankRequest(data.queries[query], [data.corpus[name] for name in names], instruction)
-        for query, names in lists.items()
-    )
-    ranking: Ranking = {}
-    with meter(sum(map(len, lists.values()))) as progress:
-        for (query, names), outcome in zip(lists.items(), ranker.rank_many(requests), strict=True):
+def _rerank(ranker: Ranker, before: Ranking, requests: Mapping[str, RerankRequest]) -> Ranking:
+    after: Ranking = {}
+    with meter(sum(len(request.documents) for request in requests.values())) as progress:
+        for query, outcome in zip(requests, ranker.rank_many(requests.values()), strict=True):
             if isinstance(outcome, RerankError):
                 raise FailedError(f"query {query}: {outcome}")
-            ranking[query] = [names[i] for i in outcome.best(None)]
-            progress.advance(progress.done + len(names), len(names))
-    return ranking
+            after[query] = [before[query][i] for i in outcome.best(None)]
+            progress.advance(progress.done + len(outcome.scores), len(outcome.scores))
+    return after

@@ -49,22 +49,16 @@ def parse_measures(names: str) -> list[Any]:
     """
     import ir_measures
 
-    words = names.replace(",", " ").split()
+    known = {measure.casefold(): measure for measure in ir_measures.measures.registry}
+    words = re.findall(r"[^\s,]+", names)
     if not words:
         raise InputError("--measures names no measure; examples: nDCG@10 RR@10 R@100 AP")
     try:
-        measures = [ir_measures.parse_measure(_spelling(word)) for word in words]
+        words = [re.sub(r"^\w+", lambda stem: known.get(stem[0].casefold(), stem[0]), word) for word in words]
+        measures = [ir_measures.parse_measure(word) for word in words]
         return list({str(measure): measure for measure in measures}.values())
     except (NameError, ValueError, SyntaxError) as error:
         raise InputError(f"--measures: {error}; examples: nDCG@10 RR@10 R@100 AP") from None
-
-
-def _spelling(name: str) -> str:
-    """Return ir-measures' own spelling: nDCG@10 for ndcg@10."""
-    import ir_measures
-
-    known = {measure.casefold(): measure for measure in ir_measures.measures.registry}
-    return re.sub(r"^\w+", lambda stem: known.get(stem[0].casefold(), stem[0]), name)
 
 
 def measure(measures: Sequence[Any], grades: Grades, before: Ranking, after: Ranking) -> list[Gain]:
@@ -95,11 +89,7 @@ def write_per_query(path: Path, gains: Sequence[Gain]) -> None:
 
 
 def check_plot(name: str) -> None:
-    """Refuse a suffix that is no format of a picture.
-
-    Raises:
-        InputError: matplotlib does not write it.
-    """
+    """Refuse a suffix of which matplotlib writes no picture."""
     from matplotlib.backend_bases import FigureCanvasBase
 
     suffix, known = Path(name).suffix[1:].lower(), FigureCanvasBase.get_supported_filetypes()
@@ -124,8 +114,5 @@ def write_plot(path: Path, gain: Gain) -> None:
     axes.set_ylabel(f"change of {gain.name}")
     axes.set_title("{}: {before:.4f} before, {after:.4f} after reranking".format(gain.name, **gain.summary))
     with writing(path):
-        try:
-            figure.savefig(path, dpi=150)
-        except ValueError as error:  # a format unknown to matplotlib
-            raise InputError(f"--plot={path}: {error}") from None
+        figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -81,11 +81,7 @@ def read_run(path: Path, encoding: str | None, queries: Container[str]) -> Ranki
 
 
 def write_run(path: Path, ranking: Ranking) -> None:
-    """Write a TREC run.
-
-    Raises:
-        FailedError: it cannot be written.
-    """
+    """Write a TREC run; see `writing` for errors."""
     with writing(path), open(path, "w", encoding="utf-8") as file:
         for query, documents in ranking.items():
             for i, document in enumerate(documents):
@@ -136,11 +132,7 @@ def _cells(path: Path, encoding: str | None) -> Iterator[tuple[str, list[str]]]:
 
 
 def _columns(columns: Sequence[str], where: str) -> tuple[str, str, str]:
-    """Return the columns of query, document and grade.
-
-    Raises:
-        InputError: one is missing, or there twice.
-    """
+    """Return the columns of query, document and grade, each of which must be there once."""
     query, document, grade = (find(columns, names) for names in (QUERY_NAMES, DOCUMENT_NAMES, GRADE_NAMES))
     if query is None or document is None or grade is None:
         raise InputError(

@@ -71,7 +71,7 @@ class Client:
             self._open("/livez").close()
         except urllib.error.HTTPError as error:  # any response will do
             error.close()
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:  # a ValueError: not a URL
             raise FailedError(f"cannot reach {url}: {_reason(error)}; is the service running?") from None
 
     @property
@@ -111,12 +111,7 @@ class Client:
         return Scored(scores, truncated, query_truncated)
 
     def _post(self, body: dict[str, Any], closing: threading.Event) -> Scored:
-        """Return scores in the order of the documents; retries while the service is busy.
-
-        Raises:
-            InvalidRequestError: the service refuses this request.
-            FailedError: it refuses all requests, or `max_wait` has passed.
-        """
+        """Return scores in the order of the documents; retries for `max_wait` seconds while the service is busy."""
         data = json.dumps(body).encode()
         deadline = time.monotonic() + self.max_wait
         for attempt in itertools.count():
@@ -152,12 +147,7 @@ class Client:
             self._notes.add(texts)
 
     def _retry_after(self, error: urllib.error.HTTPError) -> float | None:
-        """Return the seconds that a busy service asks to wait, or None.
-
-        Raises:
-            InvalidRequestError: the service refuses this request.
-            FailedError: it refuses all requests.
-        """
+        """Return the seconds that a busy service asks to wait, or None; raise the error that any other response is."""
         with error:
             detail = _detail(error)
         if error.code in _BUSY:
@@ -176,14 +166,15 @@ class Client:
 
 def _body(request: RerankRequest, documents: list[str]) -> dict[str, Any]:
     """Return the JSON body of a request with some of its documents, without options that have their default."""
-    options = {
+    body = {
+        "query": request.query,
+        "documents": documents,
         "instruction": request.instruction,
         "max_tokens_per_doc": request.max_tokens_per_doc,
         "max_chunks_per_doc": request.max_chunks_per_doc,
         "truncate": False if not request.truncate else True if request.truncate_query else None,
     }
-    body = {"query": request.query, "documents": documents}
-    return body | {name: value for name, value in options.items() if value is not None}
+    return {name: value for name, value in body.items() if value is not None}
 
 
 def _parts(documents: Iterable[str]) -> Iterator[list[str]]:

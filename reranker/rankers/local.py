@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator
 
 from reranker.engine.scorer import Scorer
@@ -11,20 +10,17 @@ from reranker.engine.stream import rerank_many
 from reranker.errors import RerankError
 from reranker.rankers.ranker import Scored
 from reranker.settings import ModelSettings
+from reranker.terminal import note
 from reranker.types import RerankRequest
 
 
 class Local:
-    """A loaded model.
-
-    Raises:
-        ModelLoadError: it cannot be served.
-    """
+    """A loaded model; see `Scorer.load` for errors."""
 
     def __init__(self, model: ModelSettings) -> None:
         self.scorer = Scorer.load(**model.load_options())
         if self.scorer.info.demo:
-            print("note: the bundled demo model is for trying only; choose another with --model", file=sys.stderr)
+            note("the bundled demo model is for trying only; choose another with --model")
 
     def rank_many(self, requests: Iterable[RerankRequest]) -> Iterator[Scored | RerankError]:
         """See `Ranker.rank_many`."""

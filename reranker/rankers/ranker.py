@@ -42,11 +42,7 @@ class Ranker(Protocol):
 
 
 def rank_one(ranker: Ranker, request: RerankRequest) -> Scored:
-    """Return the scores of one request.
-
-    Raises:
-        RerankError: it cannot be scored.
-    """
+    """Return the scores of one request, or raise its RerankError."""
     outcome = next(iter(ranker.rank_many([request])))
     if isinstance(outcome, RerankError):
         raise outcome

@@ -44,21 +44,16 @@ def find_text(
     folded = [fold(column) for column in columns]
     wanted = TEXT_NAMES if field is None else (fold(field),)
     column = next((columns[folded.index(name)] for name in wanted if name in folded), None)
-    if column is not None:
-        require_once(columns, (column,), name, noun)
-        return column
-    existing = f"its {noun}s are {name_list(columns)}" if columns else f"it has no {noun}s"
-    if field is not None:
-        raise InputError(f"{name} has no {noun} {field!r}; {existing}: name one with --field")
-    raise InputError(f"{name} does not tell which {noun} holds the text; {existing}: {fix}")
+    if column is None:
+        problem = f"does not tell which {noun} holds the text" if field is None else f"has no {noun} {field!r}"
+        existing = f"its {noun}s are {name_list(columns)}" if columns else f"it has no {noun}s"
+        raise InputError(f"{name} {problem}; {existing}: {fix}")
+    require_once(columns, (column,), name, noun)
+    return column
 
 
 def require_once(columns: Sequence[str], wanted: Iterable[str], name: str, noun: str = "column") -> None:
-    """Refuse a heading with one of the wanted columns twice, in any case: only the last would be read.
-
-    Raises:
-        InputError: names the column.
-    """
+    """Refuse a heading with one of the wanted columns twice, in any case: only the last would be read."""
     folded = [fold(column) for column in columns]
     for column in wanted:
         if folded.count(fold(column)) > 1:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 from typing import Any
 
 from reranker.errors import InputError
@@ -42,15 +41,18 @@ def read(path: str, kind: str | None, field: str | None, encoding: str | None) -
 def _texts(source: Input, field: str | None) -> list[str]:
     texts: list[str] = []
     key: str | None = None
+    seen: set[str] = set()
     notes = Notes(note, MAX_KEY_NOTES)
     for where, value in values(source):
         text = value
         if isinstance(value, dict):
-            key = _key(source, value, field, where) if key is None else key
+            if key is None:
+                key = _key(source, value, field, where)
+                seen = {key, *_METADATA, *source.columns}  # the columns of a table are visible in its heading
             text = value.get(key)
-            if not source.columns:  # the columns of a table are visible in its heading
-                unread = [k for k, v in value.items() if v is not None and k not in (key, *_METADATA)]
-                notes.add(f"{name_list([k])!r} is not read in {source.name}" for k in unread)
+            unread = [name for name, item in value.items() if name not in seen and item is not None]
+            seen.update(unread)
+            notes.add(f"{name_list([name])!r} is not read in {source.name}" for name in unread)
         if not isinstance(text, str):
             raise _no_text(value, key or field or "text", where)
         texts.append(text)
@@ -71,28 +73,23 @@ def _no_text(value: Any, key: str, where: str) -> InputError:
 
 def _key(source: Input, first: dict[str, Any], field: str | None, where: str) -> str:
     """Return the column or key of the text in every record, by the first one."""
-    if source.columns:
-        _check_heading(source, field)
-        key = find_text(source.columns, field, source.name)
+    columns = source.columns
+    if columns:
+        if field is None and len(columns) == 1 and columns[0].casefold() not in TEXT_NAMES:
+            raise InputError(
+                f"{source.name} has one column, and its first line {name_list(columns)!r} is no known heading: if it "
+                f"is one, name it with --field; if it is a document, use --input-format lines"
+            )
+        key = find_text(columns, field, source.name)
     else:
-        names: Iterable[str] = first
-        if field is None:
-            strings = [key for key in first if isinstance(first[key], str) and fold(key) in TEXT_NAMES]
-            if not strings and (lists := [key for key in _LISTS if isinstance(first.get(key), list)]):
-                raise InputError(
-                    f'{where} is a request with "{lists[0]}"; batch reads requests, rank reads documents: '
-                    f"give the list alone, or name the key of a text with --field"
-                )
-            names = strings or first
-        key = find_text(list(names), field, where, "key")
+        strings = [name for name in first if isinstance(first[name], str) and fold(name) in TEXT_NAMES]
+        lists = [name for name in _LISTS if isinstance(first.get(name), list)]
+        if field is None and lists and not strings:
+            raise InputError(
+                f'{where} is a request with "{lists[0]}"; batch reads requests, rank reads documents: '
+                f"give the list alone, or name the key of a text with --field"
+            )
+        key = find_text(strings if strings and field is None else list(first), field, where, "key")
     if field is None and key.casefold() != "text":
         note(f"the documents are {key!r} of {source.name}; choose another with --field")
     return key
-
-
-def _check_heading(source: Input, field: str | None) -> None:
-    if field is None and len(source.columns) == 1 and source.columns[0].casefold() not in TEXT_NAMES:
-        raise InputError(
-            f"{source.name} has one column, and its first line {name_list(source.columns)!r} is no known heading: if "
-            f"it is one, name it with --field; if it is a document, use --input-format lines"
-        )

@@ -47,37 +47,27 @@ def encoding_of(head: bytes, given: str | None, name: str) -> str:
     encoding = given or marked or "utf-8"
     if b"\0" in head and not is_wide(encoding):
         raise InputError(f"{name} holds NUL bytes: it is no text, or UTF-16 (--encoding utf-16-le)")
-    if given and given != "utf-8" and not marked and _is_utf8(head, plain=is_wide(given)):
+    if given and given != "utf-8" and not marked and _is_utf8(head, given):
         raise InputError(f"{name} is UTF-8; leave --encoding {given} out")
     return encoding
 
 
-def _is_utf8(head: bytes, plain: bool) -> bool:
-    """Whether bytes are UTF-8 beyond doubt: without control characters if `plain`, else with enough non-ASCII ones.
-
-    The line ends and blanks of UTF-16 have NUL bytes; ASCII is the same in all other encodings.
-    """
+def _is_utf8(head: bytes, given: str) -> bool:
+    """Whether bytes are UTF-8 beyond doubt, and not in the given encoding."""
     try:
         text = codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError:
         return False
-    if plain:
+    if is_wide(given):  # its line ends and blanks have NUL bytes
         return bool(text) and not re.search(r"[^\t\r\n -\U0010ffff]", text)
     return sum(not c.isascii() for c in text) >= _MIN_EVIDENCE
 
 
 def advice(raw: bytes, assumed: str) -> str:
     """Return how to read a line that is not in the assumed encoding."""
-    if assumed != "utf-8":
-        return "it is UTF-8; leave --encoding out" if _decodes(raw, "utf-8") else "name another with --encoding"
-    if _decodes(raw, "gb18030"):
-        return "if the file is GBK: --encoding gb18030"
-    return "save it as UTF-8, or name its encoding with --encoding"
-
-
-def _decodes(raw: bytes, encoding: str) -> bool:
+    plain = assumed == "utf-8"
     try:
-        raw.decode(encoding)
+        raw.decode("gb18030" if plain else "utf-8")
     except UnicodeDecodeError:
-        return False
-    return True
+        return "save it as UTF-8, or name its encoding with --encoding" if plain else "name another with --encoding"
+    return "if the file is GBK: --encoding gb18030" if plain else "it is UTF-8; leave --encoding out"

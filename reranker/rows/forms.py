@@ -95,11 +95,7 @@ def _listed(kinds: Sequence[str]) -> str:
 
 
 def check_bytes(head: bytes, form: Form, name: str) -> None:
-    """Check the first bytes, decompressed, against the form.
-
-    Raises:
-        InputError: they are those of another kind of file.
-    """
+    """Refuse the first bytes, decompressed, of another kind of file."""
     if form.kind == "parquet":
         if not head.startswith(b"PAR1"):
             raise InputError(f"{name} is not Parquet; name its form with --input-format")
@@ -110,11 +106,7 @@ def check_bytes(head: bytes, form: Form, name: str) -> None:
 
 
 def check_text(head: str, form: Form, name: str, kinds: Sequence[str] = KINDS) -> None:
-    """Check the first lines against the form.
-
-    Raises:
-        InputError: they are those of another form.
-    """
+    """Refuse the first lines of another form."""
     if "\r" in head and "\n" not in head:
         raise InputError(f"{name} ends its lines with CR alone; save it with LF or CRLF")
     lines = [line.strip() for line in head.split("\n") if line.strip()]

@@ -26,21 +26,18 @@ _PARQUET_ROWS = 128
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A line, a row of a table or of a Parquet file, or an item of a JSON array.
-
-    Attributes:
-        number: its line or row, from 1.
-        place: the same for people, with the line of the file.
-        end: the part of `Input.total` that is read with it.
-        value: a text, a JSON value, or the cells by column.
-        error: the reason why there is no value, as a sentence about `this`.
-    """
+    """A line, a row of a table or of a Parquet file, or an item of a JSON array."""
 
     number: int
+    """Its line or row, from 1."""
     place: str
+    """The same for people, with the line of the file."""
     end: int
+    """The part of `Input.total` that is read with it."""
     value: Any = None
+    """A text, a JSON value, or the cells by column."""
     error: str = ""
+    """The reason why there is no value, as a sentence about `this`."""
 
 
 class Input:
@@ -74,11 +71,7 @@ class Input:
         return "line" if self.form.kind in ("lines", "jsonl") else "row"
 
     def check_encoding(self) -> None:
-        """Refuse an encoding without an effect.
-
-        Raises:
-            InputError: it was given, and the input is Parquet.
-        """
+        """Refuse an encoding that was given for Parquet, where it has no effect."""
         if self.form.kind == "parquet" and self._given is not None:
             raise InputError(f"--encoding has no effect: {self.name} is Parquet, always UTF-8; leave it out")
 
@@ -107,29 +100,17 @@ class Input:
             yield from readers.get(self.form.kind, self._lines)()
 
     def first_line(self) -> str:
-        """Return the first line of a text, without its end; it is read again with the records.
-
-        Raises:
-            InputError: see `records`.
-        """
+        """Return the first line of a text, without its end; it is read again with the records."""
         with self._reading():
             self._ready = self._checked()
         return self._head.lstrip("\r\n").partition("\n")[0].rstrip("\r")
 
     def rows(self) -> Iterator[Row]:
-        """Yield the cells of a table, the heading first.
-
-        Raises:
-            InputError: see `records`.
-        """
+        """Yield the cells of a table, the heading first."""
         return (read_csv if self.form.kind == "csv" else read_tsv)(self.texts(), self.name)
 
     def texts(self) -> Iterator[Line]:
-        """Yield numbered lines with their ends, for tables: there a bad line makes the rows after it bad as well.
-
-        Raises:
-            InputError: see `records`.
-        """
+        """Yield numbered lines with their ends, for tables: there a bad line makes the rows after it bad as well."""
         with self._reading():
             for number, raw in self._numbered():
                 body = raw.rstrip(b"\r\n")
@@ -179,8 +160,7 @@ class Input:
         return content[:HEAD], io.BytesIO(content[HEAD:])
 
     def _decode(self, raw: bytes, number: int, where: str) -> str:
-        encoding = self._encoding
-        return decode(raw, where, first=number == 1, encoding=encoding, advice=lambda line: advice(line, encoding))
+        return decode(raw, where, first=number == 1, encoding=self._encoding, advice=advice)
 
     def _numbered(self) -> Iterator[tuple[int, bytes]]:
         self._read = 0
@@ -296,11 +276,7 @@ def open_input(path: str, given: str | None, encoding: str | None, kinds: Sequen
 
 
 def values(source: Input) -> Iterator[tuple[str, Any]]:
-    """Yield the place and the value of each record.
-
-    Raises:
-        InputError: one has no value.
-    """
+    """Yield the place and the value of each record; a record without a value is an InputError."""
     for record in source.records():
         where = f"{source.name} {record.place}"
         if record.error:

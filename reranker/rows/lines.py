@@ -12,7 +12,7 @@ from reranker.errors import FailedError, InputError
 
 
 def decode(
-    raw: bytes, where: str, *, first: bool, encoding: str = "utf-8", advice: Callable[[bytes], str] | None = None
+    raw: bytes, where: str, *, first: bool, encoding: str = "utf-8", advice: Callable[[bytes, str], str] | None = None
 ) -> str:
     """Return a line as text without its end; the first one of a file without a byte order mark.
 
@@ -22,7 +22,7 @@ def decode(
     try:
         text = raw.decode(encoding).rstrip("\r\n")
     except UnicodeDecodeError as error:
-        fix = advice(raw) if advice else "save the file as UTF-8"
+        fix = advice(raw, encoding) if advice else "save the file as UTF-8"
         raise InputError(f"{where} is not {encoding.upper()} at byte {error.start}; {fix}") from None
     if "\0" in text:
         raise InputError(f"{where} holds a NUL byte")
@@ -60,11 +60,7 @@ def dump(value: object) -> bytes:
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Turn an OSError in the block into a FailedError that names `path`.
-
-    Raises:
-        FailedError: it cannot be written.
-    """
+    """Turn an OSError in the block into a FailedError that names `path`."""
     try:
         yield
     except OSError as error:

@@ -14,7 +14,7 @@ _ANY = "write 0.0.0.0 for all addresses of this machine, or 127.0.0.1 for this m
 
 def bind_error(host: str, port: int, *, reuse_port: bool = False) -> OSError | None:
     """Bind a socket with gunicorn's options, close it, and return the error if there was one."""
-    family = socket.AF_INET6 if _is_ipv6(host) else socket.AF_INET
+    family = socket.AF_INET6 if ":" in host and "%" not in host else socket.AF_INET  # as gunicorn decides
     try:
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -65,10 +65,3 @@ def curl_target(listeners: Sequence[str]) -> str:
     if first.startswith("unix:"):
         return f"--unix-socket {shlex.quote(first[5:])} http://localhost"
     return (first or "http://127.0.0.1:PORT").replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
-
-
-def _is_ipv6(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).version == 6 and "%" not in host  # as gunicorn decides
-    except ValueError:
-        return False

@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -27,16 +27,12 @@ from reranker.errors import ModelLoadError, NotReadyError
 
 logger = logging.getLogger(__name__)
 
-BOOT_FAILURE = 3
-"""gunicorn's WORKER_BOOT_ERROR: a worker that exits with this code stops the whole service."""
+BOOT_FAILURE = 3  # gunicorn's WORKER_BOOT_ERROR: a worker that exits with this code stops the whole service
 _BACK_OFF_SECONDS = 10.0
-_FLUSH_SECONDS = 2.0
-"""Time for pending error responses to leave the process before it exits."""
-_FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
-"""Set by an operator, or in each worker for prometheus_client, which reads it."""
+_FLUSH_SECONDS = 2.0  # for pending error responses, before the process exits
+_FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"  # an operator's; set in each worker, because prometheus_client reads it
 _NEXT_MASTER = "RERANKER_GENERATION"
-_SECOND = "b"
-"""Suffix of every second generation's files: two generations share a folder during a rolling restart."""
+_SECOND = "b"  # suffix of every second generation's files: two generations share a folder during a rolling restart
 _FOLDER_PREFIX = "reranker-metrics-"
 
 
@@ -44,7 +40,7 @@ _FOLDER_PREFIX = "reranker-metrics-"
 class WorkerContext:
     """Everything that a worker learns from its master. The defaults describe `uvicorn app:app`."""
 
-    folder: str | None = field(default_factory=lambda: os.environ.get(_FOLDER_VARIABLE))
+    shared_folder: str | None = None  # None outside gunicorn, or if none can be made
     slot: int | None = None  # counted from 0, unique among the living workers of a generation; None outside gunicorn
     generation: str = ""  # suffix of the names of files in the folder
     siblings_serve: bool = False  # then load before listening; otherwise listen and respond "loading"
@@ -53,6 +49,11 @@ class WorkerContext:
     boot_pipe: int | None = None  # one byte, for the one worker whose failed first load stops the service
     ready_pipe: int | None = None  # one byte for every worker of this generation except the last
     old_master: int | None = None  # process id of the master that this generation replaces
+
+    @property
+    def folder(self) -> str | None:
+        """The folder for files of several workers. Read when used, because `.env` may set the variable."""
+        return self.shared_folder or os.environ.get(_FOLDER_VARIABLE) or None
 
     @property
     def metrics_key(self) -> str:
@@ -75,6 +76,7 @@ class Master:
 
     def __init__(self) -> None:
         self.shared = WorkerContext()  # the part that all workers of this generation have in common
+        self._environment = dict(os.environ)  # without the exports of `.env`, which gunicorn's has after a SIGHUP
         self._lock: int | None = None  # on a folder of our own; None for an operator's
         self._slots: dict[int, int] = {}  # by gunicorn's serial number of a worker, its age
 
@@ -96,7 +98,7 @@ class Master:
         except OSError as error:
             logger.warning("no folder for shared metrics: %s", error)
         self.shared = WorkerContext(
-            folder=folder or None,
+            shared_folder=folder or None,
             generation=generation,
             boot_pipe=_filled_pipe(1),
             ready_pipe=_filled_pipe(workers - 1),
@@ -104,8 +106,10 @@ class Master:
         )
 
     def next_environment(self) -> dict[str, str]:
-        """Return the environment variable for the next master."""
-        return {_NEXT_MASTER: f"{'' if self.shared.generation else _SECOND}:{self.shared.folder or ''}"}
+        """Return the environment of the next master, which reads `.env` again and removes our own folder at its end."""
+        generation = "" if self.shared.generation else _SECOND
+        folder = "" if self._lock is None else self.shared.folder
+        return self._environment | {_NEXT_MASTER: f"{generation}:{folder}"}
 
     def assign_slot(self, age: int, living: Collection[int], gpus: int) -> None:
         """Give a new worker the lowest free slot on the GPU with the fewest workers. `living`: ages of the others."""
@@ -152,14 +156,13 @@ def end_process(error: Exception) -> None:
     """
     expected = isinstance(error, (ModelLoadError, TimeoutError, NotReadyError))
     logger.critical("cannot serve%s", f": {error}" if expected else "", exc_info=None if expected else error)
-    had_scorer = isinstance(error, NotReadyError)
+    load_failed = not isinstance(error, NotReadyError)
 
     def leave() -> None:
-        time.sleep(_BACK_OFF_SECONDS if context.respawned and not had_scorer else _FLUSH_SECONDS)
+        time.sleep(_BACK_OFF_SECONDS if load_failed and context.respawned else _FLUSH_SECONDS)
         logging.shutdown()
-        stops = not context.respawned and not had_scorer
-        if stops and context.boot_pipe is not None:
-            stops = bool(os.read(context.boot_pipe, 1))
+        first_boot = load_failed and not context.respawned
+        stops = first_boot and (context.boot_pipe is None or os.read(context.boot_pipe, 1))
         os._exit(BOOT_FAILURE if stops else 1)
 
     threading.Thread(target=leave, daemon=True).start()

@@ -29,18 +29,17 @@ from typing import Any
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from reranker.errors import HeadTimeoutError, QueueFullError, RerankError
+from reranker.errors import HeadersTooLargeError, HeadTimeoutError, MalformedRequestError, QueueFullError, RerankError
 from reranker.http.access import new_id
 from reranker.http.errors import error_response
 from reranker.http.limits import MAX_HEADER_BYTES
 from reranker.http.metrics import Metrics
-from reranker.server.head import head_error, malformed, too_large
+from reranker.server.head import MALFORMED, TOO_LARGE, head_error
 from reranker.server.siblings import Siblings
 
 logger = logging.getLogger(__name__)
 
-MAX_PIPELINED = 64
-"""Pending requests on one connection. No known client pipelines."""
+MAX_PIPELINED = 64  # pending requests on one connection; no known client pipelines
 
 
 class ConnState(Enum):
@@ -174,12 +173,12 @@ class HttpProtocol(HttpToolsProtocol):
         self.in_head = False
         self.head_bytes = 0
         if self.lingering:  # a pipelined request after the last response
-            raise malformed()
+            raise MalformedRequestError(MALFORMED)
         version, method = self.parser.get_http_version(), self.parser.get_method()
         self.refusal = head_error(version, method, self.url, self.headers)
         if self.refusal is None and len(self.pipeline) >= MAX_PIPELINED:
             self.refusal = QueueFullError(
-                f"more than {MAX_PIPELINED} requests at once on one connection", retry_after=1
+                f"more than {MAX_PIPELINED} requests pending on one connection", retry_after=1
             )
         if self.refusal is not None:
             raise self.refusal
@@ -224,7 +223,7 @@ class HttpProtocol(HttpToolsProtocol):
         self.head_bytes += len(data)
         self._feed(data)
         if self.refusal is None and self.head_bytes > MAX_HEADER_BYTES:
-            self._refuse(too_large())
+            self._refuse(HeadersTooLargeError(TOO_LARGE))
         self._update_state()
 
     def _feed(self, data: bytes) -> None:
@@ -240,7 +239,7 @@ class HttpProtocol(HttpToolsProtocol):
             self.parser = httptools.HttpRequestParser(self)
             self._feed(b"".join([*head, b"\r\n", data[upgrade.args[0] :]]))
         except httptools.HttpParserError:
-            self._refuse(self.refusal or malformed())
+            self._refuse(self.refusal or MalformedRequestError(MALFORMED))
 
     def _refuse(self, error: RerankError) -> None:
         """Respond to data that is no request, after the responses to the requests before it, and read no more."""

@@ -33,12 +33,9 @@ logger = logging.getLogger(__name__)
 # requests in progress, count of accepted hand-offs.
 _CELL = struct.Struct("=dII")
 _MAX_WORKERS = 512
-_MAX_AGE = 3.0
-"""Seconds after which a cell is stale. worker.py publishes every second, unless its event loop hangs."""
-_IN_FLIGHT_SECONDS = 0.05
-"""Time in which a sent connection reaches its new worker."""
-_MAX_BYTES = 1 << 18
-"""Max size of a handed-off first read; uvloop reads up to 256,000 bytes."""
+_MAX_AGE = 3.0  # seconds until a cell is stale; worker.py publishes every second, unless its event loop hangs
+_IN_FLIGHT_SECONDS = 0.05  # in which a sent connection reaches its new worker
+_MAX_BYTES = 1 << 18  # of a handed-off first read; uvloop reads up to 256,000
 
 
 class Siblings:
@@ -115,9 +112,7 @@ class Siblings:
         slot, accepted = sibling
         try:
             rights = struct.pack("=i", transport.get_extra_info("socket").fileno())
-            files = [
-                (socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)
-            ]  # socket.send_fds of Python 3.11 ignores the address
+            files = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)]  # send_fds of Python 3.11 ignores the address
             self._socket.sendmsg([data], files, 0, f"{self._address}{slot}")
         except OSError:  # it has ended, or its buffer is full
             return False
@@ -150,7 +145,7 @@ class Siblings:
     def _receive(self) -> None:
         while True:
             try:
-                # socket.recv_fds of Python 3.11 ignores the flags.
+                # recv_fds of Python 3.11 ignores the flags.
                 data, messages, _, _ = self._socket.recvmsg(_MAX_BYTES, socket.CMSG_LEN(4), socket.MSG_CMSG_CLOEXEC)
             except BlockingIOError:
                 return

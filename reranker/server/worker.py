@@ -11,29 +11,24 @@ import socket
 import sys
 from functools import partial
 from types import FrameType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from gunicorn.arbiter import Arbiter
 from uvicorn.config import Config
 from uvicorn.server import Server
 from uvicorn_worker import UvicornWorker
 
-from reranker.http.state import service_of
+from reranker.http.state import Service, service_of
 from reranker.server import fleet
 from reranker.server.protocol import ConnectionPool, HttpProtocol
 from reranker.server.siblings import Siblings
 
-if TYPE_CHECKING:
-    from reranker.scheduler.batcher import Batcher
-
 logger = logging.getLogger(__name__)
 
+# Above WORKER_CONNECTIONS: gunicorn's backlog. A burst of that size evicts no connection before its first read.
 _SPARE_CONNECTIONS = 2048
-"""Above WORKER_CONNECTIONS: gunicorn's backlog. A burst of that size evicts no connection before its first read."""
-_OTHER_FILES = 256
-"""File descriptors of a worker besides its connections: model, metrics, listener, libraries."""
-_LINGER_SECONDS = 5.0
-"""Time in which a stopping worker still responds on open connections."""
+_OTHER_FILES = 256  # file descriptors besides those of connections: model, metrics, listener, libraries
+_LINGER_SECONDS = 5.0  # in which a stopping worker still responds on open connections
 _CTRL_C_LINGER_SECONDS = 1.0
 _CLOSE = (b"connection", b"close")
 
@@ -59,17 +54,16 @@ class RerankWorker(UvicornWorker):  # type: ignore[misc]  # neither package is t
         self.config.callback_notify = None  # _beat replaces it, because uvicorn's stops while a worker loads or drains
 
     async def _serve(self) -> None:
+        service, siblings = service_of(self.wsgi), self._siblings()
         self.config.app = self.wsgi
-        siblings = self._siblings()
         self.config.http = partial(
             HttpProtocol,
             pool=ConnectionPool(raise_fd_limit(self.cfg.worker_connections + _SPARE_CONNECTIONS)),
-            metrics=service_of(self.wsgi).metrics,
-            io_timeout=service_of(self.wsgi).body_timeout,
+            metrics=service.metrics,
+            io_timeout=service.body_timeout,
             siblings=siblings,
         )
-        server = DrainingServer(self.config, siblings, workers=self.cfg.workers)
-        server.loop = asyncio.get_running_loop()
+        server = DrainingServer(self.config, service, siblings, workers=self.cfg.workers)
         # gunicorn sends SIGQUIT on Ctrl-C; uvicorn's worker ignores it and is killed after the grace period.
         server.loop.add_signal_handler(signal.SIGQUIT, server.handle_exit, signal.SIGQUIT, None)
         beat = asyncio.create_task(self._beat(server))
@@ -103,36 +97,30 @@ class RerankWorker(UvicornWorker):  # type: ignore[misc]  # neither package is t
 class DrainingServer(Server):
     """uvicorn's server with a shutdown that loses no request.
 
-    Args:
-        siblings: the other workers; None if connections cannot be handed off.
-        workers: the configured number of workers, this one included.
+    `siblings` is None if connections cannot be handed off; `workers` counts this one too.
     """
 
-    loop: asyncio.AbstractEventLoop
-    linger = _LINGER_SECONDS
-
-    def __init__(self, config: Config, siblings: Siblings | None, *, workers: int) -> None:
+    def __init__(self, config: Config, service: Service, siblings: Siblings | None, *, workers: int) -> None:
         super().__init__(config)
+        self.batcher = service.batcher
         self.siblings = siblings
         self.workers = workers
+        self.loop = asyncio.get_running_loop()
+        self.linger = _LINGER_SECONDS
         self._sockets: list[socket.socket] = []
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, accept connections that siblings hand off, and end an old generation."""
         await super().startup(sockets)
         self._sockets = sockets or []
-        if self._batcher is not None:
-            self._batcher.on_unhealthy = self.step_aside_if_unhealthy
+        self.batcher.on_unhealthy = self.step_aside_if_unhealthy
         self.step_aside_if_unhealthy()
         if self.siblings is not None:
             make: Any = self.config.http_protocol_class
             connect = partial(make, self.config, self.server_state, self.lifespan.state)
-            batcher = self._batcher  # outside is_open, which every request calls twice
-
-            def is_open() -> bool:
-                return not self.should_exit and batcher is not None and batcher.status == "ok"
-
-            self.siblings.join(is_open, lambda first: connect(first=first))
+            self.siblings.join(
+                lambda: not self.should_exit and self.batcher.status == "ok", lambda first: connect(first=first)
+            )
         if self.started and not self.should_exit:
             fleet.context.report_ready()
 
@@ -142,7 +130,7 @@ class DrainingServer(Server):
             self.linger = _CTRL_C_LINGER_SECONDS
         if not self.started:  # still loading, so there are no requests to finish
             # On the loop, not in the signal handler: draining updates metrics, whose locks the loop may hold.
-            self.loop.call_soon_threadsafe(self._drain)
+            self.loop.call_soon_threadsafe(self.batcher.drain)
         # A worker gets Ctrl-C twice, from the terminal and from gunicorn, and uvicorn aborts on a second SIGINT.
         super().handle_exit(signal.SIGTERM, frame)
 
@@ -153,15 +141,15 @@ class DrainingServer(Server):
         one, the client's next request may be in flight and is lost.
         """
         self._stop_listening()
+        self._close_after_responses()
         if self.siblings is not None:
             await self.siblings.leave()
-        self._close_after_responses()
-        state, start = self.server_state, self.loop.time()
-        while state.connections and self.loop.time() < start + self.linger:  # uvicorn has no event for it
-            if self._batcher is None or self._batcher.status != "ok":  # it would refuse new requests
+        end = self.loop.time() + self.linger
+        while self.server_state.connections and self.loop.time() < end:  # uvicorn has no event for it
+            if self.batcher.status != "ok":  # it would refuse new requests
                 break
             await asyncio.sleep(0.05)
-        self._drain()
+        self.batcher.drain()
         await super().shutdown(sockets)
 
     def step_aside_if_unhealthy(self) -> None:
@@ -171,13 +159,13 @@ class DrainingServer(Server):
         the worker keeps listening so that /health can tell the reason. Where workers cannot see each other, a worker
         of several steps aside anyway; if all are lost, new connections wait for the next load.
         """
-        if self._batcher is None or self._batcher.status != "unhealthy" or not self.started:
+        if self.batcher.status != "unhealthy" or not self.started:
             return
         self._close_after_responses()
         if self.siblings is not None:
             self.siblings.publish()
         if self.workers > 1 if self.siblings is None else self.siblings.others_serve():
-            self._batcher.unhealthy_retry_after = 1
+            self.batcher.unhealthy_retry_after = 1
             self._stop_listening()
 
     def _stop_listening(self) -> None:
@@ -195,15 +183,6 @@ class DrainingServer(Server):
             cycle = getattr(connection, "cycle", None)
             if cycle is not None:
                 cycle.keep_alive = False
-
-    @property
-    def _batcher(self) -> Batcher | None:
-        service = getattr(getattr(self.config.app, "state", None), "service", None)
-        return getattr(service, "batcher", None)
-
-    def _drain(self) -> None:
-        if self._batcher is not None:
-            self._batcher.drain()
 
 
 def raise_fd_limit(connections: int) -> int:

@@ -64,6 +64,16 @@ def run_process(
     return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
+class _Pipe(io.BytesIO):
+    """Standard input as a pipe, which cannot be rewound."""
+
+    def seekable(self) -> bool:
+        return False
+
+    def seek(self, *_: object) -> int:
+        raise io.UnsupportedOperation("seek")
+
+
 def in_process(
     words: list[str], cwd: Path, stdin: bytes, variables: dict[str, str], screen: TextIO | None = None
 ) -> subprocess.CompletedProcess[str]:
@@ -74,7 +84,7 @@ def in_process(
     with (
         chdir(cwd),
         patch.dict(os.environ, variables, clear=True),
-        patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8")),
+        patch.object(sys, "stdin", io.TextIOWrapper(_Pipe(stdin), encoding="utf-8")),
         patch.object(logging.getLogger(), "handlers", []),
         redirect_stdout(out),
         redirect_stderr(screen or err),

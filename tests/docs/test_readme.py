@@ -65,20 +65,6 @@ def test_the_library_example_runs() -> None:
     assert gzip > chess
 
 
-@pytest.mark.parametrize("name", READMES)
-def test_links_lead_somewhere(name: str) -> None:
-    for target in re.findall(r"\]\(([^)]+)\)", text(name)):
-        assert target.startswith("http") or (ROOT / target).exists(), target
-
-
-def test_the_make_targets_exist() -> None:
-    makefile = text("Makefile")
-    for name in [*READMES, "CONTRIBUTING.md"]:
-        for target in re.findall(r"\bmake ([a-z]+)\b(?=[`\s]| TORCH)", text(name)):
-            if target not in ("and",):
-                assert re.search(rf"^{target}:", makefile, re.M), target
-
-
 def test_a_sample_that_needs_a_token_makes_one_and_fails_without() -> None:
     patterns = ("*.md", "docs/*.md", "deploy/**/*.y*ml", "docker-compose*.yml")
     for path in [path for pattern in patterns for path in ROOT.glob(pattern)]:

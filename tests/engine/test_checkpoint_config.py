@@ -11,7 +11,7 @@ import pytest
 from benchmarks.card import INSTRUCTION, Card
 from reranker import ModelLoadError, Scorer
 from reranker.types import RerankRequest, Slice
-from tests.engine.checkpoints import RIGHT, WRONG, Variant, small_model
+from tests.engine.checkpoints import RIGHT, WRONG, Variant, sentence_transformers, small_model
 
 PAIRS = [
     ("how to compress files", "gzip compresses files"),
@@ -63,3 +63,11 @@ def test_it_is_refused_in_one_line(variant: Variant, path: Path) -> None:
 def _whole(scorer: Scorer, query: str, documents: list[str]) -> Slice:
     request = scorer.encode(RerankRequest(query, documents))
     return Slice(request, 0, len(documents))
+
+
+def test_the_current_folder_is_not_a_part_of_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Path(".") is its own parent, and the module of the weights in modules.json has an empty path."""
+    path = small_model(tmp_path / "m")
+    sentence_transformers()(path)
+    monkeypatch.chdir(path)
+    assert len(Scorer.load(".", device="cpu").rerank("a", ["b"])) == 1

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import random
 import time
 from collections.abc import Iterator
@@ -208,8 +209,9 @@ def test_scores_come_from_replays_where_a_recording_fits(scorer: Scorer, recorde
 
 @pytest.fixture
 def quick(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    """A recorder whose replays never count as slower: here a replay is an eager pass."""
+    """A recorder whose replays never count as slower, and never take too long: here a replay is an eager pass."""
     monkeypatch.setattr(acceleration, "slower", lambda fast, eager: "")
+    monkeypatch.setattr(acceleration, "_RECORD_SECONDS", math.inf)
     return recorder
 
 
@@ -237,6 +239,7 @@ def test_a_slower_size_is_dropped(quick: Recorder, monkeypatch: pytest.MonkeyPat
 
 def test_a_slow_recording_keeps_the_small_sizes(quick: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     now = itertools.count()
+    monkeypatch.setattr(acceleration, "_RECORD_SECONDS", 15.0)
     monkeypatch.setattr(time, "perf_counter", lambda: 4.0 * next(now))
     assert record_passes(quick.model) == ""
     assert quick.model.graphs is not None

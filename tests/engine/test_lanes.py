@@ -14,9 +14,8 @@ import torch
 from benchmarks.card import Card
 from reranker import Scorer
 from reranker.engine import lanes as lanes_module
-from reranker.engine import warmup
 from reranker.engine.batch import PackedBatch
-from reranker.engine.lanes import MIN_TOKENS, DealtBatch, Lanes, deal
+from reranker.engine.lanes import DealtBatch, Lanes, deal
 from reranker.types import EncodedRequest, Slice
 from tests.engine.test_scorer import expected, packed, requests
 
@@ -205,34 +204,3 @@ def test_out_of_memory_in_a_lane_changes_no_score(scorer: Scorer) -> None:
     scorer.model = Failing(scorer, error, lambda batch: batch.shape.documents > 2)  # type: ignore[assignment]
     assert packed(scorer, group) == [pytest.approx(logits, abs=2e-5) for logits in plain]
     assert scorer.max_batch_tokens < budget
-
-
-@pytest.mark.parametrize(
-    ("cores", "seconds", "chosen"),
-    [
-        (1, {1: 1.0}, None),
-        (2, {1: 1.0, 2: 0.6}, 2),
-        (2, {1: 1.0, 2: 0.99}, None),
-        (8, {1: 1.0, 2: 0.7, 4: 0.6, 8: 0.7}, 4),
-        (8, {1: 1.0, 2: 0.7, 4: 0.6, 8: 0.5}, 8),
-        (6, {1: 1.0, 2: 0.7, 4: 0.6, 6: 0.5}, 6),
-        (8, {1: 9.0, 8: 5.0}, 8),
-        (8, {1: 9.0, 8: 9.0}, None),
-    ],
-)
-def test_as_many_lanes_as_are_fastest(
-    scorer: Scorer, monkeypatch: pytest.MonkeyPatch, cores: int, seconds: dict[int, float], chosen: int | None
-) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
-
-    def shortest_pass(scorer: Scorer, documents: int) -> float:
-        if scorer.lanes:  # the measured batch must use the lanes in question
-            batch = warmup.warm_up_batch(scorer, documents)
-            assert isinstance(batch, DealtBatch)
-            assert len(batch.parts) == scorer.lanes.count
-        return seconds[scorer.lanes.count if scorer.lanes else 1]
-
-    monkeypatch.setattr(lanes_module, "MIN_TOKENS", MIN_TOKENS)
-    monkeypatch.setattr(warmup, "shortest_pass", shortest_pass)
-    warmup.choose_lanes(scorer, 1, warmup.Rate(1.0, 1.0))
-    assert (scorer.lanes.count if scorer.lanes else None) == chosen

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from reranker.engine.scores import per_document, sigmoid
-from reranker.types import Chunk, DocumentScore, EncodedRequest, RerankRequest, RerankResult
+from reranker.types import Chunk, DocumentScore, EncodedRequest, RerankRequest, RerankResult, Slice
 
 
 def test_sigmoid_is_the_softmax_of_two_and_never_overflows() -> None:
@@ -25,7 +25,7 @@ def test_a_document_counts_by_its_best_chunk_and_the_first_of_equals() -> None:
     result = RerankResult.of(scores)
     assert result.logits == [7.0, 3.0, 5.0]
     assert result.best_chunks == {1: Chunk(1, 10, 20), 2: Chunk(0, 0, 4)}
-    assert (result.prompt_tokens, result.truncated_documents) == (request.prompt_tokens, 1)
+    assert (result.prompt_tokens, result.truncated_documents) == (Slice(request, 0, 6).prompt_tokens, 1)
 
 
 def test_without_chunks_every_document_has_its_own_logit() -> None:

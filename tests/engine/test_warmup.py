@@ -1,9 +1,16 @@
 from __future__ import annotations
 
-import pytest
+import copy
+from pathlib import Path
 
+import pytest
+import torch
+
+from reranker import Scorer
+from reranker.engine import warmup
 from reranker.engine.budget import MIN_BATCH_TOKENS
 from reranker.engine.device import Memory
+from reranker.engine.lanes import DealtBatch
 from reranker.engine.warmup import BATCH_SECONDS, MAX_BATCH_TOKENS, Rate, choose_budget
 
 GIB = 1 << 30
@@ -26,3 +33,42 @@ def test_the_budget_is_limited_by_speed_and_memory(
     assert choose_budget(Rate(tokens_per_second, 1024.0), memory, requested) == max(
         int(budget), 0 if requested else MIN_BATCH_TOKENS
     )
+
+
+@pytest.fixture(scope="module")
+def loaded(model_path: Path) -> Scorer:
+    """A scorer without lanes, whatever this machine measures."""
+    scorer = Scorer.load(model_path, device="cpu", precision="float32")
+    scorer.lanes = None
+    return scorer
+
+
+@pytest.mark.parametrize(
+    ("cores", "seconds", "chosen"),
+    [
+        (1, {1: 1.0}, None),
+        (2, {1: 1.0, 2: 0.6}, 2),
+        (2, {1: 1.0, 2: 0.99}, None),
+        (8, {1: 1.0, 2: 0.7, 4: 0.6, 8: 0.7}, 4),
+        (8, {1: 1.0, 2: 0.7, 4: 0.6, 8: 0.5}, 8),
+        (6, {1: 1.0, 2: 0.7, 4: 0.6, 6: 0.5}, 6),
+        (8, {1: 9.0, 8: 5.0}, 8),
+        (8, {1: 9.0, 8: 9.0}, None),
+    ],
+)
+def test_as_many_lanes_as_are_fastest(
+    loaded: Scorer, monkeypatch: pytest.MonkeyPatch, cores: int, seconds: dict[int, float], chosen: int | None
+) -> None:
+    scorer = copy.copy(loaded)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+
+    def shortest_pass(scorer: Scorer, documents: int) -> float:
+        if scorer.lanes:  # the measured batch must use the lanes in question
+            batch = warmup.warm_up_batch(scorer, documents)
+            assert isinstance(batch, DealtBatch)
+            assert len(batch.parts) == scorer.lanes.count
+        return seconds[scorer.lanes.count if scorer.lanes else 1]
+
+    monkeypatch.setattr(warmup, "shortest_pass", shortest_pass)
+    warmup.choose_lanes(scorer, 1, warmup.Rate(1.0, 1.0))
+    assert (scorer.lanes.count if scorer.lanes else None) == chosen

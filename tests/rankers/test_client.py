@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from reranker.errors import FailedError, InvalidRequestError
@@ -18,6 +20,12 @@ def test_the_wait_for_a_busy_service_is_bounded() -> None:
     with stub(busy) as service, pytest.raises(FailedError, match=r"not ready \(503\)"):
         list(Client(service.url, max_wait=5).rank_many([RerankRequest("q", ["d"])]))
     assert len(service.bodies) == 1
+
+
+@pytest.mark.parametrize("url", ["http://[x", "http://a:b", "http://x y"])
+def test_an_address_that_is_no_url_is_one_line(url: str) -> None:
+    with pytest.raises(FailedError, match=rf"cannot reach {re.escape(url)}: .*; is the service running\?$"):
+        Client(url)
 
 
 def test_a_loading_service_is_waited_for(start: Start) -> None:

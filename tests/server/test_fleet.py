@@ -84,8 +84,7 @@ def test_generations_share_a_folder_and_differ_in_their_files(tmp_path: Path, mo
     first.start(0, 2, str(tmp_path))
     [folder] = tmp_path.iterdir()
     (folder / "gauge_livesum_0.db").touch()  # of a worker that serves
-    for name, value in first.next_environment().items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RERANKER_GENERATION", first.next_environment()["RERANKER_GENERATION"])
     second = Master()
     second.start(os.getpid(), 2, str(tmp_path))
     assert second.shared.folder == first.shared.folder == str(folder)
@@ -98,7 +97,7 @@ def test_generations_share_a_folder_and_differ_in_their_files(tmp_path: Path, mo
         assert os.environ["PROMETHEUS_MULTIPROC_DIR"] == fleet.context.folder == str(folder)
         assert fleet.context.siblings_serve == (each is second)
     assert keys == ["0", "0b"]
-    assert second.next_environment() == {"RERANKER_GENERATION": f":{folder}"}, "the third has the names of the first"
+    assert second.next_environment()["RERANKER_GENERATION"] == f":{folder}", "the third has the names of the first"
     first.close()
     assert folder.exists()
     second.close()
@@ -117,12 +116,17 @@ def test_an_ended_worker_leaves_its_counters(tmp_path: Path, monkeypatch: pytest
     assert sorted(file.name for file in tmp_path.iterdir()) == ["counter_0.db", "counter_1.db", "gauge_livesum_0.db"]
     operators.close()
     assert tmp_path.exists(), "an operator's folder stays"
+    assert operators.next_environment()["RERANKER_GENERATION"] == "b:", "the next master does not take it for its own"
 
 
 def test_outside_gunicorn_workers_differ_by_process_id(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "/of/an/operator")
     alone = WorkerContext()
     assert (alone.folder, alone.metrics_key) == ("/of/an/operator", str(os.getpid()))
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "/of/the/env/file")  # exported after the import of fleet
+    assert alone.folder == "/of/the/env/file"
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "")
+    assert alone.folder is None
     assert not alone.siblings_serve
     assert not alone.respawned
 

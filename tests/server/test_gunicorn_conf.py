@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 
 from reranker.server import fleet
@@ -151,6 +152,16 @@ def test_every_setting_reaches_gunicorn(monkeypatch: pytest.MonkeyPatch) -> None
     assert conf(monkeypatch, HOST="::1")["bind"] == "[::1]:7000"
 
 
+def test_a_new_generation_has_as_many_workers_as_the_command_line_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = conf(monkeypatch, WORKERS="1")
+    cfg = SimpleNamespace(worker_class_str=names["worker_class"], workers=3)
+    names["on_starting"](SimpleNamespace(cfg=cfg, master_pid=os.getpid()))
+    pipe = fleet.master.shared.ready_pipe
+    assert pipe is not None
+    assert os.read(pipe, 9) == b"..", "two of the three do not end the old generation"
+    fleet.master.close()
+
+
 def test_a_wrong_setting_is_one_line_and_no_traceback(tmp_path: Any) -> None:
     out = subprocess.run(
         [*GUNICORN, "--check-config"],
@@ -227,6 +238,20 @@ def test_real_workers_of_a_reload_are_replaced_on_their_gpus(start: Start, gpus:
         os.kill(killed, signal.SIGKILL)
         until(partial(lambda gpu, killed: worker_of(server, gpu) != killed, gpu, killed), "it was replaced on its GPU")
         assert workers_by_gpu(server, 3) == {"0": 1, "1": 1, "2": 1}
+
+
+def test_a_restart_after_a_reload_reads_the_env_file_again(start: Start) -> None:
+    """A reload makes gunicorn copy the environment, in which the first .env has been exported."""
+    server = start(command=[*FAKE, *PID], env_file="MAX_DOCUMENTS=3\n")
+    try:
+        server.process.send_signal(signal.SIGHUP)
+        until(lambda: server.log.count("ready after") == 2, "it is reloaded")
+        server.log_path.with_name(".env").write_text("MAX_DOCUMENTS=4\n")
+        restart(server)
+        body = {"query": "q", "documents": ["d"] * 4}
+        assert httpx.post(f"{server.client.base_url}/v1/rerank", json=body, trust_env=False).status_code == 200
+    finally:
+        end(server)
 
 
 @pytest.mark.slow

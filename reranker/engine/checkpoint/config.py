@@ -1,11 +1,11 @@
-"""Read config.json, and refuse a model that is not computed as Qwen3-Reranker is; no weight is read here."""
+"""Read config.json and the tokenizer, and refuse forms that no family computes; no weight is read here."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
@@ -19,25 +19,12 @@ _QUANTIZATION_FILES = {
     "hf_quant_config.json": "NVIDIA ModelOpt",
     "quantization_config.json": "torchao",
 }
-_ARCHITECTURES = {
-    "Qwen3ForSequenceClassification": "has a classification head in place of the words yes and no: if it was "
-    "converted, use the original Qwen3ForCausalLM weights; a trained head is not supported",
-    "Qwen3Model": "is saved without lm_head, as embedding models are: use a reranker (Qwen3ForCausalLM)",
-}
-_COMPUTED: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "swish", None),
-    "use_sliding_window": (False, None),
-    "is_causal": (True, None),
-    "use_bidirectional_attention": (False, None),
-}
-"""Fields that change the computation, with the values that are computed here. Null counts as absent."""
 _ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 """Rope types that choose their frequencies by the longest input of a batch."""
 
 
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
+class Checkpoint(NamedTuple):
     """A folder that may be loaded."""
 
     path: Path
@@ -45,30 +32,13 @@ class Checkpoint:
     tokenizer: PreTrainedTokenizerBase
 
 
-def read(path: Path) -> Checkpoint:
-    """Read the settings and the tokenizer of a folder that `locate` returned.
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read the config.json of a folder that `locate` returned.
 
     Raises:
-        ModelLoadError: a file cannot be read, or the model is not computed as Qwen3-Reranker is.
+        ModelLoadError: it cannot be read, or the weights are quantised.
     """
-    file = path / "config.json"
-    settings = read_json(file)
-    _check_quantization(path, settings)
-    _check_architecture(path, settings)
-    _check_rope(file, settings)
-    _check_numbers(file, settings, "rms_norm_eps", "rope_theta")
-    try:
-        config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
-    except Exception as error:  # transformers raises a different type for each field
-        raise ModelLoadError(f"{file} cannot be used: {first_line(error)}") from error
-    sliding = any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ())
-    refuse_if(sliding, f"{file} has layers with sliding attention (layer_types): {ORIGINAL}")
-    tokenizer = load_tokenizer(path)
-    check_tokenizer(path, tokenizer, config.vocab_size)
-    return Checkpoint(path, config, tokenizer)
-
-
-def _check_quantization(path: Path, settings: dict[str, Any]) -> None:
+    settings: dict[str, Any] = read_json(path / "config.json")
     stored = settings.get("quantization_config", settings.get("compression_config"))
     if isinstance(stored, dict):
         bitsandbytes = any(str(key).startswith("load_in_") for key in stored)
@@ -80,26 +50,31 @@ def _check_quantization(path: Path, settings: dict[str, Any]) -> None:
     else:
         method = next((method for name, method in _QUANTIZATION_FILES.items() if (path / name).exists()), "")
     refuse_if(method, f"{path} is a quantised checkpoint ({method[:40]}), which is not read: {UNQUANTIZED}")
+    return settings
 
 
-def _check_architecture(path: Path, settings: dict[str, Any]) -> None:
-    file, kind = path / "config.json", settings.get("model_type")
-    refuse_if(kind != "qwen3", f"model_type is {kind!r}, not 'qwen3': only Qwen3-Reranker (0.6B, 4B, 8B) is served")
+def read(path: Path, settings: dict[str, Any], control_tokens: Sequence[str]) -> Checkpoint:
+    """Read config.json, whose `settings` the family has checked, and the tokenizer with the prompt's control tokens.
+
+    Raises:
+        ModelLoadError: a file cannot be read or does not fit the others, or config.json names code or other weights.
+    """
+    file = path / "config.json"
     code = f"{file} asks for the checkpoint's own code (auto_map), which is never run: {ORIGINAL}, or remove auto_map"
-    refuse_if("auto_map" in settings, f"{code} if the model is a plain Qwen3ForCausalLM")
+    refuse_if("auto_map" in settings, f"{code} if a class of transformers computes the model")
     renamed = settings.get("transformers_weights")
     refuse_if(renamed, f"{file} names its weights (transformers_weights): rename that file to model.safetensors")
-    names = settings.get("architectures") or ["Qwen3ForCausalLM"]
-    name = str(names[0] if isinstance(names, list) else names)[:60]
-    why = _ARCHITECTURES.get(name, "is not served: only Qwen3ForCausalLM is")
-    served = isinstance(names, list) and "Qwen3ForCausalLM" in names
-    refuse_if(not served, f"the architecture {name} of {path} {why}")
-    for field, values in _COMPUTED.items():
-        value = settings.get(field)
-        refuse_if(value not in values, f"{file} has {field}={value!r}: Qwen3-Reranker is computed with {values[0]!r}")
+    try:
+        config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
+    except Exception as error:  # transformers raises a different type for each field
+        raise ModelLoadError(f"{file} cannot be used: {first_line(error)}") from error
+    tokenizer = load_tokenizer(path)
+    check_tokenizer(path, tokenizer, config.vocab_size, control_tokens)
+    return Checkpoint(path, config, tokenizer)
 
 
-def _check_rope(file: Path, settings: dict[str, Any]) -> None:
+def check_rope(file: Path, settings: dict[str, Any]) -> None:
+    """Refuse rotary embeddings that a packed batch cannot have, or that are not those of the weights."""
     thetas = [settings.get("rope_theta")]
     for field in ("rope_scaling", "rope_parameters"):
         rope = settings.get(field) or {}
@@ -111,12 +86,12 @@ def _check_rope(file: Path, settings: dict[str, Any]) -> None:
         refuse_if(kind not in _ROPE_TYPES, f"{file} has the rope type {kind!r}, which {why}: {known}")
         partial = rope.get("partial_rotary_factor") not in (None, 1, 1.0)
         refuse_if(partial, f"{file} has a partial_rotary_factor, which no Qwen3-Reranker has: {AGAIN}")
-        _check_numbers(file, rope, "rope_theta", "factor", "original_max_position_embeddings")
+        check_numbers(file, rope, "rope_theta", "factor", "original_max_position_embeddings")
         thetas.append(rope.get("rope_theta"))
     refuse_if(thetas == [None] * 3, f"{file} has no rope_theta: it is not the config.json of these weights")
 
 
-def _check_numbers(file: Path, settings: dict[str, Any], *fields: str) -> None:
+def check_numbers(file: Path, settings: dict[str, Any], *fields: str) -> None:
     """Refuse fields that are present and not positive numbers."""
     for field in fields:
         value = settings.get(field)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from reranker.engine.checkpoint.files import AGAIN, RERANKER, first_line, read_json, refuse_if
+from reranker.engine.families.base import Family
 from reranker.errors import ModelLoadError
-from reranker.request.template import SUFFIX, SYSTEM
 
 logger = logging.getLogger(__name__)
 
@@ -24,21 +25,22 @@ _EMBEDDING = ("Pooling", "Normalize", "WordEmbeddings", "StaticEmbedding")
 """Modules that only embedding models have."""
 
 
-def default_instruction(path: Path, tokenizer: PreTrainedTokenizerBase) -> str | None:
+def default_instruction(family: Family) -> str | None:
     """Return the instruction that the folder names for requests without one; None if it names none.
 
     Raises:
         ModelLoadError: the folder describes another score or another prompt than this service computes.
     """
-    has_answers = _check_modules(path, tokenizer)
-    template = _check_template(path, tokenizer, has_answers)
+    path = family.checkpoint.path
+    template = _check_template(family, has_answers=_check_modules(family))
     file, transformer = path / "config_sentence_transformers.json", path / "sentence_bert_config.json"
     settings = read_json(file) if file.is_file() else {}
     embedding = settings.get("model_type") == "SentenceTransformer" or settings.get("similarity_fn_name")
     refuse_if(embedding, f"{path} is an embedding model ({file.name}), which {RERANKER}")
     activation = str(settings.get("activation_fn") or "Sigmoid").rpartition(".")[2]
     if activation not in ("Sigmoid", "Identity"):
-        logger.warning("the activation %s of %s is ignored: scores are sigmoid(yes - no)", activation[:40], path)
+        used = " - ".join(family.answers)
+        logger.warning("the activation %s of %s is ignored: scores are sigmoid(%s)", activation[:40], path, used)
     lower = transformer.is_file() and read_json(transformer).get("do_lower_case")
     refuse_if(lower, f"{transformer} sets do_lower_case, which is not supported: remove it")
     name, prompts = settings.get("default_prompt_name"), settings.get("prompts") or {}
@@ -50,8 +52,9 @@ def default_instruction(path: Path, tokenizer: PreTrainedTokenizerBase) -> str |
     return prompt if prompt.strip() else template
 
 
-def _check_modules(path: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Refuse an embedding model, a trained head, and other words than yes and no; True if there is a LogitScore."""
+def _check_modules(family: Family) -> bool:
+    """Refuse an embedding model, a trained head, and other words than the family's; True if there is a LogitScore."""
+    path = family.checkpoint.path.absolute()  # "." is its own parent
     above = any(folder == path for _, folder in _modules(path.parent))
     refuse_if(above, f"{path} is a part of {path.parent}, whose modules.json says how it is scored: use that folder")
     modules = _modules(path)
@@ -67,7 +70,7 @@ def _check_modules(path: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
         elif folder != path:
             raise ModelLoadError(f"{path} keeps its weights in {folder.name}: move the files of {folder} into {path}")
     for file in files:
-        _check_answers(file, tokenizer)
+        _check_answers(file, family.answers)
     return bool(files)
 
 
@@ -80,21 +83,22 @@ def _modules(path: Path) -> list[tuple[str, Path]]:
     return [(str(m.get("type", "")).rpartition(".")[2], path / str(m.get("path") or "")) for m in modules]
 
 
-def _check_answers(file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def _check_answers(file: Path, answers: Mapping[str, int]) -> None:
     settings = read_json(file)
-    yes, no = (tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no"))
-    true, false = (settings.get(name) for name in ("true_token_id", "false_token_id"))
-    problem = f"{file} scores by the tokens {true} and {false}, not by this tokenizer's yes ({yes}) and no ({no})"
-    refuse_if((true, false) != (yes, no), f"{problem}: only yes minus no is computed here")
+    tokens = [settings.get(name) for name in ("true_token_id", "false_token_id")]
+    words = " and ".join(f"{word} ({token})" for word, token in answers.items())
+    problem = f"{file} scores by the tokens {tokens[0]} and {tokens[1]}, not by this tokenizer's {words}"
+    refuse_if(tokens != [*answers.values()], f"{problem}: only {' minus '.join(answers)} is computed here")
 
 
-def _check_template(path: Path, tokenizer: PreTrainedTokenizerBase, has_answers: bool) -> str | None:
-    """Refuse a chat template of another prompt than the card's; return its default instruction, if it has one.
+def _check_template(family: Family, has_answers: bool) -> str | None:
+    """Refuse a chat template of another prompt than the family's; return its default instruction, if it has one.
 
     A template with the roles query and document is the prompt that the checkpoint was trained with, and so is every
     template beside a LogitScore module. Fine-tuning tools leave a generic template beside the weights, which has
     neither role and is ignored.
     """
+    path, tokenizer = family.checkpoint.path, family.checkpoint.tokenizer
     templates = tokenizer.chat_template
     for template in templates.values() if isinstance(templates, dict) else [templates]:
         if not isinstance(template, str):
@@ -102,19 +106,15 @@ def _check_template(path: Path, tokenizer: PreTrainedTokenizerBase, has_answers:
         if not has_answers and not all(re.search(f"['\"]{role}['\"]", template) for role in ("query", "document")):
             continue
         refuse_if(
-            _render(path, tokenizer, template, _INSTRUCTION) != _card(_INSTRUCTION),
+            _render(path, tokenizer, template, _INSTRUCTION) != family.template.render(_INSTRUCTION, _QUERY, _DOCUMENT),
             f"the chat template in {path} renders another prompt than Qwen3-Reranker's, and would be ignored: use the "
             f"original's chat_template.jinja if the model was trained with the original's prompt",
         )
-        before, after = _card("\0").split("\0")
+        before, after = family.template.render("\0", _QUERY, _DOCUMENT).split("\0")
         rendered = _render(path, tokenizer, template, None) or ""
         if rendered.startswith(before) and rendered.endswith(after):
             return rendered[len(before) : len(rendered) - len(after)] or None
     return None
-
-
-def _card(instruction: str) -> str:
-    return f"{SYSTEM}<Instruct>: {instruction}\n<Query>: {_QUERY}\n<Document>: {_DOCUMENT}{SUFFIX}"
 
 
 def _render(path: Path, tokenizer: PreTrainedTokenizerBase, template: str, instruction: str | None) -> str | None:

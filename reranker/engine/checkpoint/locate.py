@@ -49,8 +49,7 @@ def locate(name: str, revision: str | None = None) -> Path:
     """Return the folder of a checkpoint, with all files that loading needs.
 
     Args:
-        name: a folder, a folder `models--X--Y` of the hub's cache, or a hub name, which is downloaded unless the cache
-            has it.
+        name: a folder, a folder `models--X--Y` of the hub's cache, or a hub name, downloaded unless the cache has it.
         revision: branch, tag or commit of a hub name or of a cache folder; None: the newest.
 
     Raises:
@@ -59,10 +58,8 @@ def locate(name: str, revision: str | None = None) -> Path:
     try:
         return _locate(name, revision)
     except OSError as error:
-        file = error.filename or name[:200]
-        raise ModelLoadError(
-            f"cannot read {file}: {error.strerror} (this process runs as uid {os.getuid()})"
-        ) from error
+        problem = f"cannot read {error.filename or name[:200]}: {error.strerror}"
+        raise ModelLoadError(f"{problem} (this process runs as uid {os.getuid()})") from error
     except (RuntimeError, ValueError) as error:  # an unknown user's home, a zero byte, a reference that is not text
         raise ModelLoadError(f"{name[:200]!r} is not a model folder: {error}") from error
 
@@ -71,16 +68,13 @@ def _locate(name: str, revision: str | None) -> Path:
     path = Path(name).expanduser()
     download = _DOWNLOAD.format(path=path)
     if path.is_file():
-        other = _other_format(path.parent, path.name)
-        raise ModelLoadError(
-            f"{path} is a file: set MODEL_NAME_OR_PATH to the folder that holds config.json and *.safetensors"
-            + (f"; {other}" if other else "")
-        )
+        problem = f"{path} is a file: set MODEL_NAME_OR_PATH to the folder that holds config.json and *.safetensors"
+        raise ModelLoadError("; ".join(filter(None, (problem, _other_format(path.parent, path.name)))))
     if path.is_dir():
         if path.name.startswith("models--") and (path / "snapshots").is_dir():
             path, revision = _snapshot(path, revision), None
-        problem = f"MODEL_REVISION={revision} cannot be honoured: {path} is a folder and not a hub name"
-        refuse_if(revision, f"{problem}; leave it empty")
+        problem = f"{path} is a folder and not a hub name; leave it empty"
+        refuse_if(revision, f"MODEL_REVISION={revision} cannot be honoured: {problem}")
         _check_files(path, download)
         return path
     hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith(".") and not path.parent.is_dir()
@@ -145,10 +139,8 @@ def _check_files(path: Path, advice: str) -> None:
 
 def _check_file(file: Path) -> None:
     if file.is_symlink() and not file.exists():
-        raise ModelLoadError(
-            f"{file} is a link to {os.readlink(file)}, which does not exist here: mount or copy the whole cache "
-            f"folder (with its blobs), not the snapshot alone"
-        )
+        fix = "mount or copy the whole cache folder (with its blobs), not the snapshot alone"
+        raise ModelLoadError(f"{file} is a link to {os.readlink(file)}, which does not exist here: {fix}")
     refuse_if(file.is_dir(), f"{file} is a folder and not a file: look at what is mounted there")
     with file.open("rb") as opened:
         refuse_pointer(file, opened.read(100))

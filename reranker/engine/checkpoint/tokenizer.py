@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from reranker.engine.checkpoint.files import AGAIN, first_line, read_json, read_text, refuse_if
 from reranker.errors import ModelLoadError
-
-_CONTROL_TOKENS = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
@@ -33,7 +32,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def check_tokenizer(path: Path, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+def check_tokenizer(path: Path, tokenizer: PreTrainedTokenizerBase, rows: int, control_tokens: Sequence[str]) -> None:
     """Refuse a tokenizer that splits a control token, draws ids at random, or has ids without a row of the embedding.
 
     Raises:
@@ -47,7 +46,7 @@ def check_tokenizer(path: Path, tokenizer: PreTrainedTokenizerBase, rows: int) -
     configured = any((path / name).is_file() for name in ("tokenizer_config.json", "added_tokens.json"))
     cause = "it is not a Qwen3-Reranker's" if configured else "tokenizer_config.json is missing"
     largest = 0
-    for text in _CONTROL_TOKENS:
+    for text in control_tokens:
         ids = tokenizer.encode(text, add_special_tokens=False)
         refuse_if(len(ids) != 1, f"the tokenizer in {path} splits {text} into {len(ids)} tokens: {cause}")
         largest = max(largest, ids[0])

@@ -9,13 +9,12 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from reranker.engine.checkpoint.files import AGAIN, UNQUANTIZED, first_line, read_json, refuse_if
 from reranker.errors import ModelLoadError
@@ -36,8 +35,7 @@ _OTHER_SIZE = "config.json belongs to a model of another size"
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
+class Stored(NamedTuple):
     """A tensor as the header of its file describes it."""
 
     shape: tuple[int, ...]
@@ -98,29 +96,27 @@ def not_finite(path: Path) -> str | None:
     return None
 
 
-def check_weights(path: Path, config: PretrainedConfig) -> None:
-    """Refuse a checkpoint whose tensors are not exactly the model's, and log extra ones that change no score.
+def check_weights(path: Path, config: PretrainedConfig, auto_class: Any) -> None:
+    """Refuse a checkpoint whose tensors are not exactly those of `auto_class`; log extra ones that change no score.
 
     Raises:
         ModelLoadError: names the number of wrong tensors, the first one and the likely cause.
     """
-    stored, needed = inventory(path), _needed(path, config)
+    stored, needed = inventory(path), _needed(path, config, auto_class)
     missing, extra = [name for name in needed if name not in stored], [name for name in stored if name not in needed]
     tied = {"lm_head.weight", "model.embed_tokens.weight"} & set(missing)
     if config.tie_word_embeddings and len(tied) == 1:
         missing = [name for name in missing if name not in tied]
     _refuse_forms(path, stored, needed, extra)
     if missing:
-        raise ModelLoadError(
-            f"{len(missing)} of the {len(needed)} weights that the model needs are not in {path}, the first is "
-            f"{missing[0]}: {_cause(missing, set(stored), config.num_hidden_layers)}"
-        )
+        problem = f"{len(missing)} of the {len(needed)} weights that the model needs are not in {path}"
+        cause = _cause(missing, set(stored), config.num_hidden_layers)
+        raise ModelLoadError(f"{problem}, the first is {missing[0]}: {cause}")
     for name, shape in needed.items():
         if name in stored and stored[name].shape != shape:
-            raise ModelLoadError(
-                f"{name} is {list(stored[name].shape)} in {path}, and {list(shape)} by config.json: they do not belong "
-                f"to one model (look at hidden_size, head_dim, intermediate_size and vocab_size)"
-            )
+            fields = "hidden_size, head_dim, intermediate_size and vocab_size"
+            problem = f"{name} is {list(stored[name].shape)} in {path}, and {list(shape)} by config.json"
+            raise ModelLoadError(f"{problem}: they do not belong to one model (look at {fields})")
     _check_extra(path, stored, extra, config)
 
 
@@ -133,11 +129,11 @@ def _opened(file: Path) -> Iterator[Any]:
         raise ModelLoadError(f"{file} is broken or half downloaded ({error}): download it again") from error
 
 
-def _needed(path: Path, config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+def _needed(path: Path, config: PretrainedConfig, auto_class: Any) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor of the model that config.json describes."""
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+            model = auto_class.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
     except Exception as error:  # of torch or transformers, for sizes that make no model
         raise ModelLoadError(f"{path / 'config.json'} describes no model: {first_line(error)}") from error
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -145,16 +141,14 @@ def _needed(path: Path, config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
 
 def _refuse_forms(path: Path, stored: Mapping[str, Stored], needed: Iterable[str], extra: Iterable[str]) -> None:
     """Refuse the weights of an adapter, and quantised weights whose settings config.json has lost."""
-    for name in extra:
-        problem = f"{path} holds weights of an adapter that was not merged ({name})"
-        refuse_if(_ADAPTER.search(name), f"{problem}: save the model after merge_and_unload()")
+    adapter = next(filter(_ADAPTER.search, extra), None)
+    problem = f"{path} holds weights of an adapter that was not merged ({adapter})"
+    refuse_if(adapter, f"{problem}: save the model after merge_and_unload()")
     quantized = [name for name in extra if name.startswith(_MODEL) and _QUANTIZED.search(name)]
     quantized += [name for name in needed if name in stored and stored[name].dtype not in _FLOATS]
-    for name in quantized:
-        raise ModelLoadError(
-            f"{path} holds quantised weights ({name}, {stored[name].dtype}), and config.json has lost its "
-            f"quantization_config: {UNQUANTIZED}"
-        )
+    for name in quantized[:1]:
+        problem = f"{path} holds quantised weights ({name}, {stored[name].dtype})"
+        raise ModelLoadError(f"{problem}, and config.json has lost its quantization_config: {UNQUANTIZED}")
 
 
 def _cause(missing: list[str], names: set[str], layers: int) -> str:
@@ -162,14 +156,13 @@ def _cause(missing: list[str], names: set[str], layers: int) -> str:
     first = missing[0]
     for name in names:
         if name.endswith(first):
-            return (
-                f"the names in the files begin with {name.removesuffix(first)!r}: remove it, or save the model without "
-                f"its wrapper (PEFT: merge_and_unload(), torch.compile: _orig_mod, DataParallel: module)"
-            )
+            wrappers = "(PEFT: merge_and_unload(), torch.compile: _orig_mod, DataParallel: module)"
+            prefix = name.removesuffix(first)
+            return f"the names begin with {prefix!r}: remove it, or save the model without its wrapper {wrappers}"
     if first.removeprefix("model.") in names:
-        return "the names in the files lack 'model.', as in a bare backbone: save the whole Qwen3ForCausalLM"
+        return "the names lack 'model.', as in an embedding model: use a reranker, or save the whole Qwen3ForCausalLM"
     if missing == ["lm_head.weight"]:
-        return 'save the head with the model, or write "tie_word_embeddings": true in config.json if they are tied'
+        return 'save the head with the model, or write "tie_word_embeddings": true in config.json if it is tied'
     stored = {int(match[1]) for name in names if (match := _LAYER.match(name))}
     absent = [int(match[1]) for name in missing if (match := _LAYER.match(name))]
     if stored and len(absent) == len(missing) and min(absent) > max(stored):
@@ -182,7 +175,8 @@ def _cause(missing: list[str], names: set[str], layers: int) -> str:
 def _check_extra(path: Path, stored: Mapping[str, Stored], extra: list[str], config: PretrainedConfig) -> None:
     """Refuse tensors that would have changed the scores, and log the others."""
     inside = [name for name in extra if name.startswith(_MODEL) and not _HARMLESS.search(name)]
-    heads = [n for n in extra if _is_head(stored[n].shape, config.hidden_size) and not _VALUE_HEAD.search(n)]
+    logits = [(1, config.hidden_size), (2, config.hidden_size)]
+    heads = [name for name in extra if stored[name].shape in logits and not _VALUE_HEAD.search(name)]
     for first in inside + heads:
         layer, layers = _LAYER.match(first), config.num_hidden_layers
         causes = (
@@ -195,8 +189,3 @@ def _check_extra(path: Path, stored: Mapping[str, Stored], extra: list[str], con
         raise ModelLoadError(f"{len(extra)} weights in {path} would be ignored, the first is {first}: {cause}")
     if extra:
         logger.warning("%d weights in %s are not part of the model and are ignored: %s", len(extra), path, extra[0])
-
-
-def _is_head(shape: tuple[int, ...], hidden_size: int) -> bool:
-    """Return whether a tensor of this shape makes one or two logits of a hidden state."""
-    return len(shape) == 2 and shape[0] <= 2 and shape[1] == hidden_size

@@ -2,26 +2,49 @@
 
 from __future__ import annotations
 
-from reranker.engine.checkpoint.config import Checkpoint
+from pathlib import Path
+from typing import Any
+
+from reranker.engine.checkpoint.config import read, read_settings
 from reranker.engine.families.base import Family
 from reranker.engine.families.qwen3 import Qwen3
 from reranker.errors import ModelLoadError
 
 FAMILIES: dict[tuple[str, str], type[Family]] = {("qwen3", "Qwen3ForCausalLM"): Qwen3}
 """By model_type and architecture; a config.json without architectures gets the first of its model_type."""
+_NOT_SERVED = {
+    "Qwen3ForSequenceClassification": "has a classification head in place of the words yes and no: if it was "
+    "converted, use the original Qwen3ForCausalLM weights; a trained head is not supported",
+    "Qwen3Model": "is saved without lm_head, as embedding models are: use a reranker (Qwen3ForCausalLM)",
+}
 
 
-def family_of(checkpoint: Checkpoint) -> Family:
-    """Return the family that computes a checkpoint.
+def open_checkpoint(path: Path) -> Family:
+    """Read all but the weights of a folder that `locate` returned, for the family that computes it.
 
     Raises:
-        ModelLoadError: no family does, or the checkpoint lacks a part that its family needs.
+        ModelLoadError: a file cannot be read, or no family computes the model.
     """
-    kind, names = checkpoint.config.model_type, checkpoint.config.architectures
-    for (model_type, architecture), family in FAMILIES.items():
-        if kind == model_type and (not names or architecture in names):
-            return family(checkpoint)
-    served = ", ".join(architecture for _, architecture in FAMILIES)
-    raise ModelLoadError(
-        f"{checkpoint.path / 'config.json'} has model_type {kind!r} and architectures {names}: only {served} is served"
-    )
+    settings = read_settings(path)
+    family = family_of(path, settings)
+    family.check_settings(path / "config.json", settings)
+    return family(read(path, settings, family.template.own_tokens))
+
+
+def family_of(path: Path, settings: dict[str, Any]) -> type[Family]:
+    """Return the family for the settings in config.json.
+
+    Raises:
+        ModelLoadError: there is none.
+    """
+    kind, names = settings.get("model_type"), settings.get("architectures") or []
+    families = {architecture: family for (model_type, architecture), family in FAMILIES.items() if model_type == kind}
+    if not families:
+        kinds = " or ".join(sorted({repr(model_type) for model_type, _ in FAMILIES}))
+        raise ModelLoadError(f"model_type is {kind!r}, not {kinds}: only Qwen3-Reranker (0.6B, 4B, 8B) is served")
+    for architecture, family in families.items():
+        if not names or (isinstance(names, list) and architecture in names):
+            return family
+    name = str(names[0] if isinstance(names, list) else names)[:60]
+    why = _NOT_SERVED.get(name, f"is not served: only {', '.join(families)} is")
+    raise ModelLoadError(f"the architecture {name} of {path} {why}")

@@ -1,14 +1,15 @@
 """The seam between the engine and a model family.
 
-`Family` reads a checkpoint's folder before the weights; `Backbone` computes hidden states once they are loaded; `Head`
+`Family` checks a checkpoint's folder before the weights; `Backbone` computes hidden states once they are loaded; `Head`
 turns a hidden state into a logit. A family is one file that implements the first two, and one line of the registry.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -42,6 +43,17 @@ class Template:
     """The default instruction."""
     control_tokens: frozenset[str]
     """Added tokens of the family; they are plain text in instructions, queries and documents."""
+
+    @property
+    def own_tokens(self) -> list[str]:
+        """The control tokens of the prompt itself, in order."""
+        text = self.system + self.suffix
+        return sorted((token for token in self.control_tokens if token in text), key=text.index)
+
+    def render(self, instruction: str, query: str, document: str) -> str:
+        """Return a whole prompt."""
+        opening = self.opening.format(instruction=instruction)
+        return f"{self.system}{opening} {query}{self.closing} {document}{self.suffix}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,24 +105,29 @@ class Backbone(ABC):
 
 
 class Family(ABC):
-    """A model family as a checkpoint's folder describes it, before its weights.
+    """A model family with a checkpoint that it computes, before the weights are loaded.
 
     Raises:
-        ModelLoadError: the tokenizer lacks a token that the head needs.
+        ModelLoadError: the checkpoint lacks a part that the family needs.
     """
 
-    template: Template
+    template: ClassVar[Template]
+    auto_class: ClassVar[Any]
+    """transformers' class that loads the whole model."""
+    answers: Mapping[str, int] = {}
+    """The two words whose logits are compared, and their token ids; the word for a relevant document is the first."""
 
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+
+    @staticmethod
     @abstractmethod
-    def __init__(self, checkpoint: Checkpoint) -> None: ...
+    def check_settings(file: Path, settings: dict[str, Any]) -> None:
+        """Raise ModelLoadError if config.json describes another computation; transformers reads it afterwards."""
 
     @abstractmethod
     def head(self, model: PreTrainedModel) -> Head:
-        """Read the head from the loaded weights.
-
-        Raises:
-            ModelLoadError: it gives every document the same score.
-        """
+        """Read the head from the loaded weights; raise ModelLoadError if it gives every document the same score."""
 
     @abstractmethod
     def backbone(self, model: PreTrainedModel, dtype: torch.dtype, wrap: Wrap) -> Backbone:

@@ -14,17 +14,19 @@ the formulas: transformers' modeling_qwen3.py.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model, Qwen3RMSNorm
 
 from reranker.engine.attention import Attention
 from reranker.engine.batch import PackedBatch, pack
-from reranker.engine.checkpoint.config import Checkpoint
+from reranker.engine.checkpoint.config import Checkpoint, check_numbers, check_rope
+from reranker.engine.checkpoint.files import ORIGINAL, refuse_if
 from reranker.engine.families.base import Backbone, Family, Head, LayerFns, Template, Wrap
 from reranker.errors import ModelLoadError
 from reranker.request.template import SUFFIX, SYSTEM
@@ -43,6 +45,13 @@ TEMPLATE = Template(
         "<tool_response> </tool_response> <think> </think>".split()
     ),
 )
+_COMPUTED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish", None),
+    "use_sliding_window": (False, None),
+    "is_causal": (True, None),
+    "use_bidirectional_attention": (False, None),
+}
+"""Fields that change the computation, with the values that are computed here. Null counts as absent."""
 
 
 def answer_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -64,20 +73,32 @@ class Qwen3(Family):
     """A `Qwen3ForCausalLM` that answers yes or no."""
 
     template = TEMPLATE
+    auto_class = AutoModelForCausalLM
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.path = checkpoint.path
-        self.answers = answer_tokens(checkpoint.tokenizer)
+        super().__init__(checkpoint)
+        sliding = any(kind != "full_attention" for kind in getattr(checkpoint.config, "layer_types", None) or ())
+        file = checkpoint.path / "config.json"
+        refuse_if(sliding, f"{file} has layers with sliding attention (layer_types): {ORIGINAL}")
+        self.answers = dict(zip(("yes", "no"), answer_tokens(checkpoint.tokenizer), strict=True))
+
+    @staticmethod
+    def check_settings(file: Path, settings: dict[str, Any]) -> None:
+        """See `Family.check_settings`."""
+        for field, values in _COMPUTED.items():
+            value = settings.get(field)
+            refuse_if(
+                value not in values, f"{file} has {field}={value!r}: Qwen3-Reranker is computed with {values[0]!r}"
+            )
+        check_rope(file, settings)
+        check_numbers(file, settings, "rms_norm_eps", "rope_theta")
 
     def head(self, model: PreTrainedModel) -> Head:
         """Return W[yes] - W[no]: the card's softmax over the two logits is the sigmoid of their difference."""
-        rows = cast("Any", model).lm_head.weight.detach()[self.answers].float()
-        weight = rows[0] - rows[1]
-        if not weight.any():
-            raise ModelLoadError(
-                f"lm_head in {self.path} has equal rows for yes and no, so that every score would be 0.5: "
-                f"it was not saved"
-            )
+        yes, no = cast("Any", model).lm_head.weight.detach()[list(self.answers.values())].float()
+        weight = yes - no
+        equal = f"lm_head in {self.checkpoint.path} has equal rows for yes and no, so that every score would be 0.5"
+        refuse_if(not weight.any(), f"{equal}: it was not saved")
         return Head(weight)
 
     def backbone(self, model: PreTrainedModel, dtype: torch.dtype, wrap: Wrap) -> Backbone:
@@ -105,9 +126,6 @@ def after_attention(layer: Any, x: Tensor, attended: Tensor) -> Tensor:
     return out
 
 
-EAGER = LayerFns(before_attention, after_attention)
-
-
 class Qwen3Backbone(Backbone):
     """The decoder of a Qwen3 model, its projections fused in place.
 
@@ -118,13 +136,13 @@ class Qwen3Backbone(Backbone):
     """
 
     causal = True
-    eager = EAGER
+    eager = LayerFns(before_attention, after_attention)
 
     def __init__(self, decoder: Qwen3Model, dtype: torch.dtype, wrap: Wrap = lambda linear: linear) -> None:
         self.decoder, config = decoder, cast("Any", decoder.config)
         self.vocab_size: int = config.vocab_size
-        heads = config.num_attention_heads + 4 * config.num_key_value_heads
-        self.activation_width = 4 * config.hidden_size + 2 * config.intermediate_size + 2 * heads * config.head_dim
+        width = (config.num_attention_heads + 4 * config.num_key_value_heads) * self._layers[0].self_attn.head_dim
+        self.activation_width = 4 * config.hidden_size + 2 * config.intermediate_size + 2 * width
         for layer in self._layers:
             _fuse(layer, wrap)
         for module in decoder.modules():
@@ -135,7 +153,7 @@ class Qwen3Backbone(Backbone):
     def _layers(self) -> list[Any]:
         return list(cast("Iterable[Any]", self.decoder.layers))
 
-    def hidden(self, batch: PackedBatch, kernel: type[Attention], layer_fns: LayerFns = EAGER) -> Tensor:
+    def hidden(self, batch: PackedBatch, kernel: type[Attention], layer_fns: LayerFns) -> Tensor:
         """See `Backbone.hidden`."""
         decoder, attention, layers = self.decoder, kernel(batch), self._layers
         norm = cast("Any", decoder.norm)
@@ -147,7 +165,7 @@ class Qwen3Backbone(Backbone):
             x = layer_fns.after(layer, x, attention.attend_all(q, k, v, layer.self_attn.scaling))
         q, k, v = layer_fns.before(layers[-1], x, cos, sin)
         attended = attention.attend_last(q[batch.last], k, v, layers[-1].self_attn.scaling)
-        hidden = after_attention(layers[-1], x[batch.last], attended).float()
+        hidden = self.eager.after(layers[-1], x[batch.last], attended).float()
         return F.rms_norm(hidden, (hidden.shape[-1],), norm.weight.float(), norm.variance_epsilon)
 
     def cache_prefix(self, tokens: list[int], kernel: type[Attention]) -> None:
@@ -156,12 +174,12 @@ class Qwen3Backbone(Backbone):
         computed: list[tuple[Tensor, Tensor]] = []
 
         def before(layer: Any, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            q, k, v = before_attention(layer, x, cos, sin)
+            q, k, v = self.eager.before(layer, x, cos, sin)
             computed.append((k[: len(tokens)], v[: len(tokens)]))
             return q, k, v
 
         with torch.inference_mode():
-            self.hidden(batch, kernel, LayerFns(before, after_attention))
+            self.hidden(batch, kernel, LayerFns(before, self.eager.after))
         for layer, (k, v) in zip(self._layers, computed, strict=True):  # clones made here are no inference tensors
             layer.self_attn.cached_k, layer.self_attn.cached_v = k.clone(), v.clone()
 
