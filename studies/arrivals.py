@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -52,17 +51,6 @@ def heavy_tailed(rate: float, seed: int, *, median: float = 30, sigma: float = 1
             mine = sizes[end - counts[i] : end].tolist()
             yield arrival(float(moments[i]), int(queries[i]), int(shared[i]), mine)
         now = float(moments[-1])
-
-
-def from_files(rate: float, seed: int) -> Iterator[Arrival]:
-    """Poisson arrivals of the requests of short.json (four of five) and long.json."""
-    rng = np.random.default_rng(seed)
-    now = 0.0
-    for query in itertools.count():
-        now += rng.exponential(1 / rate)
-        work = workloads()["short" if rng.random() < 0.8 else "long"]
-        i = int(rng.integers(len(work.prefixes)))
-        yield arrival(now, query, work.prefixes[i], work.documents[i])
 
 
 def arrival(at: float, query: int, prefix: int, documents: list[int]) -> Arrival:

@@ -201,3 +201,10 @@ def fake_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The real service around tests/fake.py: a document's logit is the number of words it shares with the query."""
     with starting(tmp_path_factory) as start:
         yield start(command=FAKE)
+
+
+@pytest.fixture(scope="session")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The demo model with a context of 160 tokens, so that texts are truncated, and a cache that stores truncations."""
+    with starting(tmp_path_factory) as start:
+        yield start(MAX_SEQ_LENGTH="160", MODEL_DEVICE="cpu", SCORE_CACHE_ENTRIES="100")

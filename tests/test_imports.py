@@ -99,6 +99,8 @@ def test_a_module_imports_only_from_the_packages_below_its_own(room: str, path: 
     assert not top(names) & {"config", "app", "deploy", "tests"}
     if room in LIBRARIES:
         assert top(names) - {"reranker"} <= sys.stdlib_module_names | LIBRARIES[room]
+    if room not in ("environment", "settings", "http", "server"):
+        assert not top(names) & WEB
     if room not in ("engine", "batch"):
         assert not top(names) & (COMPUTE - {"numpy"})
 

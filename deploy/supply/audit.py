@@ -1,10 +1,10 @@
-"""Known vulnerabilities of what the service needs at run time, by pip-audit; and whether it could ask at all.
+"""Audit the packages that the service needs at run time with pip-audit; fail if the advisories cannot be read.
 
     python deploy/supply/audit.py SITE_PACKAGES requirements.txt
 
-Where the network has packages but no advisories (a mirror, a proxy), pip-audit calls every package unknown and ends
-well. So a package that is known to be vulnerable is asked about along with the others, and none may be left out.
-Ends with 0: nothing is known; 1: something is; 2: nobody could be asked.
+On a network with packages but without advisories (a mirror, a proxy), pip-audit skips every package and succeeds.
+Therefore it also has to report a package with known vulnerabilities, and may skip none.
+Exit codes: 0: no known vulnerabilities; 1: some; 2: the advisories could not be read.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from packages import environment, needed
 
-KNOWN = ("jinja2", "2.4.1")
+KNOWN = {"jinja2": "2.4.1"}
 """CVE-2014-1402 and others."""
 NO_ANSWER = (
     "error: the advisories could not be asked for, so nothing is known about these packages. This needs a network "
@@ -25,43 +25,35 @@ NO_ANSWER = (
 )
 
 
-def ask(packages: list[tuple[str, str]]) -> list[dict[str, object]] | None:
-    """pip-audit's answer for each package, or None when it gave none."""
+def vulnerabilities(packages: dict[str, str]) -> dict[str, list[object]]:
+    """Run pip-audit on names with versions; return the vulnerabilities of every package it did not skip."""
     with tempfile.TemporaryDirectory() as folder:
-        asked, answer = Path(folder, "asked.txt"), Path(folder, "answer.json")
-        asked.write_text("".join(f"{name}=={version}\n" for name, version in packages), encoding="utf-8")
-        options = ["--no-deps", "--disable-pip", "--progress-spinner=off", "--format=json", f"--output={answer}"]
+        requirements, report = Path(folder, "requirements.txt"), Path(folder, "report.json")
+        requirements.write_text("".join(f"{name}=={version}\n" for name, version in packages.items()), encoding="utf-8")
+        options = ["--no-deps", "--disable-pip", "--progress-spinner=off", "--format=json", f"--output={report}"]
         tool = str(Path(sys.executable).with_name("pip-audit"))
-        subprocess.run([tool, *options, "-r", str(asked)], stderr=subprocess.DEVNULL, check=False)
+        subprocess.run([tool, *options, "-r", str(requirements)], stderr=subprocess.DEVNULL, check=False)
         try:
-            found: list[dict[str, object]] = json.loads(answer.read_text(encoding="utf-8"))["dependencies"]
+            rows = json.loads(report.read_text(encoding="utf-8"))["dependencies"]
         except (OSError, ValueError, KeyError):
-            return None
-        return found
+            return {}
+    return {row["name"]: row["vulns"] for row in rows if "vulns" in row}
 
 
 def main() -> int:
-    """Ask about every package and about the known one; say what was found."""
+    """Audit the known package, then those of the service; print the result."""
     site_packages, requirements = map(Path, sys.argv[1:])
     installed = needed(requirements.read_text(encoding="utf-8"), environment(site_packages))
     # Advisories are filed for 2.13.0 and not for the build 2.13.0+cpu.
-    packages = sorted((name, version.partition("+")[0]) for name, version in installed.items())
-    known = ask([KNOWN])
-    if not known or not known[0].get("vulns"):
-        print(NO_ANSWER, file=sys.stderr)
+    packages = {name: version.partition("+")[0] for name, version in sorted(installed.items())}
+    answers = vulnerabilities(packages) if any(vulnerabilities(KNOWN).values()) else {}
+    skipped = [name for name in packages if name not in answers]
+    if skipped:
+        print(f"{NO_ANSWER} Not known there: {', '.join(skipped)}." if answers else NO_ANSWER, file=sys.stderr)
         return 2
-    answers = ask(packages)
-    if answers is None:
-        print(NO_ANSWER, file=sys.stderr)
-        return 2
-    told = {str(answer["name"]) for answer in answers if "vulns" in answer}
-    left_out = [name for name, _ in packages if name not in told]
-    if left_out:
-        print(f"{NO_ANSWER} Not known there: {', '.join(left_out)}.", file=sys.stderr)
-        return 2
-    bad = [answer for answer in answers if answer["vulns"]]
-    for answer in bad:
-        print(f"{answer['name']} {answer['version']}: {json.dumps(answer['vulns'])}")
+    bad = {name: found for name, found in answers.items() if found}
+    for name, found in bad.items():
+        print(f"{name} {packages[name]}: {json.dumps(found)}")
     print(f"{len(packages)} packages, {len(bad)} with known vulnerabilities")
     return 1 if bad else 0
 

@@ -1,8 +1,6 @@
-"""A CycloneDX document of what the service needs at run time: requirements.txt, and what that needs in turn.
+"""Write the run-time packages of the service as a CycloneDX document, without the tools that tests install.
 
-    cyclonedx-py environment .venv/bin/python | python deploy/supply/sbom.py SITE_PACKAGES requirements.txt OUT.json
-
-An environment in which the tests ran holds their tools as well; they are left out.
+cyclonedx-py environment .venv/bin/python | python deploy/supply/sbom.py SITE_PACKAGES requirements.txt OUT.json
 """
 
 from __future__ import annotations
@@ -17,16 +15,16 @@ from packages import environment, needed, reduce
 
 
 def main() -> None:
-    """Read the whole document from standard input; write the part."""
+    """Reduce the document on standard input and validate the result."""
     site_packages, requirements, target = map(Path, sys.argv[1:])
     names = set(needed(requirements.read_text(encoding="utf-8"), environment(site_packages)))
-    part = reduce(json.load(sys.stdin), names)
-    text = json.dumps(part, indent=1)
+    document = reduce(json.load(sys.stdin), names)
+    text = json.dumps(document, indent=1)
     problem = JsonStrictValidator(SchemaVersion.V1_6).validate_str(text)
     if problem is not None:
         sys.exit(f"error: not a CycloneDX document: {str(problem).splitlines()[0]}")
-    if len(part["components"]) != len(names):
-        sys.exit(f"error: {len(names)} packages are needed, but {len(part['components'])} are in the document")
+    if len(document["components"]) != len(names):
+        sys.exit(f"error: {len(names)} packages are needed, but {len(document['components'])} are in the document")
     target.write_text(text + "\n", encoding="utf-8")
     print(f"{target}: {len(names)} packages")
 

@@ -13,6 +13,7 @@ from transformers import AutoConfig, Qwen3Config, Qwen3ForCausalLM
 from benchmarks import capacity
 from reranker import Scorer
 from reranker.engine import warmup
+from studies.simulate import LOADS, POLICIES
 from tests.conftest import ROOT
 
 TEXT = (ROOT / "docs" / "scale.md").read_text()
@@ -71,11 +72,10 @@ def test_the_document_shows_the_published_simulation() -> None:
     results = (ROOT / "benchmarks" / "RESULTS.md").read_text().partition("### 1,000 GPUs")[2].partition("###")[0]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in results.splitlines() if "% |" in line]
     found = {(load, name): [*times, f"{float(share[:-1]):.0f}%"] for load, name, *times, share, _ in rows}
-    policies = {name for _, name in found}
-    assert len(found) == 5 * len(policies) == 55
+    assert set(found) == {(f"{load:.0%}", name) for load in LOADS for name in POLICIES}
     [head] = re.findall(r"^\| policy \| (load .*) \|$", TEXT, re.M)
     loads = [column.removeprefix("load ") for column in head.split(" | ")]
-    for name in policies:
+    for name in POLICIES:
         cells = [" / ".join(found[load, name]) for load in loads]
         assert f"| {name} | {' | '.join(cells)} |" in TEXT
 

@@ -56,7 +56,9 @@ def test_everything_is_pinned_and_says_why_it_is_there() -> None:
 # No pickle, in the source
 
 SOURCES = [ROOT / n for n in ("app.py", "config.py", "gunicorn.conf.py")] + [
-    path for folder in ("reranker", "benchmarks", "demo", "deploy") for path in sorted((ROOT / folder).rglob("*.py"))
+    path
+    for folder in ("reranker", "benchmarks", "studies", "demo", "deploy")
+    for path in sorted((ROOT / folder).rglob("*.py"))
 ]
 SOURCES.remove(ROOT / "benchmarks" / "peers.py")  # talks to its own child processes, and serves nobody
 MODULES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "multiprocessing"}

@@ -33,9 +33,8 @@ def test_a_readme_has_at_most_200_lines() -> None:
 
 def test_both_have_the_same_commands() -> None:
     for language in ("bash", "python"):
-        assert [b.split("#")[0] for b in blocks(READMES[0], language)] == [
-            b.split("#")[0] for b in blocks(READMES[1], language)
-        ]
+        first, second = ([re.sub(r"\s+#.*", "", block) for block in blocks(name, language)] for name in READMES)
+        assert first == second
     shown = [re.findall(r"^    (\S.*?)(?:\s+#.*)?$", text(name), re.M) for name in READMES]
     assert shown[0] == shown[1]
 
@@ -59,9 +58,8 @@ def test_the_curl_commands_answer_what_is_said(server: Server, name: str) -> Non
     assert [best["score"], first["relevance_score"]] == pytest.approx(shown, abs=0.01)
 
 
-@pytest.mark.parametrize("name", READMES)
-def test_the_library_example_runs(name: str) -> None:
-    [code] = blocks(name, "python")
+def test_the_library_example_runs() -> None:
+    [code] = blocks(READMES[0], "python")  # the same in both
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     chess, gzip = json.loads(out.stdout)
     assert gzip > chess

@@ -71,6 +71,7 @@ def test_a_request_that_the_model_fails_on_harms_no_other(small: Server, server:
     assert len(re.findall("Booting worker", small.log)) == 1
 
 
+@pytest.mark.slow
 def test_a_sticky_device_error_is_answered_and_the_worker_replaced(small: Server, server: Server) -> None:
     [sticky] = [text for text in ERRORS if "assert" in text]
     lost = small.client.post("/v1/rerank", json={"query": "q", "documents": [sticky]})

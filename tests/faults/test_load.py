@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import httpx
 import pytest
@@ -103,6 +104,8 @@ def test_a_thousand_clients_at_once(start: Start, tmp_path: Path) -> None:
             assert 1 <= int(answer.headers["retry-after"]) <= 60
     assert len(probes) >= 3
     assert {probe.status for probe in probes} == {200}
+    # A probe does not wait behind the clients, however fast the machine is.
+    assert median(probe.seconds for probe in probes) < median(answer.seconds for answer in answers)
     assert len(re.findall(r"Booting worker with pid", server.log)) == 1
     # Refused requests cost nothing: exactly the answered ones were tokenised and scored.
     told = [line.split() for line in journal.read_text().splitlines()]

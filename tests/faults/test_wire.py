@@ -15,6 +15,7 @@ import httpx
 import psutil
 import pytest
 
+from config import Settings
 from reranker.server.protocol import MAX_PIPELINED
 from tests.conftest import FAKE, MAX_WAIT, Server, Start
 from tests.faults.raw import Answers, Peak, Spent, busy, connect, exchange, listen, once, post, send, workers
@@ -25,7 +26,8 @@ LENGTH = b"Content-Length: %d\r\n" % len(BODY)
 CHUNKED = b"Transfer-Encoding: chunked\r\n"
 LIVEZ = b"GET /livez HTTP/1.1\r\nHost: h\r\n\r\n"
 PATIENCE, KEEP_ALIVE = 2, 2
-LATE = MAX_WAIT
+DEFAULT_PATIENCE = Settings.model_fields["body_timeout"].default
+"""A connection that is closed later has not the timeout of `wire`."""
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +111,7 @@ def test_500_mb_that_are_sent_all_the_same_fill_no_memory_and_delay_nobody(
         send(connection, RERANK + head)
         # The service reads and drops for a while, so that the answer is not lost in a reset, and then closes.
         sent = next((i for i in range(476) if not send(connection, piece)), 476)  # no more than was announced
-        answers = listen(connection, LATE)
+        answers = listen(connection)
         over.set()
         probing.result()
     assert answers.closed
@@ -138,13 +140,13 @@ def test_a_body_that_drips(wire: Server) -> None:
     with connect(wire) as connection:
         send(connection, RERANK + b"Content-Length: 1000\r\n\r\n")
         start = time.monotonic()
-        while send(connection, b"x") and time.monotonic() - start < LATE:
+        while send(connection, b"x") and time.monotonic() - start < MAX_WAIT:
             connection.settimeout(0.1)
             with contextlib.suppress(TimeoutError):
                 assert connection.recv(12) == b"HTTP/1.1 408"
                 break
-        assert PATIENCE - 1 < time.monotonic() - start < LATE
-        assert listen(connection, LATE).closed
+        assert PATIENCE - 1 < time.monotonic() - start < DEFAULT_PATIENCE
+        assert listen(connection).closed
 
 
 @pytest.mark.parametrize("half", [RERANK + LENGTH + b"\r\n" + BODY[:5], RERANK + CHUNKED + b"\r\n5\r\nabc"])
@@ -160,11 +162,11 @@ def test_a_client_that_closes_its_half_counts_as_gone(wire: Server) -> None:
     with connect(wire) as connection:
         send(connection, RERANK + LENGTH + b"\r\n" + BODY[:5])
         connection.shutdown(socket.SHUT_WR)
-        answers = listen(connection, LATE)
+        answers = listen(connection)
     assert (answers.closed, answers.data) == (True, b"")
 
 
-def wait_until(true: Callable[[], bool], seconds: float = LATE) -> None:
+def wait_until(true: Callable[[], bool], seconds: float = MAX_WAIT) -> None:
     deadline = time.monotonic() + seconds
     while not true() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -181,7 +183,7 @@ def drip(server: Server, first: bytes, noise: bytes) -> tuple[bytes, float]:
         send(connection, first)
         start = time.monotonic()
         connection.settimeout(0.1)
-        while time.monotonic() - start < LATE:
+        while time.monotonic() - start < MAX_WAIT:
             try:
                 piece = connection.recv(65536)
                 if not piece:
@@ -206,7 +208,7 @@ def test_heads_that_do_not_arrive_in_time(wire: Server) -> None:
     with ThreadPoolExecutor(len(halves)) as pool:
         ends = pool.map(lambda half: drip(wire, *half), halves.values())
     for name, (answer, seconds) in zip(halves, ends, strict=True):
-        assert PATIENCE - 1 < seconds < LATE, name
+        assert PATIENCE - 1 < seconds < DEFAULT_PATIENCE, name
         assert b"HTTP/1.1 408 Request Timeout\r\n" in answer, name
         assert answer.endswith(
             b'{"detail":"the head of the request did not arrive within 2 s","error_type":"head_timeout"}'
@@ -218,7 +220,7 @@ def test_idle_connections_are_closed(wire: Server) -> None:
     with ThreadPoolExecutor(len(kinds)) as pool:
         ends = pool.map(lambda kind: drip(wire, *kind), kinds)
     for (first, noise), (answer, seconds) in zip(kinds, ends, strict=True):
-        assert KEEP_ALIVE - 1 < seconds < LATE, (first, noise)
+        assert KEEP_ALIVE - 1 < seconds < MAX_WAIT, (first, noise)
         assert answer.count(b"HTTP/1.1 200") == bool(first)
         assert answer.count(b"HTTP/1.1") == bool(first)
 
@@ -237,23 +239,23 @@ def test_the_rest_of_a_body_that_nobody_wants_is_not_waited_for(wire: Server, he
     """The answer is given at once; the body drips on."""
     with connect(wire) as connection:
         send(connection, RERANK.replace(b"/v1/rerank", b"/nothing") + head + b"Content-Length: 1000\r\n\r\n")
-        assert listen(connection, LATE, answers=1).statuses == [status]
+        assert listen(connection, answers=1).statuses == [status]
         start = time.monotonic()
-        while send(connection, b"x") and time.monotonic() - start < LATE:
+        while send(connection, b"x") and time.monotonic() - start < MAX_WAIT:
             time.sleep(0.1)
-    assert PATIENCE - 1 < time.monotonic() - start < LATE
+    assert PATIENCE - 1 < time.monotonic() - start < DEFAULT_PATIENCE
 
 
 def test_a_connection_whose_early_answered_body_came_is_used_again_and_closed_when_idle(wire: Server) -> None:
     with connect(wire) as connection:
         send(connection, RERANK.replace(b"/v1/rerank", b"/nothing") + LENGTH + b"\r\n")
-        assert listen(connection, LATE, answers=1).statuses == [404]
+        assert listen(connection, answers=1).statuses == [404]
         send(connection, BODY + LIVEZ)
-        assert listen(connection, LATE, answers=1).statuses == [200]
+        assert listen(connection, answers=1).statuses == [200]
         send(connection, RERANK.replace(b"/v1/rerank", b"/nothing") + LENGTH + b"\r\n")
-        assert listen(connection, LATE, answers=1).statuses == [404]
+        assert listen(connection, answers=1).statuses == [404]
         send(connection, BODY)
-        answers = listen(connection, LATE)
+        answers = listen(connection)
     assert (answers.data, answers.closed) == (b"", True)
 
 
@@ -263,11 +265,11 @@ BIG = post(json.dumps({"query": "q", "documents": ["x" * 8_000_000]}).encode(), 
 def test_a_client_that_does_not_read_is_cut_off(wire: Server) -> None:
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
-        connection.settimeout(LATE)
+        connection.settimeout(MAX_WAIT)
         connection.connect(("127.0.0.1", wire.port))
         send(connection, BIG)
         time.sleep(2.5 * PATIENCE)
-        answers = listen(connection, LATE)
+        answers = listen(connection)
     assert answers.statuses == [200]
     assert answers.closed
     assert len(answers.data) < 8_000_000
@@ -281,11 +283,11 @@ def test_the_short_end_of_a_last_answer_that_nobody_reads_holds_no_connection(wi
             body = json.dumps({"query": "q", "documents": ["x" * size]}).encode()
             connection = unread.enter_context(socket.socket())
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            connection.settimeout(LATE)
+            connection.settimeout(MAX_WAIT)
             connection.connect(("127.0.0.1", wire.port))
             send(connection, post(body, b"Connection: close\r\n", path=b"/api/v1/rerank"))
         [worker] = map(psutil.Process, workers(wire))
-        deadline = time.monotonic() + LATE + PATIENCE
+        deadline = time.monotonic() + MAX_WAIT + PATIENCE
         while established(worker) and time.monotonic() < deadline:
             time.sleep(0.2)
         assert established(worker) == 0
@@ -304,7 +306,7 @@ def test_a_client_that_reads_slowly_gets_everything(wire: Server, most: int) -> 
     data = b""
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
-        connection.settimeout(LATE)
+        connection.settimeout(MAX_WAIT)
         connection.connect(("127.0.0.1", wire.port))
         send(connection, BIG)
         start = time.monotonic()
@@ -360,7 +362,7 @@ def flood(server: Server, begin: bytes, piece: bytes) -> Answers:
         for _ in range((64 << 20) // len(piece)):
             if not send(connection, piece):
                 break
-        return listen(connection, LATE)
+        return listen(connection)
 
 
 @pytest.mark.parametrize(
@@ -404,7 +406,7 @@ def test_a_head_that_is_too_large_is_a_431(wire: Server, head: bytes) -> None:
     before = wire.log.count("headers_too_large")
     with connect(wire) as connection:
         send(connection, head)
-        answers = listen(connection, LATE)
+        answers = listen(connection)
     assert answers.closed
     assert answers.statuses == [431]
     assert answers.error["error_type"] == "headers_too_large"
@@ -418,7 +420,7 @@ def test_as_much_of_a_head_as_allowed_is_accepted_in_any_pieces(wire: Server) ->
         for i in range(0, len(small), 1000):
             send(connection, small[i : i + 1000])
             time.sleep(0.002)
-        assert listen(connection, LATE).statuses == [200]
+        assert listen(connection).statuses == [200]
 
 
 # Requests that two parsers could read in two ways
@@ -537,7 +539,7 @@ def test_an_upgrade_is_not_made_and_hides_no_request(wire: Server, header: bytes
             for piece in [head + b"\r\n\r\n", body] if split else [data]:
                 send(connection, piece)
                 time.sleep(0.2 if split else 0)
-            assert listen(connection, LATE, answers=1).statuses == answers
+            assert listen(connection, answers=1).statuses == answers
     for _ in range(2):
         assert once(wire, b"GET /livez HTTP/1.1\r\nHost: h\r\n" + header + b"\r\n" + LIVEZ).statuses[0] == 200
     assert "WebSocket" not in wire.log  # no advice to install something
@@ -548,7 +550,7 @@ def test_an_upgrade_is_not_made_and_hides_no_request(wire: Server, header: bytes
 
 def test_requests_at_once_are_answered_in_order(wire: Server) -> None:
     mixed = LIVEZ + post(BODY) + LIVEZ.replace(b"/livez", b"/nothing") + post(b"{") + LIVEZ
-    answers = exchange(wire, mixed, wait=KEEP_ALIVE + LATE)
+    answers = exchange(wire, mixed)
     assert answers.statuses == [200, 200, 404, 400, 200]
 
 

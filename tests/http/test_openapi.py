@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from fastapi.routing import iter_route_contexts
 
 from app import app
@@ -19,7 +20,7 @@ from reranker.http.auth import OPEN
 from tests.conftest import FAKE, Server, Start
 from tests.http.test_rerank import ALL
 
-# Deterministic: the same requests in every run. About 1,700 of them without a token, half as many with one.
+# Deterministic: the same requests in every run. With 15 examples an operation they are about 1,700.
 OPTIONS = "--phases=examples,coverage,fuzzing --generation-deterministic --no-shrink --no-color --checks=all"
 PAGES = {"/": "text/html", "/docs": "text/html", "/openapi.json": "application/json"}
 METHODS = ("get", "post")
@@ -60,11 +61,13 @@ def test_no_route_is_left_out(fake_server: Server) -> None:
     )
 
 
-def test_the_service_does_what_its_openapi_document_says(fake_server: Server, tmp_path: Path) -> None:
+@pytest.mark.parametrize("examples", [5, pytest.param(15, marks=pytest.mark.slow)])
+def test_the_service_does_what_its_openapi_document_says(fake_server: Server, tmp_path: Path, examples: int) -> None:
     """No 500, only documented statuses, content types and bodies; forbidden requests are refused."""
-    run(described(fake_server), fake_server, tmp_path, "--max-examples=15")
+    run(described(fake_server), fake_server, tmp_path, f"--max-examples={examples}")
 
 
+@pytest.mark.slow
 def test_with_a_token_as_well_and_never_without_it(start: Start, tmp_path: Path) -> None:
     server = start(command=FAKE, ACCESS_TOKEN="t0k3n", token="t0k3n", LOG_LEVEL="DEBUG")
     document = described(server)

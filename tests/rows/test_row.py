@@ -15,7 +15,7 @@ from reranker.rows.inputs import Record
 from reranker.rows.row import COLUMNS, Defaults, Row, read_row
 from tests.cli.command import cli, read_lines, stub, write_lines
 from tests.cli.test_rank import url
-from tests.conftest import Server, Start
+from tests.conftest import Server
 from tests.http.test_rerank import ranked
 from tests.request.bodies import BASE, LONG, REFUSED, ROWS
 
@@ -96,16 +96,10 @@ def test_a_limit_on_the_results_of_a_pair_has_no_effect_and_is_noted() -> None:
     assert row.top_k is None
 
 
-@pytest.fixture(scope="module")
-def short(start: Start) -> Server:
-    server: Server = start(MAX_SEQ_LENGTH="200", MODEL_DEVICE="cpu")
-    return server
-
-
 def test_the_service_and_both_batches_agree(short: Server, tmp_path: Path) -> None:
     rows = ROWS + REFUSED
     write_lines(tmp_path / "in.jsonl", rows)
-    options = ("--skip-bad", "--device", "cpu", "--max-seq-length", 200)
+    options = ("--skip-bad", "--device", "cpu", "--max-seq-length", 160)
     local = cli("batch", "in.jsonl", "local.jsonl", *options, cwd=tmp_path)
     served = cli("batch", "in.jsonl", "served.jsonl", "--skip-bad", "--url", url(short), cwd=tmp_path)
     found = [read_lines(tmp_path / f"{name}.jsonl") for name in ("local", "served")]

@@ -93,6 +93,7 @@ def test_every_line_is_json_and_none_tells_a_text_or_a_token(start: Start, comma
     assert failed["exception"].endswith("RuntimeError: a kernel failed")
 
 
+@pytest.mark.slow
 def test_the_real_models_libraries_write_json_too(start: Start) -> None:
     server = start(LOG_FORMAT="json", LOG_LEVEL="INFO", MAX_BATCH_TOKENS="1024")
     assert server.client.post("/v1/rerank", json={"query": "q", "documents": ["d"]}).status_code == 200
