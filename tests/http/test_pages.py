@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Dialog, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Dialog, Page, Route, expect, sync_playwright
 
 from reranker.rows import columns
 from tests.conftest import GUNICORN, Server, Start
@@ -312,6 +312,19 @@ def test_files_are_dropped_and_chosen(fake_server: Server, visit: Open, tmp_path
     expect(page.locator("#count")).to_have_text("9")
     expect(page.locator("#status")).to_contain_text("one.pdf: unknown file type")
     expect(page.locator("#status")).to_contain_text("two.md: unknown file type")
+
+
+def test_a_ranking_leaves_the_error_of_a_file_that_was_dropped_meanwhile(fake_server: Server, visit: Open) -> None:
+    page = visit(fake_server)
+    held: list[Route] = []
+    page.route("**/v1/rerank", lambda route: held.append(route))
+    fill(page, "a b", ["a", "a b"])
+    page.click("#rank")
+    page.evaluate(DROP, ["picture.png", [1]])
+    expect(page.locator("#status")).to_contain_text("picture.png: unknown file type")
+    held[0].continue_()
+    expect(page.locator("#ranking p")).to_have_text(["a b", "a"])
+    expect(page.locator("#status")).to_contain_text("picture.png: unknown file type")
 
 
 def test_the_column_is_chosen_by_the_user_where_it_cannot_be_told(fake_server: Server, visit: Open) -> None:
