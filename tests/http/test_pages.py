@@ -324,6 +324,7 @@ def test_a_ranking_leaves_the_error_of_a_file_that_was_dropped_meanwhile(fake_se
     expect(page.locator("#status")).to_contain_text("picture.png: unknown file type")
     held[0].continue_()
     expect(page.locator("#ranking p")).to_have_text(["a b", "a"])
+    expect(page.locator("#status")).to_be_visible()
     expect(page.locator("#status")).to_contain_text("picture.png: unknown file type")
 
 
