@@ -15,7 +15,9 @@ logging.config.dictConfig(log_config(load_settings()))
 app = FastAPI()
 # The fields of reranker.http.state.Service that the worker reads.
 app.state.service = SimpleNamespace(
-    batcher=None, metrics=SimpleNamespace(refused=lambda status, error_type: None), body_timeout=20.0
+    batcher=SimpleNamespace(status="ok", drain=lambda: None),
+    metrics=SimpleNamespace(refused=lambda status, error_type: None),
+    body_timeout=20.0,
 )
 
 

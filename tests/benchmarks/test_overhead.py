@@ -8,7 +8,21 @@ from typing import Any
 
 import pytest
 
-from benchmarks.overhead import DOCUMENTS, WORDS, Round, Spent, content, load, post, promises, row
+from benchmarks.launch import serve
+from benchmarks.overhead import (
+    CONTESTANTS,
+    DOCUMENTS,
+    TOKEN,
+    WORDS,
+    Round,
+    Spent,
+    content,
+    load,
+    post,
+    promises,
+    row,
+    run,
+)
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n[1,2]"
 
@@ -33,6 +47,13 @@ def test_what_is_outside_the_model_and_the_promises() -> None:
     assert [kept for _, kept in promises(fast, {1: spent})] == [True, True]
     late = Spent(100.0, 50.0, 94.0, 45.0)
     assert [kept for _, kept in promises(slow, {1: spent, 8: late})] == [False, False]
+
+
+@pytest.mark.parametrize("name", CONTESTANTS)
+def test_every_contestant_answers_the_request(name: str) -> None:
+    app, settings = CONTESTANTS[name]
+    with serve(app, ACCESS_TOKEN=TOKEN, **settings) as service:
+        assert run(service, post(content()), 2, 0.2).latencies
 
 
 def test_the_request_has_ten_documents_of_ten_words() -> None:
