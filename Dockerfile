@@ -1,6 +1,5 @@
 # docker build -t reranker .                                       PyTorch with CUDA (several GB)
-# docker build -t reranker . --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu
-#                                                                  PyTorch without CUDA
+# docker build -t reranker . --build-arg TORCH_INDEX=...           PyTorch without CUDA; its index: docker-compose.cpu.yml
 # The base needs Python 3.11 or newer with venv; CUDA itself comes with PyTorch, the driver with the host.
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 FROM ${BASE_IMAGE}

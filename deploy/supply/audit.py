@@ -21,7 +21,7 @@ KNOWN = {"jinja2": "2.4.1"}
 """CVE-2014-1402 and others."""
 NO_ANSWER = (
     "error: the advisories could not be asked for, so nothing is known about these packages. This needs a network "
-    "that reaches https://pypi.org/pypi/<name>/<version>/json itself; a mirror of the packages does not have them."
+    "that reaches the JSON API (/pypi/<name>/<version>/json) of the package index itself; a mirror does not have it."
 )
 
 
