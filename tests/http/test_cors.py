@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
 from app import create_app
 from config import Settings
@@ -20,7 +20,6 @@ from tests.conftest import FAKE, Server, Start
 from tests.fake import FakeScorer
 from tests.faults.traffic import BODY
 from tests.http.test_metrics import once, samples, value
-from tests.http.test_pages import CHROMIUM, FLAGS
 
 TOKEN = "s3cret-of-the-page"
 APP, OTHER = "https://app.example", "https://other.example"
@@ -239,16 +238,6 @@ async ([url, body, headers]) => {
   }
 }
 """
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine; on Debian: apt-get install chromium")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -14,17 +14,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Dialog, Page, Route, expect, sync_playwright
+from playwright.sync_api import Browser, Dialog, Page, Route, expect
 
 from reranker.rows import columns
 from tests.conftest import GUNICORN, Server, Start
 from tests.rows import test_inputs
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
 FAKE = [*GUNICORN[:-1], "tests.fake_app:app"]
 TOKEN = "s3cret-of-the-page"
 MARKUP = "<img src=x onerror=alert(1)><script>alert(2)</script>{{7*7}}\"'><b id=injected>"
@@ -32,16 +27,6 @@ MARKUP = "<img src=x onerror=alert(1)><script>alert(2)</script>{{7*7}}\"'><b id=
 expect.set_options(timeout=30_000)
 
 Open = Callable[..., Page]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine; on Debian: apt-get install chromium")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
