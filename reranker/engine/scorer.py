@@ -98,7 +98,6 @@ class Scorer:
         logger.info("device: %s (%s)", target.value, target.reason)
         devices.cap_memory(target.value, max_memory_percentage)
         family = open_checkpoint(locate(str(name), revision))
-        logger.info("model family: %s; score: %s; prompt: %s", family.name, family.score, family.template.source)
         prompt = _checked_prompt(family, max_seq_length, instruction)
         _warn_about_length(family.checkpoint.config, max_seq_length)
 
@@ -127,6 +126,10 @@ class Scorer:
             max_batch_tokens=self.max_batch_tokens,
             demo=self.demo,
             self_check=self.self_check,
+            family=self.model.family,
+            score=self.model.head.name,
+            prompt=self.prompt.template.source,
+            reads_instruction=self.prompt.template.instructed is not None,
         )
 
     @property
