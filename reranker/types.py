@@ -182,3 +182,5 @@ class ModelInfo:
     demo: bool = False
     self_check: str = "passed"
     """Result of ranking obvious pairs at load: `passed`, or `failed: ` and the languages."""
+    adapter: str = ""
+    """The LoRA adapter that is merged into the weights: folder, rank, base; empty: none."""

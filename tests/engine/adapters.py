@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tests.engine.checkpoints import EMBEDDING, HEAD, settings
+
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PREFIX = "base_model.model."
 RANK, ALPHA = 4, 8
@@ -65,6 +67,9 @@ def merged_by_hand(base: Path, tensors: dict[str, Tensor], folder: Path, scale: 
     """Write a copy of the base whose weights have the adapter added in float64, stored in float32."""
     shutil.copytree(base, folder)
     weights = load_file(base / "model.safetensors")
+    if HEAD not in weights:  # tied in the base
+        settings(tie_word_embeddings=False)(folder)
+        weights[HEAD] = weights[EMBEDDING].clone()
     for name, tensor in tensors.items():
         module = name.removeprefix(PREFIX)
         if module.endswith(".lora_A.weight"):
@@ -72,7 +77,7 @@ def merged_by_hand(base: Path, tensors: dict[str, Tensor], folder: Path, scale: 
             delta = tensors[name.replace("lora_A", "lora_B")].double() @ tensor.double() * scale
             weights[weight] = (weights[weight].double() + delta).float()
         elif ".lora_B" not in module:
-            weights[module] = tensor.float()
+            weights[module] = tensor
     stored = {name: weight.float().contiguous() for name, weight in weights.items()}
     save_file(stored, folder / "model.safetensors", {"format": "pt"})
     return folder

@@ -7,26 +7,26 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError, safe_open
+import torch
 from torch import Tensor
 
 from reranker.engine.checkpoint.files import AGAIN, read_json, refuse_if, refuse_pointer
+from reranker.engine.checkpoint.weights import FLOATS, Stored, opened, read_header
 from reranker.errors import ModelLoadError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MERGE = "merge it into its base model first (peft: model.merge_and_unload().save_pretrained(folder))"
 CAUSAL_LM, SEQ_CLS = "CAUSAL_LM", "SEQ_CLS"
+_CLASSIFIER, _SCORE = "ForSequenceClassification", "score.weight"
 
 _PREFIX = "base_model.model."
 _PAIR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _OTHER = re.compile(r"lora_|token_adapter|modules_to_save|original_module")
-_FLOATS = ("F64", "F32", "F16", "BF16")
 _READ = frozenset("peft_type task_type r lora_alpha use_rslora bias init_lora_weights".split())
 _WITHOUT_EFFECT = frozenset(
     # Where and how the adapter was trained: the names of its tensors say which weights it changes.
@@ -68,8 +68,8 @@ class Adapter:
     """The factors by the weight to which they are added."""
     saved: Mapping[str, str]
     """The tensors that replace a weight of the base, by the weight: heads, and other modules that were trained."""
-    shapes: Mapping[str, tuple[int, ...]]
-    """Of every tensor in the adapter's file."""
+    stored: Mapping[str, Stored]
+    """Every tensor in the adapter's file."""
 
     @classmethod
     def read(cls, folder: Path) -> Adapter:
@@ -86,10 +86,10 @@ class Adapter:
         settings = read_json(config)
         _check_options(config, settings)
         rank, alpha = settings["r"], float(settings["lora_alpha"])
-        shapes = _header(weights)
-        pairs, saved = _grouped(weights, shapes)
+        stored = _header(weights)
+        pairs, saved = _grouped(weights, stored)
         for a, b in pairs.values():
-            for factor, size in ((a, shapes[a][0]), (b, shapes[b][1])):
+            for factor, size in ((a, stored[a].shape[0]), (b, stored[b].shape[1])):
                 wrong = f"{factor} in {weights} has the rank {size}, and {CONFIG} has r={rank}"
                 refuse_if(size != rank, f"{wrong}: they do not belong to one adapter")
         return cls(
@@ -102,8 +102,33 @@ class Adapter:
             scale=alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank),
             pairs=pairs,
             saved=saved,
-            shapes=shapes,
+            stored=stored,
         )
+
+    def settings(self, base: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the fields of the base's config.json that the adapter replaces: for a head of its own.
+
+        Raises:
+            ModelLoadError: the adapter was trained on a model with another head.
+        """
+        named = base.get("architectures") or []
+        name = str(named[0] if isinstance(named, list) and named else named or "")
+        classifier = name.endswith(_CLASSIFIER)
+        problem = f"the LoRA adapter in {self.folder} is for {CAUSAL_LM}, and its base is a {name[:60]}"
+        refuse_if(self.task == CAUSAL_LM and classifier, f"{problem}: use the base it was trained on")
+        if self.task != SEQ_CLS:
+            return {}
+        model = re.sub(r"(For[A-Z]\w*|Model)$", "", name) or str(base.get("model_type", "")).capitalize()
+        changes: dict[str, Any] = {"architectures": [name if classifier else model + _CLASSIFIER]}
+        if score := self.saved.get(_SCORE):
+            changes["num_labels"] = self.stored[score].shape[0]
+        return changes
+
+    def unquantized(self, path: Path) -> str:
+        """Return the way out where the base in `path` is quantised."""
+        if path == self.folder:
+            return "put the files of the adapter beside the base's unquantised weights"
+        return f"write the base's unquantised original into base_model_name_or_path in {self.folder / CONFIG}"
 
     def check(self, needed: Mapping[str, tuple[int, ...]]) -> None:
         """Prove that every tensor of the adapter has its place in the base; `needed` holds its weights' shapes.
@@ -112,9 +137,9 @@ class Adapter:
             ModelLoadError: names the first tensor that matches no weight, or has another shape.
         """
         for name, (a, b) in self.pairs.items():
-            self._check_place(a, name, (self.shapes[b][0], self.shapes[a][-1]), needed)
+            self._check_place(a, name, (self.stored[b].shape[0], self.stored[a].shape[-1]), needed)
         for name, tensor in self.saved.items():
-            self._check_place(tensor, name, self.shapes[tensor], needed)
+            self._check_place(tensor, name, self.stored[tensor].shape, needed)
 
     def _check_place(
         self, tensor: str, name: str, shape: tuple[int, ...], needed: Mapping[str, tuple[int, ...]]
@@ -125,40 +150,39 @@ class Adapter:
             sizes = f"is for a weight of {list(shape)}, and {name} of the base is {list(needed[name])}"
             raise ModelLoadError(f"{problem} {sizes}: use the base it was trained on, or {MERGE}")
 
-    def merge(self, name: str, weight: Tensor | None) -> Tensor | None:
-        """Return the merged weight: in float32 where factors are added, the saved tensor as stored, else `weight`.
+    def merge(self, name: str, base: Callable[[str], Tensor]) -> Tensor:
+        """Return the merged weight: in float32 where factors are added, the saved tensor as stored, else the base's.
 
         Args:
-            name: of the base's weight.
-            weight: the base's tensor; None if the base has none and the adapter brings it.
+            name: of the weight.
+            base: returns the base's weight; not called where a saved tensor replaces it.
         """
         if name not in self.saved and name not in self.pairs:
+            return base(name)
+        with opened(self.folder / WEIGHTS) as tensors:
+            weight: Tensor = tensors.get_tensor(self.saved[name]) if name in self.saved else base(name)
+            if name in self.pairs:
+                a, b = (tensors.get_tensor(factor).float() for factor in self.pairs[name])
+                weight = weight.float().addmm(b, a, alpha=self.scale)
             return weight
-        with _opened(self.folder / WEIGHTS) as tensors:
-            if name in self.saved:
-                weight = tensors.get_tensor(self.saved[name])
-            if weight is None or name not in self.pairs:
-                return weight
-            a, b = (tensors.get_tensor(factor).float() for factor in self.pairs[name])
-            return weight.float().addmm(b, a, alpha=self.scale)
 
     def is_untrained(self) -> bool:
         """Return whether every product B @ A is zero, as at the start of a training. Reads all factors."""
-        with _opened(self.folder / WEIGHTS) as tensors:
+        with opened(self.folder / WEIGHTS) as tensors:
             return not any(all(tensors.get_tensor(factor).any() for factor in pair) for pair in self.pairs.values())
+
+    def not_finite(self) -> str | None:
+        """Return the name and file of the first tensor with a NaN or an infinity; None without any. Reads all."""
+        file = self.folder / WEIGHTS
+        with opened(file) as tensors:
+            for name in sorted(self.stored):
+                if not torch.isfinite(tensors.get_tensor(name)).all():
+                    return f"{name} in {file}"
+        return None
 
     def __str__(self) -> str:
         saved = f", saved {', '.join(sorted(self.saved))}" if self.saved else ""
         return f"{self.folder} (rank {self.rank}, alpha {self.alpha:g}, {len(self.pairs)} projections{saved})"
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    try:
-        with safe_open(str(file), framework="pt") as tensors:
-            yield tensors
-    except (SafetensorError, OSError) as error:
-        raise ModelLoadError(f"{file} is broken or half downloaded ({error}): {AGAIN}") from error
 
 
 def _check_options(file: Path, settings: dict[str, Any]) -> None:
@@ -185,34 +209,31 @@ def _check_options(file: Path, settings: dict[str, Any]) -> None:
 def _task(settings: dict[str, Any]) -> str | None:
     task = settings.get("task_type")
     trained = str((settings.get("auto_mapping") or {}).get("base_model_class"))
-    return SEQ_CLS if task is None and trained.endswith("ForSequenceClassification") else task
+    return SEQ_CLS if task is None and trained.endswith(_CLASSIFIER) else task
 
 
-def _header(file: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor by name; refuse quantised ones."""
-    with file.open("rb") as opened:
-        refuse_pointer(file, opened.read(100))
-    shapes: dict[str, tuple[int, ...]] = {}
-    with _opened(file) as tensors:
-        for name in tensors.keys():  # noqa: SIM118  # not a dictionary
-            part = tensors.get_slice(name)
-            dtype = str(part.get_dtype())
-            refuse_if(dtype not in _FLOATS, f"{name} in {file} is {dtype}: an adapter has {', '.join(_FLOATS)}")
-            shapes[name] = tuple(part.get_shape())
-    refuse_if(not shapes, f"{file} holds no tensors: {AGAIN}")
-    return shapes
+def _header(file: Path) -> dict[str, Stored]:
+    """Return every tensor by name; refuse quantised ones."""
+    with file.open("rb") as content:
+        refuse_pointer(file, content.read(100))
+    stored = read_header(file)
+    for name, tensor in stored.items():
+        refuse_if(tensor.dtype not in FLOATS, f"{name} in {file} is {tensor.dtype}: an adapter has {', '.join(FLOATS)}")
+    refuse_if(not stored, f"{file} holds no tensors: {AGAIN}")
+    return stored
 
 
-def _grouped(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Pair], dict[str, str]]:
+def _grouped(file: Path, stored: Mapping[str, Stored]) -> tuple[dict[str, Pair], dict[str, str]]:
     """Return the factors and the saved tensors by the base's weight, each tensor of the file exactly once."""
     factors: dict[str, dict[str, str]] = {}
     saved: dict[str, str] = {}
-    for name in sorted(shapes):
+    for name in sorted(stored):
         own = f"{name[:200]} in {file}"
         refuse_if(not name.startswith(_PREFIX), f"{own} is not a name of peft's ({_PREFIX}...): {MERGE}")
         inner = name.removeprefix(_PREFIX)
         if match := _PAIR.fullmatch(inner):
-            refuse_if(len(shapes[name]) != 2, f"{own} is {list(shapes[name])}, not a matrix: {MERGE}")
+            shape = stored[name].shape
+            refuse_if(len(shape) != 2, f"{own} is {list(shape)}, not a matrix: {MERGE}")
             factors.setdefault(f"{match['module']}.weight", {})[match["side"]] = name
             continue
         cause = "only lora_A and lora_B of linear layers are merged here, and whole modules saved with them"
