@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -76,7 +77,7 @@ def rows(base: Path, name: str = EMBEDDING) -> Tensor:
 
 FORMS: dict[str, Callable[[Path], dict[str, Tensor]]] = {
     "every projection": factors,
-    "attention alone": lambda base: factors(base, ("q_proj", "k_proj", "v_proj", "o_proj")),
+    "attention alone": lambda base: factors(base, ("q_proj", "v_proj")),
     "a saved head": lambda base: factors(base, TARGETS) | {PREFIX + HEAD: rows(base)},
     "saved embeddings": lambda base: factors(base, TARGETS) | {PREFIX + EMBEDDING: rows(base)},
     "saved norms": lambda base: factors(base, TARGETS) | {f"{PREFIX}model.norm.weight": torch.full((WIDTH,), 0.5)},
@@ -87,8 +88,10 @@ FORMS: dict[str, Callable[[Path], dict[str, Tensor]]] = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("kind", ["tied", "untied", "bfloat16"])
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    [*(("tied", form) for form in FORMS), ("untied", "factors of the head"), ("bfloat16", "every projection")],
+)
 def test_the_scores_are_those_of_the_merged_model(bases: dict[str, Path], tmp_path: Path, kind: str, form: str) -> None:
     """Of tied weights an adapter of the head changes the head alone, and one of the embedding only the embedding."""
     base, tensors = bases[kind], FORMS[form](bases[kind])
@@ -96,14 +99,6 @@ def test_the_scores_are_those_of_the_merged_model(bases: dict[str, Path], tmp_pa
     merged = card(merged_by_hand(base, tensors, tmp_path / "merged"))
     assert logits(adapter) == pytest.approx(merged, abs=1e-5)
     assert max(abs(a - b) for a, b in zip(merged, card(base), strict=True)) > 0.01
-
-
-def test_a_quantised_precision_is_made_from_the_merged_weights(
-    base: Path, expected: list[float], tmp_path: Path
-) -> None:
-    adapter = write_adapter(tmp_path / "adapter", factors(base, TARGETS), base=str(base))
-    merged = merged_by_hand(base, factors(base, TARGETS), tmp_path / "merged")
-    assert logits(adapter, "int8") == pytest.approx(logits(merged, "int8"), abs=1e-4)
 
 
 def test_the_files_may_lie_in_one_folder(base: Path, expected: list[float], tmp_path: Path) -> None:
@@ -114,15 +109,15 @@ def test_the_files_may_lie_in_one_folder(base: Path, expected: list[float], tmp_
 
 
 @pytest.mark.parametrize("name", ["{base}", "../base", "base", "models/../base"])
-def test_the_base_is_a_folder(
-    base: Path, expected: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_the_base_is_a_folder(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Absolute, or relative to the folder of the adapter or to the working directory."""
     (tmp_path / "base").symlink_to(base)
     (tmp_path / "models").mkdir()
     write_adapter(tmp_path / "adapter", factors(base, TARGETS), base=name.format(base=base))
     monkeypatch.chdir(tmp_path)
-    assert logits("adapter") == pytest.approx(expected, abs=1e-5)
+    located = locate("adapter")
+    assert located.path.resolve() == base
+    assert located.adapter is not None
 
 
 def cached(root: Path, name: str, folder: Path, commit: str = "aaaa") -> None:
@@ -133,9 +128,7 @@ def cached(root: Path, name: str, folder: Path, commit: str = "aaaa") -> None:
     (repository / "refs" / "main").write_text(commit)
 
 
-def test_adapter_and_base_are_found_on_the_hub(
-    base: Path, expected: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_adapter_and_base_are_found_on_the_hub(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = tmp_path / "hub"
     adapter = write_adapter(
         tmp_path / "adapter", factors(base, TARGETS), base="Qwen/Qwen3-Reranker-0.6B", revision="v1"
@@ -149,7 +142,6 @@ def test_adapter_and_base_are_found_on_the_hub(
     cached(cache, "Qwen/Qwen3-Reranker-0.6B", base)
     assert "cannot download" in refused("someone/reranker-lora")  # the cache has main, the adapter names v1
     (cache / "models--Qwen--Qwen3-Reranker-0.6B" / "refs" / "v1").write_text("aaaa")
-    assert logits("someone/reranker-lora") == pytest.approx(expected, abs=1e-5)
     located = locate("someone/reranker-lora")
     assert [folder.parts[-3] for folder in located.folders] == [
         "models--someone--reranker-lora",
@@ -157,11 +149,11 @@ def test_adapter_and_base_are_found_on_the_hub(
     ]
 
 
-def test_the_base_is_a_folder_of_the_hubs_cache(base: Path, expected: list[float], tmp_path: Path) -> None:
+def test_the_base_is_a_folder_of_the_hubs_cache(base: Path, tmp_path: Path) -> None:
     cached(tmp_path, "Qwen/Qwen3-Reranker-0.6B", base)
     folder = tmp_path / "models--Qwen--Qwen3-Reranker-0.6B"
     adapter = write_adapter(tmp_path / "adapter", factors(base, TARGETS), base=str(folder), revision="aaaa")
-    assert logits(adapter) == pytest.approx(expected, abs=1e-5)
+    assert locate(str(adapter)).path == folder / "snapshots" / "aaaa"
 
 
 @pytest.mark.parametrize(
@@ -198,23 +190,13 @@ def test_an_adapter_of_another_model_is_refused(base: Path, tmp_path: Path) -> N
     assert "matches no weight of the base" in message
 
 
-def test_the_log_describes_the_adapter(base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    tensors = factors(base, TARGETS) | {PREFIX + HEAD: rows(base)}
-    adapter = write_adapter(tmp_path / "adapter", tensors, base=str(base))
-    with caplog.at_level(logging.INFO):
-        logits(adapter)
-    facts = f"{adapter} (rank 4, alpha 8, 6 projections, saved lm_head.weight) into {base}"
-    assert f"merging the LoRA adapter {facts}" in caplog.text
-    assert "changes no projection" not in caplog.text
-
-
 def test_an_untrained_adapter_is_merged_with_a_warning(
     base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tensors = {name: tensor * ("lora_A" in name) for name, tensor in factors(base).items()}
     adapter = write_adapter(tmp_path / "adapter", tensors, base=str(base))
     with caplog.at_level(logging.WARNING):
-        assert logits(adapter) == pytest.approx(card(base), abs=1e-5)
+        Scorer.load(adapter, device="cpu")
     assert f"the LoRA adapter in {adapter} changes no projection" in caplog.text
 
 
@@ -232,10 +214,21 @@ def test_the_folder_above_adapters_names_them(base: Path, tmp_path: Path) -> Non
     assert f"but {inner} does: set MODEL_NAME_OR_PATH to that folder" in refused(tmp_path)
 
 
-def test_check_shows_the_adapter(base: Path, tmp_path: Path) -> None:
-    adapter = write_adapter(tmp_path / "adapter", factors(base, TARGETS), base=str(base))
-    facts = json.loads(cli("check", "--model", adapter, cwd=tmp_path).stdout)
-    assert facts["adapter"] == f"{adapter} (rank 4, alpha 8, 6 projections) into {base}"
+def test_the_log_and_check_describe_the_adapter(base: Path, tmp_path: Path) -> None:
+    tensors = factors(base, TARGETS) | {PREFIX + HEAD: rows(base)}
+    adapter = write_adapter(tmp_path / "adapter", tensors, base=str(base))
+    done = cli("check", "--model", adapter, "--verbose", cwd=tmp_path)
+    described = f"{adapter} (rank 4, alpha 8, 6 projections, saved lm_head.weight) into {base}"
+    assert json.loads(done.stdout)["adapter"] == described
+    assert f"merging the LoRA adapter {described}" in done.stderr
+    assert "changes no projection" not in done.stderr
+
+
+def test_a_weight_that_is_not_finite_is_named(base: Path, tmp_path: Path) -> None:
+    tensors = factors(base, TARGETS)
+    name = next(iter(tensors))
+    adapter = write_adapter(tmp_path / "adapter", tensors | {name: tensors[name] * math.nan}, base=str(base))
+    assert f"damaged: {name} in {adapter / 'adapter_model.safetensors'} is not finite" in refused(adapter)
 
 
 def test_the_files_are_those_of_adapter_and_base(base: Path, tmp_path: Path) -> None:
@@ -272,12 +265,8 @@ def test_the_adapters_own_tokenizer_and_template_are_read_before_the_bases(base:
     assert read() == (adapter, "the adapter's")
 
 
-def test_a_tokenizer_with_more_words_than_the_base_has_rows_is_refused(
-    base: Path, expected: list[float], tmp_path: Path
-) -> None:
+def test_a_tokenizer_with_more_words_than_the_base_has_rows_is_refused(base: Path, tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", factors(base, TARGETS), base=str(base))
-    own_tokenizer(base, adapter)
-    assert logits(adapter) == pytest.approx(expected, abs=1e-5)
     own_tokenizer(base, adapter, "gzip")
     message = refused(adapter)
     assert f"the tokenizer in {adapter} has the token id 1026, but config.json has a vocab_size of 1026" in message
