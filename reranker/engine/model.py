@@ -93,7 +93,7 @@ def load(family: Family, device: torch.device, dtype: torch.dtype, max_memory_pe
         ModelLoadError: the weights do not fit, are not those of the model, or the files are broken.
         ScoringError: this machine does not compute the quantised precision.
     """
-    weights = Weights(family.checkpoint.path)
+    weights = Weights(family.checkpoint.path, family.checkpoint.adapter)
     check_weights(weights, family.checkpoint.config, family.auto_class)
     _check_memory(weights, dtype, device, max_memory_percentage)
     head = family.head(weights)

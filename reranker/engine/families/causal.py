@@ -50,12 +50,12 @@ class CausalFamily(Family):
         path, config, tokenizer = checkpoint.path, checkpoint.config, checkpoint.tokenizer
         classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
         self.auto_class = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
-        layout = read_layout(path, tokenizer, self.control_tokens)
+        layout = read_layout(checkpoint.layout_folder, tokenizer, self.control_tokens)
         self.template = self._template(layout)
         check_tokenizer(path, tokenizer, config.vocab_size, self.template.own_tokens)
         self.answers = None if classifier else self._answers(layout)
         if classifier:
-            words = layout.answers is not None
+            words = layout.answers is not None and checkpoint.adapter is None  # an adapter's head replaces them
             refuse_if(words, f"{path} has a score head and names words to score (LogitScore): remove the wrong one")
             problem = f"{path / 'config.json'} has {config.num_labels} labels"
             refuse_if(
