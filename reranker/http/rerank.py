@@ -59,6 +59,7 @@ async def _score(request: Request, query: RerankRequest, context: RequestContext
         raise NotReadyError("the client disconnected") from None  # for the log only
     finally:
         watch.cancel()
+    context.prompt_tokens = result.prompt_tokens
     context.log_fields |= {
         "tokens": result.prompt_tokens,
         "truncated": result.truncated_documents,
