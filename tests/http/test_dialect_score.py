@@ -16,7 +16,7 @@ QUERIES = ["red fish", "a bird", "red fish"]
 DOCUMENTS = ["a fish", "a bird", "red fish"]
 
 
-def post(server: Server, path: str = "/score", **body: Any) -> httpx.Response:
+def post(server: Server, path: str = "/score", /, **body: Any) -> httpx.Response:
     return server.client.post(path, json=body, headers={"x-request-id": "id-7"})
 
 
