@@ -552,7 +552,7 @@ WRONG = [
     # Quantised checkpoints and adapters.
     *(
         Variant(f"quantised: {method}", settings(quantization_config={"quant_method": method}), f"({method})")
-        for method in "gptq awq compressed-tensors fp8 bitsandbytes torchao modelopt hqq quark".split()
+        for method in "gptq awq bitsandbytes torchao modelopt hqq quark".split()
     ),
     Variant("quantised by nothing", settings(quantization_config={}), "(unknown method)"),
     Variant("quantised by an unknown method", settings(quantization_config={"bits": 4}), "(unknown method)"),

@@ -9,16 +9,11 @@ from typing import Any, NamedTuple
 
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from reranker.engine.checkpoint.files import AGAIN, ORIGINAL, UNQUANTIZED, first_line, read_json, refuse_if
+from reranker.engine.checkpoint.files import AGAIN, ORIGINAL, first_line, read_json, refuse_if
+from reranker.engine.checkpoint.quantization import Scheme
 from reranker.engine.checkpoint.tokenizer import check_tokenizer, load_tokenizer
 from reranker.errors import ModelLoadError
 
-_QUANTIZATION_FILES = {
-    "quantize_config.json": "GPTQ",
-    "quant_config.json": "AWQ",
-    "hf_quant_config.json": "NVIDIA ModelOpt",
-    "quantization_config.json": "torchao",
-}
 _ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 """Rope types that choose their frequencies by the longest input of a batch."""
@@ -30,26 +25,18 @@ class Checkpoint(NamedTuple):
     path: Path
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
+    scheme: Scheme | None = None
+    """The form of quantised weights."""
 
 
 def read_settings(path: Path) -> dict[str, Any]:
     """Read the config.json of a folder that `locate` returned.
 
     Raises:
-        ModelLoadError: it cannot be read, or the weights are quantised.
+        ModelLoadError: it cannot be read, or the weights are quantised in a form that is not read.
     """
     settings: dict[str, Any] = read_json(path / "config.json")
-    stored = settings.get("quantization_config", settings.get("compression_config"))
-    if isinstance(stored, dict):
-        bitsandbytes = any(str(key).startswith("load_in_") for key in stored)
-        method = str(stored.get("quant_method") or ("bitsandbytes" if bitsandbytes else "unknown method"))
-    elif stored is not None:
-        method = str(stored)
-    elif settings.get("quantization"):
-        method = "MLX"
-    else:
-        method = next((method for name, method in _QUANTIZATION_FILES.items() if (path / name).exists()), "")
-    refuse_if(method, f"{path} is a quantised checkpoint ({method[:40]}), which is not read: {UNQUANTIZED}")
+    Scheme.of(path, settings)
     return settings
 
 
@@ -70,7 +57,7 @@ def read(path: Path, settings: dict[str, Any], control_tokens: Sequence[str]) ->
         raise ModelLoadError(f"{file} cannot be used: {first_line(error)}") from error
     tokenizer = load_tokenizer(path)
     check_tokenizer(path, tokenizer, config.vocab_size, control_tokens)
-    return Checkpoint(path, config, tokenizer)
+    return Checkpoint(path, config, tokenizer, Scheme.of(path, settings))
 
 
 def check_rope(file: Path, settings: dict[str, Any]) -> None:
