@@ -62,6 +62,15 @@ class Parts(NamedTuple):
     block: Block
 
 
+class Rounded(NamedTuple):
+    """A weight of 8 bits with a scale per output."""
+
+    values: Tensor
+    """[out, in] int8 or float8"""
+    scale: Tensor
+    """[out] float32"""
+
+
 class Layout(NamedTuple):
     """The quantised weights of a checkpoint."""
 
