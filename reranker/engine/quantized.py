@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reranker.engine.checkpoint.quantization import Rounded
+from reranker.engine.checkpoint.scales import Rounded
 from reranker.engine.precision import FLOAT8
 
 _TOLERANCE = 0.08

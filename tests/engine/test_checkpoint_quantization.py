@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from reranker import ModelLoadError
-from reranker.engine.checkpoint.quantization import Layout, Scheme, scale_per_output, widen
+from reranker.engine.checkpoint.quantization import read_scheme
+from reranker.engine.checkpoint.scales import Layout, scale_per_output, widen
 from reranker.engine.checkpoint.weights import inventory
 from tests.engine.checkpoints import Tensors, small_model, tensors
 from tests.engine.quantization import FORMS, Form, compressed_tensors, fine_grained, fp8, group, plain_twin, quantize
@@ -44,14 +45,14 @@ def int8(base: Path) -> Path:
 
 
 def layout(path: Path) -> Layout:
-    scheme = Scheme.of(path, json.loads((path / "config.json").read_text()))
+    scheme = read_scheme(path, json.loads((path / "config.json").read_text()))
     assert scheme is not None
     return scheme.layout(path, inventory(path))
 
 
 def refusal(path: Path, settings: dict[str, Any]) -> str:
     with pytest.raises(ModelLoadError) as caught:
-        Scheme.of(path, settings)
+        read_scheme(path, settings)
     return str(caught.value)
 
 
@@ -106,7 +107,7 @@ def test_a_zero_point_of_zero_is_no_zero_point() -> None:
 def test_settings_of_older_versions_are_read(int8: Path) -> None:
     whole = compressed_tensors(group("float", "block", block_structure="16x8", actorder="weight"))
     older = {"quant_method": "compressed-tensors", "sparsity_config": {"format": "dense"}, "quantization_config": whole}
-    scheme = Scheme.of(int8, {"compression_config": older})
+    scheme = read_scheme(int8, {"compression_config": older})
     assert scheme is not None
     assert scheme.blocks == {"F8_E4M3": {(16, 8)}}
 
@@ -158,7 +159,7 @@ def test_other_formats_are_refused_with_the_way_out(tmp_path: Path, settings: di
     ],
 )
 def test_other_programs_files_are_refused(tmp_path: Path, file: str, method: str) -> None:
-    assert Scheme.of(tmp_path, {}) is None
+    assert read_scheme(tmp_path, {}) is None
     (tmp_path / file).write_text("{}")
     assert f"({method})" in refusal(tmp_path, {})
 
@@ -181,7 +182,7 @@ def test_other_programs_files_are_refused(tmp_path: Path, file: str, method: str
 def test_tensors_that_do_not_fit_together_are_refused(
     int8: Path, tmp_path: Path, change: Callable[[Tensors], Tensors], words: str
 ) -> None:
-    scheme = Scheme.of(int8, {"quantization_config": INT8.config})
+    scheme = read_scheme(int8, {"quantization_config": INT8.config})
     assert scheme is not None
     (tmp_path / "model.safetensors").write_bytes((int8 / "model.safetensors").read_bytes())
     tensors(tmp_path, change)
@@ -196,14 +197,14 @@ def without(stored: Tensors, name: str) -> Tensors:
 
 
 def test_a_zero_point_that_config_json_promises_is_needed(int8: Path) -> None:
-    scheme = Scheme.of(int8, {"quantization_config": compressed_tensors(group("int", "channel", symmetric=False))})
+    scheme = read_scheme(int8, {"quantization_config": compressed_tensors(group("int", "channel", symmetric=False))})
     assert scheme is not None
     with pytest.raises(ModelLoadError, match="weight_zero_point is missing"):
         scheme.layout(int8, inventory(int8))
 
 
 def test_settings_without_quantised_weights_are_refused(base: Path) -> None:
-    scheme = Scheme.of(base, {"quantization_config": INT8.config})
+    scheme = read_scheme(base, {"quantization_config": INT8.config})
     assert scheme is not None
     with pytest.raises(ModelLoadError, match="no weight is quantised: remove it"):
         scheme.layout(base, inventory(base))

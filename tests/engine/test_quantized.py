@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from benchmarks.card import Card
 from reranker import Scorer
 from reranker.engine import model, precision, quantized
-from reranker.engine.checkpoint.quantization import Rounded
+from reranker.engine.checkpoint.scales import Rounded
 from reranker.engine.quantized import Float8Linear, Int8Linear, difference, quantize
 from tests.conftest import DEMO, ROOT
 from tests.engine.test_scorer import expected, packed, requests, worst

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from reranker.engine.checkpoint.files import AGAIN, ORIGINAL, first_line, read_json, refuse_if
-from reranker.engine.checkpoint.quantization import Scheme
+from reranker.engine.checkpoint.quantization import read_scheme
+from reranker.engine.checkpoint.scales import Scheme
 from reranker.engine.checkpoint.tokenizer import check_tokenizer, load_tokenizer
 from reranker.errors import ModelLoadError
 
@@ -36,7 +37,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         ModelLoadError: it cannot be read, or the weights are quantised in a form that is not read.
     """
     settings: dict[str, Any] = read_json(path / "config.json")
-    Scheme.of(path, settings)
+    read_scheme(path, settings)
     return settings
 
 
@@ -57,7 +58,7 @@ def read(path: Path, settings: dict[str, Any], control_tokens: Sequence[str]) ->
         raise ModelLoadError(f"{file} cannot be used: {first_line(error)}") from error
     tokenizer = load_tokenizer(path)
     check_tokenizer(path, tokenizer, config.vocab_size, control_tokens)
-    return Checkpoint(path, config, tokenizer, Scheme.of(path, settings))
+    return Checkpoint(path, config, tokenizer, read_scheme(path, settings))
 
 
 def check_rope(file: Path, settings: dict[str, Any]) -> None:
