@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 from reranker.engine import device as devices
 from reranker.engine.batch import PackedBatch, pack
 from reranker.engine.budget import MIN_BATCH_TOKENS, split, split_in_half
+from reranker.engine.checkpoint.config import Checkpoint
 from reranker.engine.checkpoint.layout import default_instruction
 from reranker.engine.checkpoint.locate import locate
 from reranker.engine.checkpoint.weights import Weights
@@ -112,7 +113,7 @@ class Scorer:
             scorer.self_check = self_check(scorer, trained)
             return scorer, rate
 
-        scorer, rate = _first_usable(family.checkpoint.path, target.value, precision, start)
+        scorer, rate = _first_usable(family.checkpoint, target.value, precision, start)
         memory = devices.memory(target.value, max_memory_percentage)
         scorer.max_batch_tokens = choose_budget(rate, memory, max_batch_tokens)
         return scorer
@@ -250,7 +251,7 @@ def _warn_about_length(config: PretrainedConfig, max_seq_length: int) -> None:
 
 
 def _first_usable(
-    path: Path, device: torch.device, precision: str, start: Callable[[torch.dtype], tuple[Scorer, Rate]]
+    checkpoint: Checkpoint, device: torch.device, precision: str, start: Callable[[torch.dtype], tuple[Scorer, Rate]]
 ) -> tuple[Scorer, Rate]:
     """Start the model in the first precision that gives finite scores on the device.
 
@@ -258,7 +259,8 @@ def _first_usable(
         ModelLoadError: none does.
     """
     problems: list[str] = []
-    for choice in choose_precisions(precision, device):
+    weights = Weights(checkpoint.path, checkpoint.scheme)
+    for choice in choose_precisions(precision, device, weights.precision):
         name = short(choice.value)
         try:
             started = start(choice.value)
@@ -274,7 +276,7 @@ def _first_usable(
         gc.collect()  # the next precision needs this one's memory
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    reason = f"{path} cannot be scored in any precision on this machine ({'; '.join(problems)})"
-    if damaged := Weights(path).not_finite():
+    reason = f"{checkpoint.path} cannot be scored in any precision on this machine ({'; '.join(problems)})"
+    if damaged := weights.not_finite():
         reason = f"the weights are damaged: {damaged} is not finite; download the checkpoint again"
     raise ModelLoadError(reason) from ScoringError(problems[0])

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from reranker import ModelLoadError
 from reranker.engine.checkpoint.quantization import read_scheme
 from reranker.engine.checkpoint.scales import Layout, scale_per_output, widen
-from reranker.engine.checkpoint.weights import inventory
+from reranker.engine.checkpoint.weights import Weights
 from tests.engine.checkpoints import Tensors, small_model, tensors
 from tests.engine.quantization import FORMS, Form, compressed_tensors, fine_grained, fp8, group, plain_twin, quantize
 
@@ -47,7 +47,7 @@ def int8(base: Path) -> Path:
 def layout(path: Path) -> Layout:
     scheme = read_scheme(path, json.loads((path / "config.json").read_text()))
     assert scheme is not None
-    return scheme.layout(path, inventory(path))
+    return scheme.layout(path, Weights(path).stored)
 
 
 def refusal(path: Path, settings: dict[str, Any]) -> str:
@@ -187,7 +187,7 @@ def test_tensors_that_do_not_fit_together_are_refused(
     (tmp_path / "model.safetensors").write_bytes((int8 / "model.safetensors").read_bytes())
     tensors(tmp_path, change)
     with pytest.raises(ModelLoadError) as caught:
-        scheme.layout(tmp_path, inventory(tmp_path))
+        scheme.layout(tmp_path, Weights(tmp_path).stored)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -200,11 +200,11 @@ def test_a_zero_point_that_config_json_promises_is_needed(int8: Path) -> None:
     scheme = read_scheme(int8, {"quantization_config": compressed_tensors(group("int", "channel", symmetric=False))})
     assert scheme is not None
     with pytest.raises(ModelLoadError, match="weight_zero_point is missing"):
-        scheme.layout(int8, inventory(int8))
+        scheme.layout(int8, Weights(int8).stored)
 
 
 def test_settings_without_quantised_weights_are_refused(base: Path) -> None:
     scheme = read_scheme(base, {"quantization_config": INT8.config})
     assert scheme is not None
     with pytest.raises(ModelLoadError, match="no weight is quantised: remove it"):
-        scheme.layout(base, inventory(base))
+        scheme.layout(base, Weights(base).stored)

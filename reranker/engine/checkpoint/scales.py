@@ -63,6 +63,10 @@ class Rounded(NamedTuple):
     scale: Tensor
     """[out] float32"""
 
+    def to(self, device: torch.device) -> Rounded:
+        """Copy it to a device."""
+        return Rounded(self.values.to(device), self.scale.to(device))
+
 
 class Layout(NamedTuple):
     """The quantised weights of a checkpoint."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from reranker.engine.checkpoint.files import AGAIN, UNQUANTIZED, first_line, read_json, refuse_if
+from reranker.engine.checkpoint.scales import Rounded, Scheme
 from reranker.errors import ModelLoadError
 
 logger = logging.getLogger(__name__)
@@ -63,13 +64,18 @@ class Weights:
 
     Attributes:
         path: the folder.
-        stored: every tensor in the files.
+        stored: every tensor in the files. Quantised weights are float32 here, and their scales are left out.
+        layout: the quantised weights and their scales; None without any.
+
+    Args:
+        path: the folder.
+        scheme: how config.json says that the weights are quantised.
 
     Raises:
-        ModelLoadError: a file is broken or missing.
+        ModelLoadError: a file is broken or missing, or quantised weights and scales do not fit together.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, scheme: Scheme | None = None) -> None:
         self.path = path
         self.stored: dict[str, Stored] = {}
         self._files: dict[str, Path] = {}
@@ -79,6 +85,9 @@ class Weights:
                     part = tensors.get_slice(name)
                     self.stored[name] = Stored(tuple(part.get_shape()), str(part.get_dtype()))
                     self._files[name] = file
+        self.layout = None if scheme is None else scheme.layout(path, self.stored)
+        if self.layout is not None:
+            self.stored = self.layout.widened(self.stored)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -89,23 +98,41 @@ class Weights:
                 counts[_FLOATS[stored.dtype]] += stored.numel
         return counts.most_common(1)[0][0]
 
+    @property
+    def precision(self) -> torch.dtype | None:
+        """int8 or float8, if the projections can be multiplied as they are stored; None otherwise."""
+        return None if self.layout is None else self.layout.precision
+
     def source(self, name: str) -> str:
         """Return the name under which a tensor is stored: of a tied pair, the other one's if only that is."""
         twin = {EMBEDDING: HEAD, HEAD: EMBEDDING}.get(name, name)
         return name if name in self.stored else twin
 
     def tensor(self, name: str) -> Tensor:
-        """Return a tensor as stored, on the CPU.
+        """Return a tensor on the CPU: a quantised weight as float32, every other one as stored.
 
-        It is a view of the file, which stays open and mapped as long as the view exists; only rows that are used are
-        read.
+        What is returned as stored is a view of the file, which stays open and mapped as long as the view exists; only
+        rows that are used are read.
 
         Raises:
             ModelLoadError: the file is broken.
         """
         source = self.source(name)
-        with _opened(self._files[source]) as tensors:
-            tensor: Tensor = tensors.get_tensor(source)
+        if self.layout is not None and source in self.layout.weights:
+            return self.layout.widen(source, self._read)
+        return self._read(source)
+
+    def rounded(self, *names: str) -> Rounded | None:
+        """Return projections of the same input as they are stored, one below the other; see `Layout.rounded`."""
+        return None if self.layout is None else self.layout.rounded(names, self._read)
+
+    def is_wide(self, name: str) -> bool:
+        """Whether a weight is stored without scales."""
+        return self.layout is None or name not in self.layout.weights
+
+    def _read(self, name: str) -> Tensor:
+        with _opened(self._files[name]) as tensors:
+            tensor: Tensor = tensors.get_tensor(name)
             return tensor
 
     def not_finite(self) -> str | None:

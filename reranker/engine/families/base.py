@@ -7,7 +7,7 @@ turns a hidden state into a logit. A family is one file that implements the firs
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -20,8 +20,8 @@ from reranker.engine.batch import PackedBatch
 from reranker.engine.checkpoint.config import Checkpoint
 from reranker.engine.checkpoint.weights import Weights
 
-Wrap = Callable[[nn.Linear], nn.Module]
-"""Replaces a projection, for example by a quantised one."""
+Wrap = Callable[[nn.Linear, Sequence[str]], nn.Module]
+"""Replaces a projection, for example by a quantised one; the second argument has the names of its joined weights."""
 
 
 @dataclass(frozen=True, slots=True)
