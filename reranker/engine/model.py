@@ -30,6 +30,8 @@ _SCALE_BYTES = 16
 """Of a quantised projection for each output: scale, zero point and the kernel's own sum."""
 _QUANTIZING_BYTES = {torch.int8: 14, FLOAT8: 10}
 """For each weight of a projection while it is quantised: as stored, in float32, scaled, and rounded (quantized.py)."""
+_WIDENING_BYTES = 8
+"""For each weight while it is widened on the CPU: in float32, and a scale for each."""
 
 
 @dataclass(slots=True)
@@ -115,23 +117,24 @@ def load(family: Family, device: torch.device, dtype: torch.dtype, max_memory_pe
 def needed_memory(weights: Weights, precision: torch.dtype) -> int:
     """Return the bytes on the device, at most, while the weights are loaded; the activations come on top.
 
-    They are those of the loaded weights; and if these are quantised, those of the largest projection in work: q, k, v
-    or gate, up, which are joined and never smaller than the others.
+    They are those of the loaded weights; and those of the largest weight in work, if weights are quantised here or
+    widened from a quantised checkpoint. q, k, v and gate, up are in work together.
     """
-    dtype = QUANTIZED.get(precision, precision)
-    needed, products = 0, Counter[str]()
+    dtype, as_stored = QUANTIZED.get(precision, precision), weights.precision is precision
+    needed, work = 0, Counter[str]()
     for name, stored in weights.stored.items():
-        if name == weights.source(EMBEDDING):
+        wide, projection = weights.is_wide(name), name.endswith("_proj.weight")
+        quantized = projection and precision in QUANTIZED and not (as_stored and wide)
+        joined = projection and not name.endswith(("o_proj.weight", "down_proj.weight"))
+        bytes_in_work = max(quantized * _QUANTIZING_BYTES.get(precision, 0), (not wide) * _WIDENING_BYTES)
+        work[name.rsplit(".", 2)[0] if joined else name] += stored.numel * bytes_in_work
+        if quantized:
+            needed += stored.numel * precision.itemsize + stored.shape[0] * _SCALE_BYTES
+        elif name == weights.source(EMBEDDING):
             needed += stored.numel * min(stored.itemsize, dtype.itemsize)
-        elif name.endswith("_proj.weight"):
-            quantized = precision in QUANTIZED and not (weights.precision is precision and weights.is_wide(name))
-            needed += stored.numel * (precision if quantized else dtype).itemsize
-            needed += quantized * stored.shape[0] * _SCALE_BYTES
-            if not name.endswith(("o_proj.weight", "down_proj.weight")):
-                products[name.rsplit(".", 2)[0]] += stored.numel
         elif name != HEAD:
             needed += stored.numel * dtype.itemsize
-    return needed + max(products.values(), default=0) * _QUANTIZING_BYTES.get(precision, 0)
+    return needed + max(work.values(), default=0)
 
 
 def _check_memory(weights: Weights, precision: torch.dtype, device: torch.device, percentage: float) -> None:
