@@ -121,13 +121,13 @@ def needed_memory(weights: Weights, precision: torch.dtype) -> int:
     widened from a quantised checkpoint. q, k, v and gate, up are in work together.
     """
     dtype, as_stored = QUANTIZED.get(precision, precision), weights.precision is precision
+    kept = {_joined(name) for name in weights.stored if as_stored and weights.is_wide(name)}
     needed, work = 0, Counter[str]()
     for name, stored in weights.stored.items():
-        wide, projection = weights.is_wide(name), name.endswith("_proj.weight")
-        quantized = projection and precision in QUANTIZED and not (as_stored and wide)
-        joined = projection and not name.endswith(("o_proj.weight", "down_proj.weight"))
-        bytes_in_work = max(quantized * _QUANTIZING_BYTES.get(precision, 0), (not wide) * _WIDENING_BYTES)
-        work[name.rsplit(".", 2)[0] if joined else name] += stored.numel * bytes_in_work
+        quantized = name.endswith("_proj.weight") and precision in QUANTIZED and _joined(name) not in kept
+        rounding = _QUANTIZING_BYTES[precision] if quantized and not as_stored else 0
+        widening = 0 if weights.is_wide(name) else _WIDENING_BYTES
+        work[_joined(name)] += stored.numel * max(rounding, widening)
         if quantized:
             needed += stored.numel * precision.itemsize + stored.shape[0] * _SCALE_BYTES
         elif name == weights.source(EMBEDDING):
@@ -135,6 +135,12 @@ def needed_memory(weights: Weights, precision: torch.dtype) -> int:
         elif name != HEAD:
             needed += stored.numel * dtype.itemsize
     return needed + max(work.values(), default=0)
+
+
+def _joined(name: str) -> str:
+    """Return the same for weights that are joined into one projection."""
+    parts = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")
+    return name.rsplit(".", 2)[0] if name.endswith(parts) else name
 
 
 def _check_memory(weights: Weights, precision: torch.dtype, device: torch.device, percentage: float) -> None:
@@ -150,10 +156,9 @@ def _check_memory(weights: Weights, precision: torch.dtype, device: torch.device
 def _log_quantized(weights: Weights, scheme: Scheme, precision: torch.dtype) -> None:
     """Say what becomes of the weights of a quantised checkpoint."""
     layout, gib = cast("Layout", weights.layout), 1 << 30
-    use = f"taken as they are stored, in {short(precision)}"
-    if layout.precision is not precision:
-        use = f"widened to {short(QUANTIZED.get(precision, precision))} by their scales"
-        use += f", and rounded again to {short(precision)}" if precision in QUANTIZED else ""
+    use = f"widened by their scales, and rounded{' again' if precision in QUANTIZED else ''} to {short(precision)}"
+    if layout.precision is precision:
+        use = f"taken as they are stored, in {short(precision)}"
     size = needed_memory(weights, precision) / gib
     logger.info("quantised weights (%s) are %s: %.2f GiB with the others", scheme.name, use, size)
     if layout.unused:
