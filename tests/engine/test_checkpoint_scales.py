@@ -76,7 +76,8 @@ def logits(model: Model, prompts: list[list[int]]) -> list[float]:
 def expected(path: Path, prompts: list[list[int]]) -> list[float]:
     """The same of transformers' model with the weights of the plain twin, one prompt at a time."""
     model: Any = Qwen3ForCausalLM.from_pretrained(str(plain_twin(path)), dtype=torch.float32)
-    yes, no = open_checkpoint(path).answers.values()
+    tokenizer: Any = open_checkpoint(path).checkpoint.tokenizer
+    yes, no = tokenizer.convert_tokens_to_ids(["yes", "no"])
     last = [model(input_ids=torch.tensor([ids])).logits[0, -1] for ids in prompts]
     return [float(row[yes] - row[no]) for row in last]
 

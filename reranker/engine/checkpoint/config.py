@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 from reranker.engine.checkpoint.files import AGAIN, ORIGINAL, first_line, read_json, refuse_if
 from reranker.engine.checkpoint.quantization import read_scheme
 from reranker.engine.checkpoint.scales import Scheme
-from reranker.engine.checkpoint.tokenizer import check_tokenizer, load_tokenizer
+from reranker.engine.checkpoint.tokenizer import load_tokenizer
 from reranker.errors import ModelLoadError
 
 _ROPE_TYPES = ("default", "linear", "yarn", "llama3")
@@ -41,8 +40,8 @@ def read_settings(path: Path) -> dict[str, Any]:
     return settings
 
 
-def read(path: Path, settings: dict[str, Any], control_tokens: Sequence[str]) -> Checkpoint:
-    """Read config.json, whose `settings` the family has checked, and the tokenizer with the prompt's control tokens.
+def read(path: Path, settings: dict[str, Any]) -> Checkpoint:
+    """Read config.json, whose `settings` the family has checked, and the tokenizer.
 
     Raises:
         ModelLoadError: a file cannot be read or does not fit the others, or config.json names code or other weights.
@@ -56,9 +55,7 @@ def read(path: Path, settings: dict[str, Any], control_tokens: Sequence[str]) ->
         config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
     except Exception as error:  # transformers raises a different type for each field
         raise ModelLoadError(f"{file} cannot be used: {first_line(error)}") from error
-    tokenizer = load_tokenizer(path)
-    check_tokenizer(path, tokenizer, config.vocab_size, control_tokens)
-    return Checkpoint(path, config, tokenizer, read_scheme(path, settings))
+    return Checkpoint(path, config, load_tokenizer(path), read_scheme(path, settings))
 
 
 def check_rope(file: Path, settings: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ from reranker.errors import ModelLoadError
 
 logger = logging.getLogger(__name__)
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING, HEAD, SCORE_HEAD = "model.embed_tokens.weight", "lm_head.weight", "score.weight"
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _QUANTIZED = re.compile(
     r"(weight_scale|scale_inv|input_scale|weight_packed|weight_shape|weight_zero_point|qweight|qzeros|g_idx|scales|"
@@ -238,6 +238,8 @@ def _cause(missing: list[str], names: set[str], layers: int) -> str:
             return f"the names begin with {prefix!r}: remove it, or save the model without its wrapper {wrappers}"
     if first.removeprefix("model.") in names:
         return "the names lack 'model.', as in an embedding model: use a reranker, or save the whole Qwen3ForCausalLM"
+    if missing == [SCORE_HEAD]:
+        return "save the head with the model, or set architectures in config.json to the causal model that it is"
     if missing == [HEAD]:
         return 'save the head with the model, or write "tie_word_embeddings": true in config.json if it is tied'
     stored = {int(match[1]) for name in names if (match := _LAYER.match(name))}
@@ -259,7 +261,7 @@ def _check_extra(path: Path, stored: Mapping[str, Stored], extra: list[str], con
         causes = (
             (layer and int(layer[1]) >= layers, f"config.json has {layers} layers only: {_OTHER_SIZE}"),
             (re.search(r"self_attn.*\.bias$", first), "the model has no biases by config.json (attention_bias)"),
-            (not first.startswith("model."), "another head is not computed: use a model that answers with yes and no"),
+            (not first.startswith("model."), "config.json describes a model without this head (architectures)"),
             (True, "config.json does not describe them"),
         )
         cause = next(cause for condition, cause in causes if condition)
