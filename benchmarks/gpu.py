@@ -45,7 +45,7 @@ from reranker.engine.checkpoint.tokenizer import load_tokenizer
 from reranker.engine.checkpoint.weights import EMBEDDING
 from reranker.engine.families.base import Head, Wrap
 from reranker.engine.families.decoder import Decoder
-from reranker.engine.families.qwen3 import TEMPLATE, answer_tokens
+from reranker.engine.families.qwen3 import TEMPLATE
 from reranker.engine.model import Model
 from reranker.engine.precision import FLOAT8, QUANTIZED, short
 from reranker.engine.prompt import Prompt
@@ -123,7 +123,7 @@ class Bench:
         true = CACHE / "tokenizer"
         self.true = (true / "tokenizer_config.json").is_file()
         tokenizer = load_tokenizer(true if self.true else DEMO)
-        self.answers = answer_tokens(tokenizer)
+        self.answers = [tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no")]
         self.prompt = Prompt(tokenizer, TEMPLATE) if self.true else true_lengths()
         hidden, intermediate, layers, heads, groups, head, tied = TINY if shape == "tiny" else SHAPES[shape]
         settings: dict[str, Any] = {

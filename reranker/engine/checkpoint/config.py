@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 from reranker.engine.checkpoint.adapter import Adapter
 from reranker.engine.checkpoint.files import AGAIN, ORIGINAL, UNQUANTIZED, first_line, read_json, refuse_if
 from reranker.engine.checkpoint.locate import Located
-from reranker.engine.checkpoint.tokenizer import check_tokenizer, load_tokenizer
+from reranker.engine.checkpoint.tokenizer import load_tokenizer
 from reranker.errors import ModelLoadError
 
 _QUANTIZATION_FILES = {
@@ -33,6 +32,11 @@ class Checkpoint(NamedTuple):
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     adapter: Adapter | None = None
+
+    @property
+    def folders(self) -> list[Path]:
+        """See `Located.folders`."""
+        return Located(self.path, self.adapter).folders
 
     @property
     def merged(self) -> str:
@@ -66,8 +70,8 @@ def read_settings(located: Located) -> dict[str, Any]:
     return settings | adapter.settings(settings)
 
 
-def read(located: Located, settings: dict[str, Any], control_tokens: Sequence[str]) -> Checkpoint:
-    """Read config.json, whose `settings` the family has checked, and the tokenizer with the prompt's control tokens.
+def read(located: Located, settings: dict[str, Any]) -> Checkpoint:
+    """Read config.json, whose `settings` the family has checked, and the tokenizer.
 
     Raises:
         ModelLoadError: a file cannot be read or does not fit the others, or config.json names code or other weights.
@@ -84,7 +88,6 @@ def read(located: Located, settings: dict[str, Any], control_tokens: Sequence[st
     except Exception as error:  # transformers raises a different type for each field
         raise ModelLoadError(f"{file} cannot be used: {first_line(error)}") from error
     tokenizer = load_tokenizer(path) if adapter is None else load_tokenizer(adapter.folder, path)
-    check_tokenizer(Path(tokenizer.name_or_path), tokenizer, config.vocab_size, control_tokens)
     return Checkpoint(path, config, tokenizer, adapter)
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING, HEAD, SCORE_HEAD = "model.embed_tokens.weight", "lm_head.weight", "score.weight"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _QUANTIZED = re.compile(
     r"(weight_scale|scale_inv|input_scale|weight_packed|weight_shape|weight_zero_point|qweight|qzeros|g_idx|scales|"
@@ -67,7 +67,8 @@ class Weights:
     Attributes:
         path: the folder.
         adapter: the adapter.
-        stored: every tensor in the files; those that the adapter has saved are as the adapter's file has them.
+        files: the file of every tensor of the checkpoint itself.
+        stored: every tensor of checkpoint and adapter; what the adapter has saved replaces the checkpoint's.
 
     Raises:
         ModelLoadError: a file is broken or missing.
@@ -77,11 +78,11 @@ class Weights:
         self.path = path
         self.adapter = adapter
         self.stored: dict[str, Stored] = {}
-        self._files: dict[str, Path] = {}
+        self.files: dict[str, Path] = {}
         for file in weight_files(path):
             header = read_header(file)
             self.stored |= header
-            self._files |= dict.fromkeys(header, file)
+            self.files |= dict.fromkeys(header, file)
         if adapter is not None:
             self.stored |= {name: adapter.stored[tensor] for name, tensor in adapter.saved.items()}
 
@@ -97,7 +98,7 @@ class Weights:
     def source(self, name: str) -> str:
         """Return the name under which a tensor is stored: of a tied pair, the other one's if only that is."""
         twin = {EMBEDDING: HEAD, HEAD: EMBEDDING}.get(name, name)
-        return name if name in self._files else twin
+        return name if name in self.files else twin
 
     def tensor(self, name: str) -> Tensor:
         """Return a tensor on the CPU: as stored, or in float32 where an adapter adds to it.
@@ -115,15 +116,15 @@ class Weights:
     def unmerged(self, name: str) -> Tensor:
         """Return a tensor as stored in the checkpoint's own files."""
         source = self.source(name)
-        with opened(self._files[source]) as tensors:
+        with opened(self.files[source]) as tensors:
             tensor: Tensor = tensors.get_tensor(source)
             return tensor
 
     def not_finite(self) -> str | None:
         """Return the name and file of the first tensor with a NaN or an infinity; None without any. Reads all."""
-        for name in sorted(self._files, key=lambda name: (self._files[name], name)):
+        for name in sorted(self.files, key=lambda name: (self.files[name], name)):
             if not torch.isfinite(self.unmerged(name)).all():
-                return f"{name} in {self._files[name]}"
+                return f"{name} in {self.files[name]}"
         return None if self.adapter is None else self.adapter.not_finite()
 
 
@@ -164,7 +165,7 @@ def check_weights(weights: Weights, config: PretrainedConfig, auto_class: Any) -
         adapter.check(needed)
     missing, extra = [name for name in needed if name not in stored], [name for name in stored if name not in needed]
     tied = {EMBEDDING, HEAD} & set(missing)
-    if config.tie_word_embeddings and len(tied) == 1:
+    if config.tie_word_embeddings and len(tied) == 1 and weights.files.keys() & {EMBEDDING, HEAD}:
         missing = [name for name in missing if name not in tied]
     if adapter is not None and HEAD not in needed:
         extra = [name for name in extra if name != HEAD]  # of the base; the adapter brings a score head
@@ -245,6 +246,8 @@ def _cause(missing: list[str], names: set[str], layers: int) -> str:
             return f"the names begin with {prefix!r}: remove it, or save the model without its wrapper {wrappers}"
     if first.removeprefix("model.") in names:
         return "the names lack 'model.', as in an embedding model: use a reranker, or save the whole Qwen3ForCausalLM"
+    if missing == [SCORE_HEAD]:
+        return "save the head with the model, or set architectures in config.json to the causal model that it is"
     if missing == [HEAD]:
         return 'save the head with the model, or write "tie_word_embeddings": true in config.json if it is tied'
     stored = {int(match[1]) for name in names if (match := _LAYER.match(name))}
@@ -266,7 +269,7 @@ def _check_extra(path: Path, stored: Mapping[str, Stored], extra: list[str], con
         causes = (
             (layer and int(layer[1]) >= layers, f"config.json has {layers} layers only: {_OTHER_SIZE}"),
             (re.search(r"self_attn.*\.bias$", first), "the model has no biases by config.json (attention_bias)"),
-            (not first.startswith("model."), "another head is not computed: use a model that answers with yes and no"),
+            (not first.startswith("model."), "config.json describes a model without this head (architectures)"),
             (True, "config.json does not describe them"),
         )
         cause = next(cause for condition, cause in causes if condition)
