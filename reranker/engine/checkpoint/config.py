@@ -16,7 +16,6 @@ from reranker.engine.checkpoint.scales import Scheme
 from reranker.engine.checkpoint.tokenizer import load_tokenizer
 from reranker.errors import ModelLoadError
 
-LAYOUT_FILES = ("modules.json", "1_LogitScore", "config_sentence_transformers.json")
 _ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 """Rope types that choose their frequencies by the longest input of a batch."""
@@ -33,10 +32,9 @@ class Checkpoint(NamedTuple):
     """The form of quantised weights."""
 
     @property
-    def layout_folder(self) -> Path:
-        """The folder with the sentence-transformers files: the adapter's if it has any, else the base's."""
-        own = self.adapter is not None and any((self.adapter.folder / name).exists() for name in LAYOUT_FILES)
-        return self.adapter.folder if self.adapter is not None and own else self.path
+    def folders(self) -> list[Path]:
+        """See `Located.folders`."""
+        return Located(self.path, self.adapter).folders
 
     @property
     def merged(self) -> str:

@@ -70,6 +70,7 @@ class Weights:
         adapter: a LoRA adapter that is merged into the weights.
         stored: every tensor in the files; those that the adapter has saved are as the adapter's file has them.
             Quantised weights are float32 here, and their scales are left out.
+        files: the file of every tensor of the checkpoint itself.
         layout: the quantised weights and their scales; None without any.
 
     Args:
@@ -85,11 +86,11 @@ class Weights:
         self.path = path
         self.adapter = adapter
         self.stored: dict[str, Stored] = {}
-        self._files: dict[str, Path] = {}
+        self.files: dict[str, Path] = {}
         for file in weight_files(path):
             header = read_header(file)
             self.stored |= header
-            self._files |= dict.fromkeys(header, file)
+            self.files |= dict.fromkeys(header, file)
         self.layout = None if scheme is None else scheme.layout(path, self.stored)
         if self.layout is not None:
             self.stored = self.layout.widened(self.stored)
@@ -113,7 +114,7 @@ class Weights:
     def source(self, name: str) -> str:
         """Return the name under which a tensor is stored: of a tied pair, the other one's if only that is."""
         twin = {EMBEDDING: HEAD, HEAD: EMBEDDING}.get(name, name)
-        return name if name in self._files else twin
+        return name if name in self.files else twin
 
     def tensor(self, name: str) -> Tensor:
         """Return a tensor on the CPU: a quantised weight, or one that an adapter changes, as float32; others as stored.
@@ -146,15 +147,15 @@ class Weights:
         return self.layout is None or name not in self.layout.weights
 
     def _read(self, name: str) -> Tensor:
-        with opened(self._files[name]) as tensors:
+        with opened(self.files[name]) as tensors:
             tensor: Tensor = tensors.get_tensor(name)
             return tensor
 
     def not_finite(self) -> str | None:
         """Return the name and file of the first tensor with a NaN or an infinity; None without any. Reads all."""
-        for name in sorted(self._files, key=lambda name: (self._files[name], name)):
+        for name in sorted(self.files, key=lambda name: (self.files[name], name)):
             if not torch.isfinite(self.unmerged(name)).all():
-                return f"{name} in {self._files[name]}"
+                return f"{name} in {self.files[name]}"
         return None if self.adapter is None else self.adapter.not_finite()
 
 
@@ -195,7 +196,7 @@ def check_weights(weights: Weights, config: PretrainedConfig, auto_class: Any) -
         adapter.check(needed)
     missing, extra = [name for name in needed if name not in stored], [name for name in stored if name not in needed]
     tied = {EMBEDDING, HEAD} & set(missing)
-    if config.tie_word_embeddings and len(tied) == 1:
+    if config.tie_word_embeddings and len(tied) == 1 and weights.files.keys() & {EMBEDDING, HEAD}:
         missing = [name for name in missing if name not in tied]
     if adapter is not None and HEAD not in needed:
         extra = [name for name in extra if name != HEAD]  # of the base; the adapter brings a score head
