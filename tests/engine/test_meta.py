@@ -103,7 +103,17 @@ def batches(kernel: type[Attention]) -> Iterator[PackedBatch]:
         yield pad(batch, shape)
 
 
+def same_type(linear: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """The products of meta tensors take mixed types; CUDA's do not."""
+    assert isinstance(linear, nn.Linear)
+    assert inputs[0].dtype == linear.weight.dtype
+
+
 def check(model: Model) -> None:
+    assert isinstance(model.backbone, decoder.Decoder)
+    for module in model.backbone.decoder.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(same_type)
     for batch in batches(model.kernel):
         logits = model.forward(batch)
         assert (logits.device, logits.dtype, len(logits)) == (META, torch.float32, batch.shape.documents)
