@@ -52,8 +52,8 @@ INSTRUCTIONS = {
 class Engine:
     """The engine with a loaded folder."""
 
-    def __init__(self, folder: Path) -> None:
-        self.scorer = Scorer.load(folder, device="cpu", precision="float32", max_batch_tokens=4096)
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        self.scorer = Scorer.load(folder, device="cpu", precision="float32", max_batch_tokens=4096, **settings)
 
     def logits(self, query: str, documents: Sequence[str], instruction: str | None = None) -> list[float]:
         """Return a logit for each document, in order."""
@@ -62,9 +62,8 @@ class Engine:
         return [logit for part in parts for logit in self.scorer.score(self.scorer.pack([part]))]
 
 
-def load(folder: Path, template: str | None = None) -> CrossEncoder:
-    """Load a folder with sentence-transformers; `template` replaces the folder's own."""
-    options = {} if template is None else {"chat_template": template}
+def load(folder: Path, **options: Any) -> CrossEncoder:
+    """Load a folder with sentence-transformers; `options` are those of its tokenizer."""
     return CrossEncoder(str(folder), device="cpu", model_kwargs={"dtype": torch.float32}, processor_kwargs=options)
 
 

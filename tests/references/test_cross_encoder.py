@@ -55,6 +55,16 @@ def test_a_document_alone(loaded: Loaded) -> None:
     assert_equal(alone, predict(loaded.reference, CHINESE, DOCUMENTS, batch_size=1))
 
 
+@pytest.mark.parametrize("name", ["original layout", "zerank", "mxbai"])
+def test_a_document_that_does_not_fit(tmp_path: Path, name: str) -> None:
+    """Both sides cut the end of the document and keep what follows it in the template."""
+    folder = next(form for form in FORMS if form.name == name).build(tmp_path / "model")
+    long = DOCUMENTS[-4:]
+    limit = len(load(folder).preprocess([(QUERY, long[0])])["input_ids"][0])
+    reference = predict(load(folder, model_max_length=limit), QUERY, long)
+    assert_equal(Engine(folder, max_seq_length=limit).logits(QUERY, long), reference)
+
+
 @pytest.mark.skipif(not QWEN_VOCABULARY.is_dir(), reason="Qwen3's tokenizer is missing: run `make tokenizer`")
 def test_the_original_repository_with_its_own_vocabulary(tmp_path: Path) -> None:
     folder = original(tmp_path / "model")
@@ -70,7 +80,7 @@ def test_a_classifier_whose_files_say_nothing_of_the_prompt_gets_the_card_s(
     tmp_path: Path, template: str | None
 ) -> None:
     folder = classifier(tmp_path / "model", template=template)
-    reference = load(folder, ORIGINAL_TEMPLATE)
+    reference = load(folder, chat_template=ORIGINAL_TEMPLATE)
     assert_equal(Engine(folder).logits(CHINESE, DOCUMENTS), predict(reference, CHINESE, DOCUMENTS))
 
 
