@@ -44,7 +44,7 @@ from reranker.engine import device as devices
 from reranker.engine.attention import choose_kernel
 from reranker.engine.checkpoint.tokenizer import load_tokenizer
 from reranker.engine.families.base import Head, Wrap
-from reranker.engine.families.qwen3 import TEMPLATE, Qwen3Backbone, answer_tokens
+from reranker.engine.families.qwen3 import TEMPLATE, Qwen3Backbone
 from reranker.engine.model import Model
 from reranker.engine.precision import FLOAT8, QUANTIZED, short
 from reranker.engine.prompt import Prompt
@@ -122,7 +122,7 @@ class Bench:
         true = CACHE / "tokenizer"
         self.true = (true / "tokenizer_config.json").is_file()
         tokenizer = load_tokenizer(true if self.true else DEMO)
-        self.answers = answer_tokens(tokenizer)
+        self.answers = [tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no")]
         self.prompt = Prompt(tokenizer, TEMPLATE) if self.true else true_lengths()
         hidden, intermediate, layers, heads, groups, head, tied = TINY if shape == "tiny" else SHAPES[shape]
         settings: dict[str, Any] = {

@@ -19,7 +19,6 @@ from transformers import PretrainedConfig
 from reranker.engine import device as devices
 from reranker.engine.batch import PackedBatch, pack
 from reranker.engine.budget import MIN_BATCH_TOKENS, split, split_in_half
-from reranker.engine.checkpoint.layout import default_instruction
 from reranker.engine.checkpoint.locate import locate
 from reranker.engine.checkpoint.weights import not_finite
 from reranker.engine.families import open_checkpoint
@@ -99,8 +98,8 @@ class Scorer:
         logger.info("device: %s (%s)", target.value, target.reason)
         devices.cap_memory(target.value, max_memory_percentage)
         family = open_checkpoint(locate(str(name), revision))
-        trained = _trained_instruction(family, instruction)
-        prompt = _checked_prompt(family, max_seq_length, instruction or trained)
+        logger.info("model family: %s; score: %s; prompt: %s", family.name, family.score, family.template.source)
+        prompt = _checked_prompt(family, max_seq_length, instruction)
         _warn_about_length(family.checkpoint.config, max_seq_length)
 
         def start(dtype: torch.dtype) -> tuple[Scorer, Rate]:
@@ -109,7 +108,7 @@ class Scorer:
                 model, prompt, name=str(name), max_batch_tokens=MIN_BATCH_TOKENS, max_batch_documents=batch_size
             )
             rate = warm_up(scorer)
-            scorer.self_check = self_check(scorer, trained)
+            scorer.self_check = self_check(scorer, family.template.instruction or "")
             return scorer, rate
 
         scorer, rate = _first_usable(family.checkpoint.path, target.value, precision, start)
@@ -215,27 +214,31 @@ class Scorer:
         return [sigmoid(logit) for logit in logits]
 
 
-def _trained_instruction(family: Family, requested: str | None) -> str:
-    """Return the instruction in the checkpoint's own files, else the family's."""
-    stored = default_instruction(family)
-    if stored in (None, family.template.instruction):
-        return family.template.instruction
-    use = "replaced by DEFAULT_INSTRUCTION" if requested else "the default"
-    logger.info("the instruction of the checkpoint is %s: %r", use, stored)
-    return stored
-
-
-def _checked_prompt(family: Family, max_seq_length: int, instruction: str) -> Prompt:
+def _checked_prompt(family: Family, max_seq_length: int, requested: str | None) -> Prompt:
     """Refuse a tokenizer that splits prompts differently, and a default instruction that leaves no room."""
-    tokenizer = family.checkpoint.tokenizer
-    prompt = Prompt(tokenizer, family.template, max_seq_length=max_seq_length, instruction=instruction)
-    prompt.check(tokenizer)
+    tokenizer, template = family.checkpoint.tokenizer, family.template
+    if template.instructed is None:
+        unread = requested and "DEFAULT_INSTRUCTION and those of requests are"
+        logger.log(
+            logging.WARNING if unread else logging.INFO,
+            "%s not read: this prompt has none",
+            unread or "instructions are",
+        )
+    elif template.instruction is not None:
+        use = "replaced by DEFAULT_INSTRUCTION" if requested else "the default"
+        logger.info("the instruction of the checkpoint is %s: %r", use, template.instruction)
+    elif template.plain is None and not requested:
+        raise ModelLoadError(
+            "the prompt of this checkpoint needs an instruction and has no default: set DEFAULT_INSTRUCTION"
+        )
+    prompt = Prompt(tokenizer, template, max_seq_length=max_seq_length, instruction=requested or None)
     try:
         prompt.encode(RerankRequest("warm-up", ["document"]))
     except InvalidRequestError as error:
         raise ModelLoadError(
             f"DEFAULT_INSTRUCTION leaves no room for a query and a document in MAX_SEQ_LENGTH={max_seq_length}"
         ) from error
+    prompt.check(tokenizer)
     return prompt
 
 

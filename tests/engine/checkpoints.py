@@ -347,9 +347,16 @@ def without_think(path: Path) -> None:
 
 
 def sentence_transformers(
-    true: int | None = None, false: int | None = None, template: str = CARD_TEMPLATE, prompt: str | None = None
+    true: int | None = None,
+    false: int | None = -1,
+    template: str = CARD_TEMPLATE,
+    prompt: str | None = None,
+    **options: Any,
 ) -> Edit:
-    """Write the layout of the original repositories; the token ids are those of yes and no unless given."""
+    """Write the layout of the original repositories; the token ids are those of yes and no unless given.
+
+    `false`: -1 for no, None for a score of one word; `options`: of the chat template.
+    """
 
     def edit(path: Path) -> None:
         vocabulary = Tokenizer.from_file(str(path / "tokenizer.json"))
@@ -363,13 +370,14 @@ def sentence_transformers(
             ],
             "1_LogitScore/config.json": {
                 "true_token_id": yes if true is None else true,
-                "false_token_id": no if false is None else false,
+                "false_token_id": no if false == -1 else false,
             },
             "chat_template.jinja": template,
             "sentence_bert_config.json": {
                 "transformer_task": "text-generation",
                 "modality_config": {"text": forward, "message": forward | {"format": "flat"}},
                 "module_output_name": "causal_logits",
+                "processing_kwargs": {"chat_template": options},
             },
             "config_sentence_transformers.json": {
                 "__version__": {"sentence_transformers": "5.4.0"},
@@ -383,6 +391,25 @@ def sentence_transformers(
             write(name, content)(path)
 
     return edit
+
+
+def answers(**values: Any) -> Edit:
+    """Write the layout with other fields of 1_LogitScore/config.json."""
+    change = edit_json("1_LogitScore/config.json", lambda settings: settings.update(values))
+    return both(sentence_transformers(), change)
+
+
+def more_answers(path: Path) -> None:
+    """Add a second module with other words."""
+    write("2_LogitScore/config.json", {"true_token_id": 17, "false_token_id": 18})(path)
+
+
+def score_head(head: Tensor) -> Edit:
+    """Store a score head in place of lm_head, as a conversion to Qwen3ForSequenceClassification does."""
+    labels: dict[str, Any] = {"id2label": {str(i): f"LABEL_{i}" for i in range(len(head))}}
+    labels["label2id"] = {name: int(i) for i, name in labels["id2label"].items()}
+    change = settings(architectures=["Qwen3ForSequenceClassification"], **labels)
+    return both(change, without("lm_head"), weights(lambda f: f | {"score.weight": head}))
 
 
 def st_config(**values: Any) -> Edit:
@@ -428,6 +455,11 @@ _POOLING = both(
 _STRIP = {"type": "Strip", "strip_left": True, "strip_right": True}
 _BUG = CARD_TEMPLATE.replace("Given a web search query", "Given a bug")
 _BUG_INSTRUCTION = "Given a bug, retrieve relevant passages that answer the query"
+_ONLY_USER = "{%- for m in messages if m.role == 'user' -%}{{ m.content }}{%- endfor -%}"
+_TWICE = CARD_TEMPLATE.replace("{{ ns.d }}", "{{ ns.d }} {{ ns.d }}")
+_LENGTH = CARD_TEMPLATE.replace("{{ ns.d }}", "{{ ns.d | length }} {{ ns.d }}")
+_JOINED = CARD_TEMPLATE.replace("\n<Document>: ", "")
+_BARE = "{%- for m in messages if m.role == 'document' -%}{{ m.content }}{%- endfor -%} by {{ messages[-2].content }}"
 _TRIM = CARD_TEMPLATE.replace("ns.q }}", "ns.q | trim }}")
 
 RIGHT = [
@@ -544,10 +576,14 @@ WRONG = [
     Variant("auto_map that is null", edit_json("config.json", lambda v: v.update(auto_map=None)), "remove auto_map"),
     Variant("code in the checkpoint", settings(auto_map={"AutoModelForCausalLM": "evil.Model"}), "auto_map"),
     Variant("weights under another name", settings(transformers_weights="other.safetensors"), "transformers_weights"),
-    Variant("an embedding model's architecture", settings(architectures=["Qwen3Model"]), "without lm_head"),
-    Variant("converted", settings(architectures=["Qwen3ForSequenceClassification"]), "the original Qwen3ForCausalLM"),
+    Variant("an embedding model's architecture", settings(architectures=["Qwen3Model"]), "without its head"),
+    Variant("a lost score head", settings(architectures=["Qwen3ForSequenceClassification"]), "score.weight"),
+    Variant("a score head of zeros", score_head(torch.zeros(1, WIDTH)), "the same score"),
+    Variant("a score head of equal labels", score_head(torch.ones(2, WIDTH)), "the same score"),
+    Variant("three labels", score_head(torch.ones(3, WIDTH)), "has 3 labels"),
+    Variant("a score head and words", both(score_head(torch.ones(1, WIDTH)), sentence_transformers()), "remove the"),
     Variant("listwise", settings(architectures=["JinaForRanking"]), "JinaForRanking"),
-    Variant("another model", settings(model_type="qwen2"), "model_type is 'qwen2'"),
+    Variant("another model", settings(model_type="bert"), "model_type is 'bert'"),
     Variant("no model_type", settings(model_type=None), "model_type is None"),
     # Quantised checkpoints and adapters.
     *(
@@ -578,18 +614,21 @@ WRONG = [
         "an embedding model's own file", st_config(similarity_fn_name="cosine"), "embedding model (config_sentence"
     ),
     Variant("a pooling beside it", write("1_Pooling/config.json", {}), "embedding model (Pooling"),
-    Variant("answers without modules", write("1_LogitScore/config.json", {"true_token_id": 3}), "tokens 3 and None"),
+    Variant("answers without modules", write("1_LogitScore/config.json", {"true_token_id": 3}), "no chat template"),
     Variant("answers missing", both(sentence_transformers(), removed("1_LogitScore/config.json")), "cannot read"),
-    Variant("other words", sentence_transformers(true=17, false=18), "the tokens 17 and 18"),
-    Variant("one word (zerank)", sentence_transformers(true=17, template=ZERANK_TEMPLATE), "the tokens 17"),
     Variant("another module", write("modules.json", [{"path": "2_Dense", "type": "x.Dense"}]), "'Dense'"),
     Variant("modules that are an object", write("modules.json", "{}"), "not a JSON array"),
-    Variant("a generic template as prompt", sentence_transformers(template=GENERIC_TEMPLATE), "another prompt"),
-    Variant("a template that trims", sentence_transformers(template=_TRIM), "another prompt"),
-    Variant("another prompt, document first (ctxl)", sentence_transformers(template=CTXL_TEMPLATE), "another prompt"),
-    Variant("another prompt", sentence_transformers(template=ZERANK_TEMPLATE), "renders another prompt"),
-    Variant("another prompt in the tokenizer", tokenizer_config(chat_template=ZERANK_TEMPLATE), "renders another"),
-    Variant("a prompt without the empty thought", template(CARD_TEMPLATE.replace(r"\n\n</think>", "")), "another"),
+    Variant("words beyond the vocabulary", sentence_transformers(true=10**6), "scores the token 1000000"),
+    Variant("equal words", sentence_transformers(true=17, false=17), "true_token_id=17 and false_token_id=17"),
+    Variant("a word as text", answers(true_token_id="yes"), "true_token_id=yes"),
+    Variant("another input of the words", answers(module_input_name="logits"), "'logits', not causal_logits"),
+    Variant("two modules of words", both(sentence_transformers(), more_answers), "different tokens"),
+    Variant("a template that trims", sentence_transformers(template=_TRIM), "changes or omits the query"),
+    Variant("a template without documents", sentence_transformers(template=_ONLY_USER), "changes or omits the query"),
+    Variant("a template that repeats", sentence_transformers(template=_TWICE), "repeats the document"),
+    Variant("a template that counts", sentence_transformers(template=_LENGTH), "a different prompt for other texts"),
+    Variant("nothing between the texts", sentence_transformers(template=_JOINED), "no text between query and document"),
+    Variant("nothing before the texts", sentence_transformers(template=_BARE), "no text before its texts"),
     Variant("a template that fails", template("{{ 1 / 0 }} 'query' 'document'"), "cannot be rendered"),
     Variant("a template that reaches out", template("{{ ''.__class__.__mro__ }} 'query' 'document'"), "template"),
     Variant("lower case", write("sentence_bert_config.json", {"do_lower_case": True}), "do_lower_case"),

@@ -15,9 +15,10 @@ from benchmarks.card import Card
 from reranker import ModelLoadError, Scorer
 from reranker.engine import families
 from reranker.engine.families import family_of, qwen3
-from reranker.engine.families.base import Backbone, Head, LayerFns, Template, Wrap
+from reranker.engine.families.base import Backbone, Head, LayerFns, Wrap
 from reranker.engine.families.qwen3 import TEMPLATE, Qwen3, Qwen3Backbone
 from reranker.engine.scores import sigmoid
+from reranker.engine.template import Slot, Template
 from reranker.types import RerankRequest, Slice
 from tests.conftest import DEMO
 
@@ -61,11 +62,17 @@ def test_a_model_of_no_family_is_refused_in_one_line(settings: dict[str, object]
 class Another(Qwen3):
     """The same layers with another prompt, other answer tokens, a bias and a scale."""
 
-    template = Template(
-        system="<|im_start|>user\n",
-        opening="{instruction}\nquery:",
-        closing="\ndocument:",
-        suffix="\nRelevant?<|im_end|>\n<|im_start|>assistant\n",
+    card = Template(
+        instructed=(
+            "<|im_start|>user\n",
+            Slot.INSTRUCTION,
+            "\nquery: ",
+            Slot.QUERY,
+            "\ndocument: ",
+            Slot.DOCUMENT,
+            "\nRelevant?<|im_end|>\n<|im_start|>assistant\n",
+        ),
+        plain=None,
         instruction="Which document is relevant?",
         control_tokens=TEMPLATE.control_tokens,
     )
@@ -82,13 +89,12 @@ def test_another_prompt_and_head_need_a_class_and_a_line_of_the_registry(
     scorer = Scorer.load(model_path, device="cpu", precision="float32")
     documents = ["a cat is an animal", "bread"]
     request = scorer.encode(RerankRequest("what is a cat?", documents))
-    assert request.cached_prefix_len == len(scorer.prompt.static_prefix) > len(scorer.prompt.system)
+    assert request.cached_prefix_len == len(scorer.prompt.static_prefix) > 2
     logits = scorer.score(scorer.pack([Slice(request, 0, 2)]))
     whole = Qwen3ForCausalLM.from_pretrained(str(model_path), dtype=torch.float32).eval()
-    template = Another.template
     for document, logit in zip(documents, logits, strict=True):
-        user = f"{template.instruction}\nquery: what is a cat?\ndocument: {document}"
-        ids = TOKENIZER(template.system + user + template.suffix, add_special_tokens=False, return_tensors="pt")
+        text = Another.card.render(Another.card.instruction, "what is a cat?", document)
+        ids = TOKENIZER(text, add_special_tokens=False, return_tensors="pt")
         with torch.inference_mode():
             last = whole(**ids).logits[0, -1]
         assert logit == pytest.approx(float(last[5] - last[7]) / 2 + 0.25, abs=1e-4)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from reranker.engine.checkpoint.files import AGAIN, ORIGINAL, UNQUANTIZED, first_line, read_json, refuse_if
-from reranker.engine.checkpoint.tokenizer import check_tokenizer, load_tokenizer
+from reranker.engine.checkpoint.tokenizer import load_tokenizer
 from reranker.errors import ModelLoadError
 
 _QUANTIZATION_FILES = {
@@ -53,8 +52,8 @@ def read_settings(path: Path) -> dict[str, Any]:
     return settings
 
 
-def read(path: Path, settings: dict[str, Any], control_tokens: Sequence[str]) -> Checkpoint:
-    """Read config.json, whose `settings` the family has checked, and the tokenizer with the prompt's control tokens.
+def read(path: Path, settings: dict[str, Any]) -> Checkpoint:
+    """Read config.json, whose `settings` the family has checked, and the tokenizer.
 
     Raises:
         ModelLoadError: a file cannot be read or does not fit the others, or config.json names code or other weights.
@@ -68,9 +67,7 @@ def read(path: Path, settings: dict[str, Any], control_tokens: Sequence[str]) ->
         config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
     except Exception as error:  # transformers raises a different type for each field
         raise ModelLoadError(f"{file} cannot be used: {first_line(error)}") from error
-    tokenizer = load_tokenizer(path)
-    check_tokenizer(path, tokenizer, config.vocab_size, control_tokens)
-    return Checkpoint(path, config, tokenizer)
+    return Checkpoint(path, config, load_tokenizer(path))
 
 
 def check_rope(file: Path, settings: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ turns a hidden state into a logit. A family is one file that implements the firs
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -19,41 +19,10 @@ from transformers import PreTrainedModel
 from reranker.engine.attention import Attention
 from reranker.engine.batch import PackedBatch
 from reranker.engine.checkpoint.config import Checkpoint
+from reranker.engine.template import Template
 
 Wrap = Callable[[nn.Linear], nn.Module]
 """Replaces a projection, for example by a quantised one."""
-
-
-@dataclass(frozen=True, slots=True)
-class Template:
-    """The text around instruction, query and document:
-
-    system + opening + " " + query + closing + " " + document + suffix
-
-    The prefix ends after `closing`; the documents of a request share it. `system` and `suffix` are encoded alone, and
-    only they with control tokens. The tokenizer must not merge `closing` with the space after it (`Prompt.check`).
-    """
-
-    system: str
-    opening: str
-    """`{instruction}` stands for the instruction."""
-    closing: str
-    suffix: str
-    instruction: str
-    """The default instruction."""
-    control_tokens: frozenset[str]
-    """Added tokens of the family; they are plain text in instructions, queries and documents."""
-
-    @property
-    def own_tokens(self) -> list[str]:
-        """The control tokens of the prompt itself, in order."""
-        text = self.system + self.suffix
-        return sorted((token for token in self.control_tokens if token in text), key=text.index)
-
-    def render(self, instruction: str, query: str, document: str) -> str:
-        """Return a whole prompt."""
-        opening = self.opening.format(instruction=instruction)
-        return f"{self.system}{opening} {query}{self.closing} {document}{self.suffix}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,17 +77,22 @@ class Family(ABC):
     """A model family with a checkpoint that it computes, before the weights are loaded.
 
     Raises:
-        ModelLoadError: the checkpoint lacks a part that the family needs.
+        ModelLoadError: the checkpoint lacks a part that the family needs, or describes another computation.
     """
 
-    template: ClassVar[Template]
-    auto_class: ClassVar[Any]
-    """transformers' class that loads the whole model."""
-    answers: Mapping[str, int] = {}
-    """The two words whose logits are compared, and their token ids; the word for a relevant document is the first."""
+    name: ClassVar[str]
+    template: Template
+    """The family's prompt, or the checkpoint's own."""
+    auto_class: Any
+    """transformers' class that describes the whole model."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
+
+    @property
+    @abstractmethod
+    def score(self) -> str:
+        """What the logit is, in words."""
 
     @staticmethod
     @abstractmethod

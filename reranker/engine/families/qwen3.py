@@ -1,8 +1,6 @@
-"""Qwen3-Reranker: its prompt, its answer tokens, and the Qwen3 decoder on a packed batch.
+"""Qwen3-Reranker: its prompt, and the Qwen3 decoder on a packed batch.
 
-Source of the prompt: the transformers sample of the Qwen3-Reranker model card. The card tokenises `<Instruct>...
-<Document>: {text}` in one piece; the Qwen pre-tokenizer never merges the `:` of `<Document>:` with the space after it,
-so the piece can be split there without changing a token (tests/engine/test_prompt.py proves it on random text).
+Source of the prompt: the transformers sample of the Qwen3-Reranker model card.
 
 The weights and modules are transformers' own; the forward pass is not. Only the last token of each document is read, so
 the last layer computes queries, keys and values for T tokens and everything else for N; projections of the same input
@@ -13,97 +11,53 @@ the formulas: transformers' modeling_qwen3.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Any, cast
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model, Qwen3RMSNorm
 
 from reranker.engine.attention import Attention
 from reranker.engine.batch import PackedBatch, pack
-from reranker.engine.checkpoint.config import Checkpoint, check_numbers, check_rope
-from reranker.engine.checkpoint.files import ORIGINAL, refuse_if
-from reranker.engine.families.base import Backbone, Family, Head, LayerFns, Template, Wrap
-from reranker.errors import ModelLoadError
+from reranker.engine.families.base import Backbone, LayerFns, Wrap
+from reranker.engine.families.causal import CausalFamily
+from reranker.engine.template import Slot, Template
 from reranker.request.template import SUFFIX, SYSTEM
 from reranker.types import EncodedRequest, Slice
 
-TEMPLATE = Template(
-    system=SYSTEM,
-    opening="<Instruct>: {instruction}\n<Query>:",
-    closing="\n<Document>:",
-    suffix=SUFFIX,
-    instruction="Given a web search query, retrieve relevant passages that answer the query",
-    control_tokens=frozenset(
-        "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
-        "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|> "
-        "<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|> "
-        "<tool_response> </tool_response> <think> </think>".split()
-    ),
+CONTROL_TOKENS = frozenset(
+    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
+    "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|> "
+    "<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|> "
+    "<tool_response> </tool_response> <think> </think>".split()
 )
-_COMPUTED: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "swish", None),
-    "use_sliding_window": (False, None),
-    "is_causal": (True, None),
-    "use_bidirectional_attention": (False, None),
-}
-"""Fields that change the computation, with the values that are computed here. Null counts as absent."""
+TEMPLATE = Template(
+    instructed=(
+        f"{SYSTEM}<Instruct>: ",
+        Slot.INSTRUCTION,
+        "\n<Query>: ",
+        Slot.QUERY,
+        "\n<Document>: ",
+        Slot.DOCUMENT,
+        SUFFIX,
+    ),
+    plain=None,
+    instruction="Given a web search query, retrieve relevant passages that answer the query",
+    control_tokens=CONTROL_TOKENS,
+)
+_ZERANK = "<|im_start|>system\n\0<|im_end|>\n<|im_start|>user\n\0<|im_end|>\n<|im_start|>assistant\n"
 
 
-def answer_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids of "yes" and "no".
+class Qwen3(CausalFamily):
+    """Qwen3-Reranker, its fine-tunes, and other rerankers on the Qwen3 decoder."""
 
-    Raises:
-        ModelLoadError: the tokenizer lacks one.
-    """
-    ids: list[int] = []
-    for word in ("yes", "no"):
-        token = tokenizer.convert_tokens_to_ids(word)  # as on the card: the entry need not be one that begins a text
-        if not isinstance(token, int) or token == tokenizer.unk_token_id:
-            raise ModelLoadError(f"the tokenizer has no token {word!r}: not a Qwen3-Reranker checkpoint")
-        ids.append(token)
-    return ids
-
-
-class Qwen3(Family):
-    """A `Qwen3ForCausalLM` that answers yes or no."""
-
-    template = TEMPLATE
-    auto_class = AutoModelForCausalLM
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        super().__init__(checkpoint)
-        sliding = any(kind != "full_attention" for kind in getattr(checkpoint.config, "layer_types", None) or ())
-        file = checkpoint.path / "config.json"
-        refuse_if(sliding, f"{file} has layers with sliding attention (layer_types): {ORIGINAL}")
-        self.answers = dict(zip(("yes", "no"), answer_tokens(checkpoint.tokenizer), strict=True))
-
-    @staticmethod
-    def check_settings(file: Path, settings: dict[str, Any]) -> None:
-        """See `Family.check_settings`."""
-        for field, values in _COMPUTED.items():
-            value = settings.get(field)
-            refuse_if(
-                value not in values, f"{file} has {field}={value!r}: Qwen3-Reranker is computed with {values[0]!r}"
-            )
-        check_rope(file, settings)
-        check_numbers(file, settings, "rms_norm_eps", "rope_theta")
-
-    def head(self, model: PreTrainedModel) -> Head:
-        """Return W[yes] - W[no]: the card's softmax over the two logits is the sigmoid of their difference."""
-        yes, no = cast("Any", model).lm_head.weight.detach()[list(self.answers.values())].float()
-        weight = yes - no
-        equal = f"lm_head in {self.checkpoint.path} has equal rows for yes and no, so that every score would be 0.5"
-        refuse_if(not weight.any(), f"{equal}: it was not saved")
-        return Head(weight)
-
-    def backbone(self, model: PreTrainedModel, dtype: torch.dtype, wrap: Wrap) -> Backbone:
-        """Return the decoder; of an untied output matrix (8B: 1.2 GB) only the two rows of the head remain."""
-        return Qwen3Backbone(cast("Any", model).model, dtype, wrap)
+    name = "Qwen3"
+    control_tokens = CONTROL_TOKENS
+    card = TEMPLATE
+    divisors: ClassVar[Mapping[tuple[str, str], float]] = {(_ZERANK, "Yes"): 5.0}
+    """zerank: its authors write `(scores / 5).sigmoid()`."""
 
 
 def before_attention(layer: Any, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:

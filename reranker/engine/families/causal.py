@@ -1,0 +1,142 @@
+"""Decoders that are scored at the last token of a prompt: by words of their vocabulary, or by a trained score head.
+
+A checkpoint says itself which: config.json has the architecture, and the sentence-transformers files (layout.py) have
+the words and the prompt. A family may have a prompt and words for checkpoints without those files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+
+from reranker.engine.checkpoint.config import Checkpoint, check_numbers, check_rope
+from reranker.engine.checkpoint.files import AGAIN, ORIGINAL, refuse_if
+from reranker.engine.checkpoint.layout import Answers, Layout, read_layout
+from reranker.engine.checkpoint.tokenizer import check_tokenizer
+from reranker.engine.families.base import Backbone, Family, Head, Wrap
+from reranker.engine.template import Template, text_of
+from reranker.errors import ModelLoadError
+
+_COMPUTED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish", None),
+    "use_sliding_window": (False, None),
+    "is_causal": (True, None),
+    "use_bidirectional_attention": (False, None),
+}
+"""Fields that change the computation, with the values that are computed here. Null counts as absent."""
+
+
+class CausalFamily(Family):
+    """A decoder with a head of words or a score head."""
+
+    control_tokens: ClassVar[frozenset[str]]
+    """Added tokens of the family's tokenizers."""
+    card: ClassVar[Template | None] = None
+    """The prompt of a checkpoint that has none of its own; None: it must have one."""
+    words: ClassVar[tuple[str, str]] = ("yes", "no")
+    """The words of a checkpoint that names none: for a relevant document, and for another one."""
+    divisors: ClassVar[Mapping[tuple[str, str], float]] = {}
+    """By prompt and word, what the authors of a model divide its logit by, where its files do not say so."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__(checkpoint)
+        path, config, tokenizer = checkpoint.path, checkpoint.config, checkpoint.tokenizer
+        sliding = any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ())
+        refuse_if(sliding, f"{path / 'config.json'} has layers with sliding attention (layer_types): {ORIGINAL}")
+        classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+        self.auto_class = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+        layout = read_layout(path, tokenizer, self.control_tokens)
+        self.template = self._template(layout)
+        check_tokenizer(path, tokenizer, config.vocab_size, self.template.own_tokens)
+        self.answers = None if classifier else self._answers(layout)
+        if classifier:
+            words = layout.answers is not None
+            refuse_if(words, f"{path} has a score head and names words to score (LogitScore): remove the wrong one")
+            problem = f"{path / 'config.json'} has {config.num_labels} labels"
+            refuse_if(
+                config.num_labels not in (1, 2), f"{problem}: a reranker has 1, or 2 of which the second is relevant"
+            )
+
+    @staticmethod
+    def check_settings(file: Path, settings: dict[str, Any]) -> None:
+        """See `Family.check_settings`."""
+        for field, values in _COMPUTED.items():
+            value = settings.get(field)
+            refuse_if(value not in values, f"{file} has {field}={value!r}: it is computed with {values[0]!r} here")
+        check_rope(file, settings)
+        check_numbers(file, settings, "rms_norm_eps", "rope_theta")
+
+    @property
+    def score(self) -> str:
+        """See `Family.score`."""
+        if self.answers is None:
+            return "score head" if self.checkpoint.config.num_labels == 1 else "score head, second label minus first"
+        words = [self._word(token) for token in self.answers if token is not None]
+        divided = "" if self.divisor == 1 else f" / {self.divisor:g}"
+        return " - ".join(f"logit({word})" for word in words) + divided
+
+    @property
+    def divisor(self) -> float:
+        """What the logit is divided by."""
+        forms = [form for form in (self.template.plain, self.template.instructed) if form is not None]
+        if self.answers is None or self.answers.false is not None:
+            return 1.0
+        return self.divisors.get((text_of(forms[0]), self._word(self.answers.true)), 1.0)
+
+    def head(self, model: PreTrainedModel) -> Head:
+        """See `Family.head`: the softmax over two logits is the sigmoid of their difference."""
+        if self.answers is None:
+            rows = cast("Any", model).score.weight.detach().float()
+            weight = rows[-1] - rows[0] if len(rows) == 2 else rows[0]
+            problem = f"the score head in {self.checkpoint.path} gives every document the same score"
+            refuse_if(not weight.any(), f"{problem}: it was not saved")
+            return Head(weight)
+        rows = cast("Any", model).lm_head.weight.detach()
+        weight = rows[self.answers.true].float()
+        if self.answers.false is not None:
+            weight = weight - rows[self.answers.false].float()
+        words = " and ".join(self._word(token) for token in self.answers if token is not None)
+        equal = f"lm_head in {self.checkpoint.path} has equal rows for {words}, so that every score would be 0.5"
+        refuse_if(not weight.any(), f"{equal}: it was not saved")
+        return Head(weight / self.divisor)
+
+    def backbone(self, model: PreTrainedModel, dtype: torch.dtype, wrap: Wrap) -> Backbone:
+        """See `Family.backbone`."""
+        from reranker.engine.families.qwen3 import Qwen3Backbone
+
+        return Qwen3Backbone(cast("Any", model).model, dtype, wrap)
+
+    def _template(self, layout: Layout) -> Template:
+        template = layout.template or self.card
+        if template is None:
+            problem = f"{self.checkpoint.path} does not say what its prompt is"
+            needed = "a chat template with the roles query and document (chat_template.jinja)"
+            raise ModelLoadError(f"{problem}: it needs {needed}, as sentence-transformers saves it; {AGAIN}")
+        return template if layout.instruction is None else replace(template, instruction=layout.instruction)
+
+    def _answers(self, layout: Layout) -> Answers:
+        if layout.answers is None:  # as CrossEncoder does without modules.json
+            return Answers(*(self._word_id(word) for word in self.words))
+        path, rows = self.checkpoint.path, self.checkpoint.config.vocab_size
+        if layout.template is None:
+            known = tuple(map(self._word, layout.answers)) == self.words
+            refuse_if(not known, f"{path} names words to score (LogitScore), but has no chat template: {AGAIN}")
+        largest = max(token for token in layout.answers if token is not None)
+        problem = f"{path} scores the token {largest}, but config.json has a vocab_size of {rows}"
+        refuse_if(largest >= rows, f"{problem}: {AGAIN}")
+        return layout.answers
+
+    def _word_id(self, word: str) -> int:
+        tokenizer = self.checkpoint.tokenizer
+        token = tokenizer.convert_tokens_to_ids(word)  # as on the card: the entry need not be one that begins a text
+        if not isinstance(token, int) or token == tokenizer.unk_token_id:
+            raise ModelLoadError(f"the tokenizer has no token {word!r}: not a checkpoint that answers with it")
+        return token
+
+    def _word(self, token: int | None) -> str:
+        return "" if token is None else str(self.checkpoint.tokenizer.decode([token]))
