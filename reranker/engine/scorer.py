@@ -20,7 +20,7 @@ from reranker.engine import device as devices
 from reranker.engine.batch import PackedBatch, pack
 from reranker.engine.budget import MIN_BATCH_TOKENS, split, split_in_half
 from reranker.engine.checkpoint.locate import locate
-from reranker.engine.checkpoint.weights import not_finite
+from reranker.engine.checkpoint.weights import Weights
 from reranker.engine.families import open_checkpoint
 from reranker.engine.families.base import Family
 from reranker.engine.lanes import DealtBatch, Lanes, deal
@@ -168,7 +168,7 @@ class Scorer:
             logits: list[float] = self.model.forward(batch).tolist()
             return logits
         except RuntimeError as error:
-            if not _out_of_memory(error):
+            if not devices.out_of_memory(error):
                 if not isinstance(error, torch.AcceleratorError):
                     raise
                 # Every further call in this process would fail too.
@@ -278,13 +278,6 @@ def _first_usable(
         if device.type == "cuda":
             torch.cuda.empty_cache()
     reason = f"{path} cannot be scored in any precision on this machine ({'; '.join(problems)})"
-    if damaged := not_finite(path):
+    if damaged := Weights(path).not_finite():
         reason = f"the weights are damaged: {damaged} is not finite; download the checkpoint again"
     raise ModelLoadError(reason) from ScoringError(problems[0])
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    """Also an NVML assert (under MIG) and the CPU allocator's plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError) or any(
-        text in str(error) for text in ("NVML_SUCCESS == r", "not enough memory", "CUDA error: out of memory")
-    )

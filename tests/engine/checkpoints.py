@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.card import PREFIX, SUFFIX
 from tests.conftest import make_model
@@ -85,6 +85,18 @@ def small_model(folder: Path, **changes: Any) -> Path:
     edit_json("tokenizer.json", shorten)(folder)
     edit_json("tokenizer_config.json", renumber)(folder)
     return folder
+
+
+def qwen2(path: Path) -> None:
+    """Put a small Qwen2 model into a folder of `small_model`; its weights are as varied as a trained model's."""
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": ENTRIES + 26}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    torch.manual_seed(3)
+    model: Any = Qwen2ForCausalLM(Qwen2Config.from_dict(sizes | heads))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.normal_(1.0 if "norm" in name else 0.0, 0.1)
+    model.save_pretrained(str(path))
 
 
 def edit_json(name: str, change: Callable[[dict[str, Any]], object]) -> Edit:
@@ -532,7 +544,7 @@ WRONG = [
     Variant("a head of zeros", weights(lambda f: f | {HEAD: 0 * f[HEAD]}), "equal rows for yes and no", base=UNTIED),
     # Extra weights: transformers would ignore them.
     Variant("more layers in the file", layers(2), "config.json has 2 layers only"),
-    Variant("a score head", and_tensor("score.weight", 1, WIDTH), "another head is not computed"),
+    Variant("a score head", and_tensor("score.weight", 1, WIDTH), "without this head"),
     Variant("a classifier", and_tensor("classifier.bias"), "classifier.bias"),
     Variant("biases that the config lacks", settings(attention_bias=False), "attention_bias", base=BIASES),
     Variant("scales of FP8", and_tensor(UP + "weight_scale"), "quantised weights"),
@@ -544,7 +556,7 @@ WRONG = [
     Variant("float8 without its config", as_type(torch.float8_e4m3fn, "down_proj"), "F8_E4M3"),
     Variant("an adapter in the weights", and_tensor("model.layers.0.self_attn.q_proj.lora_A.weight"), "not merged"),
     Variant("names of an adapter", renamed(lambda name: name.replace("q_proj.", "q_proj.base_layer.")), "not merged"),
-    Variant("a head under another name", and_tensor("rank_head.weight", 1, WIDTH), "another head is not"),
+    Variant("a head under another name", and_tensor("rank_head.weight", 1, WIDTH), "without this head"),
     Variant("a tuned prompt", and_tensor("prompt_encoder.embedding.weight"), "not merged"),
     Variant("other names", weights(lambda f: {f"layers.{i}": t for i, t in enumerate(f.values())}), "another program"),
     # Shapes.
@@ -584,6 +596,7 @@ WRONG = [
     Variant("a score head and words", both(score_head(torch.ones(1, WIDTH)), sentence_transformers()), "remove the"),
     Variant("listwise", settings(architectures=["JinaForRanking"]), "JinaForRanking"),
     Variant("another model", settings(model_type="bert"), "model_type is 'bert'"),
+    Variant("Qwen2 without a prompt", qwen2, "does not say what its prompt is"),
     Variant("no model_type", settings(model_type=None), "model_type is None"),
     # Quantised checkpoints and adapters.
     *(

@@ -23,6 +23,7 @@ from tests.engine.checkpoints import (
     ZERANK_TEMPLATE,
     Edit,
     both,
+    qwen2,
     score_head,
     sentence_transformers,
     small_model,
@@ -101,6 +102,7 @@ FORMS = [
         sentence_transformers(template=MXBAI_TEMPLATE, prompt="Find it"),
         instruction="Find it",
     ),
+    Form("Qwen2", both(qwen2, sentence_transformers(true=16, false=15, template=MXBAI_TEMPLATE)), score="logit("),
     Form("a prompt without words", tokenizer_config(chat_template=ZERANK_TEMPLATE), reads_instruction=False),
     Form(
         "the card without the empty thought",

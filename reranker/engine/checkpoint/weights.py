@@ -1,12 +1,15 @@
-"""Compare the tensors in a checkpoint's files with those that the model needs, from the files' headers alone.
+"""The tensors in a checkpoint's files: their names, shapes and values, and whether they are those of the model.
 
 transformers initialises missing tensors at random and reports them in a log line; here they are an error.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
+import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from reranker.engine.checkpoint.files import AGAIN, UNQUANTIZED, first_line, read_json, refuse_if
@@ -21,7 +25,8 @@ from reranker.errors import ModelLoadError
 
 logger = logging.getLogger(__name__)
 
-_FLOATS = ("F64", "F32", "F16", "BF16")
+EMBEDDING, HEAD, SCORE_HEAD = "model.embed_tokens.weight", "lm_head.weight", "score.weight"
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _QUANTIZED = re.compile(
     r"(weight_scale|scale_inv|input_scale|weight_packed|weight_shape|weight_zero_point|qweight|qzeros|g_idx|scales|"
     r"biases|absmax|quant_map|quant_state)(\.|_|$)"
@@ -41,6 +46,74 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
     dtype: str
     """In safetensors' notation: F32, BF16, ..."""
+
+    @property
+    def numel(self) -> int:
+        """The number of values."""
+        return math.prod(self.shape)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a value; 1 for the types of quantised weights."""
+        return _FLOATS[self.dtype].itemsize if self.dtype in _FLOATS else 1
+
+
+class Weights:
+    """The tensors of a checkpoint by name; the headers are read once, here.
+
+    Attributes:
+        path: the folder.
+        stored: every tensor in the files.
+
+    Raises:
+        ModelLoadError: a file is broken or missing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.stored: dict[str, Stored] = {}
+        self._files: dict[str, Path] = {}
+        for file in weight_files(path):
+            with _opened(file) as tensors:
+                for name in tensors.keys():  # noqa: SIM118  # not a dictionary
+                    part = tensors.get_slice(name)
+                    self.stored[name] = Stored(tuple(part.get_shape()), str(part.get_dtype()))
+                    self._files[name] = file
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating-point type in which most values are stored."""
+        counts: Counter[torch.dtype] = Counter()
+        for stored in self.stored.values():
+            if stored.dtype in _FLOATS:
+                counts[_FLOATS[stored.dtype]] += stored.numel
+        return counts.most_common(1)[0][0]
+
+    def source(self, name: str) -> str:
+        """Return the name under which a tensor is stored: of a tied pair, the other one's if only that is."""
+        twin = {EMBEDDING: HEAD, HEAD: EMBEDDING}.get(name, name)
+        return name if name in self.stored else twin
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor as stored, on the CPU.
+
+        It is a view of the file, which stays open and mapped as long as the view exists; only rows that are used are
+        read.
+
+        Raises:
+            ModelLoadError: the file is broken.
+        """
+        source = self.source(name)
+        with _opened(self._files[source]) as tensors:
+            tensor: Tensor = tensors.get_tensor(source)
+            return tensor
+
+    def not_finite(self) -> str | None:
+        """Return the name and file of the first tensor with a NaN or an infinity; None without any. Reads all."""
+        for name in sorted(self.stored, key=lambda name: (self._files[name], name)):
+            if not torch.isfinite(self.tensor(name)).all():
+                return f"{name} in {self._files[name]}"
+        return None
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -66,45 +139,18 @@ def weight_files(path: Path) -> list[Path]:
     return files
 
 
-def inventory(path: Path) -> dict[str, Stored]:
-    """Return every tensor of the checkpoint by name, from the headers.
-
-    Raises:
-        ModelLoadError: a file is broken.
-    """
-    stored: dict[str, Stored] = {}
-    for file in weight_files(path):
-        with _opened(file) as tensors:
-            for name in tensors.keys():  # noqa: SIM118  # not a dictionary
-                part = tensors.get_slice(name)
-                stored[name] = Stored(tuple(part.get_shape()), str(part.get_dtype()))
-    return stored
-
-
-def parameters(path: Path) -> int:
-    """Return the number of weights in the files, from the headers."""
-    return sum(torch.Size(stored.shape).numel() for stored in inventory(path).values())
-
-
-def not_finite(path: Path) -> str | None:
-    """Return the name and file of the first tensor with a NaN or an infinity; None without any. Reads all weights."""
-    for file in weight_files(path):
-        with _opened(file) as tensors:
-            for name in sorted(tensors.keys()):
-                if not torch.isfinite(tensors.get_tensor(name)).all():
-                    return f"{name} in {file}"
-    return None
-
-
-def check_weights(path: Path, config: PretrainedConfig, auto_class: Any) -> None:
+def check_weights(weights: Weights, config: PretrainedConfig, auto_class: Any) -> None:
     """Refuse a checkpoint whose tensors are not exactly those of `auto_class`; log extra ones that change no score.
+
+    The headers suffice, but for a head that is stored beside the embedding that it is tied to.
 
     Raises:
         ModelLoadError: names the number of wrong tensors, the first one and the likely cause.
     """
-    stored, needed = inventory(path), _needed(path, config, auto_class)
+    path, stored = weights.path, weights.stored
+    needed = _needed(path, config, auto_class)
     missing, extra = [name for name in needed if name not in stored], [name for name in stored if name not in needed]
-    tied = {"lm_head.weight", "model.embed_tokens.weight"} & set(missing)
+    tied = {EMBEDDING, HEAD} & set(missing)
     if config.tie_word_embeddings and len(tied) == 1:
         missing = [name for name in missing if name not in tied]
     _refuse_forms(path, stored, needed, extra)
@@ -118,6 +164,10 @@ def check_weights(path: Path, config: PretrainedConfig, auto_class: Any) -> None
             problem = f"{name} is {list(stored[name].shape)} in {path}, and {list(shape)} by config.json"
             raise ModelLoadError(f"{problem}: they do not belong to one model (look at {fields})")
     _check_extra(path, stored, extra, config)
+    both = config.tie_word_embeddings and {EMBEDDING, HEAD} <= stored.keys()
+    if both and not torch.equal(weights.tensor(EMBEDDING), weights.tensor(HEAD)):
+        problem = "config.json ties %s to %s, but %s holds both with different values, so we will NOT tie them"
+        logger.warning(problem + ": the model is scored with its own head", HEAD, EMBEDDING, path)
 
 
 @contextmanager
@@ -133,7 +183,7 @@ def _needed(path: Path, config: PretrainedConfig, auto_class: Any) -> dict[str, 
     """Return the shape of every tensor of the model that config.json describes."""
     try:
         with torch.device("meta"):
-            model = auto_class.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+            model = auto_class.from_config(copy.deepcopy(config), attn_implementation="sdpa", dtype=torch.float32)
     except Exception as error:  # of torch or transformers, for sizes that make no model
         raise ModelLoadError(f"{path / 'config.json'} describes no model: {first_line(error)}") from error
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -161,13 +211,15 @@ def _cause(missing: list[str], names: set[str], layers: int) -> str:
             return f"the names begin with {prefix!r}: remove it, or save the model without its wrapper {wrappers}"
     if first.removeprefix("model.") in names:
         return "the names lack 'model.', as in an embedding model: use a reranker, or save the whole Qwen3ForCausalLM"
-    if missing == ["lm_head.weight"]:
+    if missing == [SCORE_HEAD]:
+        return "save the head with the model, or set architectures in config.json to the causal model that it is"
+    if missing == [HEAD]:
         return 'save the head with the model, or write "tie_word_embeddings": true in config.json if it is tied'
     stored = {int(match[1]) for name in names if (match := _LAYER.match(name))}
     absent = [int(match[1]) for name in missing if (match := _LAYER.match(name))]
     if stored and len(absent) == len(missing) and min(absent) > max(stored):
         return f"the files hold {1 + max(stored)} layers and config.json has {layers}: {_OTHER_SIZE}"
-    if names.isdisjoint({"model.embed_tokens.weight", "lm_head.weight"}):
+    if names.isdisjoint({EMBEDDING, HEAD}):
         return f"the names, such as {min(names, default='')[:80]}, are another program's: convert with save_pretrained"
     return f"a part of the model was not saved or not downloaded: {AGAIN}"
 
@@ -182,7 +234,7 @@ def _check_extra(path: Path, stored: Mapping[str, Stored], extra: list[str], con
         causes = (
             (layer and int(layer[1]) >= layers, f"config.json has {layers} layers only: {_OTHER_SIZE}"),
             (re.search(r"self_attn.*\.bias$", first), "the model has no biases by config.json (attention_bias)"),
-            (not first.startswith("model."), "another head is not computed: use a model that answers with yes and no"),
+            (not first.startswith("model."), "config.json describes a model without this head (architectures)"),
             (True, "config.json does not describe them"),
         )
         cause = next(cause for condition, cause in causes if condition)

@@ -14,11 +14,11 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from reranker.engine.attention import Attention
 from reranker.engine.batch import PackedBatch
 from reranker.engine.checkpoint.config import Checkpoint
+from reranker.engine.checkpoint.weights import Weights
 from reranker.engine.template import Template
 
 Wrap = Callable[[nn.Linear], nn.Module]
@@ -100,9 +100,24 @@ class Family(ABC):
         """Raise ModelLoadError if config.json describes another computation; transformers reads it afterwards."""
 
     @abstractmethod
-    def head(self, model: PreTrainedModel) -> Head:
-        """Read the head from the loaded weights; raise ModelLoadError if it gives every document the same score."""
+    def head(self, weights: Weights) -> Head:
+        """Read the head, on the CPU; raise ModelLoadError if it gives every document the same score."""
 
     @abstractmethod
-    def backbone(self, model: PreTrainedModel, dtype: torch.dtype, wrap: Wrap) -> Backbone:
-        """Take the layers out of `model`, a layer at a time; `dtype`: of everything between the projections."""
+    def backbone(
+        self,
+        weights: Weights,
+        device: torch.device,
+        stored_dtype: torch.dtype,
+        compute_dtype: torch.dtype,
+        wrap: Wrap,
+    ) -> Backbone:
+        """Load the layers onto the device, one at a time.
+
+        Args:
+            weights: those of the checkpoint, as `check_weights` accepted them.
+            device: where they are computed.
+            stored_dtype: of the projections that `wrap` receives.
+            compute_dtype: of everything between the projections.
+            wrap: replaces each projection.
+        """

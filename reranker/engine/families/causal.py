@@ -9,16 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from reranker.engine.checkpoint.config import Checkpoint, check_numbers, check_rope
-from reranker.engine.checkpoint.files import AGAIN, ORIGINAL, refuse_if
+from reranker.engine.checkpoint.files import AGAIN, refuse_if
 from reranker.engine.checkpoint.layout import Answers, Layout, read_layout
 from reranker.engine.checkpoint.tokenizer import check_tokenizer
+from reranker.engine.checkpoint.weights import HEAD, SCORE_HEAD, Weights
 from reranker.engine.families.base import Backbone, Family, Head, Wrap
+from reranker.engine.families.decoder import Decoder
 from reranker.engine.template import Template, text_of
 from reranker.errors import ModelLoadError
 
@@ -46,8 +48,6 @@ class CausalFamily(Family):
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)
         path, config, tokenizer = checkpoint.path, checkpoint.config, checkpoint.tokenizer
-        sliding = any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ())
-        refuse_if(sliding, f"{path / 'config.json'} has layers with sliding attention (layer_types): {ORIGINAL}")
         classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
         self.auto_class = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
         layout = read_layout(path, tokenizer, self.control_tokens)
@@ -88,28 +88,31 @@ class CausalFamily(Family):
             return 1.0
         return self.divisors.get((text_of(forms[0]), self._word(self.answers.true)), 1.0)
 
-    def head(self, model: PreTrainedModel) -> Head:
+    def head(self, weights: Weights) -> Head:
         """See `Family.head`: the softmax over two logits is the sigmoid of their difference."""
         if self.answers is None:
-            rows = cast("Any", model).score.weight.detach().float()
+            rows = weights.tensor(SCORE_HEAD).float()
             weight = rows[-1] - rows[0] if len(rows) == 2 else rows[0]
             problem = f"the score head in {self.checkpoint.path} gives every document the same score"
             refuse_if(not weight.any(), f"{problem}: it was not saved")
             return Head(weight)
-        rows = cast("Any", model).lm_head.weight.detach()
-        weight = rows[self.answers.true].float()
-        if self.answers.false is not None:
-            weight = weight - rows[self.answers.false].float()
-        words = " and ".join(self._word(token) for token in self.answers if token is not None)
-        equal = f"lm_head in {self.checkpoint.path} has equal rows for {words}, so that every score would be 0.5"
-        refuse_if(not weight.any(), f"{equal}: it was not saved")
+        tokens = [token for token in self.answers if token is not None]
+        rows = weights.tensor(HEAD)[tokens].float()
+        weight = rows[0] - rows[1] if len(rows) == 2 else rows[0]
+        equal = f"lm_head in {self.checkpoint.path} has equal rows for {' and '.join(map(self._word, tokens))}"
+        refuse_if(not weight.any(), f"{equal}, so that every score would be 0.5: it was not saved")
         return Head(weight / self.divisor)
 
-    def backbone(self, model: PreTrainedModel, dtype: torch.dtype, wrap: Wrap) -> Backbone:
-        """See `Family.backbone`."""
-        from reranker.engine.families.qwen3 import Qwen3Backbone
-
-        return Qwen3Backbone(cast("Any", model).model, dtype, wrap)
+    def backbone(
+        self,
+        weights: Weights,
+        device: torch.device,
+        stored_dtype: torch.dtype,
+        compute_dtype: torch.dtype,
+        wrap: Wrap,
+    ) -> Backbone:
+        """See `Family.backbone`; of an output matrix of its own (8B: 1.2 GB) only the rows of the head are read."""
+        return Decoder(weights, self.checkpoint.config, device, stored_dtype, compute_dtype, wrap)
 
     def _template(self, layout: Layout) -> Template:
         template = layout.template or self.card
