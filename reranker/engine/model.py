@@ -44,6 +44,8 @@ class Model:
     """Compiled layers, set by acceleration.py; None: the eager path."""
     graphs: Graphs | None = None
     """Recorded passes for small batches, set by acceleration.py."""
+    family: str = ""
+    """Name of the model family."""
     static_prefix: Sequence[int] = ()
     """[P] tokens whose keys and values every layer has cached; requests are encoded, and batches packed, for them."""
 
@@ -91,7 +93,7 @@ def load(family: Family, device: torch.device, dtype: torch.dtype, max_memory_pe
         ModelLoadError: the weights do not fit, are not those of the model, or the files are broken.
         ScoringError: this machine does not compute the quantised precision.
     """
-    weights = Weights(family.checkpoint.path)
+    weights = Weights(family.checkpoint.path, family.checkpoint.adapter)
     check_weights(weights, family.checkpoint.config, family.auto_class)
     _check_memory(weights, dtype, device, max_memory_percentage)
     head = family.head(weights)
@@ -104,8 +106,9 @@ def load(family: Family, device: torch.device, dtype: torch.dtype, max_memory_pe
         problem = f"the weights do not fit in the free memory of {device}"
         raise ModelLoadError(f"{problem}: free memory, or use a smaller model") from error
     kernel, reason = choose_kernel(device, QUANTIZED.get(dtype, dtype))
+    logger.info("model: %s; score: %s; prompt: %s", family.name, head.name, family.template.source)
     logger.info("attention: %s", reason)
-    return Model(backbone, head, device, dtype, kernel)
+    return Model(backbone, head, device, dtype, kernel, family=family.name)
 
 
 def needed_memory(weights: Weights, precision: torch.dtype) -> int:

@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 from reranker.engine import device as devices
 from reranker.engine.batch import PackedBatch, pack
 from reranker.engine.budget import MIN_BATCH_TOKENS, split, split_in_half
+from reranker.engine.checkpoint.config import Checkpoint
 from reranker.engine.checkpoint.locate import locate
 from reranker.engine.checkpoint.weights import Weights
 from reranker.engine.families import open_checkpoint
@@ -61,6 +62,7 @@ class Scorer:
         self.max_batch_tokens = max_batch_tokens
         self.max_batch_documents = max_batch_documents or 1 << 30
         self.self_check = "not run"
+        self.adapter = ""
         self.lanes: Lanes | None = None
 
     @classmethod
@@ -98,7 +100,6 @@ class Scorer:
         logger.info("device: %s (%s)", target.value, target.reason)
         devices.cap_memory(target.value, max_memory_percentage)
         family = open_checkpoint(locate(str(name), revision))
-        logger.info("model family: %s; score: %s; prompt: %s", family.name, family.score, family.template.source)
         prompt = _checked_prompt(family, max_seq_length, instruction)
         _warn_about_length(family.checkpoint.config, max_seq_length)
 
@@ -107,11 +108,12 @@ class Scorer:
             scorer = cls(
                 model, prompt, name=str(name), max_batch_tokens=MIN_BATCH_TOKENS, max_batch_documents=batch_size
             )
+            scorer.adapter = family.checkpoint.merged
             rate = warm_up(scorer)
             scorer.self_check = self_check(scorer, family.template.instruction or "")
             return scorer, rate
 
-        scorer, rate = _first_usable(family.checkpoint.path, target.value, precision, start)
+        scorer, rate = _first_usable(family.checkpoint, target.value, precision, start)
         memory = devices.memory(target.value, max_memory_percentage)
         scorer.max_batch_tokens = choose_budget(rate, memory, max_batch_tokens)
         return scorer
@@ -127,6 +129,11 @@ class Scorer:
             max_batch_tokens=self.max_batch_tokens,
             demo=self.demo,
             self_check=self.self_check,
+            family=self.model.family,
+            score=self.model.head.name,
+            prompt=self.prompt.template.source,
+            reads_instruction=self.prompt.template.instructed is not None,
+            adapter=self.adapter,
         )
 
     @property
@@ -253,7 +260,7 @@ def _warn_about_length(config: PretrainedConfig, max_seq_length: int) -> None:
 
 
 def _first_usable(
-    path: Path, device: torch.device, precision: str, start: Callable[[torch.dtype], tuple[Scorer, Rate]]
+    checkpoint: Checkpoint, device: torch.device, precision: str, start: Callable[[torch.dtype], tuple[Scorer, Rate]]
 ) -> tuple[Scorer, Rate]:
     """Start the model in the first precision that gives finite scores on the device.
 
@@ -277,7 +284,7 @@ def _first_usable(
         gc.collect()  # the next precision needs this one's memory
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    reason = f"{path} cannot be scored in any precision on this machine ({'; '.join(problems)})"
-    if damaged := Weights(path).not_finite():
+    reason = f"{checkpoint.path} cannot be scored in any precision on this machine ({'; '.join(problems)})"
+    if damaged := Weights(checkpoint.path, checkpoint.adapter).not_finite():
         reason = f"the weights are damaged: {damaged} is not finite; download the checkpoint again"
     raise ModelLoadError(reason) from ScoringError(problems[0])

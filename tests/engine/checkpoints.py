@@ -444,11 +444,6 @@ def layers(count: int) -> Edit:
     return settings(num_hidden_layers=count, layer_types=None)
 
 
-def adapter_without(*names: str) -> Edit:
-    """Write a LoRA adapter's config, and remove files."""
-    return both(write("adapter_config.json", _ADAPTER), removed(*names))
-
-
 def nothing(path: Path) -> None:
     """Leave the folder as it is."""
 
@@ -541,7 +536,7 @@ WRONG = [
     Variant("a layer missing in the middle", without("layers.1."), "not saved or not downloaded"),
     Variant("a norm missing", without("layers.2.self_attn.q_norm"), "model.layers.2.self_attn.q_norm.weight"),
     Variant("an embedding missing", without("embed_tokens"), "model.embed_tokens.weight"),
-    Variant("a head of zeros", weights(lambda f: f | {HEAD: 0 * f[HEAD]}), "equal rows for yes and no", base=UNTIED),
+    Variant("a head of zeros", weights(lambda f: f | {HEAD: 0 * f[HEAD]}), "the same for every document", base=UNTIED),
     # Extra weights: transformers would ignore them.
     Variant("more layers in the file", layers(2), "config.json has 2 layers only"),
     Variant("a score head", and_tensor("score.weight", 1, WIDTH), "without this head"),
@@ -590,8 +585,8 @@ WRONG = [
     Variant("weights under another name", settings(transformers_weights="other.safetensors"), "transformers_weights"),
     Variant("an embedding model's architecture", settings(architectures=["Qwen3Model"]), "without its head"),
     Variant("a lost score head", settings(architectures=["Qwen3ForSequenceClassification"]), "score.weight"),
-    Variant("a score head of zeros", score_head(torch.zeros(1, WIDTH)), "the same score"),
-    Variant("a score head of equal labels", score_head(torch.ones(2, WIDTH)), "the same score"),
+    Variant("a score head of zeros", score_head(torch.zeros(1, WIDTH)), "the same for every document"),
+    Variant("a score head of equal labels", score_head(torch.ones(2, WIDTH)), "the same for every document"),
     Variant("three labels", score_head(torch.ones(3, WIDTH)), "has 3 labels"),
     Variant("a score head and words", both(score_head(torch.ones(1, WIDTH)), sentence_transformers()), "remove the"),
     Variant("listwise", settings(architectures=["JinaForRanking"]), "JinaForRanking"),
@@ -610,10 +605,11 @@ WRONG = [
     Variant("MLX", settings(quantization={"bits": 8, "group_size": 64}), "(MLX)"),
     Variant("AutoGPTQ's file", write("quantize_config.json", {"bits": 4}), "(GPTQ)"),
     Variant("ModelOpt's file", write("hf_quant_config.json", {}), "(NVIDIA ModelOpt)"),
-    Variant("an adapter beside the base", write("adapter_config.json", _ADAPTER), "LoRA adapter"),
-    Variant("an adapter's weights beside the base", write("adapter_model.safetensors", b"x"), "LoRA adapter"),
-    Variant("an adapter with its base's config", adapter_without("model.safetensors"), "merge it into its base model"),
-    Variant("an adapter alone", adapter_without("config.json", "model.safetensors"), "merge it into its base model"),
+    Variant("half an adapter beside the base", write("adapter_config.json", _ADAPTER), "without adapter_model"),
+    Variant("the other half", write("adapter_model.safetensors", b"x"), "without adapter_config.json"),
+    Variant(
+        "a pickled adapter", both(write("adapter_config.json", _ADAPTER), write("adapter_model.bin", b"x")), "pickle"
+    ),
     # Tokenizers.
     Variant("a normalizer that strips", backend(lambda v: v.update(normalizer=_STRIP)), "other tokens than"),
     Variant("dropout of merges", backend(lambda v: v["model"].update(dropout=0.01)), "dropout"),

@@ -32,6 +32,8 @@ class Head:
     weight: Tensor
     """[hidden_size] float32"""
     bias: float = 0.0
+    name: str = "logit"
+    """What the logit is, in words."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, hidden_size] float32 -> [N]"""
@@ -88,11 +90,6 @@ class Family(ABC):
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-
-    @property
-    @abstractmethod
-    def score(self) -> str:
-        """What the logit is, in words."""
 
     @staticmethod
     @abstractmethod

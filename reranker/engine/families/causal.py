@@ -50,12 +50,12 @@ class CausalFamily(Family):
         path, config, tokenizer = checkpoint.path, checkpoint.config, checkpoint.tokenizer
         classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
         self.auto_class = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
-        layout = read_layout(path, tokenizer, self.control_tokens)
+        layout = read_layout(checkpoint.layout_folder, tokenizer, self.control_tokens)
         self.template = self._template(layout)
         check_tokenizer(path, tokenizer, config.vocab_size, self.template.own_tokens)
         self.answers = None if classifier else self._answers(layout)
         if classifier:
-            words = layout.answers is not None
+            words = layout.answers is not None and checkpoint.adapter is None  # an adapter's head replaces them
             refuse_if(words, f"{path} has a score head and names words to score (LogitScore): remove the wrong one")
             problem = f"{path / 'config.json'} has {config.num_labels} labels"
             refuse_if(
@@ -71,18 +71,7 @@ class CausalFamily(Family):
         check_rope(file, settings)
         check_numbers(file, settings, "rms_norm_eps", "rope_theta")
 
-    @property
-    def score(self) -> str:
-        """See `Family.score`."""
-        if self.answers is None:
-            return "score head" if self.checkpoint.config.num_labels == 1 else "score head, second label minus first"
-        words = [self._word(token) for token in self.answers if token is not None]
-        divided = "" if self.divisor == 1 else f" / {self.divisor:g}"
-        return " - ".join(f"logit({word})" for word in words) + divided
-
-    @property
-    def divisor(self) -> float:
-        """What the logit is divided by."""
+    def _divisor(self) -> float:
         forms = [form for form in (self.template.plain, self.template.instructed) if form is not None]
         if self.answers is None or self.answers.false is not None:
             return 1.0
@@ -91,17 +80,21 @@ class CausalFamily(Family):
     def head(self, weights: Weights) -> Head:
         """See `Family.head`: the softmax over two logits is the sigmoid of their difference."""
         if self.answers is None:
-            rows = weights.tensor(SCORE_HEAD).float()
-            weight = rows[-1] - rows[0] if len(rows) == 2 else rows[0]
-            problem = f"the score head in {self.checkpoint.path} gives every document the same score"
-            refuse_if(not weight.any(), f"{problem}: it was not saved")
-            return Head(weight)
-        tokens = [token for token in self.answers if token is not None]
-        rows = weights.tensor(HEAD)[tokens].float()
-        weight = rows[0] - rows[1] if len(rows) == 2 else rows[0]
-        equal = f"lm_head in {self.checkpoint.path} has equal rows for {' and '.join(map(self._word, tokens))}"
-        refuse_if(not weight.any(), f"{equal}, so that every score would be 0.5: it was not saved")
-        return Head(weight / self.divisor)
+            rows, name = weights.tensor(SCORE_HEAD).float(), "score head"
+        else:
+            tokens = [token for token in self.answers if token is not None]
+            rows = weights.tensor(HEAD)[tokens].float()
+            name = " - ".join(f"logit({self._word(token)})" for token in tokens)
+        weight = rows[0]
+        if len(rows) == 2 and self.answers is None:
+            weight, name = rows[1] - rows[0], "score head, second label - first"
+        elif len(rows) == 2:
+            weight = rows[0] - rows[1]
+        problem = f"{name} in {self.checkpoint.path} is the same for every document"
+        refuse_if(not weight.any(), f"{problem}: the head was not saved with the model")
+        if (divisor := self._divisor()) != 1:
+            weight, name = weight / divisor, f"{name} / {divisor:g}"
+        return Head(weight, name=name)
 
     def backbone(
         self,
