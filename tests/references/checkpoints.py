@@ -313,7 +313,7 @@ def _randomize_adapter(model: torch.nn.Module) -> None:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "lora_" in name or "modules_to_save" in name:
-                weight.normal_(0, STD, generator=generator)
+                weight.normal_(float("norm" in name), STD, generator=generator)
 
 
 @dataclass(frozen=True)
