@@ -268,7 +268,8 @@ def _first_usable(
         ModelLoadError: none does.
     """
     problems: list[str] = []
-    for choice in choose_precisions(precision, device):
+    weights = Weights(checkpoint.path, checkpoint.adapter, checkpoint.scheme)
+    for choice in choose_precisions(precision, device, weights.precision):
         name = short(choice.value)
         try:
             started = start(choice.value)
@@ -285,6 +286,6 @@ def _first_usable(
         if device.type == "cuda":
             torch.cuda.empty_cache()
     reason = f"{checkpoint.path} cannot be scored in any precision on this machine ({'; '.join(problems)})"
-    if damaged := Weights(checkpoint.path, checkpoint.adapter).not_finite():
+    if damaged := weights.not_finite():
         reason = f"the weights are damaged: {damaged} is not finite; download the checkpoint again"
     raise ModelLoadError(reason) from ScoringError(problems[0])

@@ -70,7 +70,7 @@ class Variant:
 def small_model(folder: Path, **changes: Any) -> Path:
     """A sound folder that loads quickly: a narrow model, and the first merges of the demo's tokenizer."""
     shape: dict[str, Any] = {"hidden_size": WIDTH, "intermediate_size": 48, "num_attention_heads": 2, "head_dim": 24}
-    make_model(folder, vocab_size=ENTRIES + 26, num_key_value_heads=1, **shape, **changes)
+    make_model(folder, vocab_size=ENTRIES + 26, num_key_value_heads=1, **(shape | changes))
 
     def shorten(tokenizer: dict[str, Any]) -> None:
         model, added = tokenizer["model"], tokenizer["added_tokens"]
@@ -596,7 +596,7 @@ WRONG = [
     # Quantised checkpoints and adapters.
     *(
         Variant(f"quantised: {method}", settings(quantization_config={"quant_method": method}), f"({method})")
-        for method in "gptq awq compressed-tensors fp8 bitsandbytes torchao modelopt hqq quark".split()
+        for method in "gptq awq bitsandbytes torchao modelopt hqq quark".split()
     ),
     Variant("quantised by nothing", settings(quantization_config={}), "(unknown method)"),
     Variant("quantised by an unknown method", settings(quantization_config={"bits": 4}), "(unknown method)"),

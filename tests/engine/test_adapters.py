@@ -16,14 +16,28 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from benchmarks.card import Card
+from benchmarks.card import INSTRUCTION, Card
 from reranker import ModelLoadError, Scorer
 from reranker.engine.checkpoint.locate import locate
 from reranker.engine.checkpoint.tokenizer import load_tokenizer
 from reranker.types import RerankRequest, Slice
 from tests.cli.command import cli
 from tests.engine.adapters import PREFIX, factors, merged_by_hand, write_adapter
-from tests.engine.checkpoints import EMBEDDING, HEAD, WIDTH, as_type, both, settings, small_model, write
+from tests.engine.checkpoints import (
+    EMBEDDING,
+    HEAD,
+    WIDTH,
+    ZERANK_TEMPLATE,
+    as_type,
+    both,
+    score_head,
+    sentence_transformers,
+    settings,
+    small_model,
+    write,
+)
+from tests.engine.rendered import Rendered
+from tests.engine.test_forms import CARD
 
 QUERY = "how to compress files"
 DOCUMENTS = ["gzip compresses files", "x", "gzip 可以压缩文件 " * 20]
@@ -99,6 +113,48 @@ def test_the_scores_are_those_of_the_merged_model(bases: dict[str, Path], tmp_pa
     merged = card(merged_by_hand(base, tensors, tmp_path / "merged"))
     assert logits(adapter) == pytest.approx(merged, abs=1e-5)
     assert max(abs(a - b) for a, b in zip(merged, card(base), strict=True)) > 0.01
+
+
+@pytest.mark.parametrize("labels", [1, 2])
+def test_a_score_head_of_the_adapter_replaces_the_words_of_its_base(base: Path, tmp_path: Path, labels: int) -> None:
+    head = torch.randn(labels, WIDTH, generator=torch.Generator().manual_seed(3)) / 10
+    tensors = factors(base, TARGETS)
+    own = Path(shutil.copytree(base, tmp_path / "base"))
+    sentence_transformers()(own)  # names yes and no
+    trained = {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]}
+    adapter = write_adapter(tmp_path / "a", tensors | {f"{PREFIX}score.weight": head}, base=str(own), **trained)
+    merged = merged_by_hand(base, tensors, tmp_path / "merged")
+    score_head(head)(merged)
+    reference = Rendered(merged, CARD)
+    expected = [reference.logit(QUERY, document, INSTRUCTION) for document in DOCUMENTS]
+    assert logits(adapter) == pytest.approx(expected, abs=1e-5)
+    own_tokenizer(base, adapter)
+    sentence_transformers()(adapter)
+    assert "has a score head and names words to score" in refused(adapter)
+
+
+def test_words_and_prompt_in_the_folder_of_the_adapter_come_before_those_of_the_base(
+    base: Path, tmp_path: Path
+) -> None:
+    """As sentence-transformers saves a cross-encoder with an adapter."""
+    tensors = factors(base, TARGETS)
+    own = Path(shutil.copytree(base, tmp_path / "base"))
+    sentence_transformers()(own)
+    adapter = write_adapter(tmp_path / "a", tensors, base=str(own))
+    merged = merged_by_hand(base, tensors, tmp_path / "merged")
+    for folder in (adapter, merged):
+        own_tokenizer(base, folder)
+        sentence_transformers(true=17, false=18, template=ZERANK_TEMPLATE)(folder)
+    reference = Rendered(merged)
+    expected = [reference.logit(QUERY, document) for document in DOCUMENTS]
+    assert logits(adapter) == pytest.approx(expected, abs=1e-5)
+
+
+def test_an_adapter_for_words_is_not_added_to_a_score_head(base: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copytree(base, tmp_path / "base"))
+    score_head(torch.ones(1, WIDTH))(own)
+    message = refused(write_adapter(tmp_path / "a", factors(base, TARGETS), base=str(own)))
+    assert "is for CAUSAL_LM, and its base is a Qwen3ForSequenceClassification: use the base it was" in message
 
 
 def test_the_files_may_lie_in_one_folder(base: Path, expected: list[float], tmp_path: Path) -> None:
@@ -179,7 +235,8 @@ def test_a_quantised_base_is_refused_with_the_way_out(base: Path, tmp_path: Path
     settings(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})(quantized)
     adapter = write_adapter(quantized if beside else tmp_path / "adapter", factors(base), base=str(quantized))
     message = refused(adapter)
-    assert f"(bitsandbytes), which is not read as the base of the LoRA adapter in {adapter}: " in message
+    assert message.startswith(f"the base of the LoRA adapter in {adapter} cannot be used: ")
+    assert "(bitsandbytes), which is not read" in message
     assert ("put the files of the adapter beside" if beside else "unquantised original into base_model") in message
 
 

@@ -1,4 +1,4 @@
-"""reranker/request/pairs.py alone: which documents meet which query; tests/http/test_dialect_score.py has the errors."""
+"""reranker/request/pairs.py alone: which documents meet which query (errors: tests/http/test_dialect_score.py)."""
 
 from __future__ import annotations
 

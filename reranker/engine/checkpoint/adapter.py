@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from reranker.engine.checkpoint.files import AGAIN, read_json, refuse_if, refuse_pointer
-from reranker.engine.checkpoint.weights import FLOATS, Stored, opened, read_header
+from reranker.engine.checkpoint.weights import FLOATS, SCORE_HEAD, Stored, opened, read_header
 from reranker.errors import ModelLoadError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MERGE = "merge it into its base model first (peft: model.merge_and_unload().save_pretrained(folder))"
 CAUSAL_LM, SEQ_CLS = "CAUSAL_LM", "SEQ_CLS"
-_CLASSIFIER, _SCORE = "ForSequenceClassification", "score.weight"
+_CLASSIFIER = "ForSequenceClassification"
 
 _PREFIX = "base_model.model."
 _PAIR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
@@ -120,7 +120,7 @@ class Adapter:
             return {}
         model = re.sub(r"(For[A-Z]\w*|Model)$", "", name) or str(base.get("model_type", "")).capitalize()
         changes: dict[str, Any] = {"architectures": [name if classifier else model + _CLASSIFIER]}
-        if score := self.saved.get(_SCORE):
+        if score := self.saved.get(SCORE_HEAD):
             changes["num_labels"] = self.stored[score].shape[0]
         return changes
 

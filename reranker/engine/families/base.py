@@ -7,7 +7,7 @@ turns a hidden state into a logit. A family is one file that implements the firs
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -21,8 +21,8 @@ from reranker.engine.checkpoint.config import Checkpoint
 from reranker.engine.checkpoint.weights import Weights
 from reranker.engine.template import Template
 
-Wrap = Callable[[nn.Linear], nn.Module]
-"""Replaces a projection, for example by a quantised one."""
+Wrap = Callable[[nn.Linear, Sequence[str]], nn.Module]
+"""Replaces a projection, for example by a quantised one; the second argument has the names of its joined weights."""
 
 
 @dataclass(frozen=True, slots=True)
