@@ -323,7 +323,7 @@ class Form:
     name: str
     build: Callable[[Path], Path]
     instructions: bool = True
-    """Whether the prompt has a place for an instruction."""
+    """Whether the prompt has a place for an instruction; both sides ignore one otherwise."""
 
 
 _ST_5 = {"activation_fn": "torch.nn.modules.linear.Identity", "version": "5.2.0"}

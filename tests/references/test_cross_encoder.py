@@ -44,8 +44,7 @@ def test_the_default_instruction(loaded: Loaded, query: str) -> None:
 
 @pytest.mark.parametrize("instruction", INSTRUCTIONS.values(), ids=INSTRUCTIONS)
 def test_an_instruction_of_the_request(loaded: Loaded, instruction: str) -> None:
-    if not loaded.form.instructions:
-        pytest.skip("the prompt has no place for an instruction")
+    assert loaded.engine.scorer.info.reads_instruction == loaded.form.instructions
     reference = predict(loaded.reference, QUERY, DOCUMENTS, instruction)
     assert_equal(loaded.engine.logits(QUERY, DOCUMENTS, instruction), reference)
 
