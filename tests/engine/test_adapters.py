@@ -262,7 +262,9 @@ def test_an_adapter_in_a_subfolder_is_not_applied(base: Path, tmp_path: Path, ca
     with caplog.at_level(logging.WARNING):
         assert locate(str(folder)).adapter is None
     assert f"adapter in {inner} is not applied: to serve it, set MODEL_NAME_OR_PATH to it" in caplog.text
+    caplog.clear()
     assert locate(str(inner)).path == folder
+    assert not caplog.records
 
 
 def test_the_folder_above_adapters_names_them(base: Path, tmp_path: Path) -> None:
