@@ -165,7 +165,9 @@ class Bench:
     def load(self, precision: torch.dtype) -> tuple[Scorer, float]:
         """A scorer and the seconds of its warm-up, compiling and recording included."""
         quantized = precision in QUANTIZED
-        wrap: Wrap = (lambda linear: quantize(linear, precision)) if quantized else (lambda linear: linear)
+        wrap: Wrap = (
+            (lambda linear, names: quantize(linear, precision)) if quantized else (lambda linear, names: linear)
+        )
         rows = self.weights.tensor(EMBEDDING)[self.answers].float()
         kernel, _ = choose_kernel(self.device, self.dtype)
         backbone = Decoder(self.weights, self.config, self.device, self.dtype, self.dtype, wrap)

@@ -6,14 +6,16 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
 from reranker.engine import device as devices
 from reranker.engine.attention import Attention, choose_kernel
 from reranker.engine.batch import PackedBatch
+from reranker.engine.checkpoint.scales import Layout, Scheme
 from reranker.engine.checkpoint.weights import EMBEDDING, HEAD, Weights, check_weights
 from reranker.engine.families.base import Backbone, Family, Head, LayerFns
 from reranker.engine.graphs import Graphs
@@ -28,6 +30,8 @@ _SCALE_BYTES = 16
 """Of a quantised projection for each output: scale, zero point and the kernel's own sum."""
 _QUANTIZING_BYTES = {torch.int8: 14, FLOAT8: 10}
 """For each weight of a projection while it is quantised: as stored, in float32, scaled, and rounded (quantized.py)."""
+_WIDENING_BYTES = 8
+"""For each weight while it is widened on the CPU: in float32, and a scale for each."""
 
 
 @dataclass(slots=True)
@@ -44,6 +48,8 @@ class Model:
     """Compiled layers, set by acceleration.py; None: the eager path."""
     graphs: Graphs | None = None
     """Recorded passes for small batches, set by acceleration.py."""
+    family: str = ""
+    """Name of the model family."""
     static_prefix: Sequence[int] = ()
     """[P] tokens whose keys and values every layer has cached; requests are encoded, and batches packed, for them."""
 
@@ -85,15 +91,17 @@ class Model:
 def load(family: Family, device: torch.device, dtype: torch.dtype, max_memory_percentage: float) -> Model:
     """Load a checkpoint onto the device in the chosen precision, a layer at a time.
 
-    A quantised precision is made from the weights as stored; each product is verified.
+    A quantised precision is made from the weights, or is that of a quantised checkpoint; each product is verified.
 
     Raises:
         ModelLoadError: the weights do not fit, are not those of the model, or the files are broken.
         ScoringError: this machine does not compute the quantised precision.
     """
-    weights = Weights(family.checkpoint.path, family.checkpoint.adapter)
+    weights = Weights(family.checkpoint.path, family.checkpoint.adapter, family.checkpoint.scheme)
     check_weights(weights, family.checkpoint.config, family.auto_class)
     _check_memory(weights, dtype, device, max_memory_percentage)
+    if family.checkpoint.scheme is not None:
+        _log_quantized(weights, family.checkpoint.scheme, dtype)
     head = family.head(weights)
     try:
         head = replace(head, weight=head.weight.to(device))
@@ -104,28 +112,38 @@ def load(family: Family, device: torch.device, dtype: torch.dtype, max_memory_pe
         problem = f"the weights do not fit in the free memory of {device}"
         raise ModelLoadError(f"{problem}: free memory, or use a smaller model") from error
     kernel, reason = choose_kernel(device, QUANTIZED.get(dtype, dtype))
+    logger.info("model: %s; score: %s; prompt: %s", family.name, head.name, family.template.source)
     logger.info("attention: %s", reason)
-    return Model(backbone, head, device, dtype, kernel)
+    return Model(backbone, head, device, dtype, kernel, family=family.name)
 
 
 def needed_memory(weights: Weights, precision: torch.dtype) -> int:
     """Return the bytes on the device, at most, while the weights are loaded; the activations come on top.
 
-    They are those of the loaded weights; and if these are quantised, those of the largest projection in work: q, k, v
-    or gate, up, which are joined and never smaller than the others.
+    They are those of the loaded weights; and those of the largest weight in work, if weights are quantised here or
+    widened from a quantised checkpoint. q, k, v and gate, up are in work together.
     """
-    dtype, quantized = QUANTIZED.get(precision, precision), precision in QUANTIZED
-    needed, products = 0, Counter[str]()
+    dtype, as_stored = QUANTIZED.get(precision, precision), weights.precision is precision
+    kept = {_joined(name) for name in weights.stored if as_stored and weights.is_wide(name)}
+    needed, work = 0, Counter[str]()
     for name, stored in weights.stored.items():
-        if name == weights.source(EMBEDDING):
+        quantized = name.endswith("_proj.weight") and precision in QUANTIZED and _joined(name) not in kept
+        rounding = _QUANTIZING_BYTES[precision] if quantized and not as_stored else 0
+        widening = 0 if weights.is_wide(name) else _WIDENING_BYTES
+        work[_joined(name)] += stored.numel * max(rounding, widening)
+        if quantized:
+            needed += stored.numel * precision.itemsize + stored.shape[0] * _SCALE_BYTES
+        elif name == weights.source(EMBEDDING):
             needed += stored.numel * min(stored.itemsize, dtype.itemsize)
-        elif name.endswith("_proj.weight"):
-            needed += stored.numel * precision.itemsize + quantized * stored.shape[0] * _SCALE_BYTES
-            if not name.endswith(("o_proj.weight", "down_proj.weight")):
-                products[name.rsplit(".", 2)[0]] += stored.numel
         elif name != HEAD:
             needed += stored.numel * dtype.itemsize
-    return needed + max(products.values(), default=0) * _QUANTIZING_BYTES.get(precision, 0)
+    return needed + max(work.values(), default=0)
+
+
+def _joined(name: str) -> str:
+    """Return the same for weights that are joined into one projection."""
+    parts = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")
+    return name.rsplit(".", 2)[0] if name.endswith(parts) else name
 
 
 def _check_memory(weights: Weights, precision: torch.dtype, device: torch.device, percentage: float) -> None:
@@ -138,13 +156,32 @@ def _check_memory(weights: Weights, precision: torch.dtype, device: torch.device
         raise ModelLoadError(f"{problem}: raise it, free memory, or use a smaller model")
 
 
+def _log_quantized(weights: Weights, scheme: Scheme, precision: torch.dtype) -> None:
+    """Say what becomes of the weights of a quantised checkpoint."""
+    layout, gib = cast("Layout", weights.layout), 1 << 30
+    use = f"widened by their scales, and rounded{' again' if precision in QUANTIZED else ''} to {short(precision)}"
+    if weights.precision is precision:
+        use = f"taken as they are stored, in {short(precision)}"
+    size = needed_memory(weights, precision) / gib
+    logger.info("quantised weights (%s) are %s: %.2f GiB with the others", scheme.name, use, size)
+    if layout.unused:
+        unused = "%d scales of activations and caches are not used (%s): activations are %s"
+        rounding = "rounded with a scale per token" if precision in QUANTIZED else "not rounded"
+        logger.info(unused, len(layout.unused), layout.unused[0], rounding)
+
+
 def _backbone(family: Family, weights: Weights, device: torch.device, precision: torch.dtype) -> Backbone:
     if precision not in QUANTIZED:
-        return family.backbone(weights, device, precision, precision, lambda linear: linear)
+        return family.backbone(weights, device, precision, precision, lambda linear, names: linear)
+
+    def wrap(linear: nn.Linear, names: Sequence[str]) -> nn.Module:
+        if weights.precision is not precision:
+            return quantize(linear, precision)
+        stored = weights.rounded(*names)  # None: the checkpoint keeps this projection wide
+        return linear.to(QUANTIZED[precision]) if stored is None else quantize(linear, precision, stored.to(device))
+
     try:
-        backbone = family.backbone(
-            weights, device, weights.dtype, QUANTIZED[precision], lambda linear: quantize(linear, precision)
-        )
+        backbone = family.backbone(weights, device, weights.dtype, QUANTIZED[precision], wrap)
     except (RuntimeError, ValueError, NotImplementedError, AttributeError) as error:
         if isinstance(error, RuntimeError) and devices.out_of_memory(error):
             raise

@@ -81,6 +81,7 @@ class Prompt:
         self.template = template
         self.instruction = template.instruction if instruction is None else instruction
         self.max_seq_length = max_seq_length
+        self._said = False
         self.text_tokenizer = _without_control_tokens(tokenizer, template.control_tokens)
         control = _control_ids(tokenizer, template)
         self._frames = {
@@ -132,6 +133,9 @@ class Prompt:
             InvalidRequestError: query and instruction leave no room for a document; a document would have to be
                 truncated and `truncate` is false.
         """
+        if request.instruction and self.template.instructed is None and not self._said:
+            self._said = True
+            logger.warning("instructions of requests are not read: the prompt of this checkpoint has none")
         filled, query_truncated = self._filled(request)
         room = self.max_seq_length - filled.size
         size = min(room, request.max_tokens_per_doc or room)

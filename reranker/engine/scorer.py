@@ -100,7 +100,6 @@ class Scorer:
         logger.info("device: %s (%s)", target.value, target.reason)
         devices.cap_memory(target.value, max_memory_percentage)
         family = open_checkpoint(locate(str(name), revision))
-        logger.info("model family: %s; score: %s; prompt: %s", family.name, family.score, family.template.source)
         prompt = _checked_prompt(family, max_seq_length, instruction)
         _warn_about_length(family.checkpoint.config, max_seq_length)
 
@@ -130,6 +129,10 @@ class Scorer:
             max_batch_tokens=self.max_batch_tokens,
             demo=self.demo,
             self_check=self.self_check,
+            family=self.model.family,
+            score=self.model.head.name,
+            prompt=self.prompt.template.source,
+            reads_instruction=self.prompt.template.instructed is not None,
             adapter=self.adapter,
         )
 
@@ -265,7 +268,8 @@ def _first_usable(
         ModelLoadError: none does.
     """
     problems: list[str] = []
-    for choice in choose_precisions(precision, device):
+    weights = Weights(checkpoint.path, checkpoint.adapter, checkpoint.scheme)
+    for choice in choose_precisions(precision, device, weights.precision):
         name = short(choice.value)
         try:
             started = start(choice.value)
@@ -282,6 +286,6 @@ def _first_usable(
         if device.type == "cuda":
             torch.cuda.empty_cache()
     reason = f"{checkpoint.path} cannot be scored in any precision on this machine ({'; '.join(problems)})"
-    if damaged := Weights(checkpoint.path, checkpoint.adapter).not_finite():
+    if damaged := weights.not_finite():
         reason = f"the weights are damaged: {damaged} is not finite; download the checkpoint again"
     raise ModelLoadError(reason) from ScoringError(problems[0])

@@ -70,7 +70,7 @@ class Variant:
 def small_model(folder: Path, **changes: Any) -> Path:
     """A sound folder that loads quickly: a narrow model, and the first merges of the demo's tokenizer."""
     shape: dict[str, Any] = {"hidden_size": WIDTH, "intermediate_size": 48, "num_attention_heads": 2, "head_dim": 24}
-    make_model(folder, vocab_size=ENTRIES + 26, num_key_value_heads=1, **shape, **changes)
+    make_model(folder, vocab_size=ENTRIES + 26, num_key_value_heads=1, **(shape | changes))
 
     def shorten(tokenizer: dict[str, Any]) -> None:
         model, added = tokenizer["model"], tokenizer["added_tokens"]
@@ -536,7 +536,7 @@ WRONG = [
     Variant("a layer missing in the middle", without("layers.1."), "not saved or not downloaded"),
     Variant("a norm missing", without("layers.2.self_attn.q_norm"), "model.layers.2.self_attn.q_norm.weight"),
     Variant("an embedding missing", without("embed_tokens"), "model.embed_tokens.weight"),
-    Variant("a head of zeros", weights(lambda f: f | {HEAD: 0 * f[HEAD]}), "equal rows for yes and no", base=UNTIED),
+    Variant("a head of zeros", weights(lambda f: f | {HEAD: 0 * f[HEAD]}), "the same for every document", base=UNTIED),
     # Extra weights: transformers would ignore them.
     Variant("more layers in the file", layers(2), "config.json has 2 layers only"),
     Variant("a score head", and_tensor("score.weight", 1, WIDTH), "without this head"),
@@ -585,8 +585,8 @@ WRONG = [
     Variant("weights under another name", settings(transformers_weights="other.safetensors"), "transformers_weights"),
     Variant("an embedding model's architecture", settings(architectures=["Qwen3Model"]), "without its head"),
     Variant("a lost score head", settings(architectures=["Qwen3ForSequenceClassification"]), "score.weight"),
-    Variant("a score head of zeros", score_head(torch.zeros(1, WIDTH)), "the same score"),
-    Variant("a score head of equal labels", score_head(torch.ones(2, WIDTH)), "the same score"),
+    Variant("a score head of zeros", score_head(torch.zeros(1, WIDTH)), "the same for every document"),
+    Variant("a score head of equal labels", score_head(torch.ones(2, WIDTH)), "the same for every document"),
     Variant("three labels", score_head(torch.ones(3, WIDTH)), "has 3 labels"),
     Variant("a score head and words", both(score_head(torch.ones(1, WIDTH)), sentence_transformers()), "remove the"),
     Variant("listwise", settings(architectures=["JinaForRanking"]), "JinaForRanking"),
@@ -596,7 +596,7 @@ WRONG = [
     # Quantised checkpoints and adapters.
     *(
         Variant(f"quantised: {method}", settings(quantization_config={"quant_method": method}), f"({method})")
-        for method in "gptq awq compressed-tensors fp8 bitsandbytes torchao modelopt hqq quark".split()
+        for method in "gptq awq bitsandbytes torchao modelopt hqq quark".split()
     ),
     Variant("quantised by nothing", settings(quantization_config={}), "(unknown method)"),
     Variant("quantised by an unknown method", settings(quantization_config={"bits": 4}), "(unknown method)"),

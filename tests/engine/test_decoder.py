@@ -238,7 +238,7 @@ def test_loading_needs_the_final_size_and_at_most_one_layer(
             CPU,
             stored if quantized else dtype,
             dtype,
-            (lambda linear: quantize(linear, precision)) if quantized else (lambda linear: linear),
+            lambda linear, names: quantize(linear, precision) if quantized else linear,
         )
     held = (*backbone.decoder.parameters(), *backbone.decoder.buffers())
     final = sum(tensor.nbytes for tensor in held)

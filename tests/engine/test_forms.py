@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from benchmarks.card import INSTRUCTION, PREFIX, SUFFIX
 from reranker import Scorer
@@ -29,6 +30,7 @@ from tests.engine.checkpoints import (
     small_model,
     template,
     tokenizer_config,
+    word,
 )
 from tests.engine.rendered import Rendered
 
@@ -47,6 +49,12 @@ DOCUMENT_FIRST = (
     "{{ messages | selectattr('role', 'eq', 'document') | map(attribute='content') | first }}\n<Query> "
     "{{ messages | selectattr('role', 'eq', 'query') | map(attribute='content') | first }}"
     "{%- if i %} {{ i }}{% endif %} ??"
+)
+ZERANK_GENERATION = (
+    "{%- set query = messages | selectattr('role', 'eq', 'query') | map(attribute='content') | first -%}"
+    "{%- set document = messages | selectattr('role', 'eq', 'document') | map(attribute='content') | first -%}"
+    "{{ '<|im_start|>system\n' + query + '<|im_end|>\n' }}{{ '<|im_start|>user\n' + document + '<|im_end|>\n' }}"
+    "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{%- endif %}"
 )
 
 
@@ -72,7 +80,13 @@ class Form:
 _ONE, _TWO = (torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(5)) / 10).split(1)
 FORMS = [
     Form("a score head", score_head(_ONE), CARD, INSTRUCTION, score="score head", base=UNTIED),
-    Form("a score head of two labels", score_head(torch.cat([_ONE, _TWO])), CARD, INSTRUCTION, score="second label"),
+    Form(
+        "a score head of two labels",
+        score_head(torch.cat([_ONE, _TWO])),
+        CARD,
+        INSTRUCTION,
+        score="second label - first",
+    ),
     Form(
         "a score head and a prompt",
         both(
@@ -163,3 +177,19 @@ def test_it_is_scored_as_its_prompt_is(form: Form, folders: dict[str, Path], tmp
     assert together == pytest.approx([logit / form.divisor for logit in expected], abs=1e-5)
     assert alone == pytest.approx(together, abs=1e-5)
     assert max(expected) - min(expected) > 0.1
+    assert form.score in scorer.info.score
+    assert scorer.info.reads_instruction is form.reads_instruction
+
+
+def test_zeranks_logit_is_divided_as_its_authors_do(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Its files do not say so: the prompt and the word are recognised."""
+    path = Path(shutil.copytree(folders["{}"], tmp_path / "model"))
+    word("Yes")(path)
+    [yes] = AutoTokenizer.from_pretrained(str(path)).encode("Yes", add_special_tokens=False)
+    options: dict[str, Any] = {"add_generation_prompt": True}
+    sentence_transformers(true=yes, false=None, template=ZERANK_GENERATION, **options)(path)
+    scorer, reference = Scorer.load(path, device="cpu", precision="float32"), Rendered(path, **options)
+    request = scorer.encode(RerankRequest("how to compress files", TEXTS[:3]))
+    expected = [reference.logit("how to compress files", text) / 5 for text in TEXTS[:3]]
+    assert scorer.score(scorer.pack([Slice(request, 0, 3)])) == pytest.approx(expected, abs=1e-5)
+    assert scorer.info.score == "logit(Yes) / 5"

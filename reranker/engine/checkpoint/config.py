@@ -9,17 +9,13 @@ from typing import Any, NamedTuple
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from reranker.engine.checkpoint.adapter import Adapter
-from reranker.engine.checkpoint.files import AGAIN, ORIGINAL, UNQUANTIZED, first_line, read_json, refuse_if
+from reranker.engine.checkpoint.files import AGAIN, ORIGINAL, first_line, read_json, refuse_if
 from reranker.engine.checkpoint.locate import Located
+from reranker.engine.checkpoint.quantization import read_scheme
+from reranker.engine.checkpoint.scales import Scheme
 from reranker.engine.checkpoint.tokenizer import load_tokenizer
 from reranker.errors import ModelLoadError
 
-_QUANTIZATION_FILES = {
-    "quantize_config.json": "GPTQ",
-    "quant_config.json": "AWQ",
-    "hf_quant_config.json": "NVIDIA ModelOpt",
-    "quantization_config.json": "torchao",
-}
 _ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 """Rope types that choose their frequencies by the longest input of a batch."""
@@ -32,6 +28,8 @@ class Checkpoint(NamedTuple):
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     adapter: Adapter | None = None
+    scheme: Scheme | None = None
+    """The form of quantised weights."""
 
     @property
     def folders(self) -> list[Path]:
@@ -48,26 +46,19 @@ def read_settings(located: Located) -> dict[str, Any]:
     """Read the config.json of a folder that `locate` returned, with the head of its adapter.
 
     Raises:
-        ModelLoadError: it cannot be read, the weights are quantised, or the adapter is for another head.
+        ModelLoadError: it cannot be read, the weights are quantised in a form that is not read, or the adapter is for
+            another head.
     """
     path, adapter = located
     settings: dict[str, Any] = read_json(path / "config.json")
-    stored = settings.get("quantization_config", settings.get("compression_config"))
-    if isinstance(stored, dict):
-        bitsandbytes = any(str(key).startswith("load_in_") for key in stored)
-        method = str(stored.get("quant_method") or ("bitsandbytes" if bitsandbytes else "unknown method"))
-    elif stored is not None:
-        method = str(stored)
-    elif settings.get("quantization"):
-        method = "MLX"
-    else:
-        method = next((method for name, method in _QUANTIZATION_FILES.items() if (path / name).exists()), "")
-    problem = f"{path} is a quantised checkpoint ({method[:40]}), which is not read"
-    if adapter is None:
-        refuse_if(method, f"{problem}: {UNQUANTIZED}")
-        return settings
-    refuse_if(method, f"{problem} as the base of the LoRA adapter in {adapter.folder}: {adapter.unquantized(path)}")
-    return settings | adapter.settings(settings)
+    try:
+        read_scheme(path, settings)
+    except ModelLoadError as error:
+        if adapter is None:
+            raise
+        problem = f"the base of the LoRA adapter in {adapter.folder} cannot be used: {error}"
+        raise ModelLoadError(f"{problem}; {adapter.unquantized(path)}") from error
+    return settings if adapter is None else settings | adapter.settings(settings)
 
 
 def read(located: Located, settings: dict[str, Any]) -> Checkpoint:
@@ -88,7 +79,7 @@ def read(located: Located, settings: dict[str, Any]) -> Checkpoint:
     except Exception as error:  # transformers raises a different type for each field
         raise ModelLoadError(f"{file} cannot be used: {first_line(error)}") from error
     tokenizer = load_tokenizer(path) if adapter is None else load_tokenizer(adapter.folder, path)
-    return Checkpoint(path, config, tokenizer, adapter)
+    return Checkpoint(path, config, tokenizer, adapter, read_scheme(path, settings))
 
 
 def check_rope(file: Path, settings: dict[str, Any]) -> None:

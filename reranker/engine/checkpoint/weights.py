@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from reranker.engine.checkpoint.files import AGAIN, UNQUANTIZED, first_line, read_json, refuse_if
+from reranker.engine.checkpoint.scales import Rounded, Scheme
 from reranker.errors import ModelLoadError
 
 if TYPE_CHECKING:
@@ -66,15 +67,22 @@ class Weights:
 
     Attributes:
         path: the folder.
-        adapter: the adapter.
+        adapter: a LoRA adapter that is merged into the weights.
         files: the file of every tensor of the checkpoint itself.
-        stored: every tensor of checkpoint and adapter; what the adapter has saved replaces the checkpoint's.
+        stored: every tensor in the files; those that the adapter has saved are as the adapter's file has them.
+            Quantised weights are float32 here, and their scales are left out.
+        layout: the quantised weights and their scales; None without any.
+
+    Args:
+        path: the folder.
+        adapter: the adapter.
+        scheme: how config.json says that the weights are quantised.
 
     Raises:
-        ModelLoadError: a file is broken or missing.
+        ModelLoadError: a file is broken or missing, or quantised weights and scales do not fit together.
     """
 
-    def __init__(self, path: Path, adapter: Adapter | None = None) -> None:
+    def __init__(self, path: Path, adapter: Adapter | None = None, scheme: Scheme | None = None) -> None:
         self.path = path
         self.adapter = adapter
         self.stored: dict[str, Stored] = {}
@@ -83,6 +91,9 @@ class Weights:
             header = read_header(file)
             self.stored |= header
             self.files |= dict.fromkeys(header, file)
+        self.layout = None if scheme is None else scheme.layout(path, self.stored)
+        if self.layout is not None:
+            self.stored = self.layout.widened(self.stored)
         if adapter is not None:
             self.stored |= {name: adapter.stored[tensor] for name, tensor in adapter.saved.items()}
 
@@ -95,13 +106,18 @@ class Weights:
                 counts[FLOATS[stored.dtype]] += stored.numel
         return counts.most_common(1)[0][0]
 
+    @property
+    def precision(self) -> torch.dtype | None:
+        """int8 or float8, if the projections can be multiplied as they are stored; None otherwise."""
+        return None if self.layout is None or self.adapter is not None else self.layout.precision
+
     def source(self, name: str) -> str:
         """Return the name under which a tensor is stored: of a tied pair, the other one's if only that is."""
         twin = {EMBEDDING: HEAD, HEAD: EMBEDDING}.get(name, name)
         return name if name in self.files else twin
 
     def tensor(self, name: str) -> Tensor:
-        """Return a tensor on the CPU: as stored, or in float32 where an adapter adds to it.
+        """Return a tensor on the CPU: a quantised weight, or one that an adapter changes, as float32; others as stored.
 
         As stored it is a view of the file, which stays open and mapped as long as the view exists; only rows that are
         used are read. An adapter of one of two tied tensors leaves the other one as it is.
@@ -116,8 +132,23 @@ class Weights:
     def unmerged(self, name: str) -> Tensor:
         """Return a tensor as stored in the checkpoint's own files."""
         source = self.source(name)
-        with opened(self.files[source]) as tensors:
-            tensor: Tensor = tensors.get_tensor(source)
+        if self.layout is not None and source in self.layout.weights:
+            return self.layout.widen(source, self._read)
+        return self._read(source)
+
+    def rounded(self, *names: str) -> Rounded | None:
+        """Return projections of the same input as they are stored, one below the other; see `Layout.rounded`."""
+        if self.layout is None or self.adapter is not None:
+            return None
+        return self.layout.rounded(names, self._read)
+
+    def is_wide(self, name: str) -> bool:
+        """Whether a weight is stored without scales."""
+        return self.layout is None or name not in self.layout.weights
+
+    def _read(self, name: str) -> Tensor:
+        with opened(self.files[name]) as tensors:
+            tensor: Tensor = tensors.get_tensor(name)
             return tensor
 
     def not_finite(self) -> str | None:

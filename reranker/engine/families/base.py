@@ -7,7 +7,7 @@ turns a hidden state into a logit. A family is one file that implements the firs
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -21,8 +21,8 @@ from reranker.engine.checkpoint.config import Checkpoint
 from reranker.engine.checkpoint.weights import Weights
 from reranker.engine.template import Template
 
-Wrap = Callable[[nn.Linear], nn.Module]
-"""Replaces a projection, for example by a quantised one."""
+Wrap = Callable[[nn.Linear, Sequence[str]], nn.Module]
+"""Replaces a projection, for example by a quantised one; the second argument has the names of its joined weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,8 @@ class Head:
     weight: Tensor
     """[hidden_size] float32"""
     bias: float = 0.0
+    name: str = "logit"
+    """What the logit is, in words."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, hidden_size] float32 -> [N]"""
@@ -88,11 +90,6 @@ class Family(ABC):
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-
-    @property
-    @abstractmethod
-    def score(self) -> str:
-        """What the logit is, in words."""
 
     @staticmethod
     @abstractmethod

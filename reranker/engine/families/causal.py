@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from reranker.engine.checkpoint.adapter import SEQ_CLS
 from reranker.engine.checkpoint.config import Checkpoint, check_numbers, check_rope
 from reranker.engine.checkpoint.files import AGAIN, refuse_if
 from reranker.engine.checkpoint.layout import Answers, Layout, read_layout
@@ -56,8 +55,7 @@ class CausalFamily(Family):
         check_tokenizer(Path(tokenizer.name_or_path), tokenizer, config.vocab_size, self.template.own_tokens)
         self.answers = None if classifier else self._answers(layout)
         if classifier:
-            adapter = checkpoint.adapter
-            replaced = adapter is not None and adapter.task == SEQ_CLS and layout.folder == path
+            replaced = checkpoint.adapter is not None and layout.folder == path  # the head is the adapter's
             words = layout.answers is not None and not replaced
             refuse_if(words, f"{path} has a score head and names words to score (LogitScore): remove the wrong one")
             problem = f"{path / 'config.json'} has {config.num_labels} labels"
@@ -74,18 +72,7 @@ class CausalFamily(Family):
         check_rope(file, settings)
         check_numbers(file, settings, "rms_norm_eps", "rope_theta")
 
-    @property
-    def score(self) -> str:
-        """See `Family.score`."""
-        if self.answers is None:
-            return "score head" if self.checkpoint.config.num_labels == 1 else "score head, second label minus first"
-        words = [self._word(token) for token in self.answers if token is not None]
-        divided = "" if self.divisor == 1 else f" / {self.divisor:g}"
-        return " - ".join(f"logit({word})" for word in words) + divided
-
-    @property
-    def divisor(self) -> float:
-        """What the logit is divided by."""
+    def _divisor(self) -> float:
         forms = [form for form in (self.template.plain, self.template.instructed) if form is not None]
         if self.answers is None or self.answers.false is not None:
             return 1.0
@@ -94,17 +81,21 @@ class CausalFamily(Family):
     def head(self, weights: Weights) -> Head:
         """See `Family.head`: the softmax over two logits is the sigmoid of their difference."""
         if self.answers is None:
-            rows = weights.tensor(SCORE_HEAD).float()
-            weight = rows[-1] - rows[0] if len(rows) == 2 else rows[0]
-            problem = f"the score head in {self.checkpoint.path} gives every document the same score"
-            refuse_if(not weight.any(), f"{problem}: it was not saved")
-            return Head(weight)
-        tokens = [token for token in self.answers if token is not None]
-        rows = weights.tensor(HEAD)[tokens].float()
-        weight = rows[0] - rows[1] if len(rows) == 2 else rows[0]
-        equal = f"lm_head in {self.checkpoint.path} has equal rows for {' and '.join(map(self._word, tokens))}"
-        refuse_if(not weight.any(), f"{equal}, so that every score would be 0.5: it was not saved")
-        return Head(weight / self.divisor)
+            rows, name = weights.tensor(SCORE_HEAD).float(), "score head"
+        else:
+            tokens = [token for token in self.answers if token is not None]
+            rows = weights.tensor(HEAD)[tokens].float()
+            name = " - ".join(f"logit({self._word(token)})" for token in tokens)
+        weight = rows[0]
+        if len(rows) == 2 and self.answers is None:
+            weight, name = rows[1] - rows[0], "score head, second label - first"
+        elif len(rows) == 2:
+            weight = rows[0] - rows[1]
+        problem = f"{name} in {self.checkpoint.path} is the same for every document"
+        refuse_if(not weight.any(), f"{problem}: the head was not saved with the model")
+        if (divisor := self._divisor()) != 1:
+            weight, name = weight / divisor, f"{name} / {divisor:g}"
+        return Head(weight, name=name)
 
     def backbone(
         self,

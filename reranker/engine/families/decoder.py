@@ -71,7 +71,7 @@ class Decoder(Backbone):
         device: torch.device,
         stored_dtype: torch.dtype,
         compute_dtype: torch.dtype,
-        wrap: Wrap = lambda linear: linear,
+        wrap: Wrap = lambda linear, names: linear,
     ) -> None:
         sliding = any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ())
         problem = f"{weights.path / 'config.json'} has layers with sliding attention (layer_types)"
@@ -170,7 +170,7 @@ class _Loader:
             setattr(joined, kind, self.parameter(self.stored_dtype, *stored))
         for part in parts:
             delattr(module, part)
-        return self.wrap(joined)
+        return self.wrap(joined, [f"{name}.{part}.weight" for part in parts])
 
     def parameter(self, dtype: torch.dtype, *parts: Tensor) -> nn.Parameter:
         """Copy tensors, one below the other, into new memory of the device, which needs no other for it."""
