@@ -75,9 +75,8 @@ def read_layout(folders: Sequence[Path], tokenizer: PreTrainedTokenizerBase, con
     if activation not in ("Sigmoid", "Identity"):
         logger.warning("the activation %s of %s is ignored: scores are sigmoid(logit)", activation[:40], file.parent)
     refuse_if(options.get("do_lower_case"), f"{transformer} sets do_lower_case, which is not supported: remove it")
-    template = _read_template(
-        Path(tokenizer.name_or_path), tokenizer, control_tokens, options, required=answers is not None
-    )
+    own = Path(tokenizer.name_or_path)
+    template = _read_template(own, tokenizer, control_tokens, options, required=answers is not None)
     return Layout(path, answers, template, _default_prompt(file, settings))
 
 

@@ -68,9 +68,9 @@ class Weights:
     Attributes:
         path: the folder.
         adapter: a LoRA adapter that is merged into the weights.
-        files: the file of every tensor of the checkpoint itself.
         stored: every tensor in the files; those that the adapter has saved are as the adapter's file has them.
             Quantised weights are float32 here, and their scales are left out.
+        files: the file of every tensor of the checkpoint itself.
         layout: the quantised weights and their scales; None without any.
 
     Args:
