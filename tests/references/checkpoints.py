@@ -354,6 +354,11 @@ FORMS = [
         lambda f: logit_score(f, _base(f), "yes", None, template=ZERANK_TEMPLATE, generation_prompt=True),
         instructions=False,
     ),
+    Form(
+        "a generation prompt that is not asked for",
+        lambda f: logit_score(f, _base(f), "yes", None, template=ZERANK_TEMPLATE),
+        instructions=False,
+    ),
     Form("ctxl", lambda f: logit_score(f, _base(f), 0, None, template=CTXL_TEMPLATE)),
     Form("mxbai", lambda f: logit_score(f, _base(f, kind="qwen2"), "1", "0", template=MXBAI_TEMPLATE)),
     Form("classifier", lambda f: classifier(f, template=ORIGINAL_TEMPLATE, sentence_transformers=_ST_5)),

@@ -67,12 +67,13 @@ def load(folder: Path, **options: Any) -> CrossEncoder:
     return CrossEncoder(str(folder), device="cpu", model_kwargs={"dtype": torch.float32}, processor_kwargs=options)
 
 
-def predict(
-    model: CrossEncoder, query: str, documents: Sequence[str], prompt: str | None = None, batch_size: int = 4
-) -> list[Any]:
-    """Return sentence-transformers' logits; None as prompt means the folder's own."""
+def predict(model: CrossEncoder, query: str, documents: Sequence[str], prompt: str | None = None) -> list[Any]:
+    """Return sentence-transformers' logits of one pair at a time, for padding changes them by up to 1e-5.
+
+    `prompt`: the instruction; None: the folder's own.
+    """
     pairs = [(query, document) for document in documents]
-    scores = model.predict(pairs, prompt=prompt, batch_size=batch_size, activation_fn=torch.nn.Identity())
+    scores = model.predict(pairs, prompt=prompt, batch_size=1, activation_fn=torch.nn.Identity())
     values: list[Any] = scores.tolist()
     return values
 
