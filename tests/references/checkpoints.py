@@ -6,10 +6,8 @@ The original's files are written byte for byte; everything else is saved by the 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,6 @@ import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from sentence_transformers import CrossEncoder
 from sentence_transformers.cross_encoder.modules import LogitScore, Transformer
-from tokenizers import Tokenizer
 from transformers import (
     AutoTokenizer,
     PreTrainedModel,
@@ -28,9 +25,16 @@ from transformers import (
     Qwen3ForSequenceClassification,
 )
 
-from benchmarks.card import INSTRUCTION, PREFIX, SUFFIX
-from benchmarks.models import CACHE
+from benchmarks.card import INSTRUCTION
 from tests.conftest import DEMO
+from tests.references.original import (
+    ORIGINAL_FILES,
+    ORIGINAL_TEMPLATE,
+    QWEN_VOCABULARY,
+    original_config,
+    original_tokenizer,
+    slots,
+)
 
 STD = 0.09
 """Deviation of the weights: a wrong prompt then changes a logit by about 1."""
@@ -43,49 +47,24 @@ SHAPE: dict[str, Any] = {
     "max_position_embeddings": 40_960,
     "rope_theta": 1_000_000,
 }
-QWEN_VOCABULARY = CACHE / "tokenizer"
-
-
-def _first(role: str) -> str:
-    return f'messages | selectattr("role", "eq", "{role}") | map(attribute="content") | first'
-
-
-_SLOTS = (
-    f"{{%- set instruction = {_first('system')} | default(DEFAULT) -%}}\n"
-    f"{{%- set query_text = {_first('query')} -%}}\n"
-    f"{{%- set document_text = {_first('document')} -%}}\n"
-)
-ORIGINAL_TEMPLATE = (
-    f"{_SLOTS.replace('DEFAULT', json.dumps(INSTRUCTION))}{PREFIX}<Instruct>: {{{{ instruction }}}}\n"
-    f"<Query>: {{{{ query_text }}}}\n<Document>: {{{{ document_text }}}}{SUFFIX}\n"
-)
-"""Of Qwen/Qwen3-Reranker-0.6B; jinja drops the last newline."""
 CODE_TEMPLATE = ORIGINAL_TEMPLATE.replace("Judge whether the Document meets", "Say whether the code solves").replace(
     "<Document>:", "<Code>:\n"
 )
 """Of a fine-tune with words of its own."""
 ZERANK_TEMPLATE = (
-    "{%- set query = messages | selectattr('role', 'eq', 'query') | map(attribute='content') | list -%}\n"
-    "{%- set document = messages | selectattr('role', 'eq', 'document') | map(attribute='content') | list -%}\n"
-    "{%- if query and document -%}\n"
-    "{{- '<|im_start|>system\\n' + (query | first) + '<|im_end|>\\n' -}}\n"
-    "{{- '<|im_start|>user\\n' + (document | first) + '<|im_end|>\\n' -}}\n"
-    "{%- else -%}\n"
-    "{%- for message in messages -%}\n"
-    "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' -}}\n"
-    "{%- endfor -%}\n"
-    "{%- endif -%}\n"
-    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}\n"
+    f"{slots('')}<|im_start|>system\n{{{{ query_text }}}}<|im_end|>\n"
+    "<|im_start|>user\n{{ document_text }}<|im_end|>\n"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 """The prompt of zeroentropy/zerank-2: it has no instruction."""
 CTXL_TEMPLATE = (
-    f"{_SLOTS.replace('DEFAULT', json.dumps(''))}Check whether a given document contains information helpful to answer "
+    f"{slots('')}Check whether a given document contains information helpful to answer "
     "the query.\n<Document> {{ document_text }}\n"
     "<Query> {{ query_text }}{% if instruction %} {{ instruction }}{% endif %} ??"
 )
 """The prompt on the card of ContextualAI's ctxl-rerank-v2."""
 MXBAI_TEMPLATE = (
-    f"{_SLOTS.replace('DEFAULT', json.dumps(''))}<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a "
+    f"{slots('')}<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a "
     "helpful assistant.<|im_end|>\n<|im_start|>user\n"
     "{% if instruction %}instruction: {{ instruction }}\n{% endif %}"
     "query: {{ query_text }}\ndocument: {{ document_text }}\nYou are a search relevance expert who evaluates how well "
@@ -101,99 +80,6 @@ GENERIC_TEMPLATE = (
 )
 """A chat model's, with no place for query and document: sentence-transformers refuses pairs with it."""
 
-ORIGINAL_FILES = {
-    "modules.json": json.dumps(
-        [
-            {
-                "idx": 0,
-                "name": "0",
-                "path": "",
-                "type": "sentence_transformers.base.modules.transformer.Transformer",
-            },
-            {
-                "idx": 1,
-                "name": "1",
-                "path": "1_LogitScore",
-                "type": "sentence_transformers.cross_encoder.modules.logit_score.LogitScore",
-            },
-        ],
-        indent=2,
-    ),
-    "1_LogitScore/config.json": json.dumps({"true_token_id": 9693, "false_token_id": 2152}, indent=4),
-    "sentence_bert_config.json": json.dumps(
-        {
-            "transformer_task": "text-generation",
-            "modality_config": {
-                "text": {"method": "forward", "method_output_name": "logits"},
-                "message": {"method": "forward", "method_output_name": "logits", "format": "flat"},
-            },
-            "module_output_name": "causal_logits",
-        },
-        indent=4,
-    ),
-    "config_sentence_transformers.json": json.dumps(
-        {
-            "__version__": {"pytorch": "2.10.0+cu128", "sentence_transformers": "5.4.0"},
-            "activation_fn": "torch.nn.modules.linear.Identity",
-            "default_prompt_name": "query",
-            "model_type": "CrossEncoder",
-            "prompts": {"query": INSTRUCTION},
-        },
-        indent=2,
-    ),
-    "chat_template.jinja": ORIGINAL_TEMPLATE,
-}
-"""The files of Qwen/Qwen3-Reranker-0.6B at e61197ed that sentence-transformers reads, byte for byte."""
-
-
-def original_config(**changes: Any) -> str:
-    """Return the original's config.json, as transformers 4.51 wrote it."""
-    settings: dict[str, Any] = {
-        "architectures": ["Qwen3ForCausalLM"],
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "bos_token_id": 151643,
-        "eos_token_id": 151645,
-        "head_dim": 128,
-        "hidden_act": "silu",
-        "hidden_size": 1024,
-        "initializer_range": 0.02,
-        "intermediate_size": 3072,
-        "max_position_embeddings": 40960,
-        "max_window_layers": 28,
-        "model_type": "qwen3",
-        "num_attention_heads": 16,
-        "num_hidden_layers": 28,
-        "num_key_value_heads": 8,
-        "rms_norm_eps": 1e-06,
-        "rope_scaling": None,
-        "rope_theta": 1000000,
-        "sliding_window": None,
-        "tie_word_embeddings": True,
-        "torch_dtype": "bfloat16",
-        "transformers_version": "4.51.3",
-        "use_cache": True,
-        "use_sliding_window": False,
-        "vocab_size": 151669,
-    }
-    return json.dumps(settings | changes, indent=2) + "\n"
-
-
-@cache
-def original_tokenizer() -> dict[str, str]:
-    """Return the original's tokenizer.json, vocab.json and merges.txt, from the vocabulary of `make tokenizer`."""
-    tokenizer = json.loads((QWEN_VOCABULARY / "tokenizer.json").read_text(encoding="utf-8"))
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    tokenizer |= {"decoder": level, "post_processor": level}
-    tokenizer["pre_tokenizer"]["pretokenizers"][1] = level
-    model = tokenizer["model"] | {"continuing_subword_prefix": "", "end_of_word_suffix": ""}
-    merges = (" ".join(merge) for merge in model["merges"])
-    return {
-        "tokenizer.json": Tokenizer.from_str(json.dumps(tokenizer | {"model": model})).to_str(pretty=True),
-        "vocab.json": json.dumps(model["vocab"], ensure_ascii=False, separators=(",", ":")),
-        "merges.txt": "#version: 0.2\n" + "".join(f"{merge}\n" for merge in merges),
-    }
-
 
 def original(folder: Path) -> Path:
     """Write the original's repository with a smaller model: only config.json and the weights differ."""
@@ -204,7 +90,9 @@ def original(folder: Path) -> Path:
     for name, content in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(content, encoding="utf-8")
-    shutil.copy(QWEN_VOCABULARY / "tokenizer_config.json", folder)
+    settings = json.loads((QWEN_VOCABULARY / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings["chat_template"] = GENERIC_TEMPLATE  # chat_template.jinja is read in its place
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     return folder
 
 

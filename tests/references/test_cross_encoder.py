@@ -9,15 +9,8 @@ import pytest
 from sentence_transformers import CrossEncoder
 
 from benchmarks.card import INSTRUCTION, PREFIX, SUFFIX
-from tests.references.checkpoints import (
-    FORMS,
-    GENERIC_TEMPLATE,
-    ORIGINAL_TEMPLATE,
-    QWEN_VOCABULARY,
-    Form,
-    classifier,
-    original,
-)
+from tests.references.checkpoints import FORMS, GENERIC_TEMPLATE, Form, classifier, original
+from tests.references.original import ORIGINAL_TEMPLATE, QWEN_VOCABULARY
 from tests.references.scores import DOCUMENTS, INSTRUCTIONS, QUERIES, Engine, assert_equal, load, predict
 
 QUERY, CHINESE = QUERIES["a question"], QUERIES["Chinese"]

@@ -6,7 +6,7 @@ import hashlib
 
 import pytest
 
-from tests.references.checkpoints import ORIGINAL_FILES, QWEN_VOCABULARY, original_config, original_tokenizer
+from tests.references.original import ORIGINAL_FILES, QWEN_VOCABULARY, original_config, original_tokenizer
 
 LISTED = {
     "config.json": (727, "d479c427"),
