@@ -97,8 +97,8 @@ class Weights:
     def tensor(self, name: str) -> Tensor:
         """Return a tensor as stored, on the CPU.
 
-        It is a view of the file, which stays open and mapped as long as the view exists; only rows that are used are
-        read.
+        It is a view of the file, which is closed and stays mapped as long as the view exists: only rows that are used
+        are read, and the system may drop them from memory.
 
         Raises:
             ModelLoadError: the file is broken.
