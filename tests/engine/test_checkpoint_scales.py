@@ -205,6 +205,13 @@ def test_float8_is_multiplied_as_it_is_stored(base: Path, tmp_path: Path, name: 
     assert 1e-4 < worst(logits(model, given), expected(path, given)) < 2.0
 
 
+def test_one_projection_with_blocks_is_enough_to_widen_all(int8: Path) -> None:
+    found = layout(int8)
+    assert found.precision is torch.int8
+    found.weights[UP] = found.weights[UP]._replace(per_output=False)
+    assert found.precision is None
+
+
 def test_a_projection_that_the_checkpoint_keeps_wide_is_not_rounded(base: Path, tmp_path: Path) -> None:
     path, given = quantize(base, tmp_path / "m", BY_NAME["a part is not rounded"]), prompts(random.Random(4))
     model, plain = loaded(path, torch.int8), load_file(plain_twin(path) / "model.safetensors")
@@ -217,7 +224,14 @@ def test_a_projection_that_the_checkpoint_keeps_wide_is_not_rounded(base: Path, 
 
 @pytest.mark.parametrize(
     ("name", "precision"),
-    [("W8A8", FLOAT8), ("FP8 dynamic", torch.int8), ("int8 with zero points", torch.int8), ("FP8 in blocks", FLOAT8)],
+    [
+        ("W8A8", FLOAT8),
+        ("FP8 dynamic", torch.int8),
+        ("int8 with zero points", torch.int8),
+        ("FP8 in blocks", FLOAT8),
+        ("FP8 attention, int8 MLP", FLOAT8),
+        ("FP8 attention, int8 MLP", torch.int8),
+    ],
 )
 def test_what_cannot_be_taken_as_it_is_stored_is_rounded_again(
     base: Path, tmp_path: Path, name: str, precision: torch.dtype, caplog: pytest.LogCaptureFixture
@@ -369,3 +383,19 @@ def test_settings_without_quantised_weights_are_refused(base: Path) -> None:
     assert scheme is not None
     with pytest.raises(ModelLoadError, match="no weight is quantised: remove it"):
         scheme.layout(base, Weights(base).stored)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
+def test_a_gpu_multiplies_float8_as_it_is_stored(tmp_path: Path, caplog: pytest.LogCaptureFixture, form: Form) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "head_dim": 32}  # multiples of 16
+    path = quantize(small_model(tmp_path / "base", layers=2, tied=False, **sizes), tmp_path / "m", form)
+    with caplog.at_level(logging.INFO):
+        scorer = Scorer.load(path, device="cuda", precision="auto")
+    capable = torch.cuda.get_device_capability() >= (8, 9)
+    as_stored = capable and form.name in PER_OUTPUT | {"head and embedding"} - {"W8A8"}
+    assert (scorer.info.precision == "float8") is as_stored
+    assert ("taken as they are stored, in float8" in caplog.text) is as_stored
+    given = prompts(random.Random(4))
+    assert worst(logits(scorer.model, given), expected(path, given)) < 2.0
