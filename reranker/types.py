@@ -190,3 +190,5 @@ class ModelInfo:
     """Where the prompt is written down."""
     reads_instruction: bool = True
     """Whether the prompt has an instruction."""
+    adapter: str = ""
+    """The LoRA adapter that is merged into the weights: folder, rank, base; empty: none."""

@@ -97,7 +97,7 @@ def load(family: Family, device: torch.device, dtype: torch.dtype, max_memory_pe
         ModelLoadError: the weights do not fit, are not those of the model, or the files are broken.
         ScoringError: this machine does not compute the quantised precision.
     """
-    weights = Weights(family.checkpoint.path, family.checkpoint.scheme)
+    weights = Weights(family.checkpoint.path, family.checkpoint.adapter, family.checkpoint.scheme)
     check_weights(weights, family.checkpoint.config, family.auto_class)
     _check_memory(weights, dtype, device, max_memory_percentage)
     if family.checkpoint.scheme is not None:
@@ -160,7 +160,7 @@ def _log_quantized(weights: Weights, scheme: Scheme, precision: torch.dtype) -> 
     """Say what becomes of the weights of a quantised checkpoint."""
     layout, gib = cast("Layout", weights.layout), 1 << 30
     use = f"widened by their scales, and rounded{' again' if precision in QUANTIZED else ''} to {short(precision)}"
-    if layout.precision is precision:
+    if weights.precision is precision:
         use = f"taken as they are stored, in {short(precision)}"
     size = needed_memory(weights, precision) / gib
     logger.info("quantised weights (%s) are %s: %.2f GiB with the others", scheme.name, use, size)

@@ -62,6 +62,7 @@ class Scorer:
         self.max_batch_tokens = max_batch_tokens
         self.max_batch_documents = max_batch_documents or 1 << 30
         self.self_check = "not run"
+        self.adapter = ""
         self.lanes: Lanes | None = None
 
     @classmethod
@@ -107,6 +108,7 @@ class Scorer:
             scorer = cls(
                 model, prompt, name=str(name), max_batch_tokens=MIN_BATCH_TOKENS, max_batch_documents=batch_size
             )
+            scorer.adapter = family.checkpoint.merged
             rate = warm_up(scorer)
             scorer.self_check = self_check(scorer, family.template.instruction or "")
             return scorer, rate
@@ -131,6 +133,7 @@ class Scorer:
             score=self.model.head.name,
             prompt=self.prompt.template.source,
             reads_instruction=self.prompt.template.instructed is not None,
+            adapter=self.adapter,
         )
 
     @property
@@ -265,7 +268,7 @@ def _first_usable(
         ModelLoadError: none does.
     """
     problems: list[str] = []
-    weights = Weights(checkpoint.path, checkpoint.scheme)
+    weights = Weights(checkpoint.path, checkpoint.adapter, checkpoint.scheme)
     for choice in choose_precisions(precision, device, weights.precision):
         name = short(choice.value)
         try:

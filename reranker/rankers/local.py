@@ -39,4 +39,5 @@ class Local:
             *("family", "score", "prompt", "device", "precision"),
             *("max_seq_length", "max_batch_tokens", "self_check"),
         )
-        return {"model": info.name} | {name: str(getattr(info, name)) for name in names}
+        adapter = {"adapter": info.adapter} if info.adapter else {}
+        return {"model": info.name} | adapter | {name: str(getattr(info, name)) for name in names}

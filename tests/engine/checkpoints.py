@@ -444,11 +444,6 @@ def layers(count: int) -> Edit:
     return settings(num_hidden_layers=count, layer_types=None)
 
 
-def adapter_without(*names: str) -> Edit:
-    """Write a LoRA adapter's config, and remove files."""
-    return both(write("adapter_config.json", _ADAPTER), removed(*names))
-
-
 def nothing(path: Path) -> None:
     """Leave the folder as it is."""
 
@@ -610,10 +605,11 @@ WRONG = [
     Variant("MLX", settings(quantization={"bits": 8, "group_size": 64}), "(MLX)"),
     Variant("AutoGPTQ's file", write("quantize_config.json", {"bits": 4}), "(GPTQ)"),
     Variant("ModelOpt's file", write("hf_quant_config.json", {}), "(NVIDIA ModelOpt)"),
-    Variant("an adapter beside the base", write("adapter_config.json", _ADAPTER), "LoRA adapter"),
-    Variant("an adapter's weights beside the base", write("adapter_model.safetensors", b"x"), "LoRA adapter"),
-    Variant("an adapter with its base's config", adapter_without("model.safetensors"), "merge it into its base model"),
-    Variant("an adapter alone", adapter_without("config.json", "model.safetensors"), "merge it into its base model"),
+    Variant("half an adapter beside the base", write("adapter_config.json", _ADAPTER), "without adapter_model"),
+    Variant("the other half", write("adapter_model.safetensors", b"x"), "without adapter_config.json"),
+    Variant(
+        "a pickled adapter", both(write("adapter_config.json", _ADAPTER), write("adapter_model.bin", b"x")), "pickle"
+    ),
     # Tokenizers.
     Variant("a normalizer that strips", backend(lambda v: v.update(normalizer=_STRIP)), "other tokens than"),
     Variant("dropout of merges", backend(lambda v: v["model"].update(dropout=0.01)), "dropout"),

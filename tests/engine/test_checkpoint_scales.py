@@ -22,6 +22,7 @@ from transformers import Qwen3ForCausalLM
 
 from reranker import ModelLoadError, Scorer
 from reranker.engine.batch import pack
+from reranker.engine.checkpoint.locate import Located
 from reranker.engine.checkpoint.quantization import read_scheme
 from reranker.engine.checkpoint.scales import Layout, scale_per_output, widen
 from reranker.engine.checkpoint.weights import Weights
@@ -63,7 +64,7 @@ def float8(base: Path) -> Path:
 
 
 def loaded(path: Path, precision: torch.dtype = torch.float32) -> Model:
-    return load(open_checkpoint(path), CPU, precision, 90)
+    return load(open_checkpoint(Located(path)), CPU, precision, 90)
 
 
 def logits(model: Model, prompts: list[list[int]]) -> list[float]:
@@ -76,7 +77,7 @@ def logits(model: Model, prompts: list[list[int]]) -> list[float]:
 def expected(path: Path, prompts: list[list[int]]) -> list[float]:
     """The same of transformers' model with the weights of the plain twin, one prompt at a time."""
     model: Any = Qwen3ForCausalLM.from_pretrained(str(plain_twin(path)), dtype=torch.float32)
-    tokenizer: Any = open_checkpoint(path).checkpoint.tokenizer
+    tokenizer: Any = open_checkpoint(Located(path)).checkpoint.tokenizer
     yes, no = tokenizer.convert_tokens_to_ids(["yes", "no"])
     last = [model(input_ids=torch.tensor([ids])).logits[0, -1] for ids in prompts]
     return [float(row[yes] - row[no]) for row in last]
@@ -303,8 +304,8 @@ def test_memory_is_counted_for_what_is_held_and_one_weight_in_work(
 ) -> None:
     base = small_model(tmp_path / "base", layers=4, tied=False, hidden_size=128, intermediate_size=384)
     path = quantize(base, tmp_path / "m", BY_NAME[name])
-    family, read = open_checkpoint(path), Weights._read
-    weights = Weights(path, family.checkpoint.scheme)
+    family, read = open_checkpoint(Located(path)), Weights._read
+    weights = Weights(path, scheme=family.checkpoint.scheme)
 
     def unseen(weights: Weights, name: str) -> Tensor:
         with _disable_current_modes():  # a view of the file, which the system drops when it needs the memory

@@ -185,7 +185,7 @@ def test_zeranks_logit_is_divided_as_its_authors_do(folders: dict[str, Path], tm
     """Its files do not say so: the prompt and the word are recognised."""
     path = Path(shutil.copytree(folders["{}"], tmp_path / "model"))
     word("Yes")(path)
-    yes = AutoTokenizer.from_pretrained(str(path)).convert_tokens_to_ids(["Yes"])[0]
+    [yes] = AutoTokenizer.from_pretrained(str(path)).encode("Yes", add_special_tokens=False)
     options: dict[str, Any] = {"add_generation_prompt": True}
     sentence_transformers(true=yes, false=None, template=ZERANK_GENERATION, **options)(path)
     scorer, reference = Scorer.load(path, device="cpu", precision="float32"), Rendered(path, **options)

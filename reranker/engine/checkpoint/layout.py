@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,35 +42,42 @@ class Answers(NamedTuple):
 class Layout(NamedTuple):
     """What the files say; None: nothing."""
 
+    folder: Path
+    """The folder whose modules have the answers."""
     answers: Answers | None
     template: Template | None
     instruction: str | None
     """The default instruction."""
 
 
-def read_layout(path: Path, tokenizer: PreTrainedTokenizerBase, control_tokens: frozenset[str]) -> Layout:
-    """Read the layout of a folder.
+def read_layout(folders: Sequence[Path], tokenizer: PreTrainedTokenizerBase, control_tokens: frozenset[str]) -> Layout:
+    """Read the layout of a checkpoint.
 
     Args:
-        path: the folder.
+        folders: its folders; a file of the first is read in place of one of the second.
         tokenizer: its tokenizer, with its chat template.
         control_tokens: the added tokens of the model family.
 
     Raises:
         ModelLoadError: the folder describes a score or a prompt that is not computed here.
     """
+    path = next((folder for folder in folders if _has_modules(folder)), folders[-1])
     answers = _read_answers(path)
-    file, transformer = path / "config_sentence_transformers.json", path / "sentence_bert_config.json"
+    file, transformer = (
+        next((folder / name for folder in folders if (folder / name).is_file()), path / name)
+        for name in ("config_sentence_transformers.json", "sentence_bert_config.json")
+    )
     settings = read_json(file) if file.is_file() else {}
     options = read_json(transformer) if transformer.is_file() else {}
     embedding = settings.get("model_type") == "SentenceTransformer" or settings.get("similarity_fn_name")
-    refuse_if(embedding, f"{path} is an embedding model ({file.name}), which {RERANKER}")
+    refuse_if(embedding, f"{file.parent} is an embedding model ({file.name}), which {RERANKER}")
     activation = str(settings.get("activation_fn") or "Sigmoid").rpartition(".")[2]
     if activation not in ("Sigmoid", "Identity"):
-        logger.warning("the activation %s of %s is ignored: scores are sigmoid(logit)", activation[:40], path)
+        logger.warning("the activation %s of %s is ignored: scores are sigmoid(logit)", activation[:40], file.parent)
     refuse_if(options.get("do_lower_case"), f"{transformer} sets do_lower_case, which is not supported: remove it")
-    template = _read_template(path, tokenizer, control_tokens, options, required=answers is not None)
-    return Layout(answers, template, _default_prompt(file, settings))
+    own = Path(tokenizer.name_or_path)
+    template = _read_template(own, tokenizer, control_tokens, options, required=answers is not None)
+    return Layout(path, answers, template, _default_prompt(file, settings))
 
 
 def _default_prompt(file: Path, settings: dict[str, Any]) -> str | None:
@@ -81,6 +88,10 @@ def _default_prompt(file: Path, settings: dict[str, Any]) -> str | None:
     if not isinstance(prompt, str):
         raise ModelLoadError(f"{file} has no prompt for its default_prompt_name: add it to prompts, or remove the name")
     return prompt if prompt.strip() else None
+
+
+def _has_modules(path: Path) -> bool:
+    return (path / "modules.json").is_file() or any(path.glob("*_LogitScore"))
 
 
 def _read_answers(path: Path) -> Answers | None:

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,10 +24,13 @@ from reranker.engine.checkpoint.files import AGAIN, UNQUANTIZED, first_line, rea
 from reranker.engine.checkpoint.scales import Rounded, Scheme
 from reranker.errors import ModelLoadError
 
+if TYPE_CHECKING:
+    from reranker.engine.checkpoint.adapter import Adapter
+
 logger = logging.getLogger(__name__)
 
 EMBEDDING, HEAD, SCORE_HEAD = "model.embed_tokens.weight", "lm_head.weight", "score.weight"
-_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _QUANTIZED = re.compile(
     r"(weight_scale|scale_inv|input_scale|weight_packed|weight_shape|weight_zero_point|qweight|qzeros|g_idx|scales|"
     r"biases|absmax|quant_map|quant_state)(\.|_|$)"
@@ -56,67 +59,78 @@ class Stored(NamedTuple):
     @property
     def itemsize(self) -> int:
         """Bytes of a value; 1 for the types of quantised weights."""
-        return _FLOATS[self.dtype].itemsize if self.dtype in _FLOATS else 1
+        return FLOATS[self.dtype].itemsize if self.dtype in FLOATS else 1
 
 
 class Weights:
-    """The tensors of a checkpoint by name; the headers are read once, here.
+    """The tensors of a checkpoint by name, an adapter merged into them; the headers are read once, here.
 
     Attributes:
         path: the folder.
-        stored: every tensor in the files. Quantised weights are float32 here, and their scales are left out.
+        adapter: a LoRA adapter that is merged into the weights.
+        stored: every tensor in the files; those that the adapter has saved are as the adapter's file has them.
+            Quantised weights are float32 here, and their scales are left out.
+        files: the file of every tensor of the checkpoint itself.
         layout: the quantised weights and their scales; None without any.
 
     Args:
         path: the folder.
+        adapter: the adapter.
         scheme: how config.json says that the weights are quantised.
 
     Raises:
         ModelLoadError: a file is broken or missing, or quantised weights and scales do not fit together.
     """
 
-    def __init__(self, path: Path, scheme: Scheme | None = None) -> None:
+    def __init__(self, path: Path, adapter: Adapter | None = None, scheme: Scheme | None = None) -> None:
         self.path = path
+        self.adapter = adapter
         self.stored: dict[str, Stored] = {}
-        self._files: dict[str, Path] = {}
+        self.files: dict[str, Path] = {}
         for file in weight_files(path):
-            with _opened(file) as tensors:
-                for name in tensors.keys():  # noqa: SIM118  # not a dictionary
-                    part = tensors.get_slice(name)
-                    self.stored[name] = Stored(tuple(part.get_shape()), str(part.get_dtype()))
-                    self._files[name] = file
+            header = read_header(file)
+            self.stored |= header
+            self.files |= dict.fromkeys(header, file)
         self.layout = None if scheme is None else scheme.layout(path, self.stored)
         if self.layout is not None:
             self.stored = self.layout.widened(self.stored)
+        if adapter is not None:
+            self.stored |= {name: adapter.stored[tensor] for name, tensor in adapter.saved.items()}
 
     @property
     def dtype(self) -> torch.dtype:
         """The floating-point type in which most values are stored."""
         counts: Counter[torch.dtype] = Counter()
         for stored in self.stored.values():
-            if stored.dtype in _FLOATS:
-                counts[_FLOATS[stored.dtype]] += stored.numel
+            if stored.dtype in FLOATS:
+                counts[FLOATS[stored.dtype]] += stored.numel
         return counts.most_common(1)[0][0]
 
     @property
     def precision(self) -> torch.dtype | None:
         """int8 or float8, if the projections can be multiplied as they are stored; None otherwise."""
-        return None if self.layout is None else self.layout.precision
+        return None if self.layout is None or self.adapter is not None else self.layout.precision
 
     def source(self, name: str) -> str:
         """Return the name under which a tensor is stored: of a tied pair, the other one's if only that is."""
         twin = {EMBEDDING: HEAD, HEAD: EMBEDDING}.get(name, name)
-        return name if name in self.stored else twin
+        return name if name in self.files else twin
 
     def tensor(self, name: str) -> Tensor:
-        """Return a tensor on the CPU: a quantised weight as float32, every other one as stored.
+        """Return a tensor on the CPU: a quantised weight, or one that an adapter changes, as float32; others as stored.
 
-        What is returned as stored is a view of the file, which stays open and mapped as long as the view exists; only
-        rows that are used are read.
+        As stored it is a view of the file, which stays open and mapped as long as the view exists; only rows that are
+        used are read. An adapter of one of two tied tensors leaves the other one as it is.
 
         Raises:
             ModelLoadError: the file is broken.
         """
+        if self.adapter is None:
+            return self.unmerged(name)
+        return self.adapter.merge(name, self.unmerged)
+
+    def unmerged(self, name: str) -> Tensor:
+        """Return a tensor as stored in the checkpoint's own files."""
         source = self.source(name)
         if self.layout is not None and source in self.layout.weights:
             return self.layout.widen(source, self._read)
@@ -124,23 +138,25 @@ class Weights:
 
     def rounded(self, *names: str) -> Rounded | None:
         """Return projections of the same input as they are stored, one below the other; see `Layout.rounded`."""
-        return None if self.layout is None else self.layout.rounded(names, self._read)
+        if self.layout is None or self.adapter is not None:
+            return None
+        return self.layout.rounded(names, self._read)
 
     def is_wide(self, name: str) -> bool:
         """Whether a weight is stored without scales."""
         return self.layout is None or name not in self.layout.weights
 
     def _read(self, name: str) -> Tensor:
-        with _opened(self._files[name]) as tensors:
+        with opened(self.files[name]) as tensors:
             tensor: Tensor = tensors.get_tensor(name)
             return tensor
 
     def not_finite(self) -> str | None:
         """Return the name and file of the first tensor with a NaN or an infinity; None without any. Reads all."""
-        for name in sorted(self.stored, key=lambda name: (self._files[name], name)):
-            if not torch.isfinite(self.tensor(name)).all():
-                return f"{name} in {self._files[name]}"
-        return None
+        for name in sorted(self.files, key=lambda name: (self.files[name], name)):
+            if not torch.isfinite(self.unmerged(name)).all():
+                return f"{name} in {self.files[name]}"
+        return None if self.adapter is None else self.adapter.not_finite()
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -174,12 +190,16 @@ def check_weights(weights: Weights, config: PretrainedConfig, auto_class: Any) -
     Raises:
         ModelLoadError: names the number of wrong tensors, the first one and the likely cause.
     """
-    path, stored = weights.path, weights.stored
+    path, stored, adapter = weights.path, weights.stored, weights.adapter
     needed = _needed(path, config, auto_class)
+    if adapter is not None:
+        adapter.check(needed)
     missing, extra = [name for name in needed if name not in stored], [name for name in stored if name not in needed]
     tied = {EMBEDDING, HEAD} & set(missing)
-    if config.tie_word_embeddings and len(tied) == 1:
+    if config.tie_word_embeddings and len(tied) == 1 and weights.files.keys() & {EMBEDDING, HEAD}:
         missing = [name for name in missing if name not in tied]
+    if adapter is not None and HEAD not in needed:
+        extra = [name for name in extra if name != HEAD]  # of the base; the adapter brings a score head
     _refuse_forms(path, stored, needed, extra)
     if missing:
         problem = f"{len(missing)} of the {len(needed)} weights that the model needs are not in {path}"
@@ -191,14 +211,33 @@ def check_weights(weights: Weights, config: PretrainedConfig, auto_class: Any) -
             problem = f"{name} is {list(stored[name].shape)} in {path}, and {list(shape)} by config.json"
             raise ModelLoadError(f"{problem}: they do not belong to one model (look at {fields})")
     _check_extra(path, stored, extra, config)
-    both = config.tie_word_embeddings and {EMBEDDING, HEAD} <= stored.keys()
-    if both and not torch.equal(weights.tensor(EMBEDDING), weights.tensor(HEAD)):
+    both = config.tie_word_embeddings and all(weights.source(name) == name for name in (EMBEDDING, HEAD))
+    if both and not torch.equal(weights.unmerged(EMBEDDING), weights.unmerged(HEAD)):
         problem = "config.json ties %s to %s, but %s holds both with different values, so we will NOT tie them"
         logger.warning(problem + ": the model is scored with its own head", HEAD, EMBEDDING, path)
 
 
+def read_header(file: Path) -> dict[str, Stored]:
+    """Return every tensor of a *.safetensors by name.
+
+    Raises:
+        ModelLoadError: the file is broken.
+    """
+    stored: dict[str, Stored] = {}
+    with opened(file) as tensors:
+        for name in tensors.keys():  # noqa: SIM118  # not a dictionary
+            part = tensors.get_slice(name)
+            stored[name] = Stored(tuple(part.get_shape()), str(part.get_dtype()))
+    return stored
+
+
 @contextmanager
-def _opened(file: Path) -> Iterator[Any]:
+def opened(file: Path) -> Iterator[Any]:
+    """Open a *.safetensors.
+
+    Raises:
+        ModelLoadError: the file is broken, also where it is read inside the context.
+    """
     try:
         with safe_open(str(file), framework="pt") as tensors:
             yield tensors
@@ -222,7 +261,7 @@ def _refuse_forms(path: Path, stored: Mapping[str, Stored], needed: Iterable[str
     problem = f"{path} holds weights of an adapter that was not merged ({adapter})"
     refuse_if(adapter, f"{problem}: save the model after merge_and_unload()")
     quantized = [name for name in extra if name.startswith(_MODEL) and _QUANTIZED.search(name)]
-    quantized += [name for name in needed if name in stored and stored[name].dtype not in _FLOATS]
+    quantized += [name for name in needed if name in stored and stored[name].dtype not in FLOATS]
     for name in quantized[:1]:
         problem = f"{path} holds quantised weights ({name}, {stored[name].dtype})"
         raise ModelLoadError(f"{problem}, and config.json has lost its quantization_config: {UNQUANTIZED}")

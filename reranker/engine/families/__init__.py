@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from reranker.engine.checkpoint.config import read, read_settings
+from reranker.engine.checkpoint.locate import Located
 from reranker.engine.families.base import Family
 from reranker.engine.families.qwen2 import Qwen2
 from reranker.engine.families.qwen3 import Qwen3
 from reranker.errors import ModelLoadError
+
+logger = logging.getLogger(__name__)
 
 FAMILIES: dict[tuple[str, str], type[Family]] = {
     ("qwen3", "Qwen3ForCausalLM"): Qwen3,
@@ -20,16 +24,22 @@ FAMILIES: dict[tuple[str, str], type[Family]] = {
 """By model_type and architecture; a config.json without architectures gets the first of its model_type."""
 
 
-def open_checkpoint(path: Path) -> Family:
-    """Read all but the weights of a folder that `locate` returned, for the family that computes it.
+def open_checkpoint(located: Located) -> Family:
+    """Read all but the weights of a checkpoint that `locate` returned, for the family that computes it.
 
     Raises:
         ModelLoadError: a file cannot be read, or no family computes the model.
     """
-    settings = read_settings(path)
+    path, adapter = located
+    settings = read_settings(located)
     family = family_of(path, settings)
     family.check_settings(path / "config.json", settings)
-    return family(read(path, settings))
+    checkpoint = read(located, settings)
+    if adapter is not None:
+        logger.info("merging the LoRA adapter %s", checkpoint.merged)
+        zero = "the LoRA adapter in %s changes no projection (every lora_B is zero): it was not trained, or not saved"
+        logger.log(logging.WARNING if adapter.is_untrained() else logging.DEBUG, zero, adapter.folder)
+    return family(checkpoint)
 
 
 def family_of(path: Path, settings: dict[str, Any]) -> type[Family]:

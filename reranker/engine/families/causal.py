@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from reranker.engine.checkpoint.adapter import SEQ_CLS
 from reranker.engine.checkpoint.config import Checkpoint, check_numbers, check_rope
 from reranker.engine.checkpoint.files import AGAIN, refuse_if
 from reranker.engine.checkpoint.layout import Answers, Layout, read_layout
@@ -50,12 +51,14 @@ class CausalFamily(Family):
         path, config, tokenizer = checkpoint.path, checkpoint.config, checkpoint.tokenizer
         classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
         self.auto_class = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
-        layout = read_layout(path, tokenizer, self.control_tokens)
+        layout = read_layout(checkpoint.folders, tokenizer, self.control_tokens)
         self.template = self._template(layout)
-        check_tokenizer(path, tokenizer, config.vocab_size, self.template.own_tokens)
+        check_tokenizer(Path(tokenizer.name_or_path), tokenizer, config.vocab_size, self.template.own_tokens)
         self.answers = None if classifier else self._answers(layout)
         if classifier:
-            words = layout.answers is not None
+            adapter = checkpoint.adapter
+            replaced = adapter is not None and adapter.task == SEQ_CLS and layout.folder == path
+            words = layout.answers is not None and not replaced
             refuse_if(words, f"{path} has a score head and names words to score (LogitScore): remove the wrong one")
             problem = f"{path / 'config.json'} has {config.num_labels} labels"
             refuse_if(
