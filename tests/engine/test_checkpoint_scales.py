@@ -22,7 +22,7 @@ from transformers import Qwen3ForCausalLM
 
 from reranker import ModelLoadError, Scorer
 from reranker.engine.batch import pack
-from reranker.engine.checkpoint.locate import Located
+from reranker.engine.checkpoint.locate import Located, locate
 from reranker.engine.checkpoint.quantization import read_scheme
 from reranker.engine.checkpoint.scales import Layout, scale_per_output, widen
 from reranker.engine.checkpoint.weights import Weights
@@ -31,6 +31,7 @@ from reranker.engine.model import Model, load, needed_memory
 from reranker.engine.precision import FLOAT8
 from reranker.engine.quantized import Float8Linear, Int8Linear
 from reranker.types import EncodedRequest, Slice
+from tests.engine.adapters import factors, write_adapter
 from tests.engine.checkpoints import ENTRIES, Tensors, small_model, tensors
 from tests.engine.quantization import FORMS, Form, compressed_tensors, fine_grained, group, plain_twin, quantize
 from tests.engine.test_decoder import Live
@@ -384,6 +385,30 @@ def test_settings_without_quantised_weights_are_refused(base: Path) -> None:
     assert scheme is not None
     with pytest.raises(ModelLoadError, match="no weight is quantised: remove it"):
         scheme.layout(base, Weights(base).stored)
+
+
+def test_scales_of_one_byte_are_checked_as_products(base: Path, tmp_path: Path) -> None:
+    """torch has no isfinite for their type."""
+    path = fine_grained(base, tmp_path / "m", scale_fmt="ue8m0")
+    weights = Weights(path, scheme=open_checkpoint(locate(str(path))).checkpoint.scheme)
+    assert weights.not_finite() is None
+    tensors(path, lambda f: f | {f"{UP}_scale_inv": torch.full_like(f[f"{UP}_scale_inv"], torch.nan)})
+    assert str(weights.not_finite()).startswith(UP)
+
+
+@pytest.mark.parametrize("form", [INT8, BY_NAME["FP8 in blocks"]], ids=lambda form: form.name)
+def test_an_adapter_is_merged_into_the_widened_weights(base: Path, tmp_path: Path, form: Form) -> None:
+    path, given = quantize(base, tmp_path / "m", form), prompts(random.Random(4))
+    changes = factors(base)
+    for folder in (path, plain_twin(path)):
+        write_adapter(tmp_path / f"adapter of {folder.name}", changes, str(folder))
+    located = [locate(str(tmp_path / f"adapter of {folder.name}")) for folder in (path, plain_twin(path))]
+    quantized, plain = (load(open_checkpoint(found), CPU, torch.float32, 90) for found in located)
+    assert worst(logits(quantized, given), logits(plain, given)) < 1e-5
+    assert worst(logits(quantized, given), logits(loaded(path), given)) > 0.1
+    assert Weights(*located[0], scheme=open_checkpoint(located[0]).checkpoint.scheme).precision is None
+    rounded = load(open_checkpoint(located[0]), CPU, torch.int8, 90)
+    assert 1e-4 < worst(logits(rounded, given), logits(plain, given)) < 0.6
 
 
 @pytest.mark.cuda
