@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -387,13 +388,25 @@ def test_settings_without_quantised_weights_are_refused(base: Path) -> None:
         scheme.layout(base, Weights(base).stored)
 
 
-def test_scales_of_one_byte_are_checked_as_products(base: Path, tmp_path: Path) -> None:
-    """torch has no isfinite for their type."""
-    path = fine_grained(base, tmp_path / "m", scale_fmt="ue8m0")
-    weights = Weights(path, scheme=open_checkpoint(locate(str(path))).checkpoint.scheme)
+def test_zero_points_of_older_versions_change_nothing(float8: Path, tmp_path: Path) -> None:
+    """compressed-tensors wrote zeros for symmetric weights too, in the type of the values, for which torch has no
+    isfinite.
+    """
+    path, given = Path(shutil.copytree(float8, tmp_path / "m")), prompts(random.Random(4))
+    zeros = {f"{name}_zero_point": torch.zeros(shape[0], 1).to(FLOAT8) for name, shape in _projection_shapes(path)}
+    tensors(path, lambda f: f | zeros)
+    weights = Weights(path, scheme=open_checkpoint(Located(path)).checkpoint.scheme)
+    assert weights.precision is FLOAT8
     assert weights.not_finite() is None
-    tensors(path, lambda f: f | {f"{UP}_scale_inv": torch.full_like(f[f"{UP}_scale_inv"], torch.nan)})
+    assert logits(loaded(path, FLOAT8), given) == logits(loaded(float8, FLOAT8), given)
+    assert logits(loaded(path), given) == logits(loaded(float8), given)
+    tensors(path, lambda f: f | {f"{UP}_scale": f[f"{UP}_scale"] * torch.nan})
     assert str(weights.not_finite()).startswith(UP)
+
+
+def _projection_shapes(path: Path) -> list[tuple[str, torch.Size]]:
+    stored = load_file(path / "model.safetensors")
+    return [(name, tensor.shape) for name, tensor in stored.items() if name.endswith("_proj.weight")]
 
 
 @pytest.mark.parametrize("form", [INT8, BY_NAME["FP8 in blocks"]], ids=lambda form: form.name)
