@@ -30,7 +30,8 @@ test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow $(ARGS)
 
 # The real SDKs of every client, each in an environment that satisfies its version pins.
-test-clients: $(VENV)/clients/.ready $(VENV)/cohere/.ready
+test-clients: export NODE_PACKAGES = $(abspath $(VENV)/npm)
+test-clients: $(VENV)/clients/.ready $(VENV)/cohere/.ready $(VENV)/npm/.ready
 	GUNICORN=$(abspath $(BIN)/gunicorn) $(VENV)/clients/bin/python -m pytest -c tests/clients/pytest.ini tests/clients
 	GUNICORN=$(abspath $(BIN)/gunicorn) $(VENV)/cohere/bin/python -m pytest -c tests/clients/pytest.ini tests/clients/test_cohere.py
 
@@ -104,6 +105,11 @@ $(VENV)/cohere/.ready: tests/clients/requirements-cohere.txt $(VENV)/.serve
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet -r $<
 	@touch $@
+
+# Without npm nothing is installed, and the tests of these packages are skipped.
+$(VENV)/npm/.ready: $(addprefix tests/clients/npm/,package.json package-lock.json .npmrc)
+	@command -v npm >/dev/null || { echo "npm is missing: the tests of the npm packages will be skipped"; exit 0; }; \
+	mkdir -p $(@D) && cp $^ $(@D) && (cd $(@D) && npm ci --loglevel=error) && touch $@
 
 # A second PyTorch: Ray's dependencies must not change the versions that the service is tested with.
 $(VENV)/ray/.ready: tests/ray/requirements.txt deploy/requirements-ray.txt requirements.txt $(VENV)/.python

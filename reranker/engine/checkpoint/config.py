@@ -78,8 +78,8 @@ def read(located: Located, settings: dict[str, Any]) -> Checkpoint:
         config = AutoConfig.from_pretrained(str(path), trust_remote_code=False, **changes)
     except Exception as error:  # transformers raises a different type for each field
         raise ModelLoadError(f"{file} cannot be used: {first_line(error)}") from error
-    tokenizer = load_tokenizer(path) if adapter is None else load_tokenizer(adapter.folder, path)
-    return Checkpoint(path, config, tokenizer, adapter, read_scheme(path, settings))
+    own, *base = located.folders
+    return Checkpoint(path, config, load_tokenizer(own, *base), adapter, read_scheme(path, settings))
 
 
 def check_rope(file: Path, settings: dict[str, Any]) -> None:
