@@ -22,6 +22,7 @@ TOKEN = "s3cret"
 QUERY = "how do I compress a file?"
 DOCUMENTS = ["A game of chess.", "To compress a file, use gzip.", "The weather is nice."]
 BEST = 1
+REASON = "the token is wrong"
 
 
 def _start(folder: Path, token: str) -> Iterator[str]:
