@@ -222,7 +222,7 @@ def test_bytes_that_are_not_what_they_should_be(server: Server, body: bytes, sta
     response = server.client.post("/v1/rerank", content=body, headers={"content-type": "application/json"})
     assert response.status_code == status, response.text
     if status != 200:
-        assert set(response.json()) == {"detail", "error_type"}
+        assert set(response.json()) == {"detail", "error_type", "message", "error"}
         assert len(response.content) < 500
 
 

@@ -13,10 +13,11 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 
 from reranker.errors import InvalidRequestError, MalformedBodyError, UnsupportedMediaTypeError
+from reranker.http.dialects.route import Parse
 from reranker.notes import Notes
 from reranker.request.fields import json_kind
-from reranker.request.parse import ParsedRequest, parse_request
-from reranker.request.unread import MAX_NAMES
+from reranker.request.parse import ParsedRequest
+from reranker.request.unread import MAX_NAMES, token
 
 _SEPARATORS = b",", b"[", b"{"
 """Each JSON value but the first one follows one of these."""
@@ -27,7 +28,7 @@ _notes = Notes(logging.getLogger(__name__).warning)
 """The operator's copy of the warnings that clients find in their responses; once per process and text."""
 
 
-async def read(request: Request, *, max_documents: int, max_values: int) -> ParsedRequest:
+async def read(request: Request, parse: Parse, *, max_documents: int, max_values: int) -> ParsedRequest:
     """Read and check the body and the URL parameters of a request.
 
     The JSON values are dropped on return: unread fields may be larger than the request, which may stay queued.
@@ -35,12 +36,12 @@ async def read(request: Request, *, max_documents: int, max_values: int) -> Pars
     Raises:
         UnsupportedMediaTypeError: the content type is not JSON, or a web page sent none.
         MalformedBodyError: not JSON.
-        InvalidRequestError: more than `max_values` JSON values, not an object, or a field is wrong.
+        InvalidRequestError: more than `max_values` JSON values, not an object, a name twice, or a field is wrong.
     """
     _check_media_type(request.headers)
     # Not request.body(): the request would keep these bytes until its response.
     content = b"".join([part async for part in request.stream()])
-    parsed = parse_request(_json_object(content, max_values), max_documents=max_documents)
+    parsed = parse(_json_object(content, max_values), max_documents=max_documents)
     if query_string := request.scope.get("query_string"):
         parsed = _with_url_parameters(parsed, query_string)
     if parsed.warnings:
@@ -120,7 +121,17 @@ def _refuse_constant(name: str) -> NoReturn:
     raise InvalidRequestError(f"{name} is not JSON: send null or a number")
 
 
-_JSON = json.JSONDecoder(parse_constant=_refuse_constant)
+def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse a doubled name, of which two parsers could read two values. It costs 1 us per object."""
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        seen: set[str] = set()
+        doubled = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise InvalidRequestError(f"{token(doubled)}: is in one JSON object twice; send it once")
+    return value
+
+
+_JSON = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_object_of)
 
 
 def _with_url_parameters(parsed: ParsedRequest, query_string: bytes) -> ParsedRequest:

@@ -1,8 +1,13 @@
-"""From error to response: one table, one shape. `detail` is always a string and never echoes the input."""
+"""From error to response: one table, one shape. `detail` is always a string and never echoes the input.
+
+Clients read different keys of it: `detail` Jina's and Xinference's, `message` Cohere's and the AI SDK, `error.message`
+OpenAI's and those of vLLM and llama.cpp.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from fastapi import FastAPI, Request
 from pydantic import BaseModel, Field
@@ -16,11 +21,20 @@ from reranker.errors import MalformedBodyError, RerankError, UnauthorizedError
 from reranker.http.state import context_of
 
 
+class OpenAIError(BaseModel):
+    """The same for OpenAI's clients."""
+
+    message: str = Field(description="The same as detail")
+    type: str = Field(description="The same as error_type")
+
+
 class ErrorBody(BaseModel):
     """The body of every error response."""
 
     detail: str = Field(description="What was wrong, where, and how to fix it", examples=["no token was sent"])
     error_type: str = Field(description="The kind of error, for programs", examples=["unauthorized"])
+    message: str = Field(description="The same as detail")
+    error: OpenAIError
 
 
 _DOCUMENTED = [
@@ -37,10 +51,13 @@ _DOCUMENTED = [
     errors.DeadlineError,
 ]
 NOT_LOADED: dict[int | str, dict[str, object]] = {503: {"model": ErrorBody, "description": "The model is not loaded"}}
-RESPONSES: dict[int | str, dict[str, object]] = {
-    error.status: {"model": ErrorBody, "description": str(error.__doc__).rstrip(".")} for error in _DOCUMENTED
-}
-"""OpenAPI's description of the error responses of a rerank route."""
+EXTENSIONS: dict[str, Callable[[ErrorResponse, str], dict[str, object]]] = {}
+"""Of a path, the additional keys of its error bodies, from the response and the request's id."""
+
+
+def responses(model: type[ErrorBody]) -> dict[int | str, dict[str, object]]:
+    """Return OpenAPI's description of the error responses of a rerank route."""
+    return {error.status: {"model": model, "description": str(error.__doc__).rstrip(".")} for error in _DOCUMENTED}
 
 
 class ErrorResponse(JSONResponse):
@@ -48,12 +65,22 @@ class ErrorResponse(JSONResponse):
 
     def __init__(self, detail: str, error_type: str, status: int, headers: Mapping[str, str] | None = None) -> None:
         self.error_type = error_type
-        super().__init__({"detail": detail, "error_type": error_type}, status, headers)
+        self.content: dict[str, Any] = {
+            "detail": detail,
+            "error_type": error_type,
+            "message": detail,
+            "error": {"message": detail, "type": error_type},
+        }
+        super().__init__(self.content, status, headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Record the type and send the response."""
         if "context" in scope.get("state", ()):  # absent in Ray's proxy
-            context_of(scope).error_type = self.error_type
+            context = context_of(scope)
+            context.error_type = self.error_type
+            if extension := EXTENSIONS.get(scope["path"]):
+                self.body = self.render(self.content | extension(self, context.request_id))
+                self.headers["content-length"] = str(len(self.body))
         await super().__call__(scope, receive, send)
 
 

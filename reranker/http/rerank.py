@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 from fastapi import APIRouter, Request
@@ -11,12 +12,15 @@ from pydantic_core import to_json
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from reranker.errors import NotReadyError
+from reranker.errors import InvalidRequestError, NotReadyError
 from reranker.http import body
 from reranker.http.dialects import ROUTES, render
+from reranker.http.dialects.route import Route
 from reranker.http.ranking import Ranking
 from reranker.http.state import RequestContext, context_of, service_of
-from reranker.types import RerankRequest, RerankResult
+from reranker.request.names import renamed
+from reranker.request.parse import ParsedRequest
+from reranker.types import RerankResult
 
 
 class RawRoute(APIRoute):
@@ -31,25 +35,37 @@ class RawRoute(APIRoute):
         await response(scope, receive, send)
 
 
-async def rerank(request: Request) -> Response:
-    """Answer a rerank request in the dialect of its path and keys; see `body.read` and `Batcher.rerank` for errors."""
-    service, context = service_of(request.app), context_of(request.scope)
-    scorer = service.batcher.check_capacity(service.request_timeout)
-    try:
-        parsed = await body.read(request, max_documents=service.max_documents, max_values=service.max_values)
-        result = await _score(request, parsed.request, context)
-    except asyncio.CancelledError:  # at the end of a graceful shutdown the server cancels pending requests
-        raise NotReadyError("the service is shutting down; try again", retry_after=5) from None
-    ranking = Ranking.of(parsed, result, scorer.info.name, context.request_id)
-    content = render(request.scope["route"].path, ranking)
-    return Response(to_json(content), headers=ranking.headers, media_type="application/json")
+def endpoint(route: Route) -> Callable[[Request], Awaitable[Response]]:
+    """Return the handler of a route."""
+
+    async def rerank(request: Request) -> Response:
+        """Answer in the dialect of the route and the body's keys; see `body.read` and `Batcher.rerank` for errors."""
+        service, context = service_of(request.app), context_of(request.scope)
+        scorer = service.batcher.check_capacity(service.request_timeout)
+        try:
+            parsed = await body.read(
+                request, route.parse, max_documents=service.max_documents, max_values=service.max_values
+            )
+            result = await _score(request, parsed, context)
+        except asyncio.CancelledError:  # at the end of a graceful shutdown the server cancels pending requests
+            raise NotReadyError("the service is shutting down; try again", retry_after=5) from None
+        ranking = Ranking.of(parsed, result, scorer.info.name, context.request_id)
+        content = render(route, ranking)
+        return Response(to_json(content), headers=ranking.headers, media_type="application/json")
+
+    return rerank
 
 
-async def _score(request: Request, query: RerankRequest, context: RequestContext) -> RerankResult:
+async def _score(request: Request, parsed: ParsedRequest, context: RequestContext) -> RerankResult:
     """Score a request, unless its client disconnects: that drops its queued work."""
     service = service_of(request.app)
-    context.log_fields["documents"] = len(query.documents)
-    work = asyncio.create_task(service.batcher.rerank(query, service.request_timeout))
+    context.log_fields["documents"] = len(parsed.request.documents)
+    if parsed.by_query:
+        context.log_fields["queries"] = len(parsed.by_query)
+        call = service.batcher.rerank_all(parsed.by_query, service.request_timeout)
+    else:
+        call = service.batcher.rerank(parsed.request, service.request_timeout)
+    work = asyncio.create_task(call)
     watch = asyncio.create_task(_cancel_on_disconnect(request, work, context))
     try:
         result = await work
@@ -57,6 +73,10 @@ async def _score(request: Request, query: RerankRequest, context: RequestContext
         if not context.client_disconnected:
             raise
         raise NotReadyError("the client disconnected") from None  # for the log only
+    except InvalidRequestError as error:
+        if parsed.names is None:
+            raise
+        raise InvalidRequestError(renamed(str(error), parsed.names)) from None
     finally:
         watch.cancel()
     context.log_fields |= {
@@ -79,4 +99,4 @@ async def _cancel_on_disconnect(request: Request, work: asyncio.Task[RerankResul
 
 router = APIRouter(tags=["rerank"], route_class=RawRoute)
 for _route in ROUTES:
-    router.add_api_route(_route.path, rerank, **_route.openapi)
+    router.add_api_route(_route.path, endpoint(_route), **_route.openapi)

@@ -7,18 +7,19 @@ one line, or in `ParsedRequest.ignored` and `ParsedRequest.warnings`. Reports ho
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from reranker.errors import InvalidRequestError
-from reranker.request.fields import COUNT_RULE, COUNTS, DOCUMENT, FIELDS, MAY_BE_EMPTY, TEXT_KEYS, refuse
+from reranker.request.fields import COUNT_RULE, COUNTS, FIELDS, MAY_BE_EMPTY, TEXT_KEYS, refuse
 from reranker.request.template import looks_wrapped, unwrap_document, unwrap_query
 from reranker.request.unread import MAX_SEEN, TEMPLATE_VALUES, Report, is_harmless, missing_hint, token
 from reranker.text import printable
 from reranker.types import MAX_CHUNKS, RerankRequest
 
-_INSTRUCTIONS = ("instruction", "instruct")
+INSTRUCTIONS = ("instruction", "instruct")
+"""The names of the instruction, by precedence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,10 @@ class ParsedRequest:
     valid tokens of an HTTP header."""
     warnings: tuple[str, ...]
     """A sentence for each ignored name and for each field that is read differently from its value."""
+    by_query: tuple[RerankRequest, ...] = ()
+    """The same documents in one request for each distinct query, if there are several; `request` has the first one."""
+    names: Mapping[str, str] | None = None
+    """The client's names of the fields that it calls differently, for later errors; see `reranker.request.names`."""
 
 
 def parse_request(body: Mapping[str, Any], *, max_documents: int | None = None) -> ParsedRequest:
@@ -51,20 +56,20 @@ def parse_request(body: Mapping[str, Any], *, max_documents: int | None = None) 
     """
     is_tei = body.get("texts") is not None
     name, other = ("texts", "documents") if is_tei else ("documents", "texts")
-    values, unread = _read(body, skip=other)
+    values, unread = read_fields(body, skip=(other,))
     for field in ("query", name):
         if field not in values:
             raise InvalidRequestError(f"{field}: is required{missing_hint(field, unread)}")
     report = Report(unread)
-    instruction = _instruction(values, body.get(TEMPLATE_VALUES), report)
+    instruction = read_instruction(values, body.get(TEMPLATE_VALUES), report)
     if is_tei and body.get("documents") is not None:
         report.ignore("documents", "documents is not read beside texts")
-    documents = _documents(name, values[name], values.get("rank_fields"), max_documents, report)
+    documents = read_documents(name, values[name], values.get("rank_fields"), max_documents, report)
     return ParsedRequest(
-        _rerank_request(values, instruction, documents, is_tei, report),
+        to_request(values, instruction, documents, is_tei, report),
         limit=report.first(values, "top_k", "top_n"),
         return_documents=bool(report.first(values, "return_documents", "return_text")),
-        raw_scores=_raw_scores(values, report),
+        raw_scores=read_raw_scores(values, report),
         has_model="model" in values,
         is_tei=is_tei,
         ignored=tuple(report.ignored),
@@ -72,15 +77,15 @@ def parse_request(body: Mapping[str, Any], *, max_documents: int | None = None) 
     )
 
 
-def _read(body: Mapping[str, Any], skip: str) -> tuple[dict[str, Any], list[str]]:
-    """Return the values of all fields but `skip`, and the names that are no fields."""
+def read_fields(body: Mapping[str, Any], skip: Container[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return the values of all fields but those in `skip`, and the names that are no fields."""
     values: dict[str, Any] = {}
     unread: list[str] = []
     for name, value in body.items():
         if value is None or (value == "" and name not in MAY_BE_EMPTY):
             continue
         if name in FIELDS:
-            if name != skip:
+            if name not in skip:
                 values[name] = FIELDS[name].read(name, value)
         elif len(unread) < MAX_SEEN and not is_harmless(name, value):
             unread.append(name)
@@ -92,10 +97,11 @@ def _read(body: Mapping[str, Any], skip: str) -> tuple[dict[str, Any], list[str]
     return values, unread
 
 
-def _rerank_request(
+def to_request(
     values: Mapping[str, Any], instruction: str | None, documents: list[str], is_tei: bool, report: Report
 ) -> RerankRequest:
-    query, instruction, documents = _unwrap(values["query"], instruction, documents, report)
+    """Return the request of checked values in the engine's terms."""
+    query, instruction, documents = unwrap(values["query"], instruction, documents, report)
     chunks = report.first(values, "max_chunks_per_doc", "max_chunk_per_doc")
     if chunks is not None and chunks > MAX_CHUNKS:
         chunks = MAX_CHUNKS
@@ -113,11 +119,11 @@ def _rerank_request(
     )
 
 
-def _instruction(values: Mapping[str, Any], template_values: Any, report: Report) -> str | None:
+def read_instruction(values: Mapping[str, Any], template_values: Any, report: Report) -> str | None:
     """Return the request's instruction, or else that of the values for vLLM's chat template."""
-    instruction: str | None = report.first(values, *_INSTRUCTIONS)
+    instruction: str | None = report.first(values, *INSTRUCTIONS)
     nested = template_values if isinstance(template_values, dict) else {}
-    for key in _INSTRUCTIONS:
+    for key in INSTRUCTIONS:
         if nested.get(key) in (None, ""):
             continue
         name = f"{TEMPLATE_VALUES}.{key}"
@@ -129,7 +135,7 @@ def _instruction(values: Mapping[str, Any], template_values: Any, report: Report
     return instruction
 
 
-def _raw_scores(values: Mapping[str, Any], report: Report) -> bool:
+def read_raw_scores(values: Mapping[str, Any], report: Report) -> bool:
     """Whether the response holds logits; `use_activation` is the opposite of `raw_scores`."""
     raw, activation = values.get("raw_scores"), values.get("use_activation")
     if raw is not None and raw is activation:  # a contradiction: the field that requests logits is read
@@ -138,7 +144,7 @@ def _raw_scores(values: Mapping[str, Any], report: Report) -> bool:
     return bool(raw) or activation is False
 
 
-def _documents(
+def read_documents(
     name: str, documents: list[Any], rank_fields: list[str] | None, max_documents: int | None, report: Report
 ) -> list[str]:
     """Return the text of every document."""
@@ -192,7 +198,7 @@ def _join(where: str, document: Mapping[str, Any], rank_fields: Sequence[str]) -
     return "\n".join(lines)
 
 
-def _unwrap(
+def unwrap(
     query: str, instruction: str | None, documents: list[str], report: Report
 ) -> tuple[str, str | None, list[str]]:
     """Remove Qwen's published template from query, instruction and documents.
@@ -223,33 +229,3 @@ def _unwrap(
         "send the bare texts" + ("; the instruction inside it is not read beside the request's" if instruction else "")
     )
     return inner_query, instruction or inner_instruction or None, bare
-
-
-def json_schema(documents: str) -> dict[str, Any]:
-    """Return the JSON Schema of a request with its documents in the field `documents` or `texts`.
-
-    JSON Schema cannot express one rule: object documents have the fields that `rank_fields` names.
-    """
-    other = "documents" if documents == "texts" else "texts"
-    properties = {name: field.schema for name, field in FIELDS.items() if name != other}
-    properties[TEMPLATE_VALUES] = {
-        "description": "Of an object, instruction and instruct are read where the request has neither, as vLLM does",
-        "properties": {name: FIELDS[name].schema for name in _INSTRUCTIONS},
-    }
-    if documents == "documents":
-        properties["texts"] = {"type": "null"}
-    zero = {"not": {"enum": [0, "0"]}}
-    model = {"required": ["model"], "properties": {"model": {"type": "string"}}}
-    rank_fields = {"required": ["rank_fields"], "properties": {"rank_fields": {"type": "array", "minItems": 1}}}
-    return {
-        "title": "TeiBody" if documents == "texts" else "RerankBody",
-        "description": f"Rank `{documents}` by relevance to `query`. A null counts as absent, and so does an empty "
-        "string in a field that is not required. Fields that are not read are named in the header x-ignored-fields.",
-        "type": "object",
-        "required": ["query", documents],
-        "properties": properties,
-        "allOf": [
-            {"if": model, "else": {"properties": dict.fromkeys(COUNTS, zero)}},  # beside a model 0 means "not set"
-            {"if": rank_fields, "else": {"properties": {documents: {"items": DOCUMENT}}}},
-        ],
-    }

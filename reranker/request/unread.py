@@ -31,12 +31,22 @@ _HARMLESS = frozenset(
     "user priority encoding_format request_id cache_salt model-id is_truncated overlap_tokens "
     "return_len kwargs property".split()
 ) | {TEMPLATE_VALUES}
+_DEFAULTS: dict[str, object] = {
+    "truncation_direction": "right",  # of text-embeddings-inference; the others are vLLM's
+    "truncation_side": "right",
+    "truncate_prompt_tokens": -1,  # as many as fit
+    "max_tokens_per_query": 0,
+    "padding": "do_not_pad",
+}
+"""The values of unread fields that need no report."""
 _HARMLESS_KEYS = frozenset(("id", "meta", "metadata"))
 """The same for object documents."""
 
 _SYNONYMS = {
     "query": "q question text text1 data1 search searchquery querytext searchtext input keyword keywords prompt "
     "sentence sourcesentence queries topic",
+    "queries": "query q question questions",
+    "passages": "documents texts docs items candidates",
     "documents": "docs doc document passages passage text text2 data2 textlist contents content items sentences "
     "candidates corpus inputs input chunks results pairs nodes strings data list documentlist",
     "instruction": "prompt task taskdescription systemprompt",
@@ -93,8 +103,8 @@ class Report:
 
 def is_harmless(name: str, value: Any) -> bool:
     """Whether an unread field needs no report."""
-    if name == "truncation_direction":  # documents are truncated on the right
-        return isinstance(value, str) and value.lower() == "right"
+    if name in _DEFAULTS:  # it asks for what is done anyway
+        return (value.lower() if isinstance(value, str) else value) == _DEFAULTS[name]
     return name in _HARMLESS
 
 

@@ -1,7 +1,8 @@
 """Many clients in, fair batches out: the asynchronous front of the synchronous Scorer.
 
-    rerank()  look up in the score cache -> tokenise in a host thread -> queue, counted in tokens -> wait for the logits
-    _run()    gather -> take up to the token budget -> pack -> score in the compute thread
+    rerank()      look up in the score cache -> tokenise in a host thread -> queue, counted in tokens -> wait for logits
+    rerank_all()  the same for a request with several queries, in runs
+    _run()        gather -> take up to the token budget -> pack -> score in the compute thread
 
 There is no wait window: a batch is all that is pending when the device becomes idle. During a pass, the next batch
 gathers; once it is full and half of the pass is over, it is packed in another thread. The event loop never computes.
@@ -13,7 +14,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import islice
@@ -25,6 +26,7 @@ from reranker.scheduler.cache import ScoreCache
 from reranker.scheduler.compute import ComputeThread, ScorerLike, catch_panics
 from reranker.scheduler.events import ForwardPass, NullObserver, Observer, Status
 from reranker.scheduler.queue import Admission, Batch, Job, TokenQueue
+from reranker.scheduler.runs import in_turns, split
 from reranker.scheduler.tokenizer_pool import TokenizerPool
 from reranker.types import DocumentScore, EncodedRequest, RerankRequest, RerankResult, Timings
 
@@ -207,11 +209,104 @@ class Batcher:
         finally:
             self.admission.requests -= 1
         if late:
-            raise DeadlineError(f"not answered within {seconds:g} s; send fewer documents, or raise REQUEST_TIMEOUT")
-        if not all(map(math.isfinite, job.logits)):
-            raise ScoringError("a score is not a number; the operator can set MODEL_PRECISION=float32")
+            raise _too_late(seconds)
         timings.queue, timings.inference = job.started_at - job.queued_at, time.monotonic() - job.started_at
-        return per_document(encoded, job.logits)
+        return _scores(job)
+
+    async def rerank_all(self, requests: Sequence[RerankRequest], seconds: float) -> RerankResult:
+        """Score one client's request that has several queries; it is admitted, timed and cancelled as a whole.
+
+        The result has the documents of all `requests` in the order of their `positions`, which are 0, 1, 2, ...
+        Raises the errors of `rerank`.
+        """
+        start = time.monotonic()
+        scorer, timings = self.require_ready(), Timings()
+        if self._cache is None:
+            parts = await self._score_all(scorer, requests, seconds, timings)
+        else:
+            lookups = list(map(self._cache.lookup, requests))
+            rest = [
+                request.only(list(missing.values()))
+                for request, (_, _, missing) in zip(requests, lookups, strict=True)
+                if missing
+            ]
+            scored = iter(await self._score_all(scorer, rest, seconds, timings) if rest else ())
+            parts = []
+            for keys, known, missing in lookups:
+                new = dict(zip(missing, next(scored), strict=True)) if missing else {}
+                self._cache.store(new)
+                parts.append([(known | new)[key] for key in keys])
+                self._observer.cache_used(len(keys) - len(missing), len(missing))
+        timings.total = time.monotonic() - start
+        scores = {
+            request.position(i): score
+            for request, part in zip(requests, parts, strict=True)
+            for i, score in enumerate(part)
+        }
+        result = RerankResult.of([scores[i] for i in range(len(scores))], timings)
+        self._observer.request_scored(result)
+        return result
+
+    async def _score_all(
+        self, scorer: ScorerLike, requests: Sequence[RerankRequest], seconds: float, timings: Timings
+    ) -> list[list[DocumentScore]]:
+        """Do `_score` for several queries, in runs. The stages in `timings` end with the first run, inference with all.
+
+        Raises the errors of `rerank`.
+        """
+        tokens = [self.admission.estimate(request, scorer.info) for request in requests]
+        self.admission.check(scorer.max_batch_tokens, seconds, sum(tokens))
+        self.admission.requests += 1
+        start, late = time.monotonic(), False
+        scores: list[list[DocumentScore]] = [[] for _ in requests]
+        jobs: list[Job] = []  # of the first run
+
+        async def score(run: slice) -> None:
+            encoded = await asyncio.gather(*(self._tokenizers.encode(scorer, request) for request in requests[run]))
+            for request, part in zip(requests[run], encoded, strict=True):
+                self.admission.observe_tokens(request, part)
+            reservation.tokens -= sum(tokens[run])
+            new = await self._enqueue_all(encoded)
+            scores[run] = map(_scores, new)
+            jobs.extend(() if jobs else new)
+
+        try:
+            async with asyncio.timeout(seconds):
+                with self.admission.reserve(sum(tokens)) as reservation:
+                    await in_turns(split(tokens, scorer.max_batch_tokens // 4), score)
+        except TimeoutError:
+            late = True  # as in `_score`
+        finally:
+            self.admission.requests -= 1
+        if late:
+            raise _too_late(seconds)
+        queued, started = jobs[0].queued_at, min(job.started_at for job in jobs)
+        timings.tokenization, timings.queue = queued - start, started - queued
+        timings.inference = time.monotonic() - started
+        return scores
+
+    async def _enqueue_all(self, requests: Sequence[EncodedRequest]) -> list[Job]:
+        """Do `_enqueue` for several queries of one client; an error of one drops the others."""
+        if self.status == "unhealthy":
+            self.require_ready()
+        now, loop = time.monotonic(), asyncio.get_running_loop()
+        jobs = [Job(request, loop.create_future(), queued_at=now) for request in requests]
+        self._jobs.update(jobs)
+        for job in jobs:
+            self.queue.put(job)
+        self._observer.queue_changed(self.queue.tokens)
+        self._changed.set()
+        try:
+            await asyncio.gather(*(job.done for job in jobs))
+        except BaseException:
+            for job in jobs:
+                job.done.cancel()
+            self.queue.drop_finished()
+            self._observer.queue_changed(self.queue.tokens)
+            raise
+        finally:
+            self._jobs.difference_update(jobs)
+        return jobs
 
     async def _enqueue(self, request: EncodedRequest) -> Job:
         """Queue a request and wait until it is scored; a cancellation drops its pending documents."""
@@ -311,3 +406,14 @@ class Batcher:
         self._observer.pass_ended(ForwardPass(documents, tokens, prompt_tokens, budget, seconds, scorer.memory))
         if tokens >= budget // 2 or documents >= scorer.max_batch_documents // 2:
             self.admission.observe_speed(tokens, seconds)
+
+
+def _scores(job: Job) -> list[DocumentScore]:
+    """Return the scores of a resolved job; raise ScoringError if one is not a number."""
+    if not all(map(math.isfinite, job.logits)):
+        raise ScoringError("a score is not a number; the operator can set MODEL_PRECISION=float32")
+    return per_document(job.request, job.logits)
+
+
+def _too_late(seconds: float) -> DeadlineError:
+    return DeadlineError(f"not answered within {seconds:g} s; send fewer documents, or raise REQUEST_TIMEOUT")

@@ -77,6 +77,13 @@ class Job:
 Batch = list[tuple[Job, Slice]]
 
 
+@dataclass(eq=False, slots=True)
+class Reservation:
+    """Estimated tokens of a request that are not in the queue yet."""
+
+    tokens: int
+
+
 class TokenQueue:
     """Jobs with pending documents."""
 
@@ -158,8 +165,8 @@ class Admission:
         self.max_requests = max_requests
         self.requests = 0
         """In progress: accepted and without a response."""
-        self._reserved: list[int] = []
-        """Estimated tokens of each request that is being tokenised."""
+        self._reserved: list[Reservation] = []
+        """One for each request that is being tokenised."""
         self._tokens, self._characters = _TOKENS_PER_CHARACTER, 1.0
         self.tokens_per_second = math.nan
         """Of full passes; NaN before the first one."""
@@ -174,18 +181,19 @@ class Admission:
         pending = self._pending
         small = max_batch_tokens // 2  # the half of `TokenQueue.take`
         if tokens <= small and pending + tokens > limit:
-            pending = self.queue.tokens_up_to(small) + sum(t for t in self._reserved if t <= small)
+            pending = self.queue.tokens_up_to(small) + sum(r.tokens for r in self._reserved if r.tokens <= small)
         if pending and pending + tokens > limit:
             raise self._refusal(f"about {pending} tokens are pending")
 
     @contextmanager
-    def reserve(self, tokens: int) -> Iterator[None]:
-        """Count `tokens` as pending while their request is tokenised."""
-        self._reserved.append(tokens)
+    def reserve(self, tokens: int) -> Iterator[Reservation]:
+        """Count `tokens` as pending while their request is tokenised; a request in parts lowers them with each part."""
+        reservation = Reservation(tokens)
+        self._reserved.append(reservation)
         try:
-            yield
+            yield reservation
         finally:
-            self._reserved.remove(tokens)
+            self._reserved.remove(reservation)
 
     def estimate(self, request: RerankRequest, info: ModelInfo) -> int:
         """Estimate the tokens of a request; texts count up to the length that the model reads."""
@@ -213,7 +221,7 @@ class Admission:
     @property
     def _pending(self) -> int:
         """Tokens in the queue, and the estimated ones of requests that are being tokenised."""
-        return self.queue.tokens + sum(self._reserved)
+        return self.queue.tokens + sum(reservation.tokens for reservation in self._reserved)
 
     def _refusal(self, reason: str) -> QueueFullError:
         """Return the error with the seconds in which the pending tokens will be scored, between 1 and 60."""

@@ -54,7 +54,7 @@ def ask(app: ASGIApp, path: str = "/v1/rerank", request_id: bytes = b"mine") -> 
 def test_rays_own_answers(app: ASGIApp, status: int, kind: str, retry_after: str | None) -> None:
     answer = ask(app)
     assert answer.status_code == status
-    assert set(answer.json()) == {"detail", "error_type"}
+    assert set(answer.json()) == {"detail", "error_type", "message", "error"}
     assert answer.json()["error_type"] == kind
     assert answer.headers.get("retry-after") == retry_after
     assert answer.headers.get_list("x-request-id") == ["mine"]

@@ -36,8 +36,10 @@ class Answers:
         assert b"content-type: application/json" in head
         assert re.search(rb"\r\nx-request-id: [\w.-]+", head)
         error: dict[str, Any] = json.loads(body)
-        assert set(error) == {"detail", "error_type"}
-        assert len(body) < 500
+        assert set(error) == {"detail", "error_type", "message", "error"}
+        assert error["message"] == error["error"]["message"] == error["detail"]
+        assert error["error"]["type"] == error["error_type"]
+        assert len(body) < 1000
         return error
 
 

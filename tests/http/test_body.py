@@ -74,7 +74,7 @@ def test_any_json_is_ranked_or_refused_without_an_echo(fake_server: Server, path
         assert {i for i, _ in ranked(content)} <= set(range(count))
     else:
         assert status == 422
-        assert set(content) == {"detail", "error_type"}
+        assert set(content) == {"detail", "error_type", "message", "error"}
         assert isinstance(content["detail"], str)
         assert content["error_type"] == "invalid_request"
         assert len(raw) < 2048

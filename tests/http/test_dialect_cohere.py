@@ -6,9 +6,10 @@ import pytest
 
 from reranker.engine.scores import sigmoid
 from tests.conftest import Server
+from tests.http.test_rerank import ALIASES
 
 BODY = {"model": "rerank-v3.5", "query": "red fish", "documents": ["a bird", {"text": "red fish"}, "a fish"]}
-PATHS = ["/v1/rerank", "/rerank", "/v2/rerank", "/api/v2/rerank"]
+PATHS = ["/v1/rerank", "/rerank", "/v2/rerank", "/api/v2/rerank", *ALIASES]
 
 
 def post(server: Server, path: str, **more: object) -> dict[str, Any]:
@@ -25,7 +26,7 @@ def test_the_results_object(fake_server: Server, path: str) -> None:
         "id": "id-7",
         "model": "fake",
         "results": [{"index": 1, "relevance_score": sigmoid(2)}, {"index": 2, "relevance_score": sigmoid(1)}],
-        "usage": {"prompt_tokens": 36, "total_tokens": 36},
+        "usage": {"prompt_tokens": 36, "completion_tokens": 0, "total_tokens": 36},
         "meta": {
             "api_version": {"version": "2"},
             "billed_units": {"search_units": 1},

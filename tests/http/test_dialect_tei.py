@@ -5,8 +5,7 @@ import pytest
 from reranker import __version__
 from reranker.engine.scores import sigmoid
 from tests.conftest import FAKE, Server, Start
-
-ALL = ["/v1/rerank", "/api/v1/rerank", "/rerank", "/v2/rerank", "/api/v2/rerank"]
+from tests.http.test_rerank import ALL
 
 
 @pytest.mark.parametrize("path", ALL)

@@ -8,7 +8,9 @@ import pytest
 from reranker.engine.scores import sigmoid
 from tests.conftest import Server
 
-ALL = ["/v1/rerank", "/api/v1/rerank", "/rerank", "/v2/rerank", "/api/v2/rerank"]
+ALIASES = ["/v1/reranks", "/reranks", "/reranking", "/v1/reranking"]
+ALL = ["/v1/rerank", "/api/v1/rerank", "/rerank", "/v2/rerank", "/api/v2/rerank", *ALIASES]
+"""The routes that read the common body."""
 DOCUMENTS = ["a bird", "red fish", "a fish", "red red", "nothing", "a red fish swims", ""]
 
 
@@ -48,6 +50,7 @@ def test_order_and_scores_never_change_by_dialect(server: Server, top: int | Non
         ("/rerank", {}, {"id", "model", "results", "usage", "meta"}),
         ("/v2/rerank", {}, {"id", "model", "results", "usage", "meta"}),
         ("/api/v2/rerank", {}, {"id", "model", "results", "usage", "meta"}),
+        *((path, {}, {"id", "model", "results", "usage", "meta"}) for path in ALIASES),
     ],
 )
 def test_the_table_of_routes(fake_server: Server, path: str, keys: dict[str, object], shape: Any) -> None:
@@ -88,7 +91,7 @@ def test_what_is_wrong_is_named_in_the_same_words_everywhere(fake_server: Server
     for body, detail in WRONG:
         answer = fake_server.client.post(path, json=body)
         assert answer.status_code == 422, body
-        assert set(answer.json()) == {"detail", "error_type"}
+        assert set(answer.json()) == {"detail", "error_type", "message", "error"}
         assert answer.json()["error_type"] == "invalid_request"
         assert answer.json()["detail"].startswith(detail)
 

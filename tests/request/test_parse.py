@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from reranker.errors import InvalidRequestError
 from reranker.request.fields import FIELDS, MAX_RANK_FIELDS
-from reranker.request.parse import ParsedRequest, json_schema, parse_request
+from reranker.request.parse import ParsedRequest, parse_request
+from reranker.request.schema import json_schema
 from reranker.request.template import SUFFIX, SYSTEM
 from reranker.types import MAX_CHUNKS
 from tests.conftest import ROOT

@@ -5,7 +5,7 @@ No key is called "object": infinity_client and Voyage require different values o
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
@@ -42,6 +42,7 @@ class Usage(BaseModel):
     """Tokens of all prompts, as the model reads them."""
 
     prompt_tokens: int = Field(ge=0)
+    completion_tokens: Literal[0] = Field(description="Required by the AI SDK's Together provider")
     total_tokens: int = Field(ge=0)
 
 
@@ -90,7 +91,7 @@ REQUEST = {"query": "what is a cat?", "documents": ["a bread", "a small animal"]
 META_RESPONSE: dict[str, Any] = {
     "id": "5f2c9a1b7d3e4c60",
     "model": "Qwen/Qwen3-Reranker-0.6B",
-    "usage": {"prompt_tokens": 171, "total_tokens": 171},
+    "usage": {"prompt_tokens": 171, "completion_tokens": 0, "total_tokens": 171},
     "meta": {
         "api_version": {"version": "2"},
         "billed_units": {"search_units": 1},
@@ -102,7 +103,12 @@ RESPONSE: dict[str, Any] = {"results": [{"index": 1, "relevance_score": 0.97}], 
 
 def results(ranking: Ranking) -> dict[str, object]:
     """Render `{"results": [{"index", "relevance_score"}], "id", "model", "usage", "meta"}`."""
-    return {"results": [_row(ranking, i, score) for i, score in ranking.best], **usage_and_meta(ranking)}
+    return {"results": rows(ranking), **usage_and_meta(ranking)}
+
+
+def rows(ranking: Ranking) -> list[dict[str, object]]:
+    """Render `[{"index", "relevance_score"}]`, with "document" on request."""
+    return [_row(ranking, i, score) for i, score in ranking.best]
 
 
 def usage_and_meta(ranking: Ranking) -> dict[str, object]:
@@ -116,16 +122,25 @@ def usage_and_meta(ranking: Ranking) -> dict[str, object]:
     }
     if warnings := ranking.warnings:
         meta["warnings"] = warnings
-    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    return {"id": ranking.request_id, "model": ranking.model, "usage": usage, "meta": meta}
+    return {"id": ranking.request_id, "model": ranking.model, "usage": usage(ranking), "meta": meta}
+
+
+def usage(ranking: Ranking) -> dict[str, int]:
+    """Render `{"prompt_tokens", "completion_tokens", "total_tokens"}`."""
+    tokens = ranking.result.prompt_tokens
+    return {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens}
 
 
 def _row(ranking: Ranking, index: int, score: float) -> dict[str, object]:
     row: dict[str, object] = {"index": index, "relevance_score": score}
     if ranking.parsed.return_documents:
-        text = ranking.parsed.request.documents[index]
-        row["document"] = {"text": text}
-        chunk = ranking.result.best_chunks.get(index)
-        if chunk is not None:
-            row["best_chunk"] = {"index": chunk.index, "text": text[chunk.start : chunk.stop]}
+        row |= document(ranking, index)
     return row
+
+
+def document(ranking: Ranking, index: int) -> dict[str, object]:
+    """Render `{"document": {"text"}}`, with "best_chunk" if the document was split."""
+    text = ranking.parsed.request.documents[index]
+    chunk = ranking.result.best_chunks.get(index)
+    best = {} if chunk is None else {"best_chunk": {"index": chunk.index, "text": text[chunk.start : chunk.stop]}}
+    return {"document": {"text": text}, **best}

@@ -6,6 +6,8 @@ POST /api/v1/rerank  -> {"results": [{"index", "relevance_score", "text"}]}, bes
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import BaseModel, Field
 
 import reranker.http.dialects.cohere as cohere
@@ -26,6 +28,8 @@ class TextResult(BaseModel):
     index: int = Field(ge=0, description="Position in `documents`, from 0")
     relevance_score: float = cohere.SCORE
     text: str = Field(description="The document")
+    document: cohere.Document | None = Field(None, description="If there are a model and return_documents")
+    best_chunk: cohere.BestChunk | None = Field(None, description="The same, if the document was split")
 
 
 class TextResults(BaseModel):
@@ -52,12 +56,15 @@ def array(ranking: Ranking) -> list[dict[str, object]]:
     return [{"index": i, "score": score} for i, score in ranking.best]
 
 
-def texts(ranking: Ranking) -> dict[str, object]:
+def texts(ranking: Ranking) -> dict[str, Any]:
     """Render `{"results": [{"index", "relevance_score", "text"}]}`."""
     documents = ranking.parsed.request.documents
     return {"results": [{"index": i, "relevance_score": s, "text": documents[i]} for i, s in ranking.best]}
 
 
 def texts_with_meta(ranking: Ranking) -> dict[str, object]:
-    """Render the same with the additional keys of the results object."""
-    return texts(ranking) | cohere.usage_and_meta(ranking)
+    """Render the same with the additional keys of the results object and, on request, of its results."""
+    content = texts(ranking)
+    if ranking.parsed.return_documents:  # the cohere v1 client at http://host/api
+        content["results"] = [row | cohere.document(ranking, row["index"]) for row in content["results"]]
+    return content | cohere.usage_and_meta(ranking)
