@@ -31,15 +31,21 @@ def test_ranking() -> None:
     options = {"top_n": 2, "return_documents": True, "instruct": "Find the command."}
     two = TextReRank.call(**ASK, **options, api_key=TOKEN).output.results
     assert len(two) == 2
-    assert two[0].document == {"text": DOCUMENTS[BEST]}
+    assert two[0]["document"] == {"text": DOCUMENTS[BEST]}  # its attribute of this name is always None
     assert two[0].relevance_score != plain.output.results[0].relevance_score
 
 
 def test_asynchronous() -> None:
     from dashscope import AioTextReRank
+    from dashscope.api_entities.aio_session import close_shared_aio_session
 
-    got = asyncio.run(AioTextReRank.call(**ASK, api_key=TOKEN))
-    assert got.output.results[0].index == BEST
+    async def ask() -> Any:
+        try:
+            return await AioTextReRank.call(**ASK, api_key=TOKEN)
+        finally:
+            await close_shared_aio_session()
+
+    assert asyncio.run(ask()).output.results[0].index == BEST
 
 
 def test_the_reason_is_in_the_response() -> None:

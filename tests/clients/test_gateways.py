@@ -31,6 +31,16 @@ def test_litellm(url: str, provider: str) -> None:
         litellm.rerank(**ask | {"api_key": "wrong"})
 
 
+def test_litellm_nvidia(url: str) -> None:
+    import litellm
+
+    server = {"api_base": url, "api_key": TOKEN}
+    answer = litellm.rerank(model="nvidia_nim/ranking/any", query=QUERY, documents=DOCUMENTS, top_n=2, **server)
+    assert answer.results[0]["index"] == BEST
+    assert len(answer.results) == 2
+    assert answer.results[0]["relevance_score"] > 1  # a logit
+
+
 def test_xinference_with_a_token(url: str) -> None:
     from xinference_client.client.restful.restful_client import RESTfulRerankModelHandle
 

@@ -85,9 +85,7 @@ def test_agno_infinity(url: str, agno_log: Log) -> None:
 
 
 @pytest.mark.usefixtures("cohere_address")
-def test_mem0(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setenv("MEM0_DIR", str(tmp_path))
-    monkeypatch.setenv("MEM0_TELEMETRY", "False")
+def test_mem0(caplog: pytest.LogCaptureFixture) -> None:
     from mem0.configs.rerankers.cohere import CohereRerankerConfig
     from mem0.reranker.cohere_reranker import CohereReranker
 
@@ -149,7 +147,7 @@ def test_lightrag(url: str, function: str, path: str, monkeypatch: pytest.Monkey
         asyncio.run(getattr(rerank, function)(**ask, api_key="wrong"))
     logger.removeHandler(log)
     assert REASON in str(caught.value.last_attempt.exception())
-    assert log.text.count(REASON) == 3
+    assert log.text.count("Rerank API error 401") == 3
 
 
 def test_open_webui(url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -187,8 +185,8 @@ url, token, query, *documents = sys.argv[1:]
 for path in ("/v1", "/v1/", ""):
     settings = {"endpoint_url": url + path, "api_key": token}
     OAICompatRerankModel([]).validate_credentials("any", settings)
-    got = OAICompatRerankModel([]).invoke("any", settings, query, documents, score_threshold=0.5, top_n=2)
-    print([row.index for row in got.docs], got.docs[0].text)
+    got = OAICompatRerankModel([]).invoke("any", settings, query, documents, top_n=2)
+    print(got.docs[0].index, [row.score for row in got.docs], got.docs[0].text)
 try:
     OAICompatRerankModel([]).invoke("any", settings | {"api_key": "wrong"}, query, documents)
 except InvokeError as error:
@@ -206,7 +204,7 @@ def test_dify(url: str) -> None:
     got = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert got.returncode == 0, got.stderr
     *rankings, invoked, validated = got.stdout.splitlines()
-    assert rankings == [f"[{BEST}] {DOCUMENTS[BEST]}"] * 3
+    assert rankings == [f"{BEST} [1.0, 0.0] {DOCUMENTS[BEST]}"] * 3  # it rescales the scores: best 1, worst 0
     # An error has the status and the address, not the reason.
     assert "401 Client Error: Unauthorized" in invoked
     assert "401 Client Error: Unauthorized" in validated
