@@ -29,10 +29,12 @@ test: $(VENV)/.dev
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow $(ARGS)
 
-# The real SDKs of every client, in two environments, because their version pins exclude each other.
-test-clients: $(VENV)/clients/.ready $(VENV)/products/.ready
-	GUNICORN=$(abspath $(BIN)/gunicorn) $(VENV)/clients/bin/python -m pytest -c tests/clients/pytest.ini -m "not products" tests/clients
-	GUNICORN=$(abspath $(BIN)/gunicorn) $(VENV)/products/bin/python -m pytest -c tests/clients/pytest.ini -m "products or cohere" tests/clients
+# The real packages of every client. The Python ones are in two environments, because their version pins exclude each other.
+test-clients: export GUNICORN = $(abspath $(BIN)/gunicorn)
+test-clients: export NODE_PACKAGES = $(abspath $(VENV)/npm)
+test-clients: $(VENV)/clients/.ready $(VENV)/products/.ready $(VENV)/npm/.ready
+	$(VENV)/clients/bin/python -m pytest -c tests/clients/pytest.ini -m "not products" tests/clients
+	$(VENV)/products/bin/python -m pytest -c tests/clients/pytest.ini -m "products or cohere" tests/clients
 
 # Tests on a cluster of several nodes, in an environment with Ray.
 test-ray: $(VENV)/ray/.ready
@@ -100,7 +102,7 @@ $(VENV)/clients/.ready: tests/clients/requirements.txt $(VENV)/.serve
 	$(@D)/bin/python -m pip install --quiet -r $<
 	@touch $@
 
-# Of Open WebUI two files are kept, not its 300 MB and their dependencies.
+# Two files of Open WebUI's wheel are kept, not all 250 MB and their dependencies.
 OPEN_WEBUI := $(addprefix open_webui/retrieval/models/,external.py base_reranker.py)
 $(VENV)/products/.ready: $(addprefix tests/clients/requirements-products,.txt -infinity.txt -open-webui.txt) $(VENV)/.serve
 	$(PYTHON) -m venv $(@D)
@@ -111,6 +113,11 @@ $(VENV)/products/.ready: $(addprefix tests/clients/requirements-products,.txt -i
 	$(@D)/bin/python -c 'import sys, zipfile; zipfile.ZipFile(sys.argv[1]).extractall(sys.argv[2], sys.argv[3:])' \
 		"$$wheels"/*.whl $(@D)/open-webui $(OPEN_WEBUI)
 	@touch $@
+
+# Without npm nothing is installed, and the tests of these packages are skipped.
+$(VENV)/npm/.ready: $(addprefix tests/clients/npm/,package.json package-lock.json .npmrc)
+	@command -v npm >/dev/null || { echo "npm is missing: the tests of the npm packages will be skipped"; exit 0; }; \
+	mkdir -p $(@D) && cp $^ $(@D) && (cd $(@D) && npm ci --loglevel=error) && touch $@
 
 # A second PyTorch: Ray's dependencies must not change the versions that the service is tested with.
 $(VENV)/ray/.ready: tests/ray/requirements.txt deploy/requirements-ray.txt requirements.txt $(VENV)/.python

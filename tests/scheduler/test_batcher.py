@@ -766,3 +766,115 @@ def test_a_timeout_error_of_a_load_is_reported_as_it_is() -> None:
 
     asyncio.run(main())
     assert [str(error) for error in failures] == ["the hub did not answer"]
+
+
+def pairs(count: int, words: str = "red") -> list[RerankRequest]:
+    """Requests as the score route makes them of one query for each document; they are not in the documents' order."""
+    order = [1, 0, *range(2, count)]
+    return [RerankRequest(f"red q{i}", [f"{words} {'fish ' * i}"], positions=[i]) for i in order]
+
+
+@pytest.mark.parametrize("entries", [0, 100])
+def test_a_request_with_several_queries_is_scored_in_runs_in_the_order_of_its_documents(entries: int) -> None:
+    scorer = FakeScorer(max_batch_tokens=400)  # a query is estimated at about 100 tokens, the size of a run
+    sizes: list[int] = []
+
+    async def test(batcher: Batcher) -> None:
+        requests = [replace(request, query=f"red {'fish' * (request.positions == [3])}") for request in pairs(8)]
+        requests.append(RerankRequest("fish", ["red", "red fish", "fish fish"], positions=[8, 10, 9]))
+        for _ in range(2):  # the second time from the cache
+            result = await batcher.rerank_all(requests, 30)
+            assert result.logits == [1.0, 1.0, 1.0, 2.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0]
+            assert result.prompt_tokens == 11 * PREFIX + sum(range(1, 9)) + 5
+            times = result.timings
+            assert times.total >= times.tokenization + times.queue + times.inference >= 0
+            if not sizes:
+                sizes.extend(sum(part.stop - part.start for part in batch) for batch in scorer.passes)
+        assert (batcher.queue.tokens, batcher.admission.requests, batcher.admission._pending) == (0, 0, 0)
+        assert sum(sizes) == 11
+        assert max(sizes) <= 4  # two runs at most share a pass
+        documents = sum(part.stop - part.start for batch in scorer.passes for part in batch)
+        assert documents == (11 if entries else 22)
+
+    run(test, scorer, cache_entries=entries)
+
+
+def test_a_request_with_several_queries_is_admitted_as_a_whole() -> None:
+    scorer = FakeScorer(max_batch_tokens=400)
+
+    async def test(batcher: Batcher) -> None:
+        first = await held(batcher, scorer, ask())
+        group = asyncio.create_task(batcher.rerank_all(pairs(30), 30))
+        while not len(batcher.queue):
+            await asyncio.sleep(0.001)
+        # Two runs at most are in the queue, and the rest is reserved: too much beside it for another such request.
+        assert len(batcher.queue) <= 4
+        assert batcher.admission.requests == 2
+        with pytest.raises(QueueFullError):
+            await batcher.rerank_all(pairs(30), 30)
+        small = asyncio.create_task(batcher.rerank(ask(), 30))  # it is not excluded
+        scorer.hold.set()
+        assert set((await group).logits) == {1.0}
+        await asyncio.gather(first, small)
+        assert batcher.admission._pending == 0
+
+    run(test, scorer, max_queue_tokens=5000)
+
+
+@pytest.mark.parametrize("seconds", [30, 0.3])
+def test_the_end_of_a_request_with_several_queries_drops_all_of_them(seconds: float) -> None:
+    scorer = FakeScorer(max_batch_tokens=400)
+
+    async def test(batcher: Batcher) -> None:
+        first = await held(batcher, scorer, ask())
+        group = asyncio.create_task(batcher.rerank_all(pairs(30), seconds))
+        while not len(batcher.queue):
+            await asyncio.sleep(0.001)
+        if seconds == 30:
+            group.cancel()
+        with pytest.raises(asyncio.CancelledError if seconds == 30 else DeadlineError):
+            await group
+        assert (batcher.queue.tokens, batcher.admission.requests, batcher.admission._pending) == (0, 1, 0)
+        scorer.hold.set()
+        await first
+        assert len(scorer.passes) == 1
+
+    run(test, scorer)
+
+
+@pytest.mark.parametrize(
+    ("request_", "error"),
+    [
+        (RerankRequest("red", ["nan"], positions=[30]), ScoringError),
+        (RerankRequest("red", ["poison"], positions=[30]), ScoringError),
+        (RerankRequest("too long", ["red"], positions=[30]), InvalidRequestError),
+    ],
+)
+def test_one_broken_query_fails_its_request_and_no_other(request_: RerankRequest, error: type[Exception]) -> None:
+    scorer = FakeScorer(max_batch_tokens=400)
+
+    async def test(batcher: Batcher) -> None:
+        good = asyncio.create_task(batcher.rerank_all(pairs(30), 30))
+        with pytest.raises(error):
+            await batcher.rerank_all([*pairs(30), request_], 30)
+        assert set((await good).logits) == {1.0}
+        await asyncio.sleep(0)  # the other run of the broken request ends
+        assert (batcher.queue.tokens, batcher.admission.requests, batcher.admission._pending) == (0, 0, 0)
+
+    run(test, scorer)
+
+
+def test_a_lost_device_fails_a_request_with_several_queries(caplog: pytest.LogCaptureFixture) -> None:
+    class Lost(FakeScorer):
+        def score(self, batch: list[Slice]) -> list[float]:
+            raise DeviceLostError("the device failed", retry_after=10)
+
+    async def test(batcher: Batcher) -> None:
+        with pytest.raises(DeviceLostError):
+            await batcher.rerank_all(pairs(30), 30)
+        with pytest.raises(NotReadyError):
+            await batcher.rerank_all(pairs(30), 30)
+        assert batcher.admission.requests == 0
+
+    run(test, Lost(max_batch_tokens=400))
+    assert "never retrieved" not in caplog.text
