@@ -24,7 +24,7 @@ def test_ranking() -> None:
 
     plain = TextReRank.call(**ASK, api_key=TOKEN)
     assert plain.status_code == 200
-    assert [row.index for row in plain.output.results][0] == BEST
+    assert plain.output.results[0].index == BEST
     assert len(plain.output.results) == 3
     assert plain.usage.total_tokens > 0
     assert plain.request_id

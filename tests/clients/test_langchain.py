@@ -72,5 +72,5 @@ def test_nvidia_shows_the_reason(url: str) -> None:
 
     with pytest.raises(Exception, match=REASON):
         ranked(NVIDIARerank(base_url=f"{url}/v1", api_key="wrong", model="any"))
-    with pytest.raises(Exception, match="query.text: must not be empty"):
+    with pytest.raises(Exception, match="text: must not be empty"):
         NVIDIARerank(base_url=f"{url}/v1", api_key=TOKEN, model="any")._rank([], "")

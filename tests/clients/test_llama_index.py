@@ -45,7 +45,7 @@ def test_tei(url: str) -> None:
     from llama_index.postprocessor.tei_rerank import TextEmbeddingInference
 
     check(TextEmbeddingInference(base_url=url, auth_token=f"Bearer {TOKEN}", top_n=2))
-    with pytest.raises(AssertionError, match="^$"):  # it asserts something about the response and shows nothing of it
+    with pytest.raises(AssertionError, match=r"^$"):  # it asserts something about the response and shows nothing of it
         ranked(TextEmbeddingInference(base_url=url, auth_token="Bearer wrong"))
 
 
