@@ -22,6 +22,7 @@ from reranker import __version__
 from reranker.http import cors, errors, health, metrics, pages, rerank
 from reranker.http.access import AccessLog
 from reranker.http.auth import TokenAuth, describe
+from reranker.http.callers import UNNAMED, Entry, entries
 from reranker.http.dialects import openai, tei
 from reranker.http.limits import Limits
 from reranker.http.metrics import Metrics
@@ -49,9 +50,9 @@ def create_app(
     """
     logging.config.dictConfig(log_config(settings))
     logging.captureWarnings(True)
-    tokens = list(filter(None, settings.access_token.split(",")))
+    tokens = entries(settings.access_token)
     worker = fleet.context
-    counts = Metrics(worker.folder, worker.metrics_key)
+    counts = Metrics(worker.folder, worker.metrics_key, {token.caller for token in tokens})
 
     batcher = Batcher(
         lambda: load_and_freeze_gc(load or (lambda: load_scorer(settings))),
@@ -66,7 +67,9 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        if not tokens:
+        if tokens:
+            log_callers(tokens)
+        else:
             warn_of_no_token(worker.listeners)
         await batcher.start()
         if worker.siblings_serve:  # listen when ready
@@ -110,6 +113,13 @@ def create_app(
         AccessLog, metrics=counts, routes={str(context.path) for context in iter_route_contexts(app.routes)}
     )
     return app
+
+
+def log_callers(tokens: Sequence[Entry]) -> None:
+    """Log the number of tokens and the names of their callers, never a token."""
+    named = [token.caller for token in tokens if token.caller != UNNAMED]
+    names = ", ".join(sorted(set(named)))
+    logger.info("access tokens: %d; with a name: %d%s", len(tokens), len(named), names and f" ({names})")
 
 
 def warn_of_no_token(listeners: Sequence[str]) -> None:

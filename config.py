@@ -20,6 +20,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from reranker import environment
 from reranker.environment import SettingsError, shorten
+from reranker.http import callers
 from reranker.settings import AutoInt, ModelSettings, first_problem
 
 __all__ = ["OWN_WORKER_CLASS", "Settings", "SettingsError", "load_settings", "log_config", "misspelt"]
@@ -76,6 +77,7 @@ def _check_tokens(value: str) -> str:
         raise ValueError("tokens are printable ASCII without spaces, several separated by commas")
     if value.strip() and not any(tokens):  # the operator wants a token, and an empty list would open the service
         raise ValueError("there is no token between the commas; leave it empty to serve without a token")
+    callers.entries(value)  # for its errors
     return ",".join(filter(None, tokens))
 
 
@@ -156,7 +158,7 @@ class Settings(ModelSettings, BaseSettings):
 
     # Access and limits
     access_token: Annotated[str, AfterValidator(_check_tokens)] = Field(
-        "", repr=False, description="Token, or several separated by commas; empty: no token is required"
+        "", repr=False, description="Token or name=token, or several separated by commas; empty: no token is required"
     )
     cors_allow_origins: Annotated[str, AfterValidator(_normalize_origins)] = Field(
         "", description="Origins of web pages that may call it, separated by commas, or * for all; empty: none"

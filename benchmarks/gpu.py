@@ -34,17 +34,18 @@ from typing import Any
 
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
-from benchmarks.models import CACHE, SHAPES
+from benchmarks.models import CACHE, SHAPES, RandomWeights
 from benchmarks.report import header, table
 from benchmarks.workloads import TOKENS, read, ten_documents
 from reranker import Scorer
 from reranker.engine import device as devices
 from reranker.engine.attention import choose_kernel
 from reranker.engine.checkpoint.tokenizer import load_tokenizer
+from reranker.engine.checkpoint.weights import EMBEDDING
 from reranker.engine.families.base import Head, Wrap
-from reranker.engine.families.qwen3 import TEMPLATE, Qwen3Backbone, answer_tokens
+from reranker.engine.families.decoder import Decoder
+from reranker.engine.families.qwen3 import TEMPLATE
 from reranker.engine.model import Model
 from reranker.engine.precision import FLOAT8, QUANTIZED, short
 from reranker.engine.prompt import Prompt
@@ -122,7 +123,7 @@ class Bench:
         true = CACHE / "tokenizer"
         self.true = (true / "tokenizer_config.json").is_file()
         tokenizer = load_tokenizer(true if self.true else DEMO)
-        self.answers = answer_tokens(tokenizer)
+        self.answers = [tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no")]
         self.prompt = Prompt(tokenizer, TEMPLATE) if self.true else true_lengths()
         hidden, intermediate, layers, heads, groups, head, tied = TINY if shape == "tiny" else SHAPES[shape]
         settings: dict[str, Any] = {
@@ -138,6 +139,7 @@ class Bench:
             "tie_word_embeddings": tied,
         }
         self.config = Qwen3Config(**settings)
+        self.weights = RandomWeights(self.config, device, self.dtype)
         products = hidden * (2 * heads + 2 * groups) * head + 3 * hidden * intermediate
         self.flop_per_token = 2 * layers * products
         self.rate = self.sustained = float("nan")
@@ -146,29 +148,29 @@ class Bench:
         self.scorer: Scorer | None = None
         self.documents_per_second = float("nan")
 
-    def make(self, kind: Callable[[Qwen3Config], Any]) -> Any:
-        """A transformers model with the same random weights every time, made on the device in its precision."""
+    def make(self) -> Any:
+        """transformers' model with the same weights as `load` gives, made on the device in its precision."""
         before = torch.get_default_dtype()
         torch.set_default_dtype(self.dtype)
         try:
             with torch.device(self.device):
-                made = kind(self.config).eval()
+                made: Any = Qwen3ForCausalLM(self.config).eval()
         finally:
             torch.set_default_dtype(before)
-        generator = torch.Generator(self.device).manual_seed(0)
         with torch.no_grad():
             for name, weight in made.named_parameters():
-                weight.fill_(1.0) if "norm" in name else weight.normal_(0, 0.05, generator=generator)
+                weight.copy_(self.weights.tensor(name))
         return made
 
     def load(self, precision: torch.dtype) -> tuple[Scorer, float]:
         """A scorer and the seconds of its warm-up, compiling and recording included."""
-        decoder = self.make(Qwen3Model)
         quantized = precision in QUANTIZED
-        wrap: Wrap = (lambda linear: quantize(linear, precision)) if quantized else (lambda linear: linear)
-        rows = decoder.embed_tokens.weight.detach()[self.answers].float()
+        wrap: Wrap = (
+            (lambda linear, names: quantize(linear, precision)) if quantized else (lambda linear, names: linear)
+        )
+        rows = self.weights.tensor(EMBEDDING)[self.answers].float()
         kernel, _ = choose_kernel(self.device, self.dtype)
-        backbone = Qwen3Backbone(decoder, self.dtype, wrap)
+        backbone = Decoder(self.weights, self.config, self.device, self.dtype, self.dtype, wrap)
         model = Model(backbone, Head(rows[0] - rows[1]), self.device, precision, kernel)
         scorer = Scorer(model, self.prompt, name="random weights", max_batch_tokens=1024)
         start = time.perf_counter()
@@ -210,7 +212,7 @@ class Bench:
         assert self.scorer is not None
         rng = random.Random(23)
         requests = [self._random(rng) for _ in range(24)]
-        made = self.make(Qwen3ForCausalLM)
+        made = self.make()
         with torch.inference_mode():
             true = torch.tensor([self._pair(made, r.prefix + d) for r in requests for d in r.documents])
         del made
@@ -246,7 +248,7 @@ class Bench:
         """The same documents in padded batches sorted by length: the computation of sentence-transformers'
         CrossEncoder, without its host code.
         """
-        made = self.make(Qwen3ForCausalLM)
+        made = self.make()
         requests = [self._encode(r) for r in self.work[:2]]
         pairs = sorted((r.prefix + document for r in requests for document in r.documents), key=len)
         pairs = pairs if self.device.type == "cuda" else pairs[:20]

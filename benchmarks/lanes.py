@@ -15,18 +15,18 @@ import argparse
 import copy
 import statistics
 import time
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
-from benchmarks.models import SHAPES, model
+from benchmarks.models import SHAPES, RandomWeights, model
 from benchmarks.report import header, table
 from benchmarks.workloads import read
 from reranker.engine.batch import PackedBatch
 from reranker.engine.budget import split
 from reranker.engine.families.base import Head
-from reranker.engine.families.qwen3 import Qwen3Backbone
+from reranker.engine.families.decoder import Decoder
 from reranker.engine.lanes import DealtBatch, Lanes
 from reranker.engine.model import Model
 from reranker.engine.scorer import Scorer
@@ -132,14 +132,15 @@ def _thin(whole: Model) -> Model:
     config = copy.deepcopy(_decoder(whole).config)
     config.hidden_size, config.intermediate_size, config.head_dim = 16, 16, 8
     config.num_attention_heads, config.num_key_value_heads = 2, 1
-    backbone = Qwen3Backbone(Qwen3Model(config).eval(), whole.dtype)
+    weights = RandomWeights(config, whole.device, whole.dtype)
+    backbone = Decoder(weights, config, whole.device, whole.dtype, whole.dtype)
     thin = Model(backbone, Head(torch.zeros(16)), whole.device, whole.dtype, whole.kernel)
     thin.cache_prefix(list(whole.static_prefix))
     return thin
 
 
-def _decoder(model: Model) -> Qwen3Model:
-    assert isinstance(model.backbone, Qwen3Backbone)
+def _decoder(model: Model) -> Any:
+    assert isinstance(model.backbone, Decoder)
     return model.backbone.decoder
 
 

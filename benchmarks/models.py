@@ -16,12 +16,16 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from reranker.engine.checkpoint.weights import Weights
 
 CACHE = Path(__file__).parent / ".cache"
 DASHSCOPE = "dashscope==2.0.2"
@@ -42,6 +46,23 @@ PLAIN = (
     "<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|> "
     "<tool_response> </tool_response> <think> </think>"
 ).split()
+
+
+class RandomWeights(Weights):
+    """Weights that no file holds, made on a device when they are read: the same numbers for a name every time."""
+
+    def __init__(self, config: Qwen3Config, device: torch.device, dtype: torch.dtype, *, std: float = 0.05) -> None:
+        with torch.device("meta"):
+            made = Qwen3ForCausalLM(config)
+        self.path = Path("random weights")
+        self._shapes = {name: tensor.shape for name, tensor in made.named_parameters()}
+        self._device, self._dtype, self._std = device, dtype, std
+
+    def tensor(self, name: str) -> Tensor:
+        """See `Weights.tensor`."""
+        values = torch.empty(self._shapes[name], device=self._device, dtype=self._dtype)
+        generator = torch.Generator(self._device).manual_seed(zlib.crc32(name.encode()))
+        return values.fill_(1.0) if "norm" in name else values.normal_(0, self._std, generator=generator)
 
 
 def model(shape: str, *, std: float = 0.05, dtype: torch.dtype = torch.float32) -> Path:

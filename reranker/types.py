@@ -182,3 +182,13 @@ class ModelInfo:
     demo: bool = False
     self_check: str = "passed"
     """Result of ranking obvious pairs at load: `passed`, or `failed: ` and the languages."""
+    family: str = "Qwen3"
+    """The architecture that is computed."""
+    score: str = "logit(yes) - logit(no)"
+    """The logit of a document, in words."""
+    prompt: str = "the model card"
+    """Where the prompt is written down."""
+    reads_instruction: bool = True
+    """Whether the prompt has an instruction."""
+    adapter: str = ""
+    """The LoRA adapter that is merged into the weights: folder, rank, base; empty: none."""

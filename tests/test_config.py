@@ -87,6 +87,10 @@ def test_the_file_of_existing_deployments_is_in_force(tmp_path: Path) -> None:
         ("HOST=::g", ["HOST='::g'"]),
         ("ACCESS_TOKEN=$(openssl rand -hex 32)", ["ACCESS_TOKEN=(hidden)", "only a shell replaces $", "openssl rand"]),
         ("ACCESS_TOKEN=$TOKEN", ["only a shell replaces $"]),
+        ("ACCESS_TOKEN=a, schlüssel2=s3cr3t", ["(hidden)", "ASCII"]),
+        ("ACCESS_TOKEN=a, two words2=s3cr3t", ["(hidden)", "without spaces"]),
+        ("ACCESS_TOKEN=a, S3cr3t=s3cr3t", ["ACCESS_TOKEN=(hidden)", "entry 2", "name=token", "write unnamed="]),
+        (f"ACCESS_TOKEN=a={'x' * 16},b={'x' * 16}", ["(hidden)", "entry 2 repeats the token of another caller"]),
         (f"ACCESS_TOKEN={'x' * 16_385}", ["(hidden)", "at most 16384 characters"]),
         ("MODEL_NAME_OR_PATH=https://huggingface.co/Qwen/Qwen3-Reranker-4B/tree/main", ["use Qwen/Qwen3-Reranker-4B"]),
         (
@@ -144,6 +148,7 @@ def test_a_wrong_value_is_one_line_that_helps(tmp_path: Path, line: str, words: 
         ("WORKER_CLASS=uvicorn_worker.UvicornWorker", "worker_class", "uvicorn_worker.UvicornWorker"),
         ("ACCESS_TOKEN= old , new,", "access_token", "old,new"),
         ("ACCESS_TOKEN=", "access_token", ""),
+        (f"ACCESS_TOKEN=search={'x' * 16} , old==", "access_token", f"search={'x' * 16},old=="),
         ("ACCESS_TOKEN=' '", "access_token", ""),
         ("CORS_ALLOW_ORIGINS=", "cors_allow_origins", ""),
         ("CORS_ALLOW_ORIGINS=*", "cors_allow_origins", "*"),

@@ -116,12 +116,11 @@ def fingerprint(name: str | None, revision: str | None) -> str:
     Raises:
         ModelLoadError: the model is not there.
     """
-    from reranker.engine.checkpoint.locate import FILES, locate
+    from reranker.engine.checkpoint.locate import locate
     from reranker.engine.scorer import DEMO
 
     digest = hashlib.sha256()
-    folder = locate(name or str(DEMO), revision)
-    for path in sorted({path for pattern in FILES for path in folder.glob(pattern)}):
+    for path in locate(name or str(DEMO), revision).files:
         digest.update(path.name.encode())
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())

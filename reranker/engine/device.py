@@ -88,3 +88,10 @@ def cap_memory(device: torch.device, percentage: float) -> None:
     """Make CUDA's allocator refuse more than `percentage` of the memory; the CPU's has no such limit."""
     if device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(percentage / 100, device)
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error of torch says so; also an NVML assert (under MIG) and the CPU allocator's plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        text in str(error) for text in ("NVML_SUCCESS == r", "DefaultCPUAllocator", "CUDA error: out of memory")
+    )

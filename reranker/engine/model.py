@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
 from reranker.engine import device as devices
 from reranker.engine.attention import Attention, choose_kernel
 from reranker.engine.batch import PackedBatch
-from reranker.engine.checkpoint.files import first_line
-from reranker.engine.checkpoint.weights import check_weights, parameters
+from reranker.engine.checkpoint.scales import Layout, Scheme
+from reranker.engine.checkpoint.weights import EMBEDDING, HEAD, Weights, check_weights
 from reranker.engine.families.base import Backbone, Family, Head, LayerFns
 from reranker.engine.graphs import Graphs
-from reranker.engine.precision import QUANTIZED, short
+from reranker.engine.precision import FLOAT8, QUANTIZED, short
 from reranker.engine.quantized import quantize
 from reranker.errors import ModelLoadError, ScoringError
 
 logger = logging.getLogger(__name__)
-disable_progress_bar()  # it writes partial lines into the service's log
+disable_progress_bar()  # also a download's: it writes partial lines into the service's log
+
+_SCALE_BYTES = 16
+"""Of a quantised projection for each output: scale, zero point and the kernel's own sum."""
+_QUANTIZING_BYTES = {torch.int8: 14, FLOAT8: 10}
+"""For each weight of a projection while it is quantised: as stored, in float32, scaled, and rounded (quantized.py)."""
+_WIDENING_BYTES = 8
+"""For each weight while it is widened on the CPU: in float32, and a scale for each."""
 
 
 @dataclass(slots=True)
@@ -40,12 +48,24 @@ class Model:
     """Compiled layers, set by acceleration.py; None: the eager path."""
     graphs: Graphs | None = None
     """Recorded passes for small batches, set by acceleration.py."""
+    family: str = ""
+    """Name of the model family."""
     static_prefix: Sequence[int] = ()
     """[P] tokens whose keys and values every layer has cached; requests are encoded, and batches packed, for them."""
 
     def cache_prefix(self, tokens: list[int]) -> None:
-        """Compute the start of every prompt once; call it before anything is compiled or recorded."""
-        self.backbone.cache_prefix(tokens, self.kernel)
+        """Compute the start of every prompt once; call it before anything is compiled or recorded.
+
+        Raises:
+            ModelLoadError: the device has no memory for it.
+        """
+        try:
+            self.backbone.cache_prefix(tokens, self.kernel)
+        except RuntimeError as error:
+            if not devices.out_of_memory(error):
+                raise
+            problem = f"the weights fit, but not the {len(tokens)} tokens of the prompt's start beside them"
+            raise ModelLoadError(f"{problem}: free memory of {self.device}, or use a smaller model") from error
         self.static_prefix = tokens
 
     @torch.inference_mode()
@@ -69,74 +89,101 @@ class Model:
 
 
 def load(family: Family, device: torch.device, dtype: torch.dtype, max_memory_percentage: float) -> Model:
-    """Load a checked checkpoint onto the device in the chosen precision, shard by shard.
+    """Load a checkpoint onto the device in the chosen precision, a layer at a time.
 
-    A quantised precision is made from the weights as stored, a layer at a time; each product is verified.
+    A quantised precision is made from the weights, or is that of a quantised checkpoint; each product is verified.
 
     Raises:
         ModelLoadError: the weights do not fit, are not those of the model, or the files are broken.
         ScoringError: this machine does not compute the quantised precision.
     """
-    path, config = family.checkpoint.path, family.checkpoint.config
-    compute_dtype = stored_dtype = QUANTIZED.get(dtype, dtype)
-    if dtype in QUANTIZED and isinstance(config.dtype, torch.dtype):
-        stored_dtype = config.dtype
-    check_weights(path, config, family.auto_class)
-    _check_memory(parameters(path) * stored_dtype.itemsize, stored_dtype, device, max_memory_percentage)
-    whole = _from_pretrained(family, device, stored_dtype)
-    head = family.head(whole)
-    backbone = _backbone(family, whole, compute_dtype, dtype)
-    kernel, reason = choose_kernel(device, compute_dtype)
+    weights = Weights(family.checkpoint.path, family.checkpoint.adapter, family.checkpoint.scheme)
+    check_weights(weights, family.checkpoint.config, family.auto_class)
+    _check_memory(weights, dtype, device, max_memory_percentage)
+    if family.checkpoint.scheme is not None:
+        _log_quantized(weights, family.checkpoint.scheme, dtype)
+    head = family.head(weights)
+    try:
+        head = replace(head, weight=head.weight.to(device))
+        backbone = _backbone(family, weights, device, dtype)
+    except RuntimeError as error:
+        if not devices.out_of_memory(error):
+            raise
+        problem = f"the weights do not fit in the free memory of {device}"
+        raise ModelLoadError(f"{problem}: free memory, or use a smaller model") from error
+    kernel, reason = choose_kernel(device, QUANTIZED.get(dtype, dtype))
+    logger.info("model: %s; score: %s; prompt: %s", family.name, head.name, family.template.source)
     logger.info("attention: %s", reason)
-    return Model(backbone, head, device, dtype, kernel)
+    return Model(backbone, head, device, dtype, kernel, family=family.name)
 
 
-def _check_memory(needed: int, stored: torch.dtype, device: torch.device, percentage: float) -> None:
-    memory, gib = devices.memory(device, percentage), 1 << 30
+def needed_memory(weights: Weights, precision: torch.dtype) -> int:
+    """Return the bytes on the device, at most, while the weights are loaded; the activations come on top.
+
+    They are those of the loaded weights; and those of the largest weight in work, if weights are quantised here or
+    widened from a quantised checkpoint. q, k, v and gate, up are in work together.
+    """
+    dtype, as_stored = QUANTIZED.get(precision, precision), weights.precision is precision
+    kept = {_joined(name) for name in weights.stored if as_stored and weights.is_wide(name)}
+    needed, work = 0, Counter[str]()
+    for name, stored in weights.stored.items():
+        quantized = name.endswith("_proj.weight") and precision in QUANTIZED and _joined(name) not in kept
+        rounding = _QUANTIZING_BYTES[precision] if quantized and not as_stored else 0
+        widening = 0 if weights.is_wide(name) else _WIDENING_BYTES
+        work[_joined(name)] += stored.numel * max(rounding, widening)
+        if quantized:
+            needed += stored.numel * precision.itemsize + stored.shape[0] * _SCALE_BYTES
+        elif name == weights.source(EMBEDDING):
+            needed += stored.numel * min(stored.itemsize, dtype.itemsize)
+        elif name != HEAD:
+            needed += stored.numel * dtype.itemsize
+    return needed + max(work.values(), default=0)
+
+
+def _joined(name: str) -> str:
+    """Return the same for weights that are joined into one projection."""
+    parts = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")
+    return name.rsplit(".", 2)[0] if name.endswith(parts) else name
+
+
+def _check_memory(weights: Weights, precision: torch.dtype, device: torch.device, percentage: float) -> None:
+    memory, gib, needed = devices.memory(device, percentage), 1 << 30, needed_memory(weights, precision)
     if needed > memory.available:
         limit = f"MAX_MEMORY_PERCENTAGE={percentage:g} of {memory.total / gib:.1f} GiB"
-        problem = f"the weights take {needed / gib:.1f} GiB in {short(stored)}, but only {memory} on {device} ({limit})"
+        problem = (
+            f"the weights take {needed / gib:.1f} GiB in {short(precision)}, but only {memory} on {device} ({limit})"
+        )
         raise ModelLoadError(f"{problem}: raise it, free memory, or use a smaller model")
 
 
-def _from_pretrained(family: Family, device: torch.device, dtype: torch.dtype) -> Any:
-    path, log = family.checkpoint.path, logging.getLogger("transformers.modeling_utils")
+def _log_quantized(weights: Weights, scheme: Scheme, precision: torch.dtype) -> None:
+    """Say what becomes of the weights of a quantised checkpoint."""
+    layout, gib = cast("Layout", weights.layout), 1 << 30
+    use = f"widened by their scales, and rounded{' again' if precision in QUANTIZED else ''} to {short(precision)}"
+    if weights.precision is precision:
+        use = f"taken as they are stored, in {short(precision)}"
+    size = needed_memory(weights, precision) / gib
+    logger.info("quantised weights (%s) are %s: %.2f GiB with the others", scheme.name, use, size)
+    if layout.unused:
+        unused = "%d scales of activations and caches are not used (%s): activations are %s"
+        rounding = "rounded with a scale per token" if precision in QUANTIZED else "not rounded"
+        logger.info(unused, len(layout.unused), layout.unused[0], rounding)
 
-    def is_other(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
 
-    log.addFilter(is_other)  # check_weights has judged missing and unexpected tensors
+def _backbone(family: Family, weights: Weights, device: torch.device, precision: torch.dtype) -> Backbone:
+    if precision not in QUANTIZED:
+        return family.backbone(weights, device, precision, precision, lambda linear, names: linear)
+
+    def wrap(linear: nn.Linear, names: Sequence[str]) -> nn.Module:
+        if weights.precision is not precision:
+            return quantize(linear, precision)
+        stored = weights.rounded(*names)  # None: the checkpoint keeps this projection wide
+        return linear.to(QUANTIZED[precision]) if stored is None else quantize(linear, precision, stored.to(device))
+
     try:
-        model, report = family.auto_class.from_pretrained(
-            str(path),
-            config=family.checkpoint.config,
-            dtype=dtype,
-            device_map={"": device},
-            use_safetensors=True,
-            trust_remote_code=False,
-            attn_implementation="sdpa",  # unused: reranker.engine.attention replaces it
-            output_loading_info=True,
-        )
-    except torch.OutOfMemoryError as error:
-        problem = f"the weights do not fit in the free memory of {device}"
-        raise ModelLoadError(f"{problem}: free memory, or use a smaller model") from error
-    except Exception as error:  # of any library that reads one of the files
-        raise ModelLoadError(f"cannot load the weights in {path}: {first_line(error)}") from error
-    finally:
-        log.removeFilter(is_other)
-    if missing := sorted(report["missing_keys"]):  # transformers fills them with random numbers
-        raise ModelLoadError(f"{len(missing)} weights were not found in {path}, the first is {missing[0]}")
-    return model.eval()
-
-
-def _backbone(family: Family, model: Any, compute_dtype: torch.dtype, precision: torch.dtype) -> Backbone:
-    quantized = precision in QUANTIZED
-    try:
-        backbone = family.backbone(model, compute_dtype, lambda p: quantize(p, precision) if quantized else p)
-    except torch.OutOfMemoryError as error:
-        raise ModelLoadError("the weights fit, but no copy of a layer beside them") from error
+        backbone = family.backbone(weights, device, weights.dtype, QUANTIZED[precision], wrap)
     except (RuntimeError, ValueError, NotImplementedError, AttributeError) as error:
-        if not quantized:
+        if isinstance(error, RuntimeError) and devices.out_of_memory(error):
             raise
         raise ScoringError(str(error).splitlines()[0]) from error  # a part of the kernel is missing
     if precision is torch.int8 and not torch.cpu._is_vnni_supported():

@@ -25,16 +25,19 @@ _MIN_CAPABILITY = {torch.bfloat16: (8, 0, "Ampere"), FLOAT8: (8, 9, "Ada, Hopper
 """Compute capabilities. Emulated bfloat16 is slower than float16; `_scaled_mm` takes a scale per row from 8.9 on."""
 
 
-def choose_precisions(wanted: str, device: torch.device) -> list[Choice[torch.dtype]]:
+def choose_precisions(
+    wanted: str, device: torch.device, stored: torch.dtype | None = None
+) -> list[Choice[torch.dtype]]:
     """Return the precisions to try in order; each is for the case that the one before it fails at warm-up.
 
     Args:
         wanted: `auto` or a key of PRECISIONS.
         device: where the model will run.
+        stored: int8 or float8, if the checkpoint's weights can be multiplied as they are stored.
     """
     best = _best(device)
     if wanted == "auto":
-        first = best
+        first = best if stored is None else _stored(stored, device, best)
     elif reason := _unsupported(PRECISIONS[wanted], device):
         first = Choice(best.value, f"{wanted} {reason}; {best.reason}")
     else:
@@ -59,6 +62,16 @@ def _best(device: torch.device) -> Choice[torch.dtype]:
     if _unsupported(torch.bfloat16, device):
         return Choice(torch.float16, "auto: the GPU has no bfloat16")
     return Choice(torch.bfloat16, "auto: the GPU has bfloat16")
+
+
+def _stored(stored: torch.dtype, device: torch.device, best: Choice[torch.dtype]) -> Choice[torch.dtype]:
+    """Return the precision of a quantised checkpoint's weights where it is the fastest one, else the best."""
+    if reason := _unsupported(stored, device):
+        return Choice(best.value, f"{best.reason}; {short(stored)}, as the weights are stored, {reason}")
+    if stored is torch.int8 and not torch.cpu._is_vnni_supported():
+        gain = "int8, as the weights are stored, has 7-bit activations without VNNI, and gains little"
+        return Choice(best.value, f"{best.reason}; {gain}")
+    return Choice(stored, "auto: the weights are stored so")
 
 
 def _unsupported(dtype: torch.dtype, device: torch.device) -> str:

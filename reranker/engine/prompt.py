@@ -1,16 +1,18 @@
-"""Tokenise requests: fill a family's template, truncate, split into chunks; control tokens in user text stay text."""
+"""Tokenise requests: fill a template, truncate, split into chunks; control tokens in user text stay text."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import takewhile
 
 from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from reranker.engine.families.base import Template
+from reranker.engine.frame import compile_frame
+from reranker.engine.template import Parts, Slot, Template, fill
 from reranker.errors import InvalidRequestError, ModelLoadError
 from reranker.text import printable
 from reranker.types import MAX_CHUNKS, EncodedRequest, RerankRequest
@@ -25,6 +27,30 @@ _UNSURE_TOKENS = 32
 _MAX_STATIC_PREFIX = 512
 # Tokens of a truncated query; an instruction that leaves room for fewer is too long itself.
 _MIN_QUERY_TOKENS = 8
+_OTHER_TOKENS = (
+    "the tokenizer gives a prompt other tokens than the original's (see normalizer and pre_tokenizer in "
+    "tokenizer.json): use the original checkpoint's tokenizer"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Filled:
+    """A frame with the texts of a request, except its documents."""
+
+    prefix: list[int]
+    """Tokens before every document."""
+    lead: str
+    """Text that is encoded with a document, before it."""
+    tail: str
+    """Text that is encoded with a document, after it."""
+    end: list[int]
+    """Tokens after a truncated document or a chunk: those of `tail` alone, then the suffix."""
+    suffix: list[int]
+
+    @property
+    def size(self) -> int:
+        """Tokens beside the document."""
+        return len(self.prefix) + len(self.end)
 
 
 class Prompt:
@@ -35,12 +61,13 @@ class Prompt:
 
     Args:
         tokenizer: the checkpoint's tokenizer (a fast one).
-        template: the model family's.
-        max_seq_length: limit of prefix, document and suffix together, in tokens.
+        template: the model family's, or the checkpoint's own.
+        max_seq_length: limit of the whole prompt, in tokens.
         instruction: for requests without one; None: the template's.
 
     Raises:
-        ModelLoadError: the tokenizer lacks control tokens of the template, or parses control tokens in user text.
+        ModelLoadError: the tokenizer lacks control tokens of the template, or parses control tokens in user text; the
+            template cannot be split into prefix and documents.
     """
 
     def __init__(
@@ -54,24 +81,20 @@ class Prompt:
         self.template = template
         self.instruction = template.instruction if instruction is None else instruction
         self.max_seq_length = max_seq_length
+        self._said = False
         self.text_tokenizer = _without_control_tokens(tokenizer, template.control_tokens)
-        self.system = self._encode_control(tokenizer, template.system)
-        self.suffix = self._encode_control(tokenizer, template.suffix)
+        control = _control_ids(tokenizer, template)
+        self._frames = {
+            parts: compile_frame(template, parts, self.text_tokenizer, control)
+            for parts in (template.instructed, template.plain)
+            if parts is not None
+        }
         self.max_token_characters = max(map(len, self.text_tokenizer.get_vocab()))
         """Upper bound of the characters that one token stands for (byte-level entries: at most one per byte)."""
-        opening = self._encode_start([self._opening(self.instruction)], _MAX_STATIC_PREFIX)[0].ids
-        self.static_prefix = (self.system + opening)[:_MAX_STATIC_PREFIX]
+        frame = self._frames[template.parts(self.instruction)]
+        start = frame.static_start(self._encode_text, printable(self.instruction or ""))
+        self.static_prefix = start[:_MAX_STATIC_PREFIX]
         """Start of every prompt with the default instruction; a prompt with another one shares the first tokens."""
-
-    def _encode_control(self, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
-        for token in self.template.own_tokens:
-            if token in text and tokenizer.convert_tokens_to_ids(token) not in ids:
-                raise ModelLoadError(f"the tokenizer has no token {token}: use the original checkpoint's tokenizer")
-        return ids
-
-    def _opening(self, instruction: str) -> str:
-        return self.template.opening.format(instruction=printable(instruction))
 
     def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Refuse a tokenizer that gives the parts of a prompt other tokens than the whole.
@@ -79,22 +102,23 @@ class Prompt:
         Raises:
             ModelLoadError: its normalizer or pre-tokenizer merges text across the end of a part.
         """
+        encode = self.text_tokenizer.encode
+        if encode(" x\n", add_special_tokens=False).ids == encode("x", add_special_tokens=False).ids:
+            raise ModelLoadError(_OTHER_TOKENS)
+        instructions = {"", self.instruction or "x"}
         for query, document in (("how to compress files", " gzip\n"), ("如何压缩文件", "Ａ gzip"), ("x", "x")):
-            pair = f"{self._opening(self.instruction)} {query}{self.template.closing}"
-            parts = self.text_tokenizer.encode_batch([pair, " " + document], add_special_tokens=False)
-            whole = tokenizer.encode(f"{pair} {document}", add_special_tokens=False)
-            if [token for part in parts for token in part.ids] != whole:
-                raise ModelLoadError(
-                    "the tokenizer gives a prompt other tokens than the original's (see normalizer and pre_tokenizer "
-                    "in tokenizer.json): use the original checkpoint's tokenizer"
-                )
+            for instruction in instructions:
+                encoded = self.encode(RerankRequest(query, [document], instruction))
+                text = self.template.render(instruction, query, document)
+                if encoded.prefix + encoded.documents[0] != tokenizer.encode(text, add_special_tokens=False):
+                    raise ModelLoadError(_OTHER_TOKENS)
 
     def encode(self, request: RerankRequest, cached_prefix: Sequence[int] = ()) -> EncodedRequest:
-        """Tokenise a request; documents that do not fit are truncated from the right, the suffix always stays.
+        """Tokenise a request; documents that do not fit are truncated from the right, the text after them stays.
 
-        The limit of a document is the rest of `max_seq_length` after prefix and suffix, or `max_tokens_per_doc` where
-        that is less. With `max_chunks_per_doc` a longer document becomes consecutive windows of that many tokens (the
-        last one shorter), each with the same prefix; text after the last allowed window is truncated.
+        The limit of a document is the rest of `max_seq_length` beside the prompt, or `max_tokens_per_doc` where that is
+        less. With `max_chunks_per_doc` a longer document becomes consecutive windows of that many tokens (the last one
+        shorter), each in the same prompt; text after the last allowed window is truncated.
 
         With `truncate_query` a query that leaves no room for a document is truncated from the right, to at most half
         of the tokens that template and instruction leave, so that documents have the other half. A query that leaves
@@ -109,46 +133,62 @@ class Prompt:
             InvalidRequestError: query and instruction leave no room for a document; a document would have to be
                 truncated and `truncate` is false.
         """
-        prefix, query_truncated = self._prefix(request)
-        room = self.max_seq_length - len(prefix) - len(self.suffix)
+        if request.instruction and self.template.instructed is None and not self._said:
+            self._said = True
+            logger.warning("instructions of requests are not read: the prompt of this checkpoint has none")
+        filled, query_truncated = self._filled(request)
+        room = self.max_seq_length - filled.size
         size = min(room, request.max_tokens_per_doc or room)
         limit = size * min(request.max_chunks_per_doc or 1, MAX_CHUNKS)
         split = request.max_chunks_per_doc is not None
-        texts = [" " + printable(document) for document in request.documents]
+        texts = [filled.lead + printable(document) for document in request.documents]
+        lead = len(filled.lead)
         documents: list[list[int]] = []
+        whole: dict[int, int] = {}
         chunks: list[list[int]] = []
         truncated: set[int] = set()
         for i, encoding in enumerate(self._encode_start(texts, limit, offsets=split)):
-            ids, end = encoding.ids, len(texts[i]) - 1
+            ids, end = encoding.ids, len(texts[i]) - lead
             if len(ids) > limit:
                 if not request.truncate:
                     problem = f"documents[{request.position(i)}]: longer than the limit of {limit} tokens"
                     raise InvalidRequestError(f"{problem}; shorten it, or omit truncate to have it truncated")
                 truncated.add(i)
-                end = _character(encoding, limit) if split else end
-            starts = range(0, min(len(ids), limit), size)
-            documents += [ids[start : start + size] + self.suffix for start in starts]
+                end = _character(encoding, limit, lead) if split else end
+            starts = range(0, min(len(ids), limit), size) or range(1)
+            if len(ids) <= size:
+                whole[i] = len(documents)
+            documents += [ids[start : start + size] + filled.end for start in starts]
             if split:
-                chunks.append([*(_character(encoding, start) for start in starts), end])
-        common = takewhile(lambda pair: pair[0] == pair[1], zip(cached_prefix, prefix[:-1], strict=False))
+                chunks.append([0, *(_character(encoding, start, lead) for start in starts[1:]), end])
+        if filled.tail:
+            self._join_tail(documents, {place: texts[i] for i, place in whole.items()}, filled, room)
+        common = takewhile(lambda pair: pair[0] == pair[1], zip(cached_prefix, filled.prefix[:-1], strict=False))
         cached = sum(1 for _ in common)
         return EncodedRequest(
-            prefix, documents, frozenset(truncated), chunks if split else None, cached, query_truncated
+            filled.prefix, documents, frozenset(truncated), chunks if split else None, cached, query_truncated
         )
 
-    def _prefix(self, request: RerankRequest) -> tuple[list[int], bool]:
-        """Return the tokens before every document, and whether the query in them is truncated.
+    def _join_tail(self, documents: list[list[int]], texts: dict[int, str], filled: _Filled, room: int) -> None:
+        """Encode whole documents again with the text after them, whose start may merge with their end."""
+        joined = self.text_tokenizer.encode_batch_fast(
+            [text + filled.tail for text in texts.values()], add_special_tokens=False
+        )
+        for place, encoding in zip(texts, joined, strict=True):
+            if len(encoding.ids) + len(filled.suffix) <= room + len(filled.end):
+                documents[place] = encoding.ids + filled.suffix
+
+    def _filled(self, request: RerankRequest) -> tuple[_Filled, bool]:
+        """Return the prompt around the documents, and whether the query in it is truncated.
 
         Raises:
-            InvalidRequestError: they leave no room for a document.
+            InvalidRequestError: it leaves no room for a document.
         """
-        opening = self._opening(self.instruction if request.instruction is None else request.instruction)
-        query, closing = printable(request.query), self.template.closing
-        room = self.max_seq_length - len(self.system) - len(self.suffix)
-        pair = self._encode_start([f"{opening} {query}{closing}"], room)[0].ids
-        if len(pair) < room:
-            return self.system + pair, False
-        limit = (room - len(self._encode_start([opening + closing], room)[0])) // 2
+        query = printable(request.query)
+        filled = self._fill(request.instruction, query)
+        if filled.size < self.max_seq_length:
+            return filled, False
+        limit = (self.max_seq_length - self._fill(request.instruction, "").size) // 2
         if limit < _MIN_QUERY_TOKENS:
             raise InvalidRequestError(
                 f"the instruction leaves no room for a query and a document in {self.max_seq_length} tokens; "
@@ -161,8 +201,32 @@ class Prompt:
                 f"have it truncated, or raise MAX_SEQ_LENGTH"
             )
         # Encoded again as text, so that the result is the prompt of a shorter query, token for token.
-        start = query[: _character(self._encode_start([" " + query], limit, offsets=True)[0], limit)]
-        return self.system + self._encode_start([f"{opening} {start}{closing}"], room)[0].ids, True
+        start = query[: _character(self._encode_start([" " + query], limit, offsets=True)[0], limit, 1)]
+        return self._fill(request.instruction, start), True
+
+    def _fill(self, requested: str | None, query: str) -> _Filled:
+        instruction = self.instruction if requested is None else requested
+        frame = self._frames[self.template.parts(instruction)]
+        texts = {Slot.INSTRUCTION: printable(instruction or ""), Slot.QUERY: query}
+        tail = fill(frame.tail, texts)
+        suffix = self._encode_pieces(frame.suffix, texts)
+        return _Filled(
+            self._encode_pieces(frame.head, texts),
+            frame.lead,
+            tail,
+            self._encode_text(tail) + suffix if tail else suffix,
+            suffix,
+        )
+
+    def _encode_pieces(self, pieces: Sequence[list[int] | Parts], texts: Mapping[Slot, str]) -> list[int]:
+        ids: list[int] = []
+        for piece in pieces:
+            ids += piece if isinstance(piece, list) else self._encode_text(fill(piece, texts))
+        return ids
+
+    def _encode_text(self, text: str) -> list[int]:
+        """Tokens of a text: all of them, or more than fit into a prompt."""
+        return self._encode_start([text], max(self.max_seq_length, _MAX_STATIC_PREFIX))[0].ids
 
     def _encode_start(self, texts: Sequence[str], wanted: int, *, offsets: bool = False) -> list[Encoding]:
         """Tokens of each text: all of them, or at least the first `wanted + 1` if there are more.
@@ -186,10 +250,21 @@ class Prompt:
         return [encodings[i] for i in range(len(texts))]
 
 
-def _character(encoding: Encoding, token: int) -> int:
-    """Index in the document of the first character of a token of " " + document."""
+def _character(encoding: Encoding, token: int, lead: int) -> int:
+    """Index in the document of the first character of a token; `lead`: characters encoded before the document."""
     characters = encoding.token_to_chars(token)
-    return max(0, characters[0] - 1) if characters else 0
+    return max(0, characters[0] - lead) if characters else 0
+
+
+def _control_ids(tokenizer: PreTrainedTokenizerBase, template: Template) -> dict[str, int]:
+    """Return the ids of the template's own control tokens."""
+    ids: dict[str, int] = {}
+    for token in template.own_tokens:
+        encoded = tokenizer.encode(token, add_special_tokens=False)
+        if encoded != [tokenizer.convert_tokens_to_ids(token)]:
+            raise ModelLoadError(f"the tokenizer has no token {token}: use the original checkpoint's tokenizer")
+        ids[token] = encoded[0]
+    return ids
 
 
 def _without_control_tokens(tokenizer: PreTrainedTokenizerBase, control_tokens: frozenset[str]) -> Tokenizer:

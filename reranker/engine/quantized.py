@@ -1,7 +1,8 @@
 """Linear layers with 8-bit weights and activations: int8 on the CPU, float8 on NVIDIA's Ada, Hopper and newer.
 
-Weights have a scale per output, computed at load. Activations have a scale per token, computed in every pass, so that a
-document's score does not depend on the rest of its batch. Everything between the products keeps its precision.
+Weights have a scale per output, computed at load, or taken with the values from a quantised checkpoint. Activations
+have a scale per token, computed in every pass, so that a document's score does not depend on the rest of its batch.
+Everything between the products keeps its precision.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from reranker.engine.checkpoint.scales import Rounded
 from reranker.engine.precision import FLOAT8
 
 _TOLERANCE = 0.08
@@ -26,19 +28,21 @@ class Int8Linear(nn.Module):
 
     Activations have 7 bits without VNNI: the processor then adds pairs of products in 16 bits, which 8-bit activations
     overflow.
+
+    Args:
+        linear: the weights and the bias.
+        stored: the weights as a checkpoint rounded them; None: they are rounded here.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, stored: Rounded | None = None) -> None:
         super().__init__()
-        weight = linear.weight.detach().float()
-        scale = weight.abs().amax(1).clamp_min(_MIN_SCALE) / 127
-        integers = torch.round(weight / scale[:, None]).to(torch.int8)
+        values, scale = stored or _int8(linear.weight.detach().float())
         zeros = torch.zeros(len(scale), dtype=torch.int64)
         with warnings.catch_warnings():
             # torch deprecates these tensors, but only their kernels are fast without VNNI. torch is pinned; with a
             # version that lacks them, loading logs that it falls back to float32.
             warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)
-            quantized = torch._make_per_channel_quantized_tensor(integers, scale.double(), zeros, 0)
+            quantized = torch._make_per_channel_quantized_tensor(values, scale.double(), zeros, 0)
         self.packed = torch.ops.quantized.linear_prepack(quantized, None)
         self.bias = None if linear.bias is None else linear.bias.detach().float()
         self.levels = 127 if torch.cpu._is_vnni_supported() else 63
@@ -54,16 +58,21 @@ class Int8Linear(nn.Module):
 
 
 class Float8Linear(nn.Module):
-    """float8 (e4m3) weights and activations, [T, in] bfloat16 -> [T, out] bfloat16; torch's `_scaled_mm`."""
+    """float8 (e4m3) weights and activations, [T, in] bfloat16 -> [T, out] bfloat16; torch's `_scaled_mm`.
+
+    Args:
+        linear: see Int8Linear.
+        stored: see Int8Linear.
+    """
 
     weight: Tensor
     scale: Tensor
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, stored: Rounded | None = None) -> None:
         super().__init__()
-        weight, scale = _float8(linear.weight.detach())
-        self.register_buffer("weight", weight)
-        self.register_buffer("scale", scale.t().contiguous())
+        values, scale = stored or _float8(linear.weight.detach())
+        self.register_buffer("weight", values)
+        self.register_buffer("scale", scale.reshape(1, -1).contiguous())
         self.bias = None if linear.bias is None else linear.bias.detach().bfloat16()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -80,13 +89,18 @@ class Float8Linear(nn.Module):
         return out if self.bias is None else out + self.bias
 
 
-def quantize(linear: nn.Linear, precision: torch.dtype) -> nn.Module:
+def quantize(linear: nn.Linear, precision: torch.dtype, stored: Rounded | None = None) -> nn.Module:
     """Replace a projection by an int8 or float8 one, after comparing their results on the device.
+
+    Args:
+        linear: the projection; of `stored`, the values times the scales.
+        precision: int8 or float8.
+        stored: its weights in this precision, taken as they are.
 
     Raises:
         RuntimeError: this machine has no such product, or computes it wrongly.
     """
-    quantized = Int8Linear(linear) if precision is torch.int8 else Float8Linear(linear)
+    quantized = Int8Linear(linear, stored) if precision is torch.int8 else Float8Linear(linear, stored)
     if (error := difference(quantized, linear)) > _TOLERANCE:
         raise RuntimeError(f"a product is off by {error:.0%} of its size on this machine")
     return quantized
@@ -102,6 +116,12 @@ def difference(quantized: nn.Module, linear: nn.Linear) -> float:
     inputs = x if isinstance(quantized, Float8Linear) else x.float()  # in the type of the layers, not of the weights
     error = ((quantized(inputs).float() - exact).norm() / exact.norm().clamp_min(_MIN_SCALE)).item()
     return float("inf") if math.isnan(error) else error
+
+
+def _int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """[out, in] float32 -> int8 [out, in] and scales [out] float32"""
+    scale = weight.abs().amax(1).clamp_min(_MIN_SCALE) / 127
+    return torch.round(weight / scale[:, None]).to(torch.int8), scale
 
 
 def _float8(x: Tensor) -> tuple[Tensor, Tensor]:

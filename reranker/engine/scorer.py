@@ -19,9 +19,9 @@ from transformers import PretrainedConfig
 from reranker.engine import device as devices
 from reranker.engine.batch import PackedBatch, pack
 from reranker.engine.budget import MIN_BATCH_TOKENS, split, split_in_half
-from reranker.engine.checkpoint.layout import default_instruction
+from reranker.engine.checkpoint.config import Checkpoint
 from reranker.engine.checkpoint.locate import locate
-from reranker.engine.checkpoint.weights import not_finite
+from reranker.engine.checkpoint.weights import Weights
 from reranker.engine.families import open_checkpoint
 from reranker.engine.families.base import Family
 from reranker.engine.lanes import DealtBatch, Lanes, deal
@@ -62,6 +62,7 @@ class Scorer:
         self.max_batch_tokens = max_batch_tokens
         self.max_batch_documents = max_batch_documents or 1 << 30
         self.self_check = "not run"
+        self.adapter = ""
         self.lanes: Lanes | None = None
 
     @classmethod
@@ -99,8 +100,7 @@ class Scorer:
         logger.info("device: %s (%s)", target.value, target.reason)
         devices.cap_memory(target.value, max_memory_percentage)
         family = open_checkpoint(locate(str(name), revision))
-        trained = _trained_instruction(family, instruction)
-        prompt = _checked_prompt(family, max_seq_length, instruction or trained)
+        prompt = _checked_prompt(family, max_seq_length, instruction)
         _warn_about_length(family.checkpoint.config, max_seq_length)
 
         def start(dtype: torch.dtype) -> tuple[Scorer, Rate]:
@@ -108,11 +108,12 @@ class Scorer:
             scorer = cls(
                 model, prompt, name=str(name), max_batch_tokens=MIN_BATCH_TOKENS, max_batch_documents=batch_size
             )
+            scorer.adapter = family.checkpoint.merged
             rate = warm_up(scorer)
-            scorer.self_check = self_check(scorer, trained)
+            scorer.self_check = self_check(scorer, family.template.instruction or "")
             return scorer, rate
 
-        scorer, rate = _first_usable(family.checkpoint.path, target.value, precision, start)
+        scorer, rate = _first_usable(family.checkpoint, target.value, precision, start)
         memory = devices.memory(target.value, max_memory_percentage)
         scorer.max_batch_tokens = choose_budget(rate, memory, max_batch_tokens)
         return scorer
@@ -128,6 +129,11 @@ class Scorer:
             max_batch_tokens=self.max_batch_tokens,
             demo=self.demo,
             self_check=self.self_check,
+            family=self.model.family,
+            score=self.model.head.name,
+            prompt=self.prompt.template.source,
+            reads_instruction=self.prompt.template.instructed is not None,
+            adapter=self.adapter,
         )
 
     @property
@@ -169,7 +175,7 @@ class Scorer:
             logits: list[float] = self.model.forward(batch).tolist()
             return logits
         except RuntimeError as error:
-            if not _out_of_memory(error):
+            if not devices.out_of_memory(error):
                 if not isinstance(error, torch.AcceleratorError):
                     raise
                 # Every further call in this process would fail too.
@@ -215,27 +221,31 @@ class Scorer:
         return [sigmoid(logit) for logit in logits]
 
 
-def _trained_instruction(family: Family, requested: str | None) -> str:
-    """Return the instruction in the checkpoint's own files, else the family's."""
-    stored = default_instruction(family)
-    if stored in (None, family.template.instruction):
-        return family.template.instruction
-    use = "replaced by DEFAULT_INSTRUCTION" if requested else "the default"
-    logger.info("the instruction of the checkpoint is %s: %r", use, stored)
-    return stored
-
-
-def _checked_prompt(family: Family, max_seq_length: int, instruction: str) -> Prompt:
+def _checked_prompt(family: Family, max_seq_length: int, requested: str | None) -> Prompt:
     """Refuse a tokenizer that splits prompts differently, and a default instruction that leaves no room."""
-    tokenizer = family.checkpoint.tokenizer
-    prompt = Prompt(tokenizer, family.template, max_seq_length=max_seq_length, instruction=instruction)
-    prompt.check(tokenizer)
+    tokenizer, template = family.checkpoint.tokenizer, family.template
+    if template.instructed is None:
+        unread = requested and "DEFAULT_INSTRUCTION and those of requests are"
+        logger.log(
+            logging.WARNING if unread else logging.INFO,
+            "%s not read: this prompt has none",
+            unread or "instructions are",
+        )
+    elif template.instruction is not None:
+        use = "replaced by DEFAULT_INSTRUCTION" if requested else "the default"
+        logger.info("the instruction of the checkpoint is %s: %r", use, template.instruction)
+    elif template.plain is None and not requested:
+        raise ModelLoadError(
+            "the prompt of this checkpoint needs an instruction and has no default: set DEFAULT_INSTRUCTION"
+        )
+    prompt = Prompt(tokenizer, template, max_seq_length=max_seq_length, instruction=requested or None)
     try:
         prompt.encode(RerankRequest("warm-up", ["document"]))
     except InvalidRequestError as error:
         raise ModelLoadError(
             f"DEFAULT_INSTRUCTION leaves no room for a query and a document in MAX_SEQ_LENGTH={max_seq_length}"
         ) from error
+    prompt.check(tokenizer)
     return prompt
 
 
@@ -250,7 +260,7 @@ def _warn_about_length(config: PretrainedConfig, max_seq_length: int) -> None:
 
 
 def _first_usable(
-    path: Path, device: torch.device, precision: str, start: Callable[[torch.dtype], tuple[Scorer, Rate]]
+    checkpoint: Checkpoint, device: torch.device, precision: str, start: Callable[[torch.dtype], tuple[Scorer, Rate]]
 ) -> tuple[Scorer, Rate]:
     """Start the model in the first precision that gives finite scores on the device.
 
@@ -258,7 +268,8 @@ def _first_usable(
         ModelLoadError: none does.
     """
     problems: list[str] = []
-    for choice in choose_precisions(precision, device):
+    weights = Weights(checkpoint.path, checkpoint.adapter, checkpoint.scheme)
+    for choice in choose_precisions(precision, device, weights.precision):
         name = short(choice.value)
         try:
             started = start(choice.value)
@@ -274,14 +285,7 @@ def _first_usable(
         gc.collect()  # the next precision needs this one's memory
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    reason = f"{path} cannot be scored in any precision on this machine ({'; '.join(problems)})"
-    if damaged := not_finite(path):
+    reason = f"{checkpoint.path} cannot be scored in any precision on this machine ({'; '.join(problems)})"
+    if damaged := weights.not_finite():
         reason = f"the weights are damaged: {damaged} is not finite; download the checkpoint again"
     raise ModelLoadError(reason) from ScoringError(problems[0])
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    """Also an NVML assert (under MIG) and the CPU allocator's plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError) or any(
-        text in str(error) for text in ("NVML_SUCCESS == r", "not enough memory", "CUDA error: out of memory")
-    )

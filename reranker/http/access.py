@@ -14,6 +14,7 @@ from random import getrandbits
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from reranker.errors import RerankError
+from reranker.http.callers import NONE, UNNAMED
 from reranker.http.metrics import OTHER, Metrics
 from reranker.http.state import RequestContext
 
@@ -75,7 +76,9 @@ class AccessLog:
         path, method = scope["path"], scope["method"]
         route = path if path in self.routes else OTHER
         self.metrics.request_ended(route, status, seconds, context.error_type)
-        fields = context.log_fields
+        self.metrics.caller_served(context.caller, status, context.prompt_tokens)
+        named = context.caller not in (NONE, UNNAMED)
+        fields = ({"caller": context.caller} if named else {}) | context.log_fields
         if context.client_disconnected:
             fields["client"] = "disconnected"
         if context.error_type:

@@ -1,5 +1,6 @@
 """Access tokens: a bearer header or `?access_token=`, checked before the request is read.
 
+The name of an accepted token is the caller in the request's context, for the access log and the metrics.
 Every path needs a token unless it is in `OPEN`. The comparison uses the ASGI path, because a URL depends on the Host
 header.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+from collections.abc import Sequence
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -15,7 +17,9 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from reranker.errors import UnauthorizedError
+from reranker.http.callers import Entry
 from reranker.http.errors import error_response
+from reranker.http.state import context_of
 
 OPEN = frozenset({"/", "/livez", "/readyz"})
 PARAMETER = "access_token"
@@ -28,9 +32,9 @@ class TokenAuth:
     It removes the credentials from the scope, so that no later part can log them.
     """
 
-    def __init__(self, app: ASGIApp, tokens: list[str]) -> None:
+    def __init__(self, app: ASGIApp, tokens: Sequence[Entry]) -> None:
         self.app = app
-        self.digests = [_digest(token.encode()) for token in tokens]
+        self.callers = [(_digest(text.encode()), entry.caller) for entry in tokens for text in entry.accepted]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request with a valid token on; answer all others with 401."""
@@ -43,28 +47,39 @@ class TokenAuth:
             scope["query_string"] = redact(scope["query_string"])
         headers = [value for name, value in scope["headers"] if name == b"authorization"]
         scope["headers"] = [(name, value) for name, value in scope["headers"] if name != b"authorization"]
-        if self.digests and scope["path"] not in OPEN and (problem := self._problem(headers, parameters)):
-            await error_response(UnauthorizedError(f"{problem}; {_HINT}"))(scope, receive, send)
-            return
+        if self.callers and scope["path"] not in OPEN:
+            try:
+                context_of(scope).caller = self._caller(_credentials(headers, parameters))
+            except UnauthorizedError as error:
+                await error_response(error)(scope, receive, send)
+                return
         await self.app(scope, receive, send)
 
-    def _problem(self, headers: list[bytes], parameters: list[str]) -> str | None:
-        """Return the fault of the credentials, or None. A wrong header never falls back to the parameter."""
-        if len(headers) + len(parameters) > 1:
-            return "more than one token was sent"
-        if headers:
-            scheme, _, token = headers[0].partition(b" ")
-            if scheme.lower() != b"bearer":
-                return "the Authorization header does not use the Bearer scheme"
-            token = token.strip(b" ")
-        elif parameters:
-            token = parameters[0].encode()
-        else:
-            return "no token was sent"
+    def _caller(self, token: bytes) -> str:
         digest = _digest(token)
         # Compare all tokens, by digests of equal length, so that the time reveals nothing.
-        matches = [hmac.compare_digest(digest, accepted) for accepted in self.digests]
-        return None if any(matches) else "the token is wrong"
+        matches = [caller for accepted, caller in self.callers if hmac.compare_digest(digest, accepted)]
+        if not matches:
+            raise UnauthorizedError(f"the token is wrong; {_HINT}")
+        return matches[0]
+
+
+def _credentials(headers: list[bytes], parameters: list[str]) -> bytes:
+    """Return the token that was sent. A wrong header never falls back to the parameter.
+
+    Raises:
+        UnauthorizedError: there is none, more than one, or a header of another scheme.
+    """
+    if len(headers) + len(parameters) > 1:
+        raise UnauthorizedError(f"more than one token was sent; {_HINT}")
+    if parameters:
+        return parameters[0].encode()
+    if not headers:
+        raise UnauthorizedError(f"no token was sent; {_HINT}")
+    scheme, _, token = headers[0].partition(b" ")
+    if scheme.lower() != b"bearer":
+        raise UnauthorizedError(f"the Authorization header does not use the Bearer scheme; {_HINT}")
+    return token.strip(b" ")
 
 
 def describe(app: FastAPI) -> None:

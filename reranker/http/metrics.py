@@ -14,6 +14,7 @@ import asyncio
 import logging
 import os
 import struct
+from collections.abc import Collection
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -26,6 +27,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from starlette.responses import Response
 
 from reranker import __version__, errors
+from reranker.http.callers import NONE, UNNAMED
 from reranker.http.state import service_of
 from reranker.scheduler.events import ForwardPass, Observer
 from reranker.types import ModelInfo, RerankResult
@@ -41,8 +43,8 @@ _TOKENS = (256, 1024, 4096, 8192, 16_384, 32_768, 65_536, 131_072, 262_144)
 _DOCUMENTS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
 _RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
 
-# Bytes of each file of values: enough for every route and status (tests/http/test_metrics.py fills them).
-_FILES = {"counter": 1 << 18, "histogram": 1 << 18, "gauge_livesum": 1 << 16, "gauge_livemin": 1 << 16}
+# Bytes of each file of values: enough for every route, caller and status (tests/http/test_metrics.py fills them).
+_FILES = {"counter": 1 << 19, "histogram": 1 << 18, "gauge_livesum": 1 << 16, "gauge_livemin": 1 << 16}
 _ERROR_TYPES = (
     *dict.fromkeys(kind.error_type for kind in vars(errors).values() if hasattr(kind, "error_type")),
     "cors_refused",
@@ -66,6 +68,15 @@ TABLE = (
     Row("reranker_requests", Counter, "Completed requests.", ("route", "status")),
     Row("reranker_request_duration_seconds", Histogram, "Time from head to response end.", ("route",), _SECONDS),
     Row("reranker_requests_in_progress", Gauge, "Requests without a complete response."),
+    Row(
+        "reranker_caller_requests",
+        Counter,
+        "Completed requests by the name of their token; unnamed: a token without a name; none: no accepted token.",
+        ("caller", "status"),
+    ),
+    Row(
+        "reranker_caller_prompt_tokens", Counter, "Tokens of the scored prompts by the name of the token.", ("caller",)
+    ),
     Row("reranker_errors", Counter, "Refused and failed requests.", ("error_type",), zeros=_ERROR_TYPES),
     Row("reranker_ready_workers", Gauge, "Workers that accept requests."),
     Row("reranker_model_info", Gauge, "1 per worker that has the model.", ("model", "device", "precision", "version")),
@@ -103,9 +114,10 @@ class Metrics(Observer):
     Args:
         folder: shared by all workers of the service; None: the metrics of this process alone.
         worker: names this worker's files; unique among the living workers.
+        callers: the names of the tokens. Their counts start at 0.
     """
 
-    def __init__(self, folder: str | None = None, worker: str = "0") -> None:
+    def __init__(self, folder: str | None = None, worker: str = "0", callers: Collection[str] = ()) -> None:
         self.folder = folder if folder and _reserve_files(Path(folder), worker) else None
         # The library would choose by an environment variable at import, once, and name files by process id.
         values.ValueClass = values.MultiProcessValue(lambda: worker) if self.folder else values.MutexValue
@@ -118,6 +130,9 @@ class Metrics(Observer):
             return metrics[name].labels(*labels) if labels else metrics[name]
 
         self._child = child
+        for caller in (NONE, UNNAMED, *callers):
+            child("reranker_caller_requests", caller, 200)
+            child("reranker_caller_prompt_tokens", caller)
 
     def status_changed(self, status: str) -> None:
         """Count this worker as ready or not."""
@@ -172,9 +187,16 @@ class Metrics(Observer):
         if error_type is not None:
             self._child("reranker_errors", error_type).inc()
 
+    def caller_served(self, caller: str, status: int, prompt_tokens: int) -> None:
+        """Count a completed request and its tokens for a configured name, `UNNAMED` or `NONE`."""
+        self._child("reranker_caller_requests", caller, status).inc()
+        if prompt_tokens:
+            self._child("reranker_caller_prompt_tokens", caller).inc(prompt_tokens)
+
     def refused(self, status: int, error_type: str) -> None:
         """Count a connection that was refused before it sent a request."""
         self._child("reranker_requests", OTHER, status).inc()
+        self._child("reranker_caller_requests", NONE, status).inc()
         self._child("reranker_errors", error_type).inc()
 
     def render(self, accept: str) -> tuple[bytes, str]:

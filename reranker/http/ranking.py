@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from reranker.engine.scores import sigmoid
 from reranker.request.parse import ParsedRequest
-from reranker.types import RerankResult
+from reranker.types import ModelInfo, RerankResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,11 +18,11 @@ class Ranking:
     result: RerankResult
     best: list[tuple[int, float]]
     """(document index, score), best first, at most `limit`; the score is a probability, or the logit on request."""
-    model: str
+    model: ModelInfo
     request_id: str
 
     @classmethod
-    def of(cls, parsed: ParsedRequest, result: RerankResult, model: str, request_id: str) -> Ranking:
+    def of(cls, parsed: ParsedRequest, result: RerankResult, model: ModelInfo, request_id: str) -> Ranking:
         """Sort the scores of a request."""
         score = float if parsed.raw_scores else sigmoid
         best = [(i, score(result.logits[i])) for i in order(result.logits, parsed.limit)]
@@ -32,6 +32,8 @@ class Ranking:
     def warnings(self) -> list[str]:
         """Sentences about unread fields and truncated texts."""
         warnings = list(self.parsed.warnings)
+        if self._instruction_unread:
+            warnings.append("instruction is not read: the prompt of the served model has none")
         if self.result.query_truncated:
             warnings.append("the query did not fit and was truncated; a larger MAX_SEQ_LENGTH reads more of it")
         if self.result.truncated_documents:
@@ -40,6 +42,10 @@ class Ranking:
                 f"were truncated; a larger max_chunks_per_doc scores more of them"
             )
         return warnings
+
+    @property
+    def _instruction_unread(self) -> bool:
+        return bool(self.parsed.request.instruction) and not self.model.reads_instruction
 
     @property
     def headers(self) -> dict[str, str]:
@@ -53,8 +59,8 @@ class Ranking:
             "x-inference-time": f"{times.inference * 1000:.1f}",
             "x-total-time": f"{times.total * 1000:.1f}",
         }
-        if self.parsed.ignored:
-            headers["x-ignored-fields"] = ", ".join(self.parsed.ignored)
+        if ignored := [*self.parsed.ignored, *(["instruction"] if self._instruction_unread else [])]:
+            headers["x-ignored-fields"] = ", ".join(ignored)
         if self.result.query_truncated:
             headers["x-truncated-query"] = "true"
         if warnings := self.warnings:

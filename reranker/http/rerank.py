@@ -49,7 +49,7 @@ def endpoint(route: Route) -> Callable[[Request], Awaitable[Response]]:
             result = await _score(request, parsed, context)
         except asyncio.CancelledError:  # at the end of a graceful shutdown the server cancels pending requests
             raise NotReadyError("the service is shutting down; try again", retry_after=5) from None
-        ranking = Ranking.of(parsed, result, scorer.info.name, context.request_id)
+        ranking = Ranking.of(parsed, result, scorer.info, context.request_id)
         content = render(route, ranking)
         return Response(to_json(content), headers=ranking.headers, media_type="application/json")
 
@@ -79,6 +79,7 @@ async def _score(request: Request, parsed: ParsedRequest, context: RequestContex
         raise InvalidRequestError(renamed(str(error), parsed.names)) from None
     finally:
         watch.cancel()
+    context.prompt_tokens = result.prompt_tokens
     context.log_fields |= {
         "tokens": result.prompt_tokens,
         "truncated": result.truncated_documents,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from reranker.http.callers import NONE
+
 if TYPE_CHECKING:
     from starlette.applications import Starlette
     from starlette.types import Scope
@@ -39,6 +41,10 @@ class RequestContext:
     """State of one request, shared by the access log, the error responses and the routes."""
 
     request_id: str
+    caller: str = NONE
+    """The name of the accepted token, or `callers.UNNAMED`; `NONE` where none was required or accepted."""
+    prompt_tokens: int = 0
+    """Of the scored prompts."""
     log_fields: dict[str, object] = field(default_factory=dict)
     """Sizes and times for the access log, in the order of the log line."""
     error_type: str | None = None

@@ -35,5 +35,9 @@ class Local:
     def facts(self) -> dict[str, str]:
         """See `Ranker.facts`."""
         info = self.scorer.info
-        names = ("device", "precision", "max_seq_length", "max_batch_tokens", "self_check")
-        return {"model": info.name} | {name: str(getattr(info, name)) for name in names}
+        names = (
+            *("family", "score", "prompt", "device", "precision"),
+            *("max_seq_length", "max_batch_tokens", "self_check"),
+        )
+        adapter = {"adapter": info.adapter} if info.adapter else {}
+        return {"model": info.name} | adapter | {name: str(getattr(info, name)) for name in names}

@@ -10,11 +10,14 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from benchmarks.gpu import NEEDED_BY_TESTS, WORK, true_lengths
 from benchmarks.workloads import ten_documents, workloads
+from reranker.engine.families.qwen3 import TEMPLATE
+from reranker.engine.prompt import Prompt
 from reranker.types import RerankRequest
-from tests.conftest import MAX_WAIT, ONE_THREAD, ROOT
+from tests.conftest import DEMO, MAX_WAIT, ONE_THREAD, ROOT
 
 RUN = """
 import runpy, sys
@@ -81,7 +84,8 @@ def test_the_demos_tokens_are_as_many_as_the_true_ones() -> None:
         encoded = prompt.encode(RerankRequest(request["query"], request["documents"]))
         assert (len(encoded.prefix), [len(d) for d in encoded.documents]) == (prefix, documents)
     assert prompt.encode(ten_documents()).tokens == 1757
-    assert prompt.encode(RerankRequest("warm-up", ["others stay"])).documents[0][-1] == prompt.suffix[-1]
+    others = RerankRequest("warm-up", ["others stay"])
+    assert prompt.encode(others) == Prompt(AutoTokenizer.from_pretrained(str(DEMO)), TEMPLATE).encode(others)
 
 
 @pytest.mark.parametrize("name", NEEDED_BY_TESTS)

@@ -289,6 +289,7 @@ def check(env: dict[str, str]) -> subprocess.CompletedProcess[str]:
         ("  'new#1'  # the \"token\"", "new#1"),
         ('say"it', 'say"it'),
         (r'"say\"it"', 'say"it'),
+        ("ops=0123456789abcdef==, two", "ops=0123456789abcdef=="),  # the service accepts whole entries
     ],
 )
 def test_health_check_sends_the_first_token(running: Service, setting: str | None, token: str) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.card import PREFIX, SUFFIX
 from tests.conftest import make_model
@@ -70,7 +70,7 @@ class Variant:
 def small_model(folder: Path, **changes: Any) -> Path:
     """A sound folder that loads quickly: a narrow model, and the first merges of the demo's tokenizer."""
     shape: dict[str, Any] = {"hidden_size": WIDTH, "intermediate_size": 48, "num_attention_heads": 2, "head_dim": 24}
-    make_model(folder, vocab_size=ENTRIES + 26, num_key_value_heads=1, **shape, **changes)
+    make_model(folder, vocab_size=ENTRIES + 26, num_key_value_heads=1, **(shape | changes))
 
     def shorten(tokenizer: dict[str, Any]) -> None:
         model, added = tokenizer["model"], tokenizer["added_tokens"]
@@ -85,6 +85,18 @@ def small_model(folder: Path, **changes: Any) -> Path:
     edit_json("tokenizer.json", shorten)(folder)
     edit_json("tokenizer_config.json", renumber)(folder)
     return folder
+
+
+def qwen2(path: Path) -> None:
+    """Put a small Qwen2 model into a folder of `small_model`; its weights are as varied as a trained model's."""
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": ENTRIES + 26}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    torch.manual_seed(3)
+    model: Any = Qwen2ForCausalLM(Qwen2Config.from_dict(sizes | heads))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.normal_(1.0 if "norm" in name else 0.0, 0.1)
+    model.save_pretrained(str(path))
 
 
 def edit_json(name: str, change: Callable[[dict[str, Any]], object]) -> Edit:
@@ -347,9 +359,16 @@ def without_think(path: Path) -> None:
 
 
 def sentence_transformers(
-    true: int | None = None, false: int | None = None, template: str = CARD_TEMPLATE, prompt: str | None = None
+    true: int | None = None,
+    false: int | None = -1,
+    template: str = CARD_TEMPLATE,
+    prompt: str | None = None,
+    **options: Any,
 ) -> Edit:
-    """Write the layout of the original repositories; the token ids are those of yes and no unless given."""
+    """Write the layout of the original repositories; the token ids are those of yes and no unless given.
+
+    `false`: -1 for no, None for a score of one word; `options`: of the chat template.
+    """
 
     def edit(path: Path) -> None:
         vocabulary = Tokenizer.from_file(str(path / "tokenizer.json"))
@@ -363,13 +382,14 @@ def sentence_transformers(
             ],
             "1_LogitScore/config.json": {
                 "true_token_id": yes if true is None else true,
-                "false_token_id": no if false is None else false,
+                "false_token_id": no if false == -1 else false,
             },
             "chat_template.jinja": template,
             "sentence_bert_config.json": {
                 "transformer_task": "text-generation",
                 "modality_config": {"text": forward, "message": forward | {"format": "flat"}},
                 "module_output_name": "causal_logits",
+                "processing_kwargs": {"chat_template": options},
             },
             "config_sentence_transformers.json": {
                 "__version__": {"sentence_transformers": "5.4.0"},
@@ -383,6 +403,25 @@ def sentence_transformers(
             write(name, content)(path)
 
     return edit
+
+
+def answers(**values: Any) -> Edit:
+    """Write the layout with other fields of 1_LogitScore/config.json."""
+    change = edit_json("1_LogitScore/config.json", lambda settings: settings.update(values))
+    return both(sentence_transformers(), change)
+
+
+def more_answers(path: Path) -> None:
+    """Add a second module with other words."""
+    write("2_LogitScore/config.json", {"true_token_id": 17, "false_token_id": 18})(path)
+
+
+def score_head(head: Tensor) -> Edit:
+    """Store a score head in place of lm_head, as a conversion to Qwen3ForSequenceClassification does."""
+    labels: dict[str, Any] = {"id2label": {str(i): f"LABEL_{i}" for i in range(len(head))}}
+    labels["label2id"] = {name: int(i) for i, name in labels["id2label"].items()}
+    change = settings(architectures=["Qwen3ForSequenceClassification"], **labels)
+    return both(change, without("lm_head"), weights(lambda f: f | {"score.weight": head}))
 
 
 def st_config(**values: Any) -> Edit:
@@ -405,11 +444,6 @@ def layers(count: int) -> Edit:
     return settings(num_hidden_layers=count, layer_types=None)
 
 
-def adapter_without(*names: str) -> Edit:
-    """Write a LoRA adapter's config, and remove files."""
-    return both(write("adapter_config.json", _ADAPTER), removed(*names))
-
-
 def nothing(path: Path) -> None:
     """Leave the folder as it is."""
 
@@ -428,6 +462,11 @@ _POOLING = both(
 _STRIP = {"type": "Strip", "strip_left": True, "strip_right": True}
 _BUG = CARD_TEMPLATE.replace("Given a web search query", "Given a bug")
 _BUG_INSTRUCTION = "Given a bug, retrieve relevant passages that answer the query"
+_ONLY_USER = "{%- for m in messages if m.role == 'user' -%}{{ m.content }}{%- endfor -%}"
+_TWICE = CARD_TEMPLATE.replace("{{ ns.d }}", "{{ ns.d }} {{ ns.d }}")
+_LENGTH = CARD_TEMPLATE.replace("{{ ns.d }}", "{{ ns.d | length }} {{ ns.d }}")
+_JOINED = CARD_TEMPLATE.replace("\n<Document>: ", "")
+_BARE = "{%- for m in messages if m.role == 'document' -%}{{ m.content }}{%- endfor -%} by {{ messages[-2].content }}"
 _TRIM = CARD_TEMPLATE.replace("ns.q }}", "ns.q | trim }}")
 
 RIGHT = [
@@ -497,10 +536,10 @@ WRONG = [
     Variant("a layer missing in the middle", without("layers.1."), "not saved or not downloaded"),
     Variant("a norm missing", without("layers.2.self_attn.q_norm"), "model.layers.2.self_attn.q_norm.weight"),
     Variant("an embedding missing", without("embed_tokens"), "model.embed_tokens.weight"),
-    Variant("a head of zeros", weights(lambda f: f | {HEAD: 0 * f[HEAD]}), "equal rows for yes and no", base=UNTIED),
+    Variant("a head of zeros", weights(lambda f: f | {HEAD: 0 * f[HEAD]}), "the same for every document", base=UNTIED),
     # Extra weights: transformers would ignore them.
     Variant("more layers in the file", layers(2), "config.json has 2 layers only"),
-    Variant("a score head", and_tensor("score.weight", 1, WIDTH), "another head is not computed"),
+    Variant("a score head", and_tensor("score.weight", 1, WIDTH), "without this head"),
     Variant("a classifier", and_tensor("classifier.bias"), "classifier.bias"),
     Variant("biases that the config lacks", settings(attention_bias=False), "attention_bias", base=BIASES),
     Variant("scales of FP8", and_tensor(UP + "weight_scale"), "quantised weights"),
@@ -512,7 +551,7 @@ WRONG = [
     Variant("float8 without its config", as_type(torch.float8_e4m3fn, "down_proj"), "F8_E4M3"),
     Variant("an adapter in the weights", and_tensor("model.layers.0.self_attn.q_proj.lora_A.weight"), "not merged"),
     Variant("names of an adapter", renamed(lambda name: name.replace("q_proj.", "q_proj.base_layer.")), "not merged"),
-    Variant("a head under another name", and_tensor("rank_head.weight", 1, WIDTH), "another head is not"),
+    Variant("a head under another name", and_tensor("rank_head.weight", 1, WIDTH), "without this head"),
     Variant("a tuned prompt", and_tensor("prompt_encoder.embedding.weight"), "not merged"),
     Variant("other names", weights(lambda f: {f"layers.{i}": t for i, t in enumerate(f.values())}), "another program"),
     # Shapes.
@@ -544,15 +583,20 @@ WRONG = [
     Variant("auto_map that is null", edit_json("config.json", lambda v: v.update(auto_map=None)), "remove auto_map"),
     Variant("code in the checkpoint", settings(auto_map={"AutoModelForCausalLM": "evil.Model"}), "auto_map"),
     Variant("weights under another name", settings(transformers_weights="other.safetensors"), "transformers_weights"),
-    Variant("an embedding model's architecture", settings(architectures=["Qwen3Model"]), "without lm_head"),
-    Variant("converted", settings(architectures=["Qwen3ForSequenceClassification"]), "the original Qwen3ForCausalLM"),
+    Variant("an embedding model's architecture", settings(architectures=["Qwen3Model"]), "without its head"),
+    Variant("a lost score head", settings(architectures=["Qwen3ForSequenceClassification"]), "score.weight"),
+    Variant("a score head of zeros", score_head(torch.zeros(1, WIDTH)), "the same for every document"),
+    Variant("a score head of equal labels", score_head(torch.ones(2, WIDTH)), "the same for every document"),
+    Variant("three labels", score_head(torch.ones(3, WIDTH)), "has 3 labels"),
+    Variant("a score head and words", both(score_head(torch.ones(1, WIDTH)), sentence_transformers()), "remove the"),
     Variant("listwise", settings(architectures=["JinaForRanking"]), "JinaForRanking"),
-    Variant("another model", settings(model_type="qwen2"), "model_type is 'qwen2'"),
+    Variant("another model", settings(model_type="bert"), "model_type is 'bert'"),
+    Variant("Qwen2 without a prompt", qwen2, "does not say what its prompt is"),
     Variant("no model_type", settings(model_type=None), "model_type is None"),
     # Quantised checkpoints and adapters.
     *(
         Variant(f"quantised: {method}", settings(quantization_config={"quant_method": method}), f"({method})")
-        for method in "gptq awq compressed-tensors fp8 bitsandbytes torchao modelopt hqq quark".split()
+        for method in "gptq awq bitsandbytes torchao modelopt hqq quark".split()
     ),
     Variant("quantised by nothing", settings(quantization_config={}), "(unknown method)"),
     Variant("quantised by an unknown method", settings(quantization_config={"bits": 4}), "(unknown method)"),
@@ -561,10 +605,11 @@ WRONG = [
     Variant("MLX", settings(quantization={"bits": 8, "group_size": 64}), "(MLX)"),
     Variant("AutoGPTQ's file", write("quantize_config.json", {"bits": 4}), "(GPTQ)"),
     Variant("ModelOpt's file", write("hf_quant_config.json", {}), "(NVIDIA ModelOpt)"),
-    Variant("an adapter beside the base", write("adapter_config.json", _ADAPTER), "LoRA adapter"),
-    Variant("an adapter's weights beside the base", write("adapter_model.safetensors", b"x"), "LoRA adapter"),
-    Variant("an adapter with its base's config", adapter_without("model.safetensors"), "merge it into its base model"),
-    Variant("an adapter alone", adapter_without("config.json", "model.safetensors"), "merge it into its base model"),
+    Variant("half an adapter beside the base", write("adapter_config.json", _ADAPTER), "without adapter_model"),
+    Variant("the other half", write("adapter_model.safetensors", b"x"), "without adapter_config.json"),
+    Variant(
+        "a pickled adapter", both(write("adapter_config.json", _ADAPTER), write("adapter_model.bin", b"x")), "pickle"
+    ),
     # Tokenizers.
     Variant("a normalizer that strips", backend(lambda v: v.update(normalizer=_STRIP)), "other tokens than"),
     Variant("dropout of merges", backend(lambda v: v["model"].update(dropout=0.01)), "dropout"),
@@ -578,18 +623,21 @@ WRONG = [
         "an embedding model's own file", st_config(similarity_fn_name="cosine"), "embedding model (config_sentence"
     ),
     Variant("a pooling beside it", write("1_Pooling/config.json", {}), "embedding model (Pooling"),
-    Variant("answers without modules", write("1_LogitScore/config.json", {"true_token_id": 3}), "tokens 3 and None"),
+    Variant("answers without modules", write("1_LogitScore/config.json", {"true_token_id": 3}), "no chat template"),
     Variant("answers missing", both(sentence_transformers(), removed("1_LogitScore/config.json")), "cannot read"),
-    Variant("other words", sentence_transformers(true=17, false=18), "the tokens 17 and 18"),
-    Variant("one word (zerank)", sentence_transformers(true=17, template=ZERANK_TEMPLATE), "the tokens 17"),
     Variant("another module", write("modules.json", [{"path": "2_Dense", "type": "x.Dense"}]), "'Dense'"),
     Variant("modules that are an object", write("modules.json", "{}"), "not a JSON array"),
-    Variant("a generic template as prompt", sentence_transformers(template=GENERIC_TEMPLATE), "another prompt"),
-    Variant("a template that trims", sentence_transformers(template=_TRIM), "another prompt"),
-    Variant("another prompt, document first (ctxl)", sentence_transformers(template=CTXL_TEMPLATE), "another prompt"),
-    Variant("another prompt", sentence_transformers(template=ZERANK_TEMPLATE), "renders another prompt"),
-    Variant("another prompt in the tokenizer", tokenizer_config(chat_template=ZERANK_TEMPLATE), "renders another"),
-    Variant("a prompt without the empty thought", template(CARD_TEMPLATE.replace(r"\n\n</think>", "")), "another"),
+    Variant("words beyond the vocabulary", sentence_transformers(true=10**6), "scores the token 1000000"),
+    Variant("equal words", sentence_transformers(true=17, false=17), "true_token_id=17 and false_token_id=17"),
+    Variant("a word as text", answers(true_token_id="yes"), "true_token_id=yes"),
+    Variant("another input of the words", answers(module_input_name="logits"), "'logits', not causal_logits"),
+    Variant("two modules of words", both(sentence_transformers(), more_answers), "different tokens"),
+    Variant("a template that trims", sentence_transformers(template=_TRIM), "changes or omits the query"),
+    Variant("a template without documents", sentence_transformers(template=_ONLY_USER), "changes or omits the query"),
+    Variant("a template that repeats", sentence_transformers(template=_TWICE), "repeats the document"),
+    Variant("a template that counts", sentence_transformers(template=_LENGTH), "a different prompt for other texts"),
+    Variant("nothing between the texts", sentence_transformers(template=_JOINED), "no text between query and document"),
+    Variant("nothing before the texts", sentence_transformers(template=_BARE), "no text before its texts"),
     Variant("a template that fails", template("{{ 1 / 0 }} 'query' 'document'"), "cannot be rendered"),
     Variant("a template that reaches out", template("{{ ''.__class__.__mro__ }} 'query' 'document'"), "template"),
     Variant("lower case", write("sentence_bert_config.json", {"do_lower_case": True}), "do_lower_case"),

@@ -19,11 +19,11 @@ from reranker import Scorer
 from reranker.engine import acceleration
 from reranker.engine.acceleration import accelerate, compile_layer_fns, sample
 from reranker.engine.families.base import LayerFns
-from reranker.engine.families.qwen3 import Qwen3Backbone
+from reranker.engine.families.decoder import Decoder
 from reranker.engine.model import Model
 from tests.engine.test_scorer import expected, packed, requests, worst
 
-EAGER = Qwen3Backbone.eager
+EAGER = Decoder.eager
 
 
 @pytest.mark.slow

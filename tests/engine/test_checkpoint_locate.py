@@ -56,7 +56,7 @@ def test_a_missing_folder_says_how_to_download(name: str) -> None:
 
 
 def test_a_folder_is_taken_as_it_is(model_path: Path) -> None:
-    assert locate(str(model_path)) == model_path
+    assert locate(str(model_path)).path == model_path
 
 
 def test_a_revision_of_a_folder_is_refused(model_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_a_folder_beside_the_files_that_may_not_be_entered_is_left_alone(readabl
     (readable / "lost+found").mkdir(mode=0)
     (readable / "secret.json").touch(mode=0)
     with another_user():
-        assert locate(str(readable)) == readable
+        assert locate(str(readable)).path == readable
     (readable / "lost+found").chmod(0o755)
 
 
@@ -131,13 +131,13 @@ def test_a_cache_folder_is_served_from_its_snapshot(
     cache: Path, revision: str | None, commit: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
-        assert locate(str(cache), revision) == cache / "snapshots" / commit
+        assert locate(str(cache), revision).path == cache / "snapshots" / commit
     assert commit in caplog.text
 
 
 def test_a_cache_folder_without_its_branch_is_served_from_the_newest_snapshot(cache: Path) -> None:
     shutil.rmtree(cache / "refs")
-    assert locate(str(cache)) == cache / "snapshots" / "bbbb"
+    assert locate(str(cache)).path == cache / "snapshots" / "bbbb"
 
 
 def test_a_cache_folder_without_the_revision_names_what_it_holds(cache: Path) -> None:
@@ -192,7 +192,7 @@ def test_half_a_download_without_a_network_is_named(
 def test_a_whole_download_is_served_without_a_network(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache.parent))
-    assert locate("Qwen/Qwen3-Reranker-0.6B") == cache / "snapshots" / "aaaa"
+    assert locate("Qwen/Qwen3-Reranker-0.6B").path == cache / "snapshots" / "aaaa"
     assert "cannot download Qwen/Qwen3-Reranker-4B" in refused("Qwen/Qwen3-Reranker-4B")
 
 

@@ -2,31 +2,73 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
-from reranker.engine.checkpoint.weights import inventory, not_finite, parameters
+from reranker import ModelLoadError, Scorer
+from reranker.engine.checkpoint.weights import EMBEDDING, HEAD, Weights
 from tests.conftest import make_model
-from tests.engine.checkpoints import tensors
+from tests.engine.checkpoints import renamed, tensors
 
 
-def test_parameters_are_counted_from_all_shards(tmp_path: Path) -> None:
-    whole, shards = make_model(tmp_path / "a"), make_model(tmp_path / "b", shards=True)
-    assert len(list(shards.glob("*.safetensors"))) > 1
-    assert parameters(whole) == parameters(shards) > 100_000
+def test_the_tensors_of_all_shards_are_those_of_one_file(tmp_path: Path) -> None:
+    whole, shards = Weights(make_model(tmp_path / "a")), Weights(make_model(tmp_path / "b", shards=True))
+    assert len(list(shards.path.glob("*.safetensors"))) > 1
+    assert whole.stored == shards.stored
+    for name, stored in whole.stored.items():
+        tensor = whole.tensor(name)
+        assert tuple(tensor.shape) == stored.shape
+        assert tensor.numel() == stored.numel
+        assert torch.equal(tensor, shards.tensor(name))
 
 
 def test_the_inventory_is_that_of_the_files_which_are_loaded(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "a", layers=1)
-    tensors(folder, lambda f: {name: tensor.bfloat16() for name, tensor in f.items()})
+    tensors(folder, lambda f: {name: t.to(torch.bfloat16 if t.ndim == 2 else torch.float32) for name, t in f.items()})
     (folder / "adapter_model.safetensors").write_bytes(b"not read")
-    stored = inventory(folder)
-    assert stored["model.embed_tokens.weight"].shape == (8192, 96)
-    assert {tensor.dtype for tensor in stored.values()} == {"BF16"}
+    weights = Weights(folder)
+    assert weights.stored[EMBEDDING].shape == (8192, 96)
+    assert {tensor.dtype for tensor in weights.stored.values()} == {"BF16", "F32"}
+    assert {tensor.itemsize for tensor in weights.stored.values()} == {2, 4}
+    assert weights.dtype is torch.bfloat16
+
+
+def test_of_a_tied_pair_the_stored_one_is_read(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "a", layers=1)
+    assert torch.equal(Weights(folder).tensor(HEAD), Weights(folder).tensor(EMBEDDING))
+    before = Weights(folder).tensor(EMBEDDING).clone()
+    renamed(lambda name: name.replace("model.embed_tokens", "lm_head"))(folder)
+    assert torch.equal(Weights(folder).tensor(EMBEDDING), before)
+    untied = Weights(make_model(tmp_path / "b", layers=1, tied=False))
+    assert not torch.equal(untied.tensor(HEAD), untied.tensor(EMBEDDING))
 
 
 def test_the_first_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "a", layers=2)
-    assert not_finite(folder) is None
+    assert Weights(folder).not_finite() is None
     for value in (float("nan"), float("inf"), float("-inf")):
         tensors(folder, lambda f, v=value: f | {"model.norm.weight": torch.full((96,), v)})  # type: ignore[misc]
-        assert not_finite(folder) == f"model.norm.weight in {folder / 'model.safetensors'}"
+        assert Weights(folder).not_finite() == f"model.norm.weight in {folder / 'model.safetensors'}"
+
+
+def test_a_file_that_breaks_while_it_is_read_is_an_error_in_one_line(tmp_path: Path) -> None:
+    weights = Weights(make_model(tmp_path / "a", layers=1))
+    (weights.path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ModelLoadError, match="broken or half downloaded") as caught:
+        weights.tensor(EMBEDDING)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_the_files_are_unmapped_after_loading(tmp_path: Path, precision: str) -> None:
+    """So that the memory is the process's own, and a file that is replaced or truncated cannot break it."""
+    folder, maps = make_model(tmp_path / "a", layers=1), Path("/proc/self/maps")
+    if not maps.is_file():
+        pytest.skip("this system does not list its mappings")
+    scorer = Scorer.load(folder, device="cpu", precision=precision)
+    assert str(folder) not in maps.read_text()
+    view = Weights(folder).tensor(EMBEDDING)
+    assert str(folder) in maps.read_text()
+    del view
+    assert str(folder) not in maps.read_text()
+    assert len(scorer.rerank("a", ["b"])) == 1

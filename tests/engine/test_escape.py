@@ -15,6 +15,7 @@ from benchmarks.escape import ATTACKS, DOCUMENTS, HEAD, Outcome, as_text, row, r
 from reranker import Scorer
 from reranker.engine.families.qwen3 import TEMPLATE
 from reranker.engine.prompt import Prompt
+from reranker.request.template import SUFFIX, SYSTEM
 from reranker.text import printable
 from reranker.types import RerankRequest
 from tests.conftest import DEMO, ROOT
@@ -24,8 +25,8 @@ CONTROL = (
     "</tool_call> <|fim_prefix|> <|fim_pad|> <|repo_name|> <|file_sep|> <tool_response> <think> </think>"
 ).split()
 PROMPT = [
-    TEMPLATE.system,
-    TEMPLATE.suffix,
+    SYSTEM,
+    SUFFIX,
     *"<Instruct>: |<Query>: |<Document>: |\n<Query>:|\n<Document>:|<|im_start|>user\n".split("|"),
 ]
 ODD = ["\ud800", "\udfff", "\ud83d\ude00", *"\x00\x1b\n\r\t\v\u0085\u2028\u3000\u00a0\u200b\u200d\ufeff\u202e\u2066"]
@@ -39,6 +40,11 @@ PIECE = (
     | st.text(st.characters(exclude_categories=()), max_size=8)
 )
 TEXT = st.lists(PIECE, max_size=8).map("".join)
+
+
+@pytest.fixture(scope="module")
+def suffix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return list(tokenizer.encode(SUFFIX, add_special_tokens=False))
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +66,7 @@ def tokens(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[int]]:
 def test_every_text_stays_in_its_own_span(
     tokenizer: PreTrainedTokenizerBase,
     prompt: Prompt,
+    suffix: list[int],
     tokens: Callable[[str], list[int]],
     query: str,
     documents: list[str],
@@ -73,14 +80,13 @@ def test_every_text_stays_in_its_own_span(
     encoded = prompt.encode(RerankRequest(query, documents, instruction))
     spans = [tokens(f" {instruction}\n"), tokens(f" {query}\n"), *(tokens(f" {document}") for document in documents)]
     assert encoded.prefix == (
-        tokenizer.encode(TEMPLATE.system, add_special_tokens=False)
+        tokenizer.encode(SYSTEM, add_special_tokens=False)
         + tokens("<Instruct>:")
         + spans[0]
         + tokens("<Query>:")
         + spans[1]
         + tokens("<Document>:")
     )
-    suffix = tokenizer.encode(TEMPLATE.suffix, add_special_tokens=False)
     assert encoded.documents == [span + suffix for span in spans[2:]]
     control = set(tokenizer.added_tokens_decoder)
     assert len(control) == 26
@@ -92,20 +98,26 @@ def test_every_text_stays_in_its_own_span(
     document=TEXT, size=st.integers(1, 20), chunks=st.none() | st.integers(1, 4), room=st.none() | st.integers(1, 20)
 )
 def test_a_truncated_or_split_document_stays_in_its_span_too(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, document: str, size: int, chunks: int | None, room: int | None
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    suffix: list[int],
+    document: str,
+    size: int,
+    chunks: int | None,
+    room: int | None,
 ) -> None:
     """`room`: tokens that the whole prompt leaves for the document."""
     plain = prompt.encode(RerankRequest("q", [""]))
-    most = None if room is None else len(plain.prefix) + room + len(prompt.suffix)
+    most = None if room is None else len(plain.prefix) + room + len(suffix)
     cut = copy.copy(prompt)
     cut.max_seq_length = most or prompt.max_seq_length
     encoded = cut.encode(RerankRequest("q", [document, "d"], max_tokens_per_doc=size, max_chunks_per_doc=chunks))
     control = set(tokenizer.added_tokens_decoder)
     assert encoded.prefix == plain.prefix
     for entry in encoded.documents:
-        assert entry[-len(prompt.suffix) :] == prompt.suffix
-        assert 1 <= len(entry) - len(prompt.suffix) <= min(size, room or size)
-        assert control.isdisjoint(entry[: -len(prompt.suffix)])
+        assert entry[-len(suffix) :] == suffix
+        assert 1 <= len(entry) - len(suffix) <= min(size, room or size)
+        assert control.isdisjoint(entry[: -len(suffix)])
     assert encoded.documents[-1] == prompt.encode(RerankRequest("q", ["d"])).documents[0]
 
 
@@ -137,13 +149,20 @@ UNITS = [
 @settings(max_examples=150, deadline=None)
 @given(query=TEXT, document=TEXT, instruction=TEXT)
 def test_the_split_prompt_has_the_whole_pairs_tokens(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, query: str, document: str, instruction: str
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    suffix: list[int],
+    query: str,
+    document: str,
+    instruction: str,
 ) -> None:
     """The card tokenises the pair in one piece; split at `<Document>:` it has the same tokens for every text."""
     query, document, instruction = map(printable, (query, document, instruction))
     pair = f"<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {document}"
     encoded = prompt.encode(RerankRequest(query, [document], instruction))
-    middle = encoded.prefix[len(prompt.system) :] + encoded.documents[0][: -len(prompt.suffix)]
+    middle = (
+        encoded.prefix[len(tokenizer.encode(SYSTEM, add_special_tokens=False)) :] + encoded.documents[0][: -len(suffix)]
+    )
     assert middle == as_text(tokenizer.backend_tokenizer, pair)
     if not any(token in pair for token in map(str, tokenizer.added_tokens_decoder.values())):
         assert middle == tokenizer.encode(pair, add_special_tokens=False)
@@ -152,7 +171,7 @@ def test_the_split_prompt_has_the_whole_pairs_tokens(
 @settings(max_examples=150, deadline=None)
 @given(units=st.lists(st.sampled_from(UNITS) | st.text(max_size=6), min_size=1, max_size=3), data=st.data())
 def test_a_text_shortened_before_tokenising_has_the_same_first_tokens(
-    prompt: Prompt, units: list[str], data: st.DataObject
+    prompt: Prompt, suffix: list[int], units: list[str], data: st.DataObject
 ) -> None:
     """Equal to truncating all tokens, except for thousands of combining marks in a row, which NFC sorts."""
     order = data.draw(st.lists(st.sampled_from(units), min_size=1, max_size=20))
@@ -161,7 +180,7 @@ def test_a_text_shortened_before_tokenising_has_the_same_first_tokens(
     request = RerankRequest("q", [text], max_tokens_per_doc=room)
     encoded = prompt.encode(request)
     whole = prompt.text_tokenizer.encode(" " + text, add_special_tokens=False).ids
-    assert encoded.documents[0] == whole[:room] + prompt.suffix
+    assert encoded.documents[0] == whole[:room] + suffix
     assert encoded.truncated == ({0} if len(whole) > room else set())
 
 

@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from reranker.engine.precision import choose_precisions, short
+from reranker.engine.precision import FLOAT8, choose_precisions, short
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-AMX, NO_AMX = True, False
+AMX, NO_AMX, VNNI = True, False, True
 
 
 @pytest.mark.parametrize(
@@ -45,3 +45,42 @@ def test_precisions_by_setting_and_hardware(
     assert [short(choice.value) for choice in choices] == expected
     assert reason in choices[0].reason
     assert [choice.reason for choice in choices[1:]] == [f"{name} failed" for name in expected[:-1]]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "hardware", "stored", "expected", "reason"),
+    [
+        ("auto", CUDA, (9, 0), FLOAT8, ["float8", "bfloat16", "float32"], "auto: the weights are stored so"),
+        (
+            "auto",
+            CUDA,
+            (8, 0),
+            FLOAT8,
+            ["bfloat16", "float32"],
+            "has bfloat16; float8, as the weights are stored, needs",
+        ),
+        ("auto", CUDA, (9, 0), torch.int8, ["bfloat16", "float32"], "int8, as the weights are stored, is for the CPU"),
+        ("auto", CPU, VNNI, torch.int8, ["int8", "float32"], "auto: the weights are stored so"),
+        ("auto", CPU, not VNNI, torch.int8, ["float32"], "(no AMX); int8, as the weights are stored, has 7-bit"),
+        ("auto", CPU, VNNI, FLOAT8, ["float32"], "float8, as the weights are stored, is for NVIDIA GPUs only"),
+        ("int8", CPU, not VNNI, torch.int8, ["int8", "float32"], "requested"),
+        ("int8", CPU, VNNI, FLOAT8, ["int8", "float32"], "requested"),
+        ("float8", CUDA, (9, 0), torch.int8, ["float8", "bfloat16", "float32"], "requested"),
+        ("fp32", CPU, VNNI, torch.int8, ["float32"], "requested"),
+    ],
+)
+def test_weights_that_are_stored_in_8_bits_are_taken_so_where_that_is_fast(
+    monkeypatch: pytest.MonkeyPatch,
+    wanted: str,
+    device: torch.device,
+    hardware: bool | tuple[int, int],
+    stored: torch.dtype,
+    expected: list[str],
+    reason: str,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: hardware)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: hardware)
+    choices = choose_precisions(wanted, device, stored)
+    assert [short(choice.value) for choice in choices] == expected
+    assert reason in choices[0].reason

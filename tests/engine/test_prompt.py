@@ -10,15 +10,18 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from benchmarks.card import Card
-from reranker.engine.families.qwen3 import TEMPLATE, answer_tokens
+from reranker.engine.families.qwen3 import TEMPLATE
 from reranker.engine.prompt import Prompt
 from reranker.engine.scores import per_document
 from reranker.errors import InvalidRequestError, ModelLoadError
+from reranker.request.template import SUFFIX, SYSTEM
 from reranker.types import MAX_CHUNKS, EncodedRequest, RerankRequest, RerankResult, Slice
 from tests.conftest import DEMO
 
 TOKENIZER = AutoTokenizer.from_pretrained(str(DEMO))
 PROMPT = Prompt(TOKENIZER, TEMPLATE)
+SYSTEM_IDS: list[int] = TOKENIZER.encode(SYSTEM, add_special_tokens=False)
+SUFFIX_IDS: list[int] = TOKENIZER.encode(SUFFIX, add_special_tokens=False)
 CONTROL = [str(token) for token in TOKENIZER.added_tokens_decoder.values()]
 # Arbitrary text, and pieces that break prompts.
 TEXT = st.text(max_size=60) | st.lists(
@@ -61,11 +64,11 @@ def test_no_text_becomes_a_control_token(parts: list[str]) -> None:
     text = "".join(parts)
     control = set(TOKENIZER.added_tokens_decoder)
     encoded = PROMPT.encode(RerankRequest(text, [text], text))
-    assert control.isdisjoint(encoded.prefix[len(PROMPT.system) :])
-    assert control.isdisjoint(encoded.documents[0][: -len(PROMPT.suffix)])
+    assert control.isdisjoint(encoded.prefix[len(SYSTEM_IDS) :])
+    assert control.isdisjoint(encoded.documents[0][: -len(SUFFIX_IDS)])
     # And nothing outside its own span changes.
-    assert encoded.prefix[: len(PROMPT.system)] == PROMPT.system
-    assert encoded.documents[0][-len(PROMPT.suffix) :] == PROMPT.suffix
+    assert encoded.prefix[: len(SYSTEM_IDS)] == SYSTEM_IDS
+    assert encoded.documents[0][-len(SUFFIX_IDS) :] == SUFFIX_IDS
 
 
 def test_the_cached_prefix_is_the_common_start_with_the_static_prefix() -> None:
@@ -85,8 +88,8 @@ def test_the_cached_prefix_is_the_common_start_with_the_static_prefix() -> None:
         return encoded.cached_prefix_len
 
     assert shared(plain) == shared(RerankRequest("\n", [""])) == len(prompt.static_prefix)
-    assert len(prompt.system) < shared(RerankRequest("q", ["d"], "Find the cat")) < len(prompt.static_prefix)
-    assert shared(RerankRequest("q", ["d"], "")) >= len(prompt.system)
+    assert len(SYSTEM_IDS) < shared(RerankRequest("q", ["d"], "Find the cat")) < len(prompt.static_prefix)
+    assert shared(RerankRequest("q", ["d"], "")) >= len(SYSTEM_IDS)
     assert prompt.encode(plain).cached_prefix_len == 0
 
 
@@ -120,7 +123,7 @@ def test_a_long_document_is_truncated_as_on_the_card(card: Card, unit: str, room
         card.max_length = 8192
     assert encoded.truncated == {0}
     assert len(encoded.prefix) + len(encoded.documents[0]) == room + 100
-    assert encoded.documents[0][-len(prompt.suffix) :] == prompt.suffix
+    assert encoded.documents[0][-len(SUFFIX_IDS) :] == SUFFIX_IDS
     assert encoded.prefix + encoded.documents[0] == expected
 
 
@@ -173,15 +176,7 @@ def test_a_tokenizer_whose_control_tokens_can_be_forged_is_refused() -> None:
 def test_a_tokenizer_without_the_templates_control_tokens_is_refused() -> None:
     tokens = TEMPLATE.control_tokens | {"<|turn|>"}
     with pytest.raises(ModelLoadError, match=r"has no token <\|turn\|>: use the original checkpoint's tokenizer"):
-        Prompt(TOKENIZER, replace(TEMPLATE, suffix="<|turn|>", control_tokens=tokens))
-
-
-@pytest.mark.parametrize("token", [None, TOKENIZER.unk_token_id])
-def test_a_tokenizer_without_the_answers_is_refused(monkeypatch: pytest.MonkeyPatch, token: int | None) -> None:
-    known = TOKENIZER.convert_tokens_to_ids
-    monkeypatch.setattr(TOKENIZER, "convert_tokens_to_ids", lambda text: token if text == "no" else known(text))
-    with pytest.raises(ModelLoadError, match="has no token 'no'"):
-        answer_tokens(TOKENIZER)
+        Prompt(TOKENIZER, replace(TEMPLATE, instructed=(*TEMPLATE.parts("x"), "<|turn|>"), control_tokens=tokens))
 
 
 def test_words_that_a_fine_tune_added_are_known_and_control_tokens_are_not() -> None:
@@ -200,8 +195,8 @@ def test_words_that_a_fine_tune_added_are_known_and_control_tokens_are_not() -> 
 
 def rest(document: list[int]) -> list[int]:
     """A document's tokens without the suffix."""
-    assert document[-len(PROMPT.suffix) :] == PROMPT.suffix
-    return document[: -len(PROMPT.suffix)]
+    assert document[-len(SUFFIX_IDS) :] == SUFFIX_IDS
+    return document[: -len(SUFFIX_IDS)]
 
 
 def test_max_tokens_per_doc_truncates_below_the_room() -> None:
@@ -268,7 +263,7 @@ def test_a_document_that_may_not_be_truncated_is_named_by_its_index() -> None:
 
 def read_query(prompt: Prompt, prefix: list[int]) -> str:
     """The query in a prefix, of a vocabulary in which every token is text."""
-    text: str = prompt.text_tokenizer.decode(prefix[len(prompt.system) :])
+    text: str = prompt.text_tokenizer.decode(prefix[len(SYSTEM_IDS) :])
     return text.partition("\n<Query>: ")[2].removesuffix("\n<Document>:")
 
 
@@ -284,8 +279,8 @@ def test_a_truncated_query_is_the_cards_prompt_of_its_start(card: Card, unit: st
     assert unicodedata.normalize("NFC", query).startswith(start)  # which the tokenizer composes
     assert start
     # Query and document share the room beside template and instruction.
-    free = length - len(prompt.suffix) - len(prompt.encode(RerankRequest("", ["x"])).prefix)
-    used = len(encoded.prefix) + free + len(prompt.suffix) - length
+    free = length - len(SUFFIX_IDS) - len(prompt.encode(RerankRequest("", ["x"])).prefix)
+    used = len(encoded.prefix) + free + len(SUFFIX_IDS) - length
     assert free / 2 - 8 <= used <= free / 2 + 2
     assert encoded.truncated == {1}
     assert len(encoded.prefix) + len(encoded.documents[1]) == length
@@ -300,7 +295,7 @@ def test_a_truncated_query_is_the_cards_prompt_of_its_start(card: Card, unit: st
 
 def test_a_query_that_leaves_any_room_stays_whole() -> None:
     words = "word " * 100
-    needed = len(PROMPT.encode(RerankRequest(words, [""])).prefix) + len(PROMPT.suffix)
+    needed = len(PROMPT.encode(RerankRequest(words, [""])).prefix) + len(SUFFIX_IDS)
     for room in (1, 2, 100):
         prompt = Prompt(TOKENIZER, TEMPLATE, max_seq_length=needed + room)
         whole = prompt.encode(RerankRequest(words, ["one two three"], truncate_query=True))

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.card import Card
 from reranker import Scorer
 from reranker.engine import model, precision, quantized
+from reranker.engine.checkpoint.scales import Rounded
 from reranker.engine.quantized import Float8Linear, Int8Linear, difference, quantize
 from tests.conftest import DEMO, ROOT
 from tests.engine.test_scorer import expected, packed, requests, worst
@@ -33,6 +34,52 @@ def test_products_are_near_those_of_the_weights(inputs: int, outputs: int, bias:
     assert 0.001 < difference(Int8Linear(exact), exact) < 0.03
     exact = exact.bfloat16()
     assert 0.001 < difference(Float8Linear(exact), exact) < 0.05
+
+
+def stored_weights(dtype: torch.dtype, scale: Tensor) -> tuple[Rounded, nn.Linear]:
+    """All 8-bit values that a checkpoint may hold, with their scales, and their products in float32."""
+    bits = torch.randint(-128, 128, (len(scale), 512), generator=torch.Generator().manual_seed(5)).to(torch.int8)
+    if dtype is precision.FLOAT8:
+        bits[(bits == 127) | (bits == -1)] = 0  # 0x7F and 0xFF are NaN
+    values, exact = bits.view(dtype), nn.Linear(512, len(scale))
+    exact.weight.data = values.float() * scale[:, None]
+    return Rounded(values, scale), exact
+
+
+SCALES = [torch.rand(96).add(0.01).div(100), torch.full((96,), 0.003), torch.logspace(-6, 2, 96)]
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_stored_int8_weights_are_multiplied_bit_by_bit(scale: Tensor) -> None:
+    stored, exact = stored_weights(torch.int8, scale)
+    layer = quantize(exact, torch.int8, stored)
+    assert isinstance(layer, Int8Linear)
+    weight, bias = torch.ops.quantized.linear_unpack(layer.packed)
+    assert torch.equal(weight.int_repr(), stored.values)
+    assert torch.equal(weight.q_per_channel_scales().float(), scale)
+    assert bias is None
+    assert 0.001 < difference(layer, exact) < 0.03
+    x = torch.randint(-60, 61, (7, 512)).float()
+    x[:, 0] = layer.levels  # every token's maximum: the activations are integers, and exact
+    products = (x.double() @ stored.values.double().T) * scale.double() + exact.bias.double()
+    torch.testing.assert_close(layer(x).double(), products, rtol=1e-5, atol=1e-5 * products.abs().max().item())
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_stored_float8_weights_are_multiplied_bit_by_bit(scale: Tensor) -> None:
+    stored, exact = stored_weights(precision.FLOAT8, scale)
+    layer = quantize(exact, precision.FLOAT8, stored)
+    assert isinstance(layer, Float8Linear)
+    assert torch.equal(layer.weight.view(torch.uint8), stored.values.view(torch.uint8))
+    assert torch.equal(layer.scale, scale[None])
+    assert 0.001 < difference(layer, exact) < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, precision.FLOAT8])
+def test_stored_weights_with_other_scales_than_their_products_are_refused(dtype: torch.dtype) -> None:
+    stored, exact = stored_weights(dtype, torch.full((96,), 0.003))
+    with pytest.raises(RuntimeError, match="off by"):
+        quantize(exact, dtype, stored._replace(scale=1.2 * stored.scale))
 
 
 @pytest.mark.parametrize("kind", [Int8Linear, Float8Linear])

@@ -81,7 +81,7 @@ def test_the_static_prefix_is_computed_once(scorer: Scorer, card: Card) -> None:
     """At load; a pass computes the rest of each prefix, whatever its instruction shares with the default one."""
     static_prefix = scorer.prompt.static_prefix
     assert scorer.model.static_prefix == static_prefix
-    assert len(static_prefix) > len(scorer.prompt.system)
+    assert len(static_prefix) > 40
     group = [
         RerankRequest("what is it?", ["a cat", "压缩 文件 " * 30], instruction)
         for instruction in (None, "Given a web search", "", "Find the code")

@@ -13,8 +13,9 @@ import pytest
 from tests.conftest import FAKE, Server, Start
 from tests.faults.raw import Answers, connect, exchange, listen, post, send
 
-OLD, NEW = b"old-S3cr3t", b"new-S3cr3t"
+OLD, NEW = b"old-S3cr3t", b"new-S3cr3t-of-a-caller"
 TOKEN = NEW.decode()
+ACCEPTED = f"{OLD.decode()}, caller={TOKEN}"
 BODY = json.dumps({"query": "q", "documents": ["a"]}).encode()
 
 
@@ -29,7 +30,7 @@ FORMS = [form for t in (OLD, NEW) for form in (t.decode(), escaped(t).decode(), 
 
 @pytest.fixture(scope="module")
 def guarded(start: Start) -> Server:
-    return start(command=FAKE, token=TOKEN, ACCESS_TOKEN=f"{OLD.decode()}, {TOKEN}", LOG_LEVEL="DEBUG")
+    return start(command=FAKE, token=TOKEN, ACCESS_TOKEN=ACCEPTED, LOG_LEVEL="DEBUG")
 
 
 def ask(method: bytes = b"POST", target: bytes = b"/v1/rerank", *headers: bytes, host: bytes = b"h") -> bytes:
@@ -56,6 +57,8 @@ ENTITLED = {
     "a header in capitals": ask(b"POST", b"/v1/rerank", bearer(NEW).upper().replace(NEW.upper(), NEW)),
     "the old one as a parameter": query(OLD),
     "the new one as a parameter": query(NEW),
+    "the whole entry of the new one": ask(b"POST", b"/v1/rerank", bearer(b"caller=" + NEW)),
+    "the whole entry as a parameter": query(b"caller=" + NEW),
     "behind another parameter": ask(b"POST", b"/v1/rerank?x=1&access_token=" + NEW),
     "an escaped name": query(NEW, b"access%5Ftoken"),
     "an escaped value": query(escaped(NEW)),
@@ -81,6 +84,9 @@ REFUSED = {
     "all but the last letter": ask(b"POST", b"/v1/rerank", bearer(NEW[:-1])),
     "a letter more": ask(b"POST", b"/v1/rerank", bearer(NEW + b"x")),
     "a million letters more": ask(b"POST", b"/v1/rerank", bearer(NEW + b"x" * 30_000)),
+    "the name": ask(b"POST", b"/v1/rerank", bearer(b"caller")),
+    "the name of the other": ask(b"POST", b"/v1/rerank", bearer(b"caller=" + OLD)),
+    "the label of tokens without a name": ask(b"POST", b"/v1/rerank", bearer(b"unnamed=" + NEW)),
     "UTF-8": ask(b"POST", b"/v1/rerank", bearer("schlüssel".encode())),
     "Latin-1": ask(b"POST", b"/v1/rerank", bearer("schlüssel".encode("latin-1"))),
     "no text at all": ask(b"POST", b"/v1/rerank", bearer(b"\xff\xfe")),
@@ -289,7 +295,7 @@ def tour(server: Server, headers: bytes, parameter: bytes) -> dict[str, list[int
 def test_no_log_level_answer_or_metric_holds_a_token_whatever_the_status(start: Start) -> None:
     limits = {"BODY_TIMEOUT": "1", "MAX_BODY_BYTES": "50000", "MAX_DOCUMENTS": "50", "REQUEST_TIMEOUT": "2"}
     scorer = {"FAKE_SECONDS": "0.2", "FAKE_BATCH_TOKENS": "14", "MAX_QUEUE_TOKENS": "100"}
-    options = {"command": FAKE, "token": TOKEN, "ACCESS_TOKEN": f"{OLD.decode()},{TOKEN}"} | limits | scorer
+    options = {"command": FAKE, "token": TOKEN, "ACCESS_TOKEN": ACCEPTED} | limits | scorer
 
     def use(level: str) -> None:
         server = servers[level]

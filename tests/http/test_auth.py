@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 from typing import Any
+from urllib.parse import quote, unquote
 
 import httpx
 import pytest
@@ -13,9 +15,13 @@ from starlette.types import Receive, Scope, Send
 from app import create_app
 from config import Settings
 from reranker.http.auth import TokenAuth, redact
+from reranker.http.callers import entries
+from reranker.http.state import RequestContext, context_of
 from tests.fake import FakeScorer
 
-TOKENS = ["old-token", "new-token"]
+TOKENS = "old-token,new-token"
+CRAWLER = "0123456789abcdef=="
+NAMED = f"crawler={CRAWLER},crawler=rotated-to-this-one,search-2=fedcba9876543210,unnamed=a=b,plain=="
 seen: dict[str, Any] = {}
 
 
@@ -30,11 +36,19 @@ async def behind(scope: Scope, receive: Receive, send: Send) -> None:
 def get(
     path: str = "/health",
     headers: list[tuple[bytes, bytes]] | None = None,
-    tokens: list[str] = TOKENS,
+    tokens: str = TOKENS,
     method: str = "GET",
 ) -> httpx.Response:
+    """Send a request through the check; `seen["caller"]` is what the access log would read."""
+    auth = TokenAuth(behind, entries(tokens))
+
+    async def logged(scope: Scope, receive: Receive, send: Send) -> None:
+        scope.setdefault("state", {})["context"] = RequestContext("id")
+        await auth(scope, receive, send)
+        seen["caller"] = context_of(scope).caller
+
     async def ask() -> httpx.Response:
-        transport = httpx.ASGITransport(TokenAuth(behind, tokens))
+        transport = httpx.ASGITransport(logged)
         async with httpx.AsyncClient(transport=transport, base_url="http://h") as client:
             return await client.request(method, path, headers=headers or [])
 
@@ -126,8 +140,55 @@ def test_the_probes_are_open(path: str) -> None:
     assert get(path).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("token", "caller"),
+    [
+        (CRAWLER, "crawler"),
+        (f"crawler={CRAWLER}", "crawler"),
+        ("rotated-to-this-one", "crawler"),
+        ("fedcba9876543210", "search-2"),
+        ("a=b", "unnamed"),
+        ("unnamed=a=b", "unnamed"),
+        ("plain==", "unnamed"),
+    ],
+)
+def test_an_accepted_token_has_its_caller(token: str, caller: str) -> None:
+    assert get(headers=[bearer(token.encode())], tokens=NAMED).status_code == 200
+    assert seen["caller"] == caller
+    assert get(f"/health?access_token={quote(token)}", tokens=NAMED).status_code == 200
+    assert seen["caller"] == caller
+    assert get("/livez", [bearer(token.encode())], NAMED).status_code == 200
+    assert seen["caller"] == "none"
+
+
+@pytest.mark.parametrize(
+    "token",
+    ["crawler", "crawler=", "crawler=wrong", "search-2=0123456789abcdef==", f"={CRAWLER}", "b", "unnamed", "plain"],
+)
+def test_a_wrong_token_has_no_caller_and_learns_no_name(token: str) -> None:
+    response = get(headers=[bearer(token.encode())], tokens=NAMED)
+    assert response.status_code == 401
+    assert seen["caller"] == "none"
+    assert not any(name in response.text for name in ("crawler", "search-2"))
+
+
+def test_all_tokens_are_compared_wherever_the_right_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[bytes] = []
+    compare = hmac.compare_digest
+
+    def recorded(a: bytes, b: bytes) -> bool:
+        compared.append(b)
+        return compare(a, b)
+
+    monkeypatch.setattr(hmac, "compare_digest", recorded)
+    for token in (CRAWLER, "fedcba9876543210", "plain==", "wrong"):
+        compared.clear()
+        get(headers=[bearer(token.encode())], tokens=NAMED)
+        assert len(compared) == len(set(compared)) == 9  # five tokens, four of them also as whole entries
+
+
 def test_without_tokens_everybody_enters_and_nothing_leaks_all_the_same() -> None:
-    assert get("/v1/rerank?access_token=mine", tokens=[], method="POST").status_code == 200
+    assert get("/v1/rerank?access_token=mine", tokens="", method="POST").status_code == 200
     assert seen["query"] == b"access_token=***"
 
 
@@ -136,8 +197,6 @@ NAMES = ["access_token", "access%5Ftoken", "q", "", "Access_token"]
 
 @given(st.lists(st.tuples(st.sampled_from(NAMES), st.text(max_size=5))))
 def test_redaction_hides_the_token_and_keeps_the_rest(pairs: list[tuple[str, str]]) -> None:
-    from urllib.parse import quote, unquote
-
     query = "&".join(f"{name}={quote('S' + value)}" for name, value in pairs).encode()
     parts = redact(query).split(b"&") if query else []
     assert len(parts) == len(pairs)

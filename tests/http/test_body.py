@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from reranker.engine.scores import sigmoid
 from reranker.http.body import exceeds_values
+from reranker.http.dialects import ROUTES
 from reranker.request.fields import FIELDS
 from tests.conftest import Server
 from tests.fake import PREFIX
@@ -148,3 +149,27 @@ def test_values_are_counted_across_pieces() -> None:
     for count in (10_000, 60_001):
         texts = json.dumps([f'"{i},[' * 3 for i in range(count)]).encode()
         assert [exceeds_values(texts, count + 1), exceeds_values(texts, count)] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [
+        ('{"query": "a", "documents": ["b"], "query": "a"}', "query"),
+        ('{"query": "a", "documents": ["b"], "documents": null}', "documents"),
+        ('{"query": "a", "documents": [{"text": "b", "id": 1, "text": "c"}]}', "text"),
+        ('{"query": "a", "documents": ["b"], "x": {"deep": [{"y": 1, "y": 1}]}}', "y"),
+        ('{"query": "a", "documents": ["b"], "\\u0071uery": "c"}', "query"),
+        ('{"query": "a", "documents": ["b"], "a\\n b": 1, "a\\n b": 1}', "a__b"),
+    ],
+)
+def test_a_name_that_is_twice_in_one_object_is_refused(fake_server: Server, content: str, name: str) -> None:
+    for route in ROUTES:
+        response = fake_server.client.post(route.path, content=content)
+        assert response.status_code == 422
+        assert response.json()["detail"] == f"{name}: is in one JSON object twice; send it once"
+
+
+def test_the_search_for_the_doubled_name_is_linear(fake_server: Server) -> None:
+    names = ", ".join(f'"n{i}": 0' for i in range(200_000))
+    response = fake_server.client.post("/v1/rerank", content=f'{{{names}, "n199999": 1}}')
+    assert response.json()["detail"] == "n199999: is in one JSON object twice; send it once"

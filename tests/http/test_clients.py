@@ -77,6 +77,11 @@ RESULTS: list[tuple[str, str, dict[str, Any], bool]] = [
         BASE | {"documents": OBJECTS, "rank_fields": ["text"], "max_chunks_per_doc": 10},
         False,
     ),
+    ("OpenAI to Alibaba's compatible API", "/v1/reranks", BASE | {"top_n": 3, "instruct": "find"}, False),
+    ("litellm dashscope/", "/v1/reranks", BASE | {"top_n": 3, "return_documents": True}, True),
+    ("LocalAI's and llama.cpp's names", "/v1/reranking", BASE | {"top_n": 3}, False),
+    ("llama.cpp without a model", "/reranking", {"query": QUERY, "documents": DOCUMENTS, "top_n": 3}, False),
+    ("AI SDK, Together", "/v1/rerank", BASE | {"top_n": 3, "return_documents": False}, False),
     ("Weaviate reranker-cohere", "/v1/rerank", BASE | {"return_documents": False}, False),
     ("Weaviate reranker-transformers", "/rerank", {"query": QUERY, "documents": DOCUMENTS, "property": ""}, False),
 ]
@@ -92,7 +97,8 @@ def test_clients_of_the_results_object(fake_server: Server, path: str, body: dic
         {"text": DOCUMENTS[i]} if texts else None for i, _ in RANKING
     ]
     assert content["model"] == "fake"
-    assert content["usage"]["total_tokens"] == content["meta"]["tokens"]["input_tokens"] == 36
+    assert content["usage"] == {"prompt_tokens": 36, "completion_tokens": 0, "total_tokens": 36}
+    assert content["meta"]["tokens"]["input_tokens"] == 36
     assert "object" not in content
     assert "x-ignored-fields" not in answer.headers
 
@@ -131,3 +137,82 @@ def test_clients_of_the_native_results(fake_server: Server) -> None:
     assert [(row["index"], row["relevance_score"], row["text"]) for row in rows] == [
         (i, score, DOCUMENTS[i]) for i, score in RANKING
     ]
+
+
+def test_the_cohere_v1_client_at_api_has_its_keys(fake_server: Server) -> None:
+    body = BASE | {"return_documents": True, "max_chunks_per_doc": 10}
+    rows = fake_server.client.post("/api/v1/rerank", json=body).json()["results"]
+    assert [(row["index"], row["relevance_score"], row["document"]) for row in rows] == [
+        (i, score, {"text": DOCUMENTS[i]}) for i, score in RANKING
+    ]
+
+
+SCORE: list[tuple[str, str, dict[str, Any]]] = [
+    ("vLLM's present example", "/score", {"model": "m", "queries": [QUERY] * 3, "documents": DOCUMENTS}),
+    ("vLLM's tests, one query", "/v1/score", {"model": "m", "queries": QUERY, "documents": DOCUMENTS}),
+    (
+        "vLLM's older names",
+        "/v1/score",
+        {"model": "m", "encoding_format": "float", "text_1": QUERY, "text_2": DOCUMENTS},
+    ),
+    ("vLLM's data names", "/score", {"model": "m", "data_1": QUERY, "data_2": DOCUMENTS, "truncate_prompt_tokens": -1}),
+    ("SGLang's names", "/v1/score", {"model": "m", "queries": QUERY, "items": DOCUMENTS}),
+    (
+        "vLLM's example with the template in its texts",
+        "/score",
+        {"model": "m", "queries": [wear(QUERY, [])["query"]] * 3, "documents": wear(QUERY, DOCUMENTS)["documents"]},
+    ),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), [row[1:] for row in SCORE], ids=[row[0] for row in SCORE])
+def test_clients_of_scores(fake_server: Server, path: str, body: dict[str, Any]) -> None:
+    answer = fake_server.client.post(path, json=body)
+    assert [row["score"] for row in answer.json()["data"]] == [score for _, score in sorted(RANKING)]
+    assert "x-ignored-fields" not in answer.headers
+
+
+def test_clients_of_the_template_with_several_queries(fake_server: Server) -> None:
+    queries = [wear(query, [], query)["query"] for query in (QUERY, "a bird", QUERY)]
+    body = {"queries": queries, "documents": wear("", DOCUMENTS)["documents"]}
+    answer = fake_server.client.post("/score", json=body)
+    assert [row["score"] for row in answer.json()["data"]] == [sigmoid(0), sigmoid(0), sigmoid(1)]
+    assert answer.headers["x-warnings"].startswith("queries: Qwen's prompt template was taken off query and documents")
+
+
+PASSAGES = {"query": {"text": QUERY}, "passages": OBJECTS}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"model": "m"} | PASSAGES,  # langchain, llama-index
+        {"model": "m", "truncate": "END"} | PASSAGES,
+        {"model": "m", "truncate": "NONE"} | PASSAGES,  # litellm nvidia_nim/ranking/
+    ],
+)
+def test_clients_of_nvidias_rankings(fake_server: Server, body: dict[str, Any]) -> None:
+    answer = fake_server.client.post("/v1/ranking", json=body)
+    assert [(row["index"], sigmoid(row["logit"])) for row in answer.json()["rankings"]] == RANKING
+    assert answer.json()["usage"]["total_tokens"] == 36  # litellm
+    assert "x-ignored-fields" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {},
+        {"top_n": 3},  # llama-index
+        {"top_n": 3, "return_documents": False},  # LightRAG
+        {"top_n": 3, "return_documents": True, "instruct": "find"},  # the SDK with all options
+    ],
+)
+def test_clients_of_dashscope(fake_server: Server, parameters: dict[str, Any]) -> None:
+    body = {"model": "gte-rerank", "parameters": parameters, "input": {"query": QUERY, "documents": DOCUMENTS}}
+    answer = fake_server.client.post("/api/v1/services/rerank/text-rerank/text-rerank", json=body)
+    rows = answer.json()["output"]["results"]
+    assert [(row["index"], row["relevance_score"]) for row in rows] == RANKING
+    assert [row.get("document") for row in rows] == [
+        {"text": DOCUMENTS[i]} if parameters.get("return_documents") else None for i, _ in RANKING
+    ]
+    assert "x-ignored-fields" not in answer.headers

@@ -71,7 +71,7 @@ def test_fields_in_the_wrong_place_are_reported_with_the_right_one(fake_server: 
     assert len(response.json()["output"]["results"]) == 3
     assert response.headers["x-ignored-fields"] == "topn, top_n, input.instruct, input.texts, parameters.query"
     assert response.headers["x-warnings"].split(" | ") == [
-        "topn is not read; did you mean parameters.top_k?",
+        "topn is not read; did you mean parameters.top_n?",
         "top_n is not read; send parameters.top_n",
         "input.instruct is not read; send parameters.instruct",
         "input.texts is not read",
@@ -80,10 +80,10 @@ def test_fields_in_the_wrong_place_are_reported_with_the_right_one(fake_server: 
 
 
 def test_every_error_of_the_route_has_the_keys_and_no_other_route_has(start: Start) -> None:
-    server = start(command=FAKE, ACCESS_TOKEN="t0k3n", token="t0k3n", MAX_BODY_BYTES="1000", wait="ok")
-    bare = httpx.Client(base_url=server.client.base_url, trust_env=False)
+    server = start(command=FAKE, ACCESS_TOKEN="t0k3n", token="t0k3n", MAX_BODY_BYTES="1024")
+    bare = {"Authorization": "Bearer wrong"}
     responses = [
-        bare.post(PATH, json=BODY),
+        server.client.post(PATH, json=BODY, headers=bare),
         server.client.get(PATH),
         server.client.post(PATH, content=b"x" * 2000),
         server.client.post(PATH, content=b"x", headers={"Content-Type": "text/plain"}),
@@ -95,4 +95,4 @@ def test_every_error_of_the_route_has_the_keys_and_no_other_route_has(start: Sta
         assert content["code"] == content["error_type"]
         assert content["request_id"] == response.headers["x-request-id"]
         assert content["message"] == content["detail"]
-    assert "code" not in bare.post("/v1/rerank", json=BODY).json()
+    assert "code" not in server.client.post("/v1/rerank", json=BODY, headers=bare).json()

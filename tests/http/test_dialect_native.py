@@ -31,6 +31,16 @@ def test_the_native_results_have_texts(fake_server: Server) -> None:
     }
 
 
+def test_the_native_results_have_cohere_documents_beside_a_model_on_request(fake_server: Server) -> None:
+    content = post(fake_server, "/api/v1/rerank", top_k=1, model="m", return_documents=True)
+    assert isinstance(content, dict)
+    assert content["results"] == [
+        {"index": 1, "relevance_score": sigmoid(2), "text": "red fish", "document": {"text": "red fish"}}
+    ]
+    for more in ({"model": "m"}, {"return_documents": True}):
+        assert "'document'" not in str(post(fake_server, "/api/v1/rerank", **more))
+
+
 def test_texts_stand_in_the_array_when_they_are_asked_for(fake_server: Server) -> None:
     for flag in ("return_documents", "return_text"):
         assert post(fake_server, "/v1/rerank", top_k=1, **{flag: True}) == [

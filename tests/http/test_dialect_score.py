@@ -16,7 +16,7 @@ QUERIES = ["red fish", "a bird", "red fish"]
 DOCUMENTS = ["a fish", "a bird", "red fish"]
 
 
-def post(server: Server, path: str = "/score", **body: Any) -> httpx.Response:
+def post(server: Server, path: str = "/score", /, **body: Any) -> httpx.Response:
     return server.client.post(path, json=body, headers={"x-request-id": "id-7"})
 
 
@@ -120,7 +120,7 @@ def test_unread_fields_are_reported_and_vllms_defaults_are_not(fake_server: Serv
     response = post(fake_server, queries="q", documents=[{"text": "a", "title": "t"}, "b"], **more)
     assert len(scores(response)) == 2
     assert response.headers["x-ignored-fields"].split(", ") == [
-        "truncate_prompt_tokens", "items", "text_1", "top_n", "return_documents", "documents.title"
+        "truncate_prompt_tokens", "items", "text_1", "documents.title", "top_n", "return_documents"
     ]  # fmt: skip
     assert "truncate_prompt_tokens is not read; did you mean truncate?" in response.headers["x-warnings"]
 

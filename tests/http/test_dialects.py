@@ -8,15 +8,18 @@ from reranker.http.dialects import ROUTES, render
 from reranker.http.dialects.route import Route
 from reranker.http.ranking import Ranking
 from reranker.request.parse import parse_request
-from reranker.types import RerankResult
+from reranker.types import ModelInfo, RerankResult
 from tests.http.test_rerank import ALL
 
 COMMON = [route for route in ROUTES if route.parse is parse_request]
 
 
+SERVED = ModelInfo("served", "cpu", "float32", 8192, 1000)
+
+
 def content(route: Route, body: dict[str, Any]) -> Any:
     parsed = parse_request({"query": "q", **body})
-    return render(route, Ranking.of(parsed, RerankResult([0.0, 2.0], 9, 0), "served", "id-1"))
+    return render(route, Ranking.of(parsed, RerankResult([0.0, 2.0], 9, 0), SERVED, "id-1"))
 
 
 @pytest.mark.parametrize("route", COMMON, ids=lambda route: route.path)

@@ -32,6 +32,7 @@ from config import Settings
 from reranker import errors
 from reranker.engine.scorer import Scorer
 from reranker.http.access import AccessLog
+from reranker.http.callers import MAX_NAMES, NONE, UNNAMED
 from reranker.http.metrics import _FILES, OTHER, TABLE, Metrics
 from reranker.http.state import context_of, service_of
 from reranker.scheduler.batcher import Batcher
@@ -121,10 +122,14 @@ def fill(server: Server) -> tuple[Counter[tuple[str, str]], list[httpx.Response]
     return tally, scored
 
 
+SEARCH, CRAWLER = "search-0123456789", "crawler-0123456789"
+ACCESS_TOKEN = f"{TOKEN},search={SEARCH},search=rotated-0123456789,crawler={CRAWLER}"
+
+
 @pytest.fixture(scope="module", params=[1, 2], ids=["one worker", "two workers"])
 def server(start: Start, request: pytest.FixtureRequest) -> Server:
     workers = {"WORKERS": str(request.param), "WORKER_CONNECTIONS": "1", "MAX_BODY_BYTES": "4096"}
-    it = start(command=FAKE, token=TOKEN, ACCESS_TOKEN=TOKEN, MODEL_DEVICE="cpu", FAKE_SECONDS="0.1", **workers)
+    it = start(command=FAKE, token=TOKEN, ACCESS_TOKEN=ACCESS_TOKEN, MODEL_DEVICE="cpu", FAKE_SECONDS="0.1", **workers)
     once(it, lambda s: value(s, "reranker_ready_workers") == request.param)
     return it
 
@@ -178,6 +183,51 @@ def test_a_known_set_of_requests_is_counted_exactly(server: Server) -> None:
     labels = {"model": "fake", "device": "cpu", "precision": "float32", "version": "0.1.0"}
     assert value(now, "reranker_model_info", **labels) == workers
     assert value(now, "reranker_device_memory_bytes") == workers * (1 << 20)
+
+
+def test_every_request_is_counted_for_its_caller(server: Server) -> None:
+    before = samples(server)
+
+    def rise(now: Samples, name: str, **labels: str) -> float:
+        return value(now, name, **labels) - value(before, name, **labels)
+
+    tokens = Counter[str]()
+    for token, caller in (
+        (SEARCH, "search"),
+        ("rotated-0123456789", "search"),
+        (f"crawler={CRAWLER}", "crawler"),  # as a program that does not know of names would send it
+        (TOKEN, "unnamed"),
+    ):
+        for documents in (1, 3):
+            answer = call(server, "/v1/rerank", json=body(documents), headers={"Authorization": f"Bearer {token}"})
+            tokens[caller] += int(answer.headers["x-prompt-tokens"])
+    broken = {"Authorization": f"Bearer {SEARCH}", "Content-Type": "application/json"}
+    assert call(server, "/v1/rerank", content=b"{", headers=broken).status_code == 400
+    wrong = {"Authorization": f"Bearer {SEARCH}-wrong"}
+    assert call(server, "/v1/rerank", json=body(), headers=wrong).status_code == 401
+    assert call(server, "/livez").status_code == 200
+
+    requests = {
+        ("search", "200"): 4,
+        ("crawler", "200"): 2,
+        ("search", "400"): 1,
+        ("none", "401"): 1,
+        ("none", "200"): 1,
+    }
+    name = "reranker_caller_requests_total"
+    now = once(server, lambda s: all(rise(s, name, caller=c, status=t) >= n for (c, t), n in requests.items()))
+    for (caller, status), count in requests.items():
+        assert rise(now, name, caller=caller, status=status) == count, (caller, status)
+    for caller in ("search", "crawler", "unnamed", "none"):
+        assert rise(now, "reranker_caller_prompt_tokens_total", caller=caller) == tokens[caller], caller
+    labels = {dict(labels)["caller"] for name, labels in now if name.startswith("reranker_caller_")}
+    assert labels == {"search", "crawler", "unnamed", "none"}
+
+    def total(now: Samples, name: str) -> float:
+        return sum(count for (other, _), count in now.items() if other == name)
+
+    once(server, lambda s: total(s, name) == total(s, "reranker_requests_total"))
+    assert server.log.count("access tokens: 4; with a name: 3 (crawler, search)\n") >= 1
 
 
 def test_openmetrics_is_spoken_on_request(server: Server) -> None:
@@ -401,7 +451,8 @@ def test_all_that_can_be_counted_fits_into_the_space_that_was_taken(
     routes = [str(context.path) for context in iter_route_contexts(app.routes)]
     assert {"/v1/rerank", "/metrics", "/docs"} <= set(routes)
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
-    metrics = Metrics(str(tmp_path), "7")
+    callers = [f"{'x' * 29}-{i:02}" for i in range(MAX_NAMES)]
+    metrics = Metrics(str(tmp_path), "7", callers)
     statuses = {kind.status for kind in vars(errors).values() if hasattr(kind, "status")}
     assert len(statuses) > 8
     # Twice the routes of today, each with every status there is.
@@ -409,6 +460,9 @@ def test_all_that_can_be_counted_fits_into_the_space_that_was_taken(
         for status in statuses | {200, 404, 405, 499}:
             metrics.request_began()
             metrics.request_ended(route, status, 0.1, f"kind_{status}")
+    for caller in (NONE, UNNAMED, *callers):
+        for status in statuses | {200, 404, 405, 499}:
+            metrics.caller_served(caller, status, 1)
     metrics.loaded(FakeScorer().info, 1)
     assert {f.name: f.stat().st_size for f in tmp_path.iterdir()} == {f"{n}_7.db": size for n, size in _FILES.items()}
     assert b'reranker_requests_total{route="/v1/rerank/long",status="499"} 1.0' in metrics.render("")[0]
@@ -421,6 +475,10 @@ def test_every_known_kind_of_error_starts_at_zero() -> None:
     kinds = {kind.error_type for kind in vars(errors).values() if hasattr(kind, "error_type")} | {"cors_refused"}
     assert {read("reranker_errors_total", {"error_type": kind}) for kind in kinds} == {0.0}
     assert {read("reranker_score_cache_documents_total", {"result": result}) for result in ("hit", "miss")} == {0.0}
+    read = Metrics(callers={"search"}).registry.get_sample_value
+    for caller in ("search", "unnamed", "none"):
+        assert read("reranker_caller_requests_total", {"caller": caller, "status": "200"}) == 0.0
+        assert read("reranker_caller_prompt_tokens_total", {"caller": caller}) == 0.0
     assert {row.name for row in TABLE if row.zeros} == {"reranker_errors", "reranker_score_cache_documents"}
 
 

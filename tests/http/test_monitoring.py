@@ -86,6 +86,21 @@ def test_labels_and_their_values_exist(exported: dict[str, set[str]]) -> None:
                 assert set(value.split("|")) <= kinds
 
 
+def test_the_queries_of_the_documentation_are_accepted(exported: dict[str, set[str]], tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    queries = [query.replace("\\|", "|") for query in re.findall(r"`(sum[^`]*reranker_[^`]*)`", text)]
+    assert len(queries) == 5
+    for query in queries:
+        labels = set(re.findall(r"by \((\w+)\)", query)) | set(re.findall(r'(\w+)=~?"', query))
+        for name in re.findall(r"reranker_\w+", query):
+            assert labels <= exported[name], query
+    rules = [{"record": f"documented:query:{i}", "expr": query} for i, query in enumerate(queries)]
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump({"groups": [{"name": "documented", "rules": rules}]}))
+    command = [tool("promtool"), "check", "rules", str(tmp_path / "rules.yml")]
+    checked = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
 def test_the_dashboard_is_whole() -> None:
     panels = DASHBOARD["panels"]
     assert len({panel["id"] for panel in panels}) == len({panel["title"] for panel in panels}) == len(panels)
@@ -231,6 +246,7 @@ def test_monitoring_starts_only_when_asked_and_is_not_open_to_the_network(file: 
         ("p%s$x\\n!", "p%s$x\\n!"),
         ('"one"', "one"),
         ("'one, two'  # a comment", "one"),
+        ("ops=0123456789abcdef==, two", "ops=0123456789abcdef=="),  # the service accepts whole entries
     ],
 )
 def test_prometheus_takes_port_and_token_from_the_environment(tmp_path: Path, given: str, token: str) -> None:

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from reranker.http.ranking import order
+from reranker.http.ranking import Ranking, order
+from reranker.request.parse import parse_request
+from reranker.types import ModelInfo, RerankResult
 
 
 @pytest.mark.parametrize(
@@ -17,3 +19,16 @@ from reranker.http.ranking import order
 )
 def test_best_first_ties_by_index_cut_to_top_k(logits: list[float], top: int | None, expected: list[int]) -> None:
     assert order(logits, top) == expected
+
+
+@pytest.mark.parametrize(
+    ("instruction", "reads", "said"), [("Find code", False, 1), ("Find code", True, 0), (None, False, 0)]
+)
+def test_an_instruction_that_the_prompt_has_no_place_for_is_reported(
+    instruction: str | None, reads: bool, said: int
+) -> None:
+    model = ModelInfo("m", "cpu", "float32", 8192, 1000, reads_instruction=reads)
+    parsed = parse_request({"query": "q", "documents": ["a"], "instruction": instruction, "extra": 1})
+    ranking = Ranking.of(parsed, RerankResult([0.0], 9, 0), model, "id")
+    assert ranking.headers["x-ignored-fields"].split(", ") == ["extra", "instruction"][: 1 + said]
+    assert sum("instruction is not read" in warning for warning in ranking.warnings) == said

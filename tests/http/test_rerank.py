@@ -94,6 +94,8 @@ def test_what_is_wrong_is_named_in_the_same_words_everywhere(fake_server: Server
         assert set(answer.json()) == {"detail", "error_type", "message", "error"}
         assert answer.json()["error_type"] == "invalid_request"
         assert answer.json()["detail"].startswith(detail)
+        error = {"message": answer.json()["detail"], "type": "invalid_request"}
+        assert (answer.json()["message"], answer.json()["error"]) == (error["message"], error)
 
 
 @pytest.mark.parametrize("path", ALL)

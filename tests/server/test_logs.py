@@ -20,6 +20,7 @@ from tests.conftest import GUNICORN, Server, Start
 FAKE = [*GUNICORN[:-1], "tests.fake_app:app"]
 UVICORN = [str(Path(sys.executable).with_name("uvicorn")), "tests.fake_app:app", "--port", "{port}"]
 TOKEN = "s3cr3t-token"
+CRAWLER = "s3cr3t-token-of-the-crawler"
 QUERY = "confidential-query"
 DOCUMENT = "confidential-document"
 
@@ -56,7 +57,10 @@ def use(server: Server) -> None:
 @pytest.mark.parametrize("command", [FAKE, UVICORN], ids=["gunicorn", "uvicorn"])
 def test_every_line_is_json_and_none_tells_a_text_or_a_token(start: Start, command: list[str]) -> None:
     options = {"LOG_FORMAT": "json", "LOG_LEVEL": "DEBUG", "WORKERS": "2", "MODEL_DEVICE": "cpu"}
-    server = start(command=command, token=TOKEN, ACCESS_TOKEN=TOKEN, **options)
+    accepted = f"crawler={CRAWLER}, {TOKEN}"
+    server = start(command=command, token=TOKEN, ACCESS_TOKEN=accepted, **options)
+    named = {"Authorization": f"Bearer {CRAWLER}", "X-Request-Id": "named-1"}
+    assert server.client.get("/v1/models", headers=named).status_code == 200
     use(server)
     server.client.close()
     server.stop()
@@ -79,6 +83,7 @@ def test_every_line_is_json_and_none_tells_a_text_or_a_token(start: Start, comma
         isinstance(good[name], float) and good[name] >= 0 for name in ("duration_ms", "queue_ms", "inference_ms")
     )
     assert "path" not in good
+    assert {line["id"]: line["caller"] for line in access if "caller" in line} == {"named-1": "crawler"}
     bad = next(line for line in access if line["id"] == "bad-1")
     assert (bad["status"], bad["error_type"], bad["documents"]) == (500, "scoring_failed", 1)
     kinds = [line.get("error_type") for line in access if line["status"] >= 400 and line["route"] != "/health"]
@@ -116,8 +121,12 @@ def test_libraries_with_handlers_of_their_own_are_back_under_ours() -> None:
 
 
 def test_text_and_json_tell_the_same_facts(start: Start) -> None:
-    server = start(command=FAKE, LOG_FORMAT="%(message)s")
-    server.client.post("/v1/rerank", json={"query": QUERY, "documents": [DOCUMENT]}, headers={"X-Request-Id": "text-1"})
+    server = start(command=FAKE, token=TOKEN, ACCESS_TOKEN=f"{TOKEN}, crawler={CRAWLER}", LOG_FORMAT="%(message)s")
+    body = {"query": QUERY, "documents": [DOCUMENT]}
+    server.client.post("/v1/rerank", json=body, headers={"X-Request-Id": "text-1"})
+    for i, token in enumerate((CRAWLER, f"crawler={CRAWLER}", f"crawler={TOKEN}")):
+        headers = {"X-Request-Id": f"named-{i}", "Authorization": f"Bearer {token}"}
+        server.client.post("/v1/rerank", json=body, headers=headers)
     server.client.get("/nothing", headers={"X-Request-Id": "text-2"})
     server.client.close()
     server.stop()
@@ -129,6 +138,12 @@ def test_text_and_json_tell_the_same_facts(start: Start) -> None:
         re.M,
     )
     assert re.search(r"^GET /nothing 404 \d+\.\d ms id=text-2 error_type=not_found$", log, re.M)
+    assert re.search(r"^POST /v1/rerank 200 \d+\.\d ms id=named-0 caller=crawler documents=1 tokens=11 ", log, re.M)
+    assert re.search(r"^POST /v1/rerank 200 \d+\.\d ms id=named-1 caller=crawler documents=1 tokens=11 ", log, re.M)
+    assert re.search(r"^POST /v1/rerank 401 \d+\.\d ms id=named-2 error_type=unauthorized$", log, re.M)
+    assert "access tokens: 2; with a name: 1 (crawler)\n" in log
+    assert CRAWLER not in log
+    assert TOKEN not in log
 
 
 def record(**fields: Any) -> logging.LogRecord:

@@ -3,74 +3,83 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from reranker.engine.checkpoint.files import AGAIN, ORIGINAL, UNQUANTIZED, first_line, read_json, refuse_if
-from reranker.engine.checkpoint.tokenizer import check_tokenizer, load_tokenizer
+from reranker.engine.checkpoint.adapter import Adapter
+from reranker.engine.checkpoint.files import AGAIN, ORIGINAL, first_line, read_json, refuse_if
+from reranker.engine.checkpoint.locate import Located
+from reranker.engine.checkpoint.quantization import read_scheme
+from reranker.engine.checkpoint.scales import Scheme
+from reranker.engine.checkpoint.tokenizer import load_tokenizer
 from reranker.errors import ModelLoadError
 
-_QUANTIZATION_FILES = {
-    "quantize_config.json": "GPTQ",
-    "quant_config.json": "AWQ",
-    "hf_quant_config.json": "NVIDIA ModelOpt",
-    "quantization_config.json": "torchao",
-}
 _ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 """Rope types that choose their frequencies by the longest input of a batch."""
 
 
 class Checkpoint(NamedTuple):
-    """A folder that may be loaded."""
+    """A folder that may be loaded, with the adapter that is merged into its weights."""
 
     path: Path
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
+    adapter: Adapter | None = None
+    scheme: Scheme | None = None
+    """The form of quantised weights."""
+
+    @property
+    def folders(self) -> list[Path]:
+        """See `Located.folders`."""
+        return Located(self.path, self.adapter).folders
+
+    @property
+    def merged(self) -> str:
+        """What is merged into the weights, for logs; empty: nothing."""
+        return "" if self.adapter is None else f"{self.adapter} into {self.path}"
 
 
-def read_settings(path: Path) -> dict[str, Any]:
-    """Read the config.json of a folder that `locate` returned.
+def read_settings(located: Located) -> dict[str, Any]:
+    """Read the config.json of a folder that `locate` returned, with the head of its adapter.
 
     Raises:
-        ModelLoadError: it cannot be read, or the weights are quantised.
+        ModelLoadError: it cannot be read, the weights are quantised in a form that is not read, or the adapter is for
+            another head.
     """
+    path, adapter = located
     settings: dict[str, Any] = read_json(path / "config.json")
-    stored = settings.get("quantization_config", settings.get("compression_config"))
-    if isinstance(stored, dict):
-        bitsandbytes = any(str(key).startswith("load_in_") for key in stored)
-        method = str(stored.get("quant_method") or ("bitsandbytes" if bitsandbytes else "unknown method"))
-    elif stored is not None:
-        method = str(stored)
-    elif settings.get("quantization"):
-        method = "MLX"
-    else:
-        method = next((method for name, method in _QUANTIZATION_FILES.items() if (path / name).exists()), "")
-    refuse_if(method, f"{path} is a quantised checkpoint ({method[:40]}), which is not read: {UNQUANTIZED}")
-    return settings
+    try:
+        read_scheme(path, settings)
+    except ModelLoadError as error:
+        if adapter is None:
+            raise
+        problem = f"the base of the LoRA adapter in {adapter.folder} cannot be used: {error}"
+        raise ModelLoadError(f"{problem}; {adapter.unquantized(path)}") from error
+    return settings if adapter is None else settings | adapter.settings(settings)
 
 
-def read(path: Path, settings: dict[str, Any], control_tokens: Sequence[str]) -> Checkpoint:
-    """Read config.json, whose `settings` the family has checked, and the tokenizer with the prompt's control tokens.
+def read(located: Located, settings: dict[str, Any]) -> Checkpoint:
+    """Read config.json, whose `settings` the family has checked, and the tokenizer.
 
     Raises:
         ModelLoadError: a file cannot be read or does not fit the others, or config.json names code or other weights.
     """
+    path, adapter = located
     file = path / "config.json"
     code = f"{file} asks for the checkpoint's own code (auto_map), which is never run: {ORIGINAL}, or remove auto_map"
     refuse_if("auto_map" in settings, f"{code} if a class of transformers computes the model")
     renamed = settings.get("transformers_weights")
     refuse_if(renamed, f"{file} names its weights (transformers_weights): rename that file to model.safetensors")
     try:
-        config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
+        changes = {} if adapter is None else adapter.settings(settings)
+        config = AutoConfig.from_pretrained(str(path), trust_remote_code=False, **changes)
     except Exception as error:  # transformers raises a different type for each field
         raise ModelLoadError(f"{file} cannot be used: {first_line(error)}") from error
-    tokenizer = load_tokenizer(path)
-    check_tokenizer(path, tokenizer, config.vocab_size, control_tokens)
-    return Checkpoint(path, config, tokenizer)
+    tokenizer = load_tokenizer(path) if adapter is None else load_tokenizer(adapter.folder, path)
+    return Checkpoint(path, config, tokenizer, adapter, read_scheme(path, settings))
 
 
 def check_rope(file: Path, settings: dict[str, Any]) -> None:

@@ -1,60 +1,102 @@
 """Read the sentence-transformers files of a checkpoint: the words that are scored, the prompt, the instruction.
 
-Source: sentence-transformers' CrossEncoder, whose LogitScore module takes logit(true) - logit(false) of a prompt that
-the folder's chat template renders from the roles system (the instruction), query and document.
+Source: sentence-transformers' CrossEncoder. Its LogitScore module takes logit(true) - logit(false), or logit(true)
+alone; the folder's chat template renders the prompt from the roles system (the instruction), query and document.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from reranker.engine.checkpoint.files import AGAIN, RERANKER, first_line, read_json, refuse_if
-from reranker.engine.families.base import Family
+from reranker.engine.template import Parts, Slot, Template, text_of
 from reranker.errors import ModelLoadError
 
 logger = logging.getLogger(__name__)
 
-_INSTRUCTION, _QUERY, _DOCUMENT = "\n sentinel instruction ", " sentinel <query>\n", " sentinel &amp; document "
-"""With outer white space, so that a template that trims its texts renders another prompt."""
+_TEXTS = (
+    {Slot.INSTRUCTION: "\t an instruction\t", Slot.QUERY: "\t a <query>\t", Slot.DOCUMENT: "\t a &amp; document\t"},
+    {Slot.INSTRUCTION: "2nd order", Slot.QUERY: "is it?", Slot.DOCUMENT: "第二个文档 " * 9 + "."},
+)
+"""A template must treat both alike. The first have outer white space, which a template that trims would remove."""
+_ROLES = {Slot.INSTRUCTION: "system", Slot.QUERY: "query", Slot.DOCUMENT: "document"}
 _EMBEDDING = ("Pooling", "Normalize", "WordEmbeddings", "StaticEmbedding")
 """Modules that only embedding models have."""
+_NOT_RENDERED = {"padding", "truncation", "max_length", "return_tensors", "restore_suffix", "tokenize", "return_dict"}
+"""Options that sentence-transformers does not hand to the template."""
 
 
-def default_instruction(family: Family) -> str | None:
-    """Return the instruction that the folder names for requests without one; None if it names none.
+class Answers(NamedTuple):
+    """Token ids of the words whose logits are the score: true - false, or true alone."""
+
+    true: int
+    false: int | None
+
+
+class Layout(NamedTuple):
+    """What the files say; None: nothing."""
+
+    folder: Path
+    """The folder whose modules have the answers."""
+    answers: Answers | None
+    template: Template | None
+    instruction: str | None
+    """The default instruction."""
+
+
+def read_layout(folders: Sequence[Path], tokenizer: PreTrainedTokenizerBase, control_tokens: frozenset[str]) -> Layout:
+    """Read the layout of a checkpoint.
+
+    Args:
+        folders: its folders; a file of the first is read in place of one of the second.
+        tokenizer: its tokenizer, with its chat template.
+        control_tokens: the added tokens of the model family.
 
     Raises:
-        ModelLoadError: the folder describes another score or another prompt than this service computes.
+        ModelLoadError: the folder describes a score or a prompt that is not computed here.
     """
-    path = family.checkpoint.path
-    template = _check_template(family, has_answers=_check_modules(family))
-    file, transformer = path / "config_sentence_transformers.json", path / "sentence_bert_config.json"
+    path = next((folder for folder in folders if _has_modules(folder)), folders[-1])
+    answers = _read_answers(path)
+    file, transformer = (
+        next((folder / name for folder in folders if (folder / name).is_file()), path / name)
+        for name in ("config_sentence_transformers.json", "sentence_bert_config.json")
+    )
     settings = read_json(file) if file.is_file() else {}
+    options = read_json(transformer) if transformer.is_file() else {}
     embedding = settings.get("model_type") == "SentenceTransformer" or settings.get("similarity_fn_name")
-    refuse_if(embedding, f"{path} is an embedding model ({file.name}), which {RERANKER}")
+    refuse_if(embedding, f"{file.parent} is an embedding model ({file.name}), which {RERANKER}")
     activation = str(settings.get("activation_fn") or "Sigmoid").rpartition(".")[2]
     if activation not in ("Sigmoid", "Identity"):
-        used = " - ".join(family.answers)
-        logger.warning("the activation %s of %s is ignored: scores are sigmoid(%s)", activation[:40], path, used)
-    lower = transformer.is_file() and read_json(transformer).get("do_lower_case")
-    refuse_if(lower, f"{transformer} sets do_lower_case, which is not supported: remove it")
+        logger.warning("the activation %s of %s is ignored: scores are sigmoid(logit)", activation[:40], file.parent)
+    refuse_if(options.get("do_lower_case"), f"{transformer} sets do_lower_case, which is not supported: remove it")
+    own = Path(tokenizer.name_or_path)
+    template = _read_template(own, tokenizer, control_tokens, options, required=answers is not None)
+    return Layout(path, answers, template, _default_prompt(file, settings))
+
+
+def _default_prompt(file: Path, settings: dict[str, Any]) -> str | None:
     name, prompts = settings.get("default_prompt_name"), settings.get("prompts") or {}
     if name is None:
-        return template
+        return None
     prompt = prompts.get(name) if isinstance(prompts, dict) and isinstance(name, str) else None
     if not isinstance(prompt, str):
         raise ModelLoadError(f"{file} has no prompt for its default_prompt_name: add it to prompts, or remove the name")
-    return prompt if prompt.strip() else template
+    return prompt if prompt.strip() else None
 
 
-def _check_modules(family: Family) -> bool:
-    """Refuse an embedding model, a trained head, and other words than the family's; True if there is a LogitScore."""
-    path = family.checkpoint.path.absolute()  # "." is its own parent
+def _has_modules(path: Path) -> bool:
+    return (path / "modules.json").is_file() or any(path.glob("*_LogitScore"))
+
+
+def _read_answers(path: Path) -> Answers | None:
+    """Return the words of the LogitScore module; refuse an embedding model and other modules."""
+    path = path.absolute()  # "." is its own parent
     above = any(folder == path for _, folder in _modules(path.parent))
     refuse_if(above, f"{path} is a part of {path.parent}, whose modules.json says how it is scored: use that folder")
     modules = _modules(path)
@@ -69,9 +111,9 @@ def _check_modules(family: Family) -> bool:
             raise ModelLoadError(f"{path / 'modules.json'} names the module {kind[:40]!r}, which is not computed here")
         elif folder != path:
             raise ModelLoadError(f"{path} keeps its weights in {folder.name}: move the files of {folder} into {path}")
-    for file in files:
-        _check_answers(file, family.answers)
-    return bool(files)
+    found = {_answers(file) for file in files}
+    refuse_if(len(found) > 1, f"{path} has LogitScore modules with different tokens: remove the wrong one")
+    return found.pop() if found else None
 
 
 def _modules(path: Path) -> list[tuple[str, Path]]:
@@ -83,51 +125,122 @@ def _modules(path: Path) -> list[tuple[str, Path]]:
     return [(str(m.get("type", "")).rpartition(".")[2], path / str(m.get("path") or "")) for m in modules]
 
 
-def _check_answers(file: Path, answers: Mapping[str, int]) -> None:
+def _answers(file: Path) -> Answers:
     settings = read_json(file)
-    tokens = [settings.get(name) for name in ("true_token_id", "false_token_id")]
-    words = " and ".join(f"{word} ({token})" for word, token in answers.items())
-    problem = f"{file} scores by the tokens {tokens[0]} and {tokens[1]}, not by this tokenizer's {words}"
-    refuse_if(tokens != [*answers.values()], f"{problem}: only {' minus '.join(answers)} is computed here")
+    true, false = settings.get("true_token_id"), settings.get("false_token_id")
+    right = type(true) is int and (false is None or type(false) is int) and true != false and min(true, false or 0) >= 0
+    refuse_if(not right, f"{file} has the tokens true_token_id={true} and false_token_id={false}: {AGAIN}")
+    name = settings.get("module_input_name", "causal_logits")
+    refuse_if(name != "causal_logits", f"{file} scores {str(name)[:40]!r}, not causal_logits: it is not computed here")
+    return Answers(true, false)
 
 
-def _check_template(family: Family, has_answers: bool) -> str | None:
-    """Refuse a chat template of another prompt than the family's; return its default instruction, if it has one.
+def _read_template(
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    control_tokens: frozenset[str],
+    options: dict[str, Any],
+    *,
+    required: bool,
+) -> Template | None:
+    """Return the prompt that the chat template renders from the roles query and document; None if it has no such roles.
 
-    A template with the roles query and document is the prompt that the checkpoint was trained with, and so is every
-    template beside a LogitScore module. Fine-tuning tools leave a generic template beside the weights, which has
-    neither role and is ignored.
+    A template beside a LogitScore module must have them. Fine-tuning tools leave a generic template beside the weights,
+    which has neither role and is ignored.
     """
-    path, tokenizer = family.checkpoint.path, family.checkpoint.tokenizer
-    templates = tokenizer.chat_template
-    for template in templates.values() if isinstance(templates, dict) else [templates]:
-        if not isinstance(template, str):
-            continue
-        if not has_answers and not all(re.search(f"['\"]{role}['\"]", template) for role in ("query", "document")):
-            continue
-        refuse_if(
-            _render(path, tokenizer, template, _INSTRUCTION) != family.template.render(_INSTRUCTION, _QUERY, _DOCUMENT),
-            f"the chat template in {path} renders another prompt than Qwen3-Reranker's, and would be ignored: use the "
-            f"original's chat_template.jinja if the model was trained with the original's prompt",
-        )
-        before, after = family.template.render("\0", _QUERY, _DOCUMENT).split("\0")
-        rendered = _render(path, tokenizer, template, None) or ""
-        if rendered.startswith(before) and rendered.endswith(after):
-            return rendered[len(before) : len(rendered) - len(after)] or None
-    return None
+    if (source := _source(tokenizer)) is None:
+        return None
+    if not required and not all(re.search(f"['\"]{role}['\"]", source) for role in ("query", "document")):
+        return None
+    processing = options.get("processing_kwargs") or {}
+    given = processing.get("chat_template") or {} if isinstance(processing, dict) else {}
+    values = {name: value for name, value in given.items() if name not in _NOT_RENDERED}
+    rendered = _Renderer(path, tokenizer, source, values)
+    with_instruction = rendered.parts(instructed=True)
+    plain = rendered.parts(instructed=False)
+    if with_instruction is None and plain is None:
+        raise ModelLoadError(f"the chat template in {path} cannot be rendered: {rendered.error}")
+    instruction: str | None = None
+    if with_instruction is not None and Slot.INSTRUCTION not in with_instruction:
+        with_instruction, plain = None, plain or with_instruction
+    if with_instruction is not None and plain is not None:
+        instruction = _default_in(with_instruction, plain)
+        plain = plain if instruction is None else None
+    text = "\0".join(text_of(form) for form in (with_instruction, plain) if form is not None)
+    own = {str(token) for token in tokenizer.added_tokens_decoder.values() if str(token) in text}
+    return Template(with_instruction, plain, instruction, control_tokens | own, "the chat template of the checkpoint")
 
 
-def _render(path: Path, tokenizer: PreTrainedTokenizerBase, template: str, instruction: str | None) -> str | None:
-    """Render a prompt in transformers' sandbox; None if the template requires an instruction."""
-    messages = [{"role": "query", "content": _QUERY}, {"role": "document", "content": _DOCUMENT}]
-    if instruction is not None:
-        messages.insert(0, {"role": "system", "content": instruction})
-    try:
-        rendered = tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=True
-        )
-    except Exception as error:  # a template may raise anything
-        if instruction is None:
-            return None
-        raise ModelLoadError(f"the chat template in {path} cannot be rendered: {first_line(error)}") from error
-    return str(rendered)
+def _source(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return the text of the chat template; of several, the one called default or reranker."""
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default", template.get("reranker"))
+    return template if isinstance(template, str) else None
+
+
+def _default_in(instructed: Parts, plain: Parts) -> str | None:
+    """Return the text that a prompt without an instruction has in its place; None if it is another prompt."""
+    at = instructed.index(Slot.INSTRUCTION)
+    before, after = text_of(instructed[:at]), text_of(instructed[at + 1 :])
+    text = text_of(plain)
+    inside = text[len(before) : len(text) - len(after)]
+    fits = len(text) >= len(before) + len(after) and text.startswith(before) and text.endswith(after)
+    return inside if fits and "\0" not in inside else None
+
+
+class _Renderer:
+    """Renders a chat template in transformers' sandbox, and cuts the result into static text and slots."""
+
+    def __init__(self, path: Path, tokenizer: PreTrainedTokenizerBase, source: str, values: dict[str, Any]) -> None:
+        self.path = path
+        self.tokenizer = tokenizer
+        self.source = source
+        self.values = {"add_generation_prompt": False, **values}
+        self.error = ""
+
+    def parts(self, *, instructed: bool) -> Parts | None:
+        """Return the prompt with or without an instruction; None if the template raises an error.
+
+        Raises:
+            ModelLoadError: the texts do not appear in the prompt as they are, once, or change the rest of it.
+        """
+        forms = []
+        for texts in _TEXTS:
+            roles = [slot for slot in Slot if instructed or slot is not Slot.INSTRUCTION]
+            messages = [{"role": _ROLES[slot], "content": texts[slot]} for slot in roles]
+            try:
+                rendered = self.tokenizer.apply_chat_template(
+                    messages, chat_template=self.source, tokenize=False, **self.values
+                )
+            except Exception as error:  # a template may raise anything
+                self.error = first_line(error)
+                return None
+            forms.append(self._cut(str(rendered), {slot: texts[slot] for slot in roles}))
+        problem = f"the chat template in {self.path} renders a different prompt for other texts: it cannot be served"
+        refuse_if(forms[0] != forms[1], problem)
+        return forms[0]
+
+    def _cut(self, rendered: str, texts: dict[Slot, str]) -> Parts:
+        for slot, text in texts.items():
+            count = rendered.count(text)
+            if count == 1 or (count == 0 and slot is Slot.INSTRUCTION):
+                continue
+            how = "changes or omits" if count == 0 else "repeats"
+            raise ModelLoadError(
+                f"the chat template in {self.path} {how} the {slot.value}: only a prompt of one query and one "
+                f"document, as they are, can be served"
+            )
+        return tuple(_pieces(rendered, texts))
+
+
+def _pieces(rendered: str, texts: dict[Slot, str]) -> Iterator[str | Slot]:
+    """Cut a rendered prompt at its texts."""
+    start = 0
+    for at, slot in sorted((rendered.index(text), slot.value) for slot, text in texts.items() if text in rendered):
+        if at > start:
+            yield rendered[start:at]
+        yield Slot(slot)
+        start = at + len(texts[Slot(slot)])
+    if start < len(rendered):
+        yield rendered[start:]

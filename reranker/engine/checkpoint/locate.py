@@ -1,4 +1,7 @@
-"""Find a checkpoint: a folder, a snapshot in a folder of the hub's cache, or a download by its hub name."""
+"""Find a checkpoint: a folder, a snapshot in a folder of the hub's cache, or a download by its hub name.
+
+Each of the three may hold a LoRA adapter, whose base is in the same folder or is found by its name in the same way.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,11 @@ import re
 from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import NamedTuple
 
 from huggingface_hub import constants, snapshot_download
 
+from reranker.engine.checkpoint.adapter import CONFIG, WEIGHTS, Adapter
 from reranker.engine.checkpoint.files import AGAIN, refuse_if, refuse_pointer
 from reranker.errors import ModelLoadError
 
@@ -22,7 +27,7 @@ _OPENED = (
     *("config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json"),
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json"),
     *("special_tokens_map.json", "chat_template.jinja", "chat_template.json", "modules.json"),
-    *("config_sentence_transformers.json", "sentence_bert_config.json", "model-*-of-*.safetensors"),
+    *("config_sentence_transformers.json", "sentence_bert_config.json", "model-*-of-*.safetensors", CONFIG, WEIGHTS),
 )
 """Patterns of the files that loading opens."""
 _DOWNLOAD = (
@@ -41,22 +46,47 @@ _OTHER_FORMATS = {
     **dict.fromkeys(("*.bin", "*.pt", "*.pth", "*.ckpt"), _PICKLE),
 }
 _TRAINING_STATE = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states).*")
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-_MERGE = "merge it into its base model first (peft: model.merge_and_unload().save_pretrained(folder))"
+_ADAPTER_FILES = (CONFIG, WEIGHTS, "adapter_model.bin")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
-def locate(name: str, revision: str | None = None) -> Path:
-    """Return the folder of a checkpoint, with all files that loading needs.
+class Located(NamedTuple):
+    """A checkpoint whose files are there."""
+
+    path: Path
+    """The folder of config.json and the weights."""
+    adapter: Adapter | None = None
+    """The LoRA adapter that is merged into the weights."""
+
+    @property
+    def folders(self) -> list[Path]:
+        """The folders whose files are read; a file of the first is read in place of one of the second."""
+        own = [] if self.adapter is None or self.adapter.folder == self.path else [self.adapter.folder]
+        return [*own, self.path]
+
+    @property
+    def files(self) -> list[Path]:
+        """All files that may be read, in a fixed order."""
+        return [file for folder in self.folders for file in sorted({f for p in FILES for f in folder.glob(p)})]
+
+
+def locate(name: str, revision: str | None = None) -> Located:
+    """Return the folder of a checkpoint, with all files that loading needs, and its adapter.
 
     Args:
         name: a folder, a folder `models--X--Y` of the hub's cache, or a hub name, downloaded unless the cache has it.
         revision: branch, tag or commit of a hub name or of a cache folder; None: the newest.
 
     Raises:
-        ModelLoadError: the folder does not exist, is incomplete or holds another format, or the hub has no such model.
+        ModelLoadError: the folder does not exist, is incomplete or holds another format, or the hub has no such model;
+            or its adapter is not one that is merged here.
     """
     try:
-        return _locate(name, revision)
+        path, advice = _find(name, revision)
+        if any(os.path.lexists(path / file) for file in _ADAPTER_FILES):
+            return _with_adapter(path, advice)
+        _check_files(path, advice)
+        return Located(path)
     except OSError as error:
         problem = f"cannot read {error.filename or name[:200]}: {error.strerror}"
         raise ModelLoadError(f"{problem} (this process runs as uid {os.getuid()})") from error
@@ -64,7 +94,8 @@ def locate(name: str, revision: str | None = None) -> Path:
         raise ModelLoadError(f"{name[:200]!r} is not a model folder: {error}") from error
 
 
-def _locate(name: str, revision: str | None) -> Path:
+def _find(name: str, revision: str | None) -> tuple[Path, str]:
+    """Return the folder, and the advice for a file that is missing in it."""
     path = Path(name).expanduser()
     download = _DOWNLOAD.format(path=path)
     if path.is_file():
@@ -75,14 +106,46 @@ def _locate(name: str, revision: str | None) -> Path:
             path, revision = _snapshot(path, revision), None
         problem = f"{path} is a folder and not a hub name; leave it empty"
         refuse_if(revision, f"MODEL_REVISION={revision} cannot be honoured: {problem}")
-        _check_files(path, download)
-        return path
-    hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith(".") and not path.parent.is_dir()
+        return path, download
+    hub_name = _HUB_NAME.fullmatch(name) and not path.parent.is_dir()
     refuse_if(not hub_name, f"the model folder {path} does not exist: {download}")
     return _download(name, revision)
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _with_adapter(folder: Path, advice: str) -> Located:
+    """Return an adapter and its base: the weights beside it, else those that its adapter_config.json names."""
+    _check_readable(folder)
+    adapter = Adapter.read(folder)
+    if _weights(folder):
+        _check_files(folder, advice)
+        return Located(folder, adapter)
+    _warn_of_adapters(folder)
+    try:
+        path, advice = _find_base(adapter)
+        problem = f"it is a LoRA adapter too, in {path}: merge one of them into its own base first"
+        refuse_if(any(os.path.exists(path / file) for file in _ADAPTER_FILES), problem)
+        _check_files(path, advice)
+    except ModelLoadError as error:
+        raise ModelLoadError(f"the base of the LoRA adapter in {folder} cannot be used: {error}") from error
+    return Located(path, adapter)
+
+
+def _find_base(adapter: Adapter) -> tuple[Path, str]:
+    """Find the base by its name: a folder, also relative to that of the adapter, or a hub name."""
+    file, name = adapter.folder / CONFIG, adapter.base
+    write = "write its folder or hub name there, or put the files of the adapter beside those of the base"
+    refuse_if(not name, f"{file} names none (base_model_name_or_path): {write}")
+    for path in ((adapter.folder / name).resolve(), Path(name).expanduser()):
+        if path.is_dir():
+            in_cache = path.name.startswith("models--")
+            if adapter.revision and not in_cache:
+                logger.warning("%s asks for the revision %s of its base, and %s has none", file, adapter.revision, path)
+            return _find(str(path), adapter.revision if in_cache else None)
+    refuse_if(not _HUB_NAME.fullmatch(name), f"{file} names {name[:200]}, which does not exist here: {write}")
+    return _find(name, adapter.revision)
+
+
+def _download(name: str, revision: str | None) -> tuple[Path, str]:
     try:
         path = Path(snapshot_download(name, revision=revision, allow_patterns=FILES))
     except Exception as error:  # the hub's client raises many types, and each means that there is no model
@@ -96,8 +159,7 @@ def _download(name: str, revision: str | None) -> Path:
         advice += ", with network access: HF_HUB_OFFLINE is set, so nothing is fetched now"
     else:
         advice += "; if it has no such file, it holds another format (GGUF, ONNX and pickles are not read)"
-    _check_files(path, advice)
-    return path
+    return path, advice
 
 
 def _snapshot(path: Path, revision: str | None) -> Path:
@@ -117,11 +179,10 @@ def _snapshot(path: Path, revision: str | None) -> Path:
 
 def _check_files(path: Path, advice: str) -> None:
     """Refuse a folder with a missing or unreadable file, or in another format; `advice` is for a missing file."""
-    for file in sorted(file for file in path.iterdir() if any(fnmatch(file.name, pattern) for pattern in _OPENED)):
-        _check_file(file)
-    _refuse_adapter(path)
+    _check_readable(path)
+    _warn_of_adapters(path)
     present = {file.name for file in path.iterdir() if os.path.isfile(file)}
-    shards = sorted(path.glob("*.safetensors"))
+    shards = _weights(path)
     if "config.json" not in present:
         raise ModelLoadError(f"{path} holds no config.json{_without_config(path, advice)}")
     if not shards:
@@ -135,6 +196,16 @@ def _check_files(path: Path, advice: str) -> None:
     absent = next((name for name in ("vocab.json", "merges.txt") if name not in present), None)
     missing = absent and "tokenizer.json" not in present
     refuse_if(missing, f"{path} holds no tokenizer (no tokenizer.json, no {absent}): {advice}")
+
+
+def _weights(path: Path) -> list[Path]:
+    """Return the *.safetensors of a folder that are not an adapter's."""
+    return [file for file in sorted(path.glob("*.safetensors")) if file.name != WEIGHTS]
+
+
+def _check_readable(path: Path) -> None:
+    for file in sorted(file for file in path.iterdir() if any(fnmatch(file.name, pattern) for pattern in _OPENED)):
+        _check_file(file)
 
 
 def _check_file(file: Path) -> None:
@@ -151,7 +222,8 @@ def _without_config(path: Path, advice: str) -> str:
     inner = [
         folder
         for folder in _oldest_first([*path.glob("*"), *path.glob("snapshots/*")])
-        if os.path.isfile(folder / "config.json") and any(folder.glob("*.safetensors"))
+        if os.path.isfile(folder / CONFIG)
+        or (os.path.isfile(folder / "config.json") and any(folder.glob("*.safetensors")))
     ]
     if inner and not (path / "modules.json").is_file():
         names = ", ".join(str(folder) for folder in inner[-3:])
@@ -164,14 +236,11 @@ def _oldest_first(paths: Iterable[Path]) -> list[Path]:
     return sorted((path for path in paths if os.path.isdir(path)), key=lambda path: path.stat().st_mtime)
 
 
-def _refuse_adapter(path: Path) -> None:
-    """Refuse a LoRA adapter, which is not the whole model; warn of one in a folder beside the weights."""
-    for folder in (path, *_oldest_first(path.glob("*"))):
-        name = next((name for name in _ADAPTER_FILES if os.path.exists(folder / name)), None)
-        if name and folder == path:
-            raise ModelLoadError(f"{path / name} is a LoRA adapter, which is not applied: {_MERGE}")
-        if name:
-            logger.warning("the LoRA adapter in %s is not applied: %s", folder, _MERGE)
+def _warn_of_adapters(path: Path) -> None:
+    """Warn of adapters in folders beside the weights, such as the checkpoints of a training."""
+    for folder in _oldest_first(path.glob("*")):
+        if any(os.path.exists(folder / name) for name in _ADAPTER_FILES):
+            logger.warning("the LoRA adapter in %s is not applied: to serve it, set MODEL_NAME_OR_PATH to it", folder)
 
 
 def _other_format(path: Path, name: str = "") -> str:

@@ -12,12 +12,31 @@ from reranker.engine.checkpoint.files import AGAIN, first_line, read_json, read_
 from reranker.errors import ModelLoadError
 
 
-def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """Load the checkpoint's fast tokenizer.
+def load_tokenizer(path: Path, base: Path | None = None) -> PreTrainedTokenizerBase:
+    """Load the fast tokenizer of a folder, which is the tokenizer's `name_or_path` afterwards.
+
+    Args:
+        path: the folder.
+        base: if that is an adapter's, the folder of its base: what the adapter lacks of tokenizer and chat template is
+            read there.
 
     Raises:
         ModelLoadError: its files are missing or broken.
     """
+    if base is None:
+        return _load(path)
+    if not (path / "tokenizer.json").is_file() and not (path / "vocab.json").is_file():
+        tokenizer = _load(base)
+        if (path / "chat_template.jinja").is_file():
+            tokenizer.chat_template = read_text(path / "chat_template.jinja")
+        return tokenizer
+    tokenizer = _load(path)
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = _load(base).chat_template
+    return tokenizer
+
+
+def _load(path: Path) -> PreTrainedTokenizerBase:
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "added_tokens.json"):
         if (path / name).is_file():
             read_json(path / name)
@@ -52,6 +71,8 @@ def check_tokenizer(path: Path, tokenizer: PreTrainedTokenizerBase, rows: int, c
         largest = max(largest, ids[0])
     if backend is not None:
         largest = max(largest, *backend.get_vocab(with_added_tokens=False).values(), 0)
+    # Words that a fine-tune added are recognised in user text; its special tokens are plain text there.
+    largest = max(largest, *(token for token, added in tokenizer.added_tokens_decoder.items() if not added.special), 0)
     problem = f"the tokenizer in {path} has the token id {largest}, but config.json has a vocab_size of {rows}"
     refuse_if(largest >= rows, f"{problem}: they do not belong to one model")
 

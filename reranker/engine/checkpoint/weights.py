@@ -1,27 +1,36 @@
-"""Compare the tensors in a checkpoint's files with those that the model needs, from the files' headers alone.
+"""The tensors in a checkpoint's files: their names, shapes and values, and whether they are those of the model.
 
 transformers initialises missing tensors at random and reports them in a log line; here they are an error.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
+import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from reranker.engine.checkpoint.files import AGAIN, UNQUANTIZED, first_line, read_json, refuse_if
+from reranker.engine.checkpoint.scales import Rounded, Scheme
 from reranker.errors import ModelLoadError
+
+if TYPE_CHECKING:
+    from reranker.engine.checkpoint.adapter import Adapter
 
 logger = logging.getLogger(__name__)
 
-_FLOATS = ("F64", "F32", "F16", "BF16")
+EMBEDDING, HEAD, SCORE_HEAD = "model.embed_tokens.weight", "lm_head.weight", "score.weight"
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _QUANTIZED = re.compile(
     r"(weight_scale|scale_inv|input_scale|weight_packed|weight_shape|weight_zero_point|qweight|qzeros|g_idx|scales|"
     r"biases|absmax|quant_map|quant_state)(\.|_|$)"
@@ -41,6 +50,113 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
     dtype: str
     """In safetensors' notation: F32, BF16, ..."""
+
+    @property
+    def numel(self) -> int:
+        """The number of values."""
+        return math.prod(self.shape)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a value; 1 for the types of quantised weights."""
+        return FLOATS[self.dtype].itemsize if self.dtype in FLOATS else 1
+
+
+class Weights:
+    """The tensors of a checkpoint by name, an adapter merged into them; the headers are read once, here.
+
+    Attributes:
+        path: the folder.
+        adapter: a LoRA adapter that is merged into the weights.
+        stored: every tensor in the files; those that the adapter has saved are as the adapter's file has them.
+            Quantised weights are float32 here, and their scales are left out.
+        files: the file of every tensor of the checkpoint itself.
+        layout: the quantised weights and their scales; None without any.
+
+    Args:
+        path: the folder.
+        adapter: the adapter.
+        scheme: how config.json says that the weights are quantised.
+
+    Raises:
+        ModelLoadError: a file is broken or missing, or quantised weights and scales do not fit together.
+    """
+
+    def __init__(self, path: Path, adapter: Adapter | None = None, scheme: Scheme | None = None) -> None:
+        self.path = path
+        self.adapter = adapter
+        self.stored: dict[str, Stored] = {}
+        self.files: dict[str, Path] = {}
+        for file in weight_files(path):
+            header = read_header(file)
+            self.stored |= header
+            self.files |= dict.fromkeys(header, file)
+        self.layout = None if scheme is None else scheme.layout(path, self.stored)
+        if self.layout is not None:
+            self.stored = self.layout.widened(self.stored)
+        if adapter is not None:
+            self.stored |= {name: adapter.stored[tensor] for name, tensor in adapter.saved.items()}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating-point type in which most values are stored."""
+        counts: Counter[torch.dtype] = Counter()
+        for stored in self.stored.values():
+            if stored.dtype in FLOATS:
+                counts[FLOATS[stored.dtype]] += stored.numel
+        return counts.most_common(1)[0][0]
+
+    @property
+    def precision(self) -> torch.dtype | None:
+        """int8 or float8, if the projections can be multiplied as they are stored; None otherwise."""
+        return None if self.layout is None or self.adapter is not None else self.layout.precision
+
+    def source(self, name: str) -> str:
+        """Return the name under which a tensor is stored: of a tied pair, the other one's if only that is."""
+        twin = {EMBEDDING: HEAD, HEAD: EMBEDDING}.get(name, name)
+        return name if name in self.files else twin
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor on the CPU: a quantised weight, or one that an adapter changes, as float32; others as stored.
+
+        As stored it is a view of the file, which stays open and mapped as long as the view exists; only rows that are
+        used are read. An adapter of one of two tied tensors leaves the other one as it is.
+
+        Raises:
+            ModelLoadError: the file is broken.
+        """
+        if self.adapter is None:
+            return self.unmerged(name)
+        return self.adapter.merge(name, self.unmerged)
+
+    def unmerged(self, name: str) -> Tensor:
+        """Return a tensor as stored in the checkpoint's own files."""
+        source = self.source(name)
+        if self.layout is not None and source in self.layout.weights:
+            return self.layout.widen(source, self._read)
+        return self._read(source)
+
+    def rounded(self, *names: str) -> Rounded | None:
+        """Return projections of the same input as they are stored, one below the other; see `Layout.rounded`."""
+        if self.layout is None or self.adapter is not None:
+            return None
+        return self.layout.rounded(names, self._read)
+
+    def is_wide(self, name: str) -> bool:
+        """Whether a weight is stored without scales."""
+        return self.layout is None or name not in self.layout.weights
+
+    def _read(self, name: str) -> Tensor:
+        with opened(self.files[name]) as tensors:
+            tensor: Tensor = tensors.get_tensor(name)
+            return tensor
+
+    def not_finite(self) -> str | None:
+        """Return the name and file of the first tensor with a NaN or an infinity; None without any. Reads all."""
+        for name in sorted(self.files, key=lambda name: (self.files[name], name)):
+            if not torch.isfinite(self.unmerged(name)).all():
+                return f"{name} in {self.files[name]}"
+        return None if self.adapter is None else self.adapter.not_finite()
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -66,47 +182,24 @@ def weight_files(path: Path) -> list[Path]:
     return files
 
 
-def inventory(path: Path) -> dict[str, Stored]:
-    """Return every tensor of the checkpoint by name, from the headers.
-
-    Raises:
-        ModelLoadError: a file is broken.
-    """
-    stored: dict[str, Stored] = {}
-    for file in weight_files(path):
-        with _opened(file) as tensors:
-            for name in tensors.keys():  # noqa: SIM118  # not a dictionary
-                part = tensors.get_slice(name)
-                stored[name] = Stored(tuple(part.get_shape()), str(part.get_dtype()))
-    return stored
-
-
-def parameters(path: Path) -> int:
-    """Return the number of weights in the files, from the headers."""
-    return sum(torch.Size(stored.shape).numel() for stored in inventory(path).values())
-
-
-def not_finite(path: Path) -> str | None:
-    """Return the name and file of the first tensor with a NaN or an infinity; None without any. Reads all weights."""
-    for file in weight_files(path):
-        with _opened(file) as tensors:
-            for name in sorted(tensors.keys()):
-                if not torch.isfinite(tensors.get_tensor(name)).all():
-                    return f"{name} in {file}"
-    return None
-
-
-def check_weights(path: Path, config: PretrainedConfig, auto_class: Any) -> None:
+def check_weights(weights: Weights, config: PretrainedConfig, auto_class: Any) -> None:
     """Refuse a checkpoint whose tensors are not exactly those of `auto_class`; log extra ones that change no score.
+
+    The headers suffice, but for a head that is stored beside the embedding that it is tied to.
 
     Raises:
         ModelLoadError: names the number of wrong tensors, the first one and the likely cause.
     """
-    stored, needed = inventory(path), _needed(path, config, auto_class)
+    path, stored, adapter = weights.path, weights.stored, weights.adapter
+    needed = _needed(path, config, auto_class)
+    if adapter is not None:
+        adapter.check(needed)
     missing, extra = [name for name in needed if name not in stored], [name for name in stored if name not in needed]
-    tied = {"lm_head.weight", "model.embed_tokens.weight"} & set(missing)
-    if config.tie_word_embeddings and len(tied) == 1:
+    tied = {EMBEDDING, HEAD} & set(missing)
+    if config.tie_word_embeddings and len(tied) == 1 and weights.files.keys() & {EMBEDDING, HEAD}:
         missing = [name for name in missing if name not in tied]
+    if adapter is not None and HEAD not in needed:
+        extra = [name for name in extra if name != HEAD]  # of the base; the adapter brings a score head
     _refuse_forms(path, stored, needed, extra)
     if missing:
         problem = f"{len(missing)} of the {len(needed)} weights that the model needs are not in {path}"
@@ -118,10 +211,33 @@ def check_weights(path: Path, config: PretrainedConfig, auto_class: Any) -> None
             problem = f"{name} is {list(stored[name].shape)} in {path}, and {list(shape)} by config.json"
             raise ModelLoadError(f"{problem}: they do not belong to one model (look at {fields})")
     _check_extra(path, stored, extra, config)
+    both = config.tie_word_embeddings and all(weights.source(name) == name for name in (EMBEDDING, HEAD))
+    if both and not torch.equal(weights.unmerged(EMBEDDING), weights.unmerged(HEAD)):
+        problem = "config.json ties %s to %s, but %s holds both with different values, so we will NOT tie them"
+        logger.warning(problem + ": the model is scored with its own head", HEAD, EMBEDDING, path)
+
+
+def read_header(file: Path) -> dict[str, Stored]:
+    """Return every tensor of a *.safetensors by name.
+
+    Raises:
+        ModelLoadError: the file is broken.
+    """
+    stored: dict[str, Stored] = {}
+    with opened(file) as tensors:
+        for name in tensors.keys():  # noqa: SIM118  # not a dictionary
+            part = tensors.get_slice(name)
+            stored[name] = Stored(tuple(part.get_shape()), str(part.get_dtype()))
+    return stored
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[Any]:
+def opened(file: Path) -> Iterator[Any]:
+    """Open a *.safetensors.
+
+    Raises:
+        ModelLoadError: the file is broken, also where it is read inside the context.
+    """
     try:
         with safe_open(str(file), framework="pt") as tensors:
             yield tensors
@@ -133,7 +249,7 @@ def _needed(path: Path, config: PretrainedConfig, auto_class: Any) -> dict[str, 
     """Return the shape of every tensor of the model that config.json describes."""
     try:
         with torch.device("meta"):
-            model = auto_class.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+            model = auto_class.from_config(copy.deepcopy(config), attn_implementation="sdpa", dtype=torch.float32)
     except Exception as error:  # of torch or transformers, for sizes that make no model
         raise ModelLoadError(f"{path / 'config.json'} describes no model: {first_line(error)}") from error
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -145,7 +261,7 @@ def _refuse_forms(path: Path, stored: Mapping[str, Stored], needed: Iterable[str
     problem = f"{path} holds weights of an adapter that was not merged ({adapter})"
     refuse_if(adapter, f"{problem}: save the model after merge_and_unload()")
     quantized = [name for name in extra if name.startswith(_MODEL) and _QUANTIZED.search(name)]
-    quantized += [name for name in needed if name in stored and stored[name].dtype not in _FLOATS]
+    quantized += [name for name in needed if name in stored and stored[name].dtype not in FLOATS]
     for name in quantized[:1]:
         problem = f"{path} holds quantised weights ({name}, {stored[name].dtype})"
         raise ModelLoadError(f"{problem}, and config.json has lost its quantization_config: {UNQUANTIZED}")
@@ -161,13 +277,15 @@ def _cause(missing: list[str], names: set[str], layers: int) -> str:
             return f"the names begin with {prefix!r}: remove it, or save the model without its wrapper {wrappers}"
     if first.removeprefix("model.") in names:
         return "the names lack 'model.', as in an embedding model: use a reranker, or save the whole Qwen3ForCausalLM"
-    if missing == ["lm_head.weight"]:
+    if missing == [SCORE_HEAD]:
+        return "save the head with the model, or set architectures in config.json to the causal model that it is"
+    if missing == [HEAD]:
         return 'save the head with the model, or write "tie_word_embeddings": true in config.json if it is tied'
     stored = {int(match[1]) for name in names if (match := _LAYER.match(name))}
     absent = [int(match[1]) for name in missing if (match := _LAYER.match(name))]
     if stored and len(absent) == len(missing) and min(absent) > max(stored):
         return f"the files hold {1 + max(stored)} layers and config.json has {layers}: {_OTHER_SIZE}"
-    if names.isdisjoint({"model.embed_tokens.weight", "lm_head.weight"}):
+    if names.isdisjoint({EMBEDDING, HEAD}):
         return f"the names, such as {min(names, default='')[:80]}, are another program's: convert with save_pretrained"
     return f"a part of the model was not saved or not downloaded: {AGAIN}"
 
@@ -182,7 +300,7 @@ def _check_extra(path: Path, stored: Mapping[str, Stored], extra: list[str], con
         causes = (
             (layer and int(layer[1]) >= layers, f"config.json has {layers} layers only: {_OTHER_SIZE}"),
             (re.search(r"self_attn.*\.bias$", first), "the model has no biases by config.json (attention_bias)"),
-            (not first.startswith("model."), "another head is not computed: use a model that answers with yes and no"),
+            (not first.startswith("model."), "config.json describes a model without this head (architectures)"),
             (True, "config.json does not describe them"),
         )
         cause = next(cause for condition, cause in causes if condition)

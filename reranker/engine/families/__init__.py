@@ -2,33 +2,44 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from reranker.engine.checkpoint.config import read, read_settings
+from reranker.engine.checkpoint.locate import Located
 from reranker.engine.families.base import Family
+from reranker.engine.families.qwen2 import Qwen2
 from reranker.engine.families.qwen3 import Qwen3
 from reranker.errors import ModelLoadError
 
-FAMILIES: dict[tuple[str, str], type[Family]] = {("qwen3", "Qwen3ForCausalLM"): Qwen3}
-"""By model_type and architecture; a config.json without architectures gets the first of its model_type."""
-_NOT_SERVED = {
-    "Qwen3ForSequenceClassification": "has a classification head in place of the words yes and no: if it was "
-    "converted, use the original Qwen3ForCausalLM weights; a trained head is not supported",
-    "Qwen3Model": "is saved without lm_head, as embedding models are: use a reranker (Qwen3ForCausalLM)",
+logger = logging.getLogger(__name__)
+
+FAMILIES: dict[tuple[str, str], type[Family]] = {
+    ("qwen3", "Qwen3ForCausalLM"): Qwen3,
+    ("qwen3", "Qwen3ForSequenceClassification"): Qwen3,
+    ("qwen2", "Qwen2ForCausalLM"): Qwen2,
+    ("qwen2", "Qwen2ForSequenceClassification"): Qwen2,
 }
+"""By model_type and architecture; a config.json without architectures gets the first of its model_type."""
 
 
-def open_checkpoint(path: Path) -> Family:
-    """Read all but the weights of a folder that `locate` returned, for the family that computes it.
+def open_checkpoint(located: Located) -> Family:
+    """Read all but the weights of a checkpoint that `locate` returned, for the family that computes it.
 
     Raises:
         ModelLoadError: a file cannot be read, or no family computes the model.
     """
-    settings = read_settings(path)
+    path, adapter = located
+    settings = read_settings(located)
     family = family_of(path, settings)
     family.check_settings(path / "config.json", settings)
-    return family(read(path, settings, family.template.own_tokens))
+    checkpoint = read(located, settings)
+    if adapter is not None:
+        logger.info("merging the LoRA adapter %s", checkpoint.merged)
+        zero = "the LoRA adapter in %s changes no projection (every lora_B is zero): it was not trained, or not saved"
+        logger.log(logging.WARNING if adapter.is_untrained() else logging.DEBUG, zero, adapter.folder)
+    return family(checkpoint)
 
 
 def family_of(path: Path, settings: dict[str, Any]) -> type[Family]:
@@ -41,10 +52,12 @@ def family_of(path: Path, settings: dict[str, Any]) -> type[Family]:
     families = {architecture: family for (model_type, architecture), family in FAMILIES.items() if model_type == kind}
     if not families:
         kinds = " or ".join(sorted({repr(model_type) for model_type, _ in FAMILIES}))
-        raise ModelLoadError(f"model_type is {kind!r}, not {kinds}: only Qwen3-Reranker (0.6B, 4B, 8B) is served")
+        raise ModelLoadError(f"model_type is {kind!r}, not {kinds}: this model is not served (see docs/models.md)")
     for architecture, family in families.items():
         if not names or (isinstance(names, list) and architecture in names):
             return family
     name = str(names[0] if isinstance(names, list) else names)[:60]
-    why = _NOT_SERVED.get(name, f"is not served: only {', '.join(families)} is")
+    why = f"is not served: only {', '.join(families)} are"
+    if name.endswith("Model"):
+        why = f"is saved without its head, as embedding models are: use a reranker ({', '.join(families)})"
     raise ModelLoadError(f"the architecture {name} of {path} {why}")

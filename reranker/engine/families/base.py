@@ -7,53 +7,22 @@ turns a hidden state into a logit. A family is one file that implements the firs
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from reranker.engine.attention import Attention
 from reranker.engine.batch import PackedBatch
 from reranker.engine.checkpoint.config import Checkpoint
+from reranker.engine.checkpoint.weights import Weights
+from reranker.engine.template import Template
 
-Wrap = Callable[[nn.Linear], nn.Module]
-"""Replaces a projection, for example by a quantised one."""
-
-
-@dataclass(frozen=True, slots=True)
-class Template:
-    """The text around instruction, query and document:
-
-    system + opening + " " + query + closing + " " + document + suffix
-
-    The prefix ends after `closing`; the documents of a request share it. `system` and `suffix` are encoded alone, and
-    only they with control tokens. The tokenizer must not merge `closing` with the space after it (`Prompt.check`).
-    """
-
-    system: str
-    opening: str
-    """`{instruction}` stands for the instruction."""
-    closing: str
-    suffix: str
-    instruction: str
-    """The default instruction."""
-    control_tokens: frozenset[str]
-    """Added tokens of the family; they are plain text in instructions, queries and documents."""
-
-    @property
-    def own_tokens(self) -> list[str]:
-        """The control tokens of the prompt itself, in order."""
-        text = self.system + self.suffix
-        return sorted((token for token in self.control_tokens if token in text), key=text.index)
-
-    def render(self, instruction: str, query: str, document: str) -> str:
-        """Return a whole prompt."""
-        opening = self.opening.format(instruction=instruction)
-        return f"{self.system}{opening} {query}{self.closing} {document}{self.suffix}"
+Wrap = Callable[[nn.Linear, Sequence[str]], nn.Module]
+"""Replaces a projection, for example by a quantised one; the second argument has the names of its joined weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +32,8 @@ class Head:
     weight: Tensor
     """[hidden_size] float32"""
     bias: float = 0.0
+    name: str = "logit"
+    """What the logit is, in words."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, hidden_size] float32 -> [N]"""
@@ -108,14 +79,14 @@ class Family(ABC):
     """A model family with a checkpoint that it computes, before the weights are loaded.
 
     Raises:
-        ModelLoadError: the checkpoint lacks a part that the family needs.
+        ModelLoadError: the checkpoint lacks a part that the family needs, or describes another computation.
     """
 
-    template: ClassVar[Template]
-    auto_class: ClassVar[Any]
-    """transformers' class that loads the whole model."""
-    answers: Mapping[str, int] = {}
-    """The two words whose logits are compared, and their token ids; the word for a relevant document is the first."""
+    name: ClassVar[str]
+    template: Template
+    """The family's prompt, or the checkpoint's own."""
+    auto_class: Any
+    """transformers' class that describes the whole model."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
@@ -126,9 +97,24 @@ class Family(ABC):
         """Raise ModelLoadError if config.json describes another computation; transformers reads it afterwards."""
 
     @abstractmethod
-    def head(self, model: PreTrainedModel) -> Head:
-        """Read the head from the loaded weights; raise ModelLoadError if it gives every document the same score."""
+    def head(self, weights: Weights) -> Head:
+        """Read the head, on the CPU; raise ModelLoadError if it gives every document the same score."""
 
     @abstractmethod
-    def backbone(self, model: PreTrainedModel, dtype: torch.dtype, wrap: Wrap) -> Backbone:
-        """Take the layers out of `model`, a layer at a time; `dtype`: of everything between the projections."""
+    def backbone(
+        self,
+        weights: Weights,
+        device: torch.device,
+        stored_dtype: torch.dtype,
+        compute_dtype: torch.dtype,
+        wrap: Wrap,
+    ) -> Backbone:
+        """Load the layers onto the device, one at a time.
+
+        Args:
+            weights: those of the checkpoint, as `check_weights` accepted them.
+            device: where they are computed.
+            stored_dtype: of the projections that `wrap` receives.
+            compute_dtype: of everything between the projections.
+            wrap: replaces each projection.
+        """

@@ -122,7 +122,7 @@ def usage_and_meta(ranking: Ranking) -> dict[str, object]:
     }
     if warnings := ranking.warnings:
         meta["warnings"] = warnings
-    return {"id": ranking.request_id, "model": ranking.model, "usage": usage(ranking), "meta": meta}
+    return {"id": ranking.request_id, "model": ranking.model.name, "usage": usage(ranking), "meta": meta}
 
 
 def usage(ranking: Ranking) -> dict[str, int]:

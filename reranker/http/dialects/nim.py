@@ -57,11 +57,12 @@ RESPONSE: dict[str, Any] = {
 def parse(body: Mapping[str, Any], *, max_documents: int | None = None) -> ParsedRequest:
     """Read `{"query": {"text"}, "passages": [{"text"}], "truncate"}` and the optional fields of a rerank request."""
     if body.get("passages") is None:
-        raise InvalidRequestError(f"passages: is required{missing_hint('passages', body)}")
+        sent = [name for name, value in body.items() if value is not None]
+        raise InvalidRequestError(f"passages: is required{missing_hint('passages', sent)}")
     unread = {name: f"{name} is not read here" for name in _NOT_READ if body.get(name) is not None}
     common = {name: value for name, value in body.items() if name not in _NOT_READ}
     common |= {"documents": common.pop("passages"), "raw_scores": True}
-    names = _NAMES
+    names: Mapping[str, str] = _NAMES
     query = body.get("query")
     if isinstance(query, dict):
         if not isinstance(query.get("text"), str):

@@ -58,7 +58,7 @@ def scores(ranking: Ranking) -> dict[str, object]:
         "id": ranking.request_id,
         "object": "list",
         "created": int(time.time()),
-        "model": ranking.model,
+        "model": ranking.model.name,
         "data": [{"index": i, "object": "score", "score": score} for i, score in sorted(ranking.best)],
         "usage": cohere.usage(ranking),
     }

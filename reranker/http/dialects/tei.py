@@ -50,6 +50,12 @@ class Info(BaseModel):
     sha: str | None
     self_check: str
     """`passed`, or `failed: ` and the languages whose obvious pair the model ranked wrong at the start."""
+    family: str
+    """The architecture that is computed, such as Qwen3."""
+    score: str
+    """The logit of a document in words, such as `logit(yes) - logit(no)`."""
+    prompt: str
+    """Where the prompt is written down: the model card, or the checkpoint's chat template."""
     docker_label: str | None
 
 
@@ -73,5 +79,8 @@ async def info(request: Request) -> Info:
         version=__version__,
         sha=None,
         self_check=model.self_check,
+        family=model.family,
+        score=model.score,
+        prompt=model.prompt,
         docker_label=None,
     )
