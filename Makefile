@@ -29,11 +29,12 @@ test: $(VENV)/.dev
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow $(ARGS)
 
-# The real SDKs of every client, each in an environment that satisfies its version pins.
+# The real packages of every client. The Python ones are in two environments, because their version pins exclude each other.
+test-clients: export GUNICORN = $(abspath $(BIN)/gunicorn)
 test-clients: export NODE_PACKAGES = $(abspath $(VENV)/npm)
-test-clients: $(VENV)/clients/.ready $(VENV)/cohere/.ready $(VENV)/npm/.ready
-	GUNICORN=$(abspath $(BIN)/gunicorn) $(VENV)/clients/bin/python -m pytest -c tests/clients/pytest.ini tests/clients
-	GUNICORN=$(abspath $(BIN)/gunicorn) $(VENV)/cohere/bin/python -m pytest -c tests/clients/pytest.ini tests/clients/test_cohere.py
+test-clients: $(VENV)/clients/.ready $(VENV)/products/.ready $(VENV)/npm/.ready
+	$(VENV)/clients/bin/python -m pytest -c tests/clients/pytest.ini -m "not products" tests/clients
+	$(VENV)/products/bin/python -m pytest -c tests/clients/pytest.ini -m "products or cohere" tests/clients
 
 # Tests on a cluster of several nodes, in an environment with Ray.
 test-ray: $(VENV)/ray/.ready
@@ -105,9 +106,16 @@ $(VENV)/clients/.ready: tests/clients/requirements.txt $(VENV)/.serve
 	$(@D)/bin/python -m pip install --quiet -r $<
 	@touch $@
 
-$(VENV)/cohere/.ready: tests/clients/requirements-cohere.txt $(VENV)/.serve
+# Two files of Open WebUI's wheel are kept, not all 250 MB and their dependencies.
+OPEN_WEBUI := $(addprefix open_webui/retrieval/models/,external.py base_reranker.py)
+$(VENV)/products/.ready: $(addprefix tests/clients/requirements-products,.txt -infinity.txt -open-webui.txt) $(VENV)/.serve
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet -r $<
+	$(@D)/bin/python -m pip install --quiet -r $(word 1,$^)
+	$(@D)/bin/python -m pip install --quiet --no-deps -r $(word 2,$^)
+	@set -e; wheels=$$(mktemp -d); trap 'rm -rf "$$wheels"' EXIT; \
+	$(@D)/bin/python -m pip download --quiet --no-deps --dest "$$wheels" -r $(word 3,$^); \
+	$(@D)/bin/python -c 'import sys, zipfile; zipfile.ZipFile(sys.argv[1]).extractall(sys.argv[2], sys.argv[3:])' \
+		"$$wheels"/*.whl $(@D)/open-webui $(OPEN_WEBUI)
 	@touch $@
 
 # Without npm nothing is installed, and the tests of these packages are skipped.

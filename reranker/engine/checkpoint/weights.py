@@ -119,8 +119,9 @@ class Weights:
     def tensor(self, name: str) -> Tensor:
         """Return a tensor on the CPU: a quantised weight, or one that an adapter changes, as float32; others as stored.
 
-        As stored it is a view of the file, which stays open and mapped as long as the view exists; only rows that are
-        used are read. An adapter of one of two tied tensors leaves the other one as it is.
+        As stored it is a view of the file, which is closed and stays mapped as long as the view exists: only rows that
+        are used are read, and the system may drop them from memory. An adapter of one of two tied tensors leaves the
+        other one as it is.
 
         Raises:
             ModelLoadError: the file is broken.
@@ -154,7 +155,7 @@ class Weights:
     def not_finite(self) -> str | None:
         """Return the name and file of the first tensor with a NaN or an infinity; None without any. Reads all."""
         for name in sorted(self.files, key=lambda name: (self.files[name], name)):
-            if not torch.isfinite(self.unmerged(name)).all():
+            if name in self.stored and not torch.isfinite(self.unmerged(name)).all():  # scales are checked as products
                 return f"{name} in {self.files[name]}"
         return None if self.adapter is None else self.adapter.not_finite()
 
