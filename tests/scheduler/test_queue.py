@@ -227,13 +227,13 @@ def test_tokens_per_character_are_learned(queue: TokenQueue) -> None:
 
     assert fits()
     for _ in range(20):  # as in Chinese
-        admission.observe_tokens(request, EncodedRequest([0] * 10, [[0] * 700]))
+        admission.observe_tokens(request, EncodedRequest([0] * 10, [[0] * 700]), INFO)
     assert not fits()
     for _ in range(20):  # truncated texts do not count
-        admission.observe_tokens(request, EncodedRequest([0] * 10, [[0]], frozenset({0})))
+        admission.observe_tokens(request, EncodedRequest([0] * 10, [[0]], frozenset({0})), INFO)
     assert not fits()
     for _ in range(20):
-        admission.observe_tokens(request, EncodedRequest([0] * 10, [[0] * 200]))
+        admission.observe_tokens(request, EncodedRequest([0] * 10, [[0] * 200]), INFO)
     assert fits()
 
 
@@ -256,7 +256,7 @@ def test_short_texts_do_not_raise_the_estimate_for_long_ones(
     admission = Admission(queue, 100_000, 1000)
     short, long = RerankRequest("red shoes", documents), RerankRequest("what is it?", ["a text of words " * 60] * 100)
     for _ in range(30):
-        admission.observe_tokens(short, scorer.encode(short))
+        admission.observe_tokens(short, scorer.encode(short), scorer.info)
     tokens = scorer.encode(long).tokens
     put(queue, 100_000 - 2 * tokens)
     with reserve(admission, long, scorer.info):
