@@ -154,7 +154,9 @@ class Prompt:
             ids, end = encoding.ids, len(texts[i]) - lead
             if len(ids) > limit:
                 if not request.truncate:
-                    problem = f"documents[{request.position(i)}]: longer than the limit of {limit - first + size} tokens"
+                    problem = (
+                        f"documents[{request.position(i)}]: longer than the limit of {limit - first + size} tokens"
+                    )
                     raise InvalidRequestError(f"{problem}; shorten it, or omit truncate to have it truncated")
                 truncated.add(i)
                 end = _character(encoding, limit, lead) if split else end

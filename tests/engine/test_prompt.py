@@ -312,7 +312,9 @@ def test_a_query_that_leaves_any_room_stays_whole() -> None:
 def test_an_instruction_is_never_truncated(words: int, truncate_query: bool) -> None:
     prompt = Prompt(TOKENIZER, TEMPLATE, max_seq_length=200)
     request = RerankRequest("word " * 500, ["a"], "word " * words, truncate_query=truncate_query)
-    with pytest.raises(InvalidRequestError, match="prompt and instruction leave no room for a query and a document in 200 t"):
+    with pytest.raises(
+        InvalidRequestError, match="prompt and instruction leave no room for a query and a document in 200 t"
+    ):
         prompt.encode(request)
 
 
