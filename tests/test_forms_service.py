@@ -28,6 +28,8 @@ from tests.engine.quantization import FORMS as ROUNDED
 from tests.engine.quantization import plain_twin, quantize
 from tests.engine.rendered import Rendered
 from tests.engine.test_forms import _ONE, CARD, DOCUMENT_FIRST, MXBAI_TEMPLATE, ZERANK_GENERATION
+from tests.evaluate.test_evaluation import CORPUS, RUN, trec
+from tests.evaluate.test_evaluation import QUERIES as QUERIES_OF_RUN
 from tests.http.test_metrics import once, samples, stop, value
 from tests.http.test_rerank import ranked
 
@@ -107,7 +109,11 @@ BUILD: dict[str, Callable[[Path], Form]] = {
 }
 
 
-@pytest.fixture(params=BUILD)
+FORMS = [pytest.param(name, marks=[pytest.mark.slow] * (i >= 3)) for i, name in enumerate(BUILD)]
+each_form = pytest.mark.parametrize("form", FORMS, indirect=True)
+
+
+@pytest.fixture
 def form(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Form:
     return BUILD[request.param](tmp_path_factory.mktemp("forms") / "form")
 
@@ -286,9 +292,7 @@ CHECKS = (
 )
 
 
-@pytest.mark.parametrize(
-    "form", [*BUILD][:3] + [pytest.param(name, marks=pytest.mark.slow) for name in [*BUILD][3:]], indirect=True
-)
+@each_form
 def test_it_is_served(form: Form, start: Start) -> None:
     """One server for all checks: it takes longer to start than they take."""
     server = start(MODEL_NAME_OR_PATH=str(form.folder), SCORE_CACHE_ENTRIES="1000", **OPTIONS)
@@ -297,9 +301,12 @@ def test_it_is_served(form: Form, start: Start) -> None:
     stop(server)
 
 
+@each_form
 def test_the_command_line(form: Form, tmp_path: Path) -> None:
     env = OPTIONS | {"MODEL_NAME_OR_PATH": str(form.folder)}
-    facts = json.loads(cli("check", cwd=tmp_path, env=env).stdout)
+    checked = cli("check", cwd=tmp_path, env=env)
+    assert "not read" not in checked.stderr
+    facts = json.loads(checked.stdout)
     for name, part in form.facts.items():
         assert part is None or part in facts["logit" if name == "score" else name], name
     texts = TEXTS[:5]
@@ -310,9 +317,26 @@ def test_the_command_line(form: Form, tmp_path: Path) -> None:
     assert scores == pytest.approx(dict(enumerate(expected)), abs=1e-5)
     assert ("instructions of requests are not read" in done.stderr) is not form.reads_instruction
     rows = [{"query": f"{QUERY} {i}", "documents": texts} for i in range(6)]
-    write_lines(tmp_path / "in.jsonl", rows)
-    cli("batch", "in.jsonl", "out.jsonl", cwd=tmp_path, env=env)
-    for row, answer in zip(rows, read_lines(tmp_path / "out.jsonl"), strict=True):
+    write_lines(tmp_path / "in.jsonl", [*rows[:3], "bad", *rows[3:]])
+    cli("batch", "in.jsonl", "out.jsonl", cwd=tmp_path, env=env, code=2)
+    done = cli("batch", "in.jsonl", "out.jsonl", "--skip-bad", cwd=tmp_path, env=env)
+    assert "continuing after line 3" in done.stderr
+    answers = [answer for answer in read_lines(tmp_path / "out.jsonl") if "error" not in answer]
+    for row, answer in zip(rows, answers, strict=True):
         expected = [sigmoid(form.logit(str(row["query"]), text)) for text in texts]
         found = {result["index"]: result["score"] for result in answer["results"]}
         assert found == pytest.approx(dict(enumerate(expected)), abs=1e-5)
+
+
+@pytest.mark.parametrize("form", ["document-first"], indirect=True)
+def test_evaluate(form: Form, tmp_path: Path) -> None:
+    env = OPTIONS | {"MODEL_NAME_OR_PATH": str(form.folder)}
+    out = cli("evaluate", *trec(tmp_path), "--save-run", "new.txt", cwd=tmp_path, env=env).stdout
+    assert json.loads(out)["measures"]["R@10"]["equal"] == 3
+    found: dict[str, list[str]] = {}
+    for line in (tmp_path / "new.txt").read_text().splitlines():
+        query, _, document, *_ = line.split()
+        found.setdefault(query, []).append(document)
+    for query, documents in RUN.items():
+        scores = {document: form.logit(QUERIES_OF_RUN[query], CORPUS[document]) for document in documents}
+        assert found[query] == sorted(scores, key=scores.__getitem__, reverse=True)

@@ -107,7 +107,7 @@ class Prompt:
         encode = self.text_tokenizer.encode
         if encode(" x\n", add_special_tokens=False).ids == encode("x", add_special_tokens=False).ids:
             raise ModelLoadError(_OTHER_TOKENS)
-        instructions = {"", self.instruction or "x"}
+        instructions = {"", self.instruction or "x"} if self.template.instructed is not None else {""}
         for query, document in (("how to compress files", " gzip\n"), ("如何压缩文件", "Ａ gzip"), ("x", "x")):
             for instruction in instructions:
                 encoded = self.encode(RerankRequest(query, [document], instruction))
