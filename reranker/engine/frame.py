@@ -80,6 +80,8 @@ def compile_frame(template: Template, parts: Parts, tokenizer: Tokenizer, contro
     if before:
         shared, lead = _split_before_document(before, tokenizer)
         pieces[at] = shared
+    if not (lead or tail or pieces[at + 1 :]):
+        raise ModelLoadError(f"{template.source} ends with the document: an empty one would have no token to score")
     head = _merged(pieces[: at + bool(before)], encode)
     if not head:
         raise ModelLoadError(f"{template.source} has no text before its texts: such a prompt cannot be packed")

@@ -133,6 +133,7 @@ class Scorer:
             score=self.model.head.name,
             prompt=self.prompt.template.source,
             reads_instruction=self.prompt.template.instructed is not None,
+            document_first=self.prompt.template.document_first,
             adapter=self.adapter,
         )
 
@@ -242,8 +243,9 @@ def _checked_prompt(family: Family, max_seq_length: int, requested: str | None) 
     try:
         prompt.encode(RerankRequest("warm-up", ["document"]))
     except InvalidRequestError as error:
+        what = "DEFAULT_INSTRUCTION" if requested else "the prompt of this checkpoint"
         raise ModelLoadError(
-            f"DEFAULT_INSTRUCTION leaves no room for a query and a document in MAX_SEQ_LENGTH={max_seq_length}"
+            f"{what} leaves no room for a query and a document in MAX_SEQ_LENGTH={max_seq_length}: raise it"
         ) from error
     prompt.check(tokenizer)
     return prompt

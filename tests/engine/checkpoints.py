@@ -467,6 +467,7 @@ _TWICE = CARD_TEMPLATE.replace("{{ ns.d }}", "{{ ns.d }} {{ ns.d }}")
 _LENGTH = CARD_TEMPLATE.replace("{{ ns.d }}", "{{ ns.d | length }} {{ ns.d }}")
 _JOINED = CARD_TEMPLATE.replace("\n<Document>: ", "")
 _BARE = "{%- for m in messages if m.role == 'document' -%}{{ m.content }}{%- endfor -%} by {{ messages[-2].content }}"
+_LAST = _JOINED.replace("{{ ns.d }}", "<|im_end|>{{ ns.d }}").replace(f"{{{{ {SUFFIX!r} }}}}", "")
 _TRIM = CARD_TEMPLATE.replace("ns.q }}", "ns.q | trim }}")
 
 RIGHT = [
@@ -638,6 +639,7 @@ WRONG = [
     Variant("a template that counts", sentence_transformers(template=_LENGTH), "a different prompt for other texts"),
     Variant("nothing between the texts", sentence_transformers(template=_JOINED), "no text between query and document"),
     Variant("nothing before the texts", sentence_transformers(template=_BARE), "no text before its texts"),
+    Variant("nothing after a control token but the document", sentence_transformers(template=_LAST), "ends with the"),
     Variant("a template that fails", template("{{ 1 / 0 }} 'query' 'document'"), "cannot be rendered"),
     Variant("a template that reaches out", template("{{ ''.__class__.__mro__ }} 'query' 'document'"), "template"),
     Variant("lower case", write("sentence_bert_config.json", {"do_lower_case": True}), "do_lower_case"),
