@@ -41,6 +41,8 @@ class _Filled:
     """Tokens before every document."""
     lead: str
     """Text that is encoded with a document, before it."""
+    before: list[int]
+    """Tokens before the second chunk and those after it: those of `lead` alone; a last space is in the first word."""
     tail: str
     """Text that is encoded with a document, after it."""
     end: list[int]
@@ -138,8 +140,10 @@ class Prompt:
             logger.warning("instructions of requests are not read: the prompt of this checkpoint has none")
         filled, query_truncated = self._filled(request)
         room = self.max_seq_length - filled.size
-        size = min(room, request.max_tokens_per_doc or room)
-        limit = size * min(request.max_chunks_per_doc or 1, MAX_CHUNKS)
+        before = filled.before[: room - 1]
+        first = len(before)
+        size = min(room - first, request.max_tokens_per_doc or room)
+        limit = first + size * min(request.max_chunks_per_doc or 1, MAX_CHUNKS)
         split = request.max_chunks_per_doc is not None
         texts = [filled.lead + printable(document) for document in request.documents]
         lead = len(filled.lead)
@@ -151,14 +155,15 @@ class Prompt:
             ids, end = encoding.ids, len(texts[i]) - lead
             if len(ids) > limit:
                 if not request.truncate:
-                    problem = f"documents[{request.position(i)}]: longer than the limit of {limit} tokens"
+                    problem = f"documents[{request.position(i)}]: longer than the limit of {limit - first} tokens"
                     raise InvalidRequestError(f"{problem}; shorten it, or omit truncate to have it truncated")
                 truncated.add(i)
                 end = _character(encoding, limit, lead) if split else end
-            starts = range(0, min(len(ids), limit), size) or range(1)
-            if len(ids) <= size:
+            starts = range(first, min(len(ids), limit), size) or range(first, first + 1)
+            if len(ids) <= first + size:
                 whole[i] = len(documents)
-            documents += [ids[start : start + size] + filled.end for start in starts]
+            documents.append(ids[: first + size] + filled.end)
+            documents += [before + ids[start : start + size] + filled.end for start in starts[1:]]
             if split:
                 chunks.append([0, *(_character(encoding, start, lead) for start in starts[1:]), end])
         if filled.tail:
@@ -213,6 +218,7 @@ class Prompt:
         return _Filled(
             self._encode_pieces(frame.head, texts),
             frame.lead,
+            self._encode_text(frame.lead.rstrip(" ")),
             tail,
             self._encode_text(tail) + suffix if tail else suffix,
             suffix,
