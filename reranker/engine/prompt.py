@@ -41,6 +41,8 @@ class _Filled:
     """Tokens before every document."""
     lead: str
     """Text that is encoded with a document, before it."""
+    before: list[int]
+    """Tokens before the second chunk and those after it: those of `lead` alone; a last space is in the first word."""
     tail: str
     """Text that is encoded with a document, after it."""
     end: list[int]
@@ -220,6 +222,7 @@ class Prompt:
         return _Filled(
             self._encode_pieces(frame.head, texts),
             frame.lead,
+            self._encode_text(frame.lead.rstrip(" ")),
             tail,
             self._encode_text(tail) + suffix if tail else suffix,
             suffix,

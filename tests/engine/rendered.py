@@ -19,10 +19,12 @@ class Rendered:
     Args:
         path: a folder with a checkpoint.
         prompt: `str.format` text with {instruction}, {query} and {document}; None: the folder's chat template.
+        structured: whether the contents of messages are lists.
         options: of the chat template.
     """
 
-    def __init__(self, path: Path, prompt: str | None = None, **options: Any) -> None:
+    def __init__(self, path: Path, prompt: str | None = None, *, structured: bool = False, **options: Any) -> None:
+        self.structured = structured
         self.tokenizer = AutoTokenizer.from_pretrained(str(path))
         self.prompt, self.options = prompt, options
         words = path / "1_LogitScore" / "config.json"
@@ -38,7 +40,11 @@ class Rendered:
             return self.prompt.format(instruction=instruction, query=query, document=document)
         system = [{"role": "system", "content": instruction}] if instruction else []
         pair = [{"role": "query", "content": query}, {"role": "document", "content": document}]
-        return str(self.tokenizer.apply_chat_template(system + pair, tokenize=False, **self.options))
+        messages: list[dict[str, Any]] = [*system, *pair]
+        if self.structured:
+            for message in messages:
+                message["content"] = [{"type": "text", "text": message["content"]}]
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **self.options))
 
     def ids(self, query: str, document: str, instruction: str | None = None) -> list[int]:
         """Return the tokens of the whole prompt."""

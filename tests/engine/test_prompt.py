@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import unicodedata
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -126,6 +127,34 @@ def test_a_long_document_is_truncated_as_on_the_card(card: Card, unit: str, room
     assert len(encoded.prefix) + len(encoded.documents[0]) == room + 100
     assert encoded.documents[0][-len(SUFFIX_IDS) :] == SUFFIX_IDS
     assert encoded.prefix + encoded.documents[0] == expected
+
+
+def test_chunks_and_limits_keep_the_text_before_a_document() -> None:
+    """Here it is the end of a tag, which merges with the document and so is encoded with it."""
+    parts = ("<|im_start|>user\n<query>", Slot.QUERY, "</query>\n<document>", Slot.DOCUMENT, "</document><|im_end|>")
+    prompt = Prompt(TOKENIZER, Template(None, parts, None, TEMPLATE.control_tokens))
+
+    def text(**options: Any) -> list[str]:
+        encoded = prompt.encode(RerankRequest("q", ["1 one two three four"], **options))
+        return [str(TOKENIZER.decode(encoded.prefix + ids)).partition("</query>\n")[2] for ids in encoded.documents]
+
+    assert text() == ["<document>1 one two three four</document><|im_end|>"]
+    assert text(max_tokens_per_doc=1) == ["<document>1</document><|im_end|>"]
+    chunks = text(max_tokens_per_doc=2, max_chunks_per_doc=9)
+    assert len(chunks) > 2
+    assert all(chunk.startswith("<document>") and chunk.endswith("</document><|im_end|>") for chunk in chunks)
+    prompt.max_seq_length = len(prompt.encode(RerankRequest("q", [""])).prefix) + 8
+    encoded = prompt.encode(RerankRequest("q", ["one two three four " * 9], max_chunks_per_doc=9))
+    assert max(map(len, encoded.documents)) + len(encoded.prefix) == prompt.max_seq_length
+
+
+def test_letters_before_a_document_are_encoded_with_it_whatever_the_vocabulary_merges() -> None:
+    parts = ("<|im_start|>q: ", Slot.QUERY, " text d", Slot.DOCUMENT)
+    prompt = Prompt(TOKENIZER, Template(None, parts, None, TEMPLATE.control_tokens))
+    for document in ["e", "oc", *"abcdefghijklmnopqrstuvwxyz", "x", ""]:
+        encoded = prompt.encode(RerankRequest("one", [document]))
+        whole = TOKENIZER.encode(f"<|im_start|>q: one text d{document}", add_special_tokens=False)
+        assert encoded.prefix + encoded.documents[0] == whole
 
 
 def test_a_document_that_just_fits_is_not_truncated() -> None:

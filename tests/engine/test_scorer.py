@@ -263,7 +263,7 @@ def test_a_precision_that_failed_is_freed_before_the_next_is_loaded(
 
 
 def test_an_instruction_without_room_is_a_start_up_error(model_path: Path) -> None:
-    with pytest.raises(ModelLoadError, match="DEFAULT_INSTRUCTION leaves no room"):
+    with pytest.raises(ModelLoadError, match="leaves no room for a query and a document in MAX_SEQ"):
         Scorer.load(model_path, device="cpu", max_seq_length=128, instruction="very long " * 100)
 
 
