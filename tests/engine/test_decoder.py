@@ -25,7 +25,8 @@ from transformers import (
 from reranker import ModelLoadError
 from reranker.engine.attention import SdpaAttention
 from reranker.engine.batch import pack
-from reranker.engine.checkpoint.weights import EMBEDDING, HEAD, Weights, check_weights
+from reranker.engine.checkpoint.inventory import check_weights
+from reranker.engine.checkpoint.weights import EMBEDDING, HEAD, Weights
 from reranker.engine.families.decoder import Decoder
 from reranker.engine.model import needed_memory
 from reranker.engine.precision import FLOAT8, QUANTIZED

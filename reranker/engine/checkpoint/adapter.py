@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from reranker.engine.checkpoint.files import AGAIN, read_json, refuse_if, refuse_pointer
-from reranker.engine.checkpoint.weights import FLOATS, SCORE_HEAD, Stored, opened, read_header
+from reranker.engine.checkpoint.tensors import FLOATS, Stored, opened, read_header
+from reranker.engine.checkpoint.weights import SCORE_HEAD
 from reranker.errors import ModelLoadError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
