@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from reranker import ModelLoadError, Scorer
 from reranker.engine.checkpoint.weights import EMBEDDING, HEAD, Weights
@@ -22,6 +24,17 @@ def test_the_tensors_of_all_shards_are_those_of_one_file(tmp_path: Path) -> None
         assert tuple(tensor.shape) == stored.shape
         assert tensor.numel() == stored.numel
         assert torch.equal(tensor, shards.tensor(name))
+
+
+def test_a_tensor_that_two_shards_hold_is_refused(tmp_path: Path) -> None:
+    """Which of the two is meant cannot be known; transformers takes the last one."""
+    folder = make_model(tmp_path / "a", layers=1, shards=True)
+    first, *_, last = sorted(folder.glob("*.safetensors"))
+    twice = next(iter(load_file(first)))
+    save_file(load_file(last) | {twice: load_file(first)[twice] * 2}, last)
+    with pytest.raises(ModelLoadError, match=re.escape(f"{twice} is in {last} and in {first}: download")) as caught:
+        Weights(folder)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_inventory_is_that_of_the_files_which_are_loaded(tmp_path: Path) -> None:

@@ -48,6 +48,8 @@ class Weights:
         self.files: dict[str, Path] = {}
         for file in weight_files(path):
             header = read_header(file)
+            twice = next(iter(header.keys() & self.files.keys()), "")
+            refuse_if(twice, f"{twice} is in {file} and in {self.files.get(twice)}: {AGAIN}")
             self.stored |= header
             self.files |= dict.fromkeys(header, file)
         self.layout = None if scheme is None else scheme.layout(path, self.stored)
