@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import gc
 import os
 import re
 from pathlib import Path
@@ -12,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from reranker import ModelLoadError, Scorer
 from reranker.engine.checkpoint.weights import EMBEDDING, HEAD, Weights
 from tests.conftest import make_model
-from tests.engine.checkpoints import renamed, tensors
+from tests.engine.checkpoints import Edit, nothing, renamed, score_head, tensors
 
 
 def test_the_tensors_of_all_shards_are_those_of_one_file(tmp_path: Path) -> None:
@@ -87,12 +86,21 @@ def test_a_file_is_mapped_as_long_as_a_tensor_needs_it(tmp_path: Path) -> None:
     assert not [file for file in Path("/proc/self/fd").iterdir() if str(folder) in os.path.realpath(file)]
     del view
     assert not mapped()
-    scorer = Scorer.load(folder, device="cpu", precision="float32")
-    assert mapped(), "the embedding is as it is stored"
-    del scorer
-    gc.collect()
-    assert not mapped()
-    tensors(folder, lambda f: {name: tensor.double() for name, tensor in f.items()})
-    scorer = Scorer.load(folder, device="cpu", precision="float32")
-    assert not mapped(), "every weight was cast"
-    assert len(scorer.rerank("a", ["b"])) == 1
+
+
+@pytest.mark.parametrize("edit", [nothing, score_head(torch.randn(1, 96))], ids=["words", "score head"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_a_file_that_is_overwritten_in_place_does_not_change_a_loaded_model(
+    stored: torch.dtype, edit: Edit, tmp_path: Path
+) -> None:
+    folder = make_model(tmp_path / "a", layers=1)
+    edit(folder)
+    tensors(folder, lambda found: {name: tensor.to(stored) for name, tensor in found.items()})
+    scorer = Scorer.load(folder, device="cpu", precision=str(stored).removeprefix("torch."))
+    before, file = scorer.rerank("a", ["b", "c"]), folder / "model.safetensors"
+    with file.open("r+b") as opened:
+        opened.write(file.stat().st_size * b"\x3c")
+    assert scorer.rerank("a", ["b", "c"]) == before
+    with file.open("r+b") as opened:
+        opened.truncate(0)  # a page that is read from the file now would end the process
+    assert scorer.rerank("a", ["b", "c"]) == before
