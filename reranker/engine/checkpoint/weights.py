@@ -116,7 +116,8 @@ class Weights:
     def not_finite(self) -> str | None:
         """Return the name and file of the first tensor with a NaN or an infinity; None without any. Reads all."""
         for name in sorted(self.files, key=lambda name: (self.files[name], name)):
-            if name in self.stored and not torch.isfinite(self.unmerged(name)).all():  # scales are checked as products
+            floats = name in self.stored and self.stored[name].dtype in FLOATS  # scales are checked as products
+            if floats and not torch.isfinite(self.unmerged(name)).all():
                 return f"{name} in {self.files[name]}"
         return None if self.adapter is None else self.adapter.not_finite()
 
