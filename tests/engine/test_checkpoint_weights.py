@@ -74,6 +74,21 @@ def test_a_file_that_breaks_while_it_is_read_is_an_error_in_one_line(tmp_path: P
     assert "\n" not in str(caught.value)
 
 
+def test_a_file_that_is_replaced_while_it_is_read_is_an_error_in_one_line(tmp_path: Path) -> None:
+    """Of the same shapes: the weights of two trainings would become one model."""
+    folder = make_model(tmp_path / "a", layers=2)
+    weights = Weights(folder)
+    weights.tensor(EMBEDDING)
+    file, other = folder / "model.safetensors", tmp_path / "other"
+    save_file({name: tensor * 2 for name, tensor in load_file(file).items()}, other, {"format": "pt"})
+    os.utime(other, ns=(0, 0))  # as rsync keeps the time of a file
+    other.replace(file)
+    with pytest.raises(ModelLoadError, match="was replaced while it was read") as caught:
+        weights.tensor("model.norm.weight")
+    assert "\n" not in str(caught.value)
+    assert torch.isfinite(Weights(folder).tensor("model.norm.weight")).all()
+
+
 def test_a_file_is_mapped_as_long_as_a_tensor_needs_it(tmp_path: Path) -> None:
     folder, maps = make_model(tmp_path / "a", layers=1), Path("/proc/self/maps")
     if not maps.is_file():

@@ -46,7 +46,9 @@ class Weights:
         self.adapter = adapter
         self.stored: dict[str, Stored] = {}
         self.files: dict[str, Path] = {}
+        self._states: dict[Path, tuple[int, int]] = {}
         for file in weight_files(path):
+            self._states[file] = _state(file)
             header = read_header(file)
             twice = next(iter(header.keys() & self.files.keys()), "")
             refuse_if(twice, f"{twice} is in {file} and in {self.files.get(twice)}: {AGAIN}")
@@ -85,7 +87,7 @@ class Weights:
         other one as it is.
 
         Raises:
-            ModelLoadError: the file is broken.
+            ModelLoadError: the file is broken, or not the one whose header was read.
         """
         if self.adapter is None:
             return self.unmerged(name)
@@ -109,7 +111,10 @@ class Weights:
         return self.layout is None or name not in self.layout.weights
 
     def _read(self, name: str) -> Tensor:
-        with opened(self.files[name]) as tensors:
+        file = self.files[name]
+        with opened(file) as tensors:
+            changed = _state(file) != self._states[file]
+            refuse_if(changed, f"{file} was replaced while it was read: load it again when all files are there")
             tensor: Tensor = tensors.get_tensor(name)
             return tensor
 
@@ -120,6 +125,12 @@ class Weights:
             if floats and not torch.isfinite(self.unmerged(name)).all():
                 return f"{name} in {self.files[name]}"
         return None if self.adapter is None else self.adapter.not_finite()
+
+
+def _state(file: Path) -> tuple[int, int]:
+    """Return what differs when another file takes its place: two checkpoints must not become one model."""
+    stat = file.stat()
+    return stat.st_mtime_ns, stat.st_size
 
 
 def weight_files(path: Path) -> list[Path]:
