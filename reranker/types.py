@@ -29,6 +29,8 @@ class RerankRequest:
     """True: a query that leaves no room for a document is truncated, not refused."""
     positions: Sequence[int] | None = None
     """Each document's index in the client's request, if this is a part of it; error texts use it."""
+    query_index: int | None = None
+    """The query's index in the client's request, if that has several; error texts use it."""
 
     @property
     def characters(self) -> int:

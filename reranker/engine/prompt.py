@@ -202,8 +202,9 @@ class Prompt:
                 f"shorten the instruction or raise MAX_SEQ_LENGTH"
             )
         if not request.truncate_query:
+            where = "" if request.query_index is None else f"query[{request.query_index}]: "
             raise InvalidRequestError(
-                f"the query and instruction leave no room for a document: they and the prompt take more than "
+                f"{where}the query and instruction leave no room for a document: they and the prompt take more than "
                 f"{self.max_seq_length - 1} of {self.max_seq_length} tokens; shorten the query, send truncate: true to "
                 f"have it truncated, or raise MAX_SEQ_LENGTH"
             )

@@ -93,7 +93,7 @@ def test_every_line_is_json_and_none_tells_a_text_or_a_token(start: Start, comma
     assert lost["path"].startswith("/nothing")
 
     [failed] = [line for line in found if "exception" in line]
-    assert failed["logger"] == "reranker.scheduler.batcher"
+    assert failed["logger"] == "reranker.scheduler.passes"
     assert failed["exception"].startswith("Traceback (most recent call last):\n")
     assert failed["exception"].endswith("RuntimeError: a kernel failed")
 
