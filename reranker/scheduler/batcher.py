@@ -39,6 +39,7 @@ class Batcher:
     Args:
         load, load_timeout, pass_timeout: see `ComputeThread`.
         max_queue_tokens, max_requests: see `Admission`.
+        request_timeout: seconds of a request, for the limit of the queue that the observer gets.
         cache_entries: documents in the score cache; 0: no cache.
         on_failure: called once, with the error, if the scorer cannot be loaded or is lost.
         observer: receives the events.
@@ -52,6 +53,7 @@ class Batcher:
         max_requests: int = 1000,
         load_timeout: float = 1800.0,
         pass_timeout: float = 200.0,
+        request_timeout: float = 100.0,
         cache_entries: int = 0,
         on_failure: Callable[[Exception], None] = lambda error: None,
         observer: Observer | None = None,
@@ -64,6 +66,8 @@ class Batcher:
         """Why the scorer was not loaded or is lost."""
         self.queue = TokenQueue()
         self.admission = Admission(self.queue, max_queue_tokens, max_requests)
+        self._request_timeout = request_timeout
+        self._observer.queue_limit_changed(self.admission.limit(request_timeout))
         self._cache = ScoreCache(cache_entries) if cache_entries else None
         self._jobs: set[Job] = set()  # unresolved: in the queue, in a batch, or in parts of both
         self._on_failure = on_failure
@@ -111,7 +115,7 @@ class Batcher:
         self._observer.loaded(self.scorer.info, self.scorer.memory)
         if self.status == "loading":
             self._set_status("ok")
-        logger.info("ready after %.1f s: %s", time.monotonic() - start, self.scorer.info)
+        logger.info("ready after %.1f s: %s", time.monotonic() - start, self.scorer.info.summary)
         try:
             await self._run(self.scorer)
         except Exception:  # a bug: without the loop all requests would hang
@@ -406,6 +410,7 @@ class Batcher:
         self._observer.pass_ended(ForwardPass(documents, tokens, prompt_tokens, budget, seconds, scorer.memory))
         if tokens >= budget // 2 or documents >= scorer.max_batch_documents // 2:
             self.admission.observe_speed(tokens, seconds)
+            self._observer.queue_limit_changed(self.admission.limit(self._request_timeout))
 
 
 def _scores(job: Job) -> list[DocumentScore]:
