@@ -1,8 +1,8 @@
 """deploy/kubernetes/: valid by Kubernetes' own schemas, and true of this service: ports, paths, names, times, user.
 
 The schemas come with the package kubernetes-validate, because kubectl wants a cluster even for a dry run on the client.
-The custom kinds (ScaledObject, ServiceMonitor, PrometheusRule, RayService) have no schema: the parts of Kubernetes' own kinds in them
-are checked by those, and the rest against the service. test_kubernetes_model.py tests the download of the model.
+The custom kinds (ScaledObject, ServiceMonitor, PrometheusRule, RayService) have no schema: the parts of Kubernetes' own
+kinds in them are checked by those, and the rest against the service. test_kubernetes_model.py tests the download.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -360,11 +361,12 @@ def test_a_reload_keeps_the_counts(start: Start) -> None:
         assert value(found, "reranker_requests_total", route="/v1/rerank", status="200") == 4
     for sent, wanted in ((signal.SIGTTIN, 3.0), (signal.SIGTTOU, 2.0)):
         server.process.send_signal(sent)
-        both = {wanted}
-        found = once(
-            server, lambda s, both=both: {value(s, "reranker_workers"), value(s, "reranker_ready_workers")} == both
-        )
+        found = once(server, partial(has_workers, wanted))
         assert value(found, "reranker_worker_restarts_total") == 0, "nothing has ended unasked"
+
+
+def has_workers(count: float, found: Samples) -> bool:
+    return value(found, "reranker_workers") == value(found, "reranker_ready_workers") == count
 
 
 def folders(server: Server) -> list[Path]:
