@@ -18,5 +18,6 @@ def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) != len(pairs):
         seen: set[str] = set()
         doubled = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise InvalidRequestError(f"{token(doubled)}: is in one JSON object twice; send it once")
+        rule = "is in one JSON object twice; send it once"
+        raise InvalidRequestError(f"{token(doubled)}: {rule}", logged=f"a name {rule}")
     return value

@@ -33,6 +33,7 @@ class Batcher:
     Args:
         load, load_timeout, pass_timeout: see `ComputeThread`.
         max_queue_tokens, max_requests: see `Admission`.
+        request_timeout: seconds of a request, for the limit of the queue that the observer gets.
         cache_entries: documents in the score cache; 0: no cache.
         on_failure: called once, with the error, if the scorer cannot be loaded or is lost.
         observer: receives the events.
@@ -46,6 +47,7 @@ class Batcher:
         max_requests: int = 1000,
         load_timeout: float = 1800.0,
         pass_timeout: float = 200.0,
+        request_timeout: float = 100.0,
         cache_entries: int = 0,
         on_failure: Callable[[Exception], None] = lambda error: None,
         observer: Observer | None = None,
@@ -58,6 +60,7 @@ class Batcher:
         """Why the scorer was not loaded or is lost."""
         self.queue = TokenQueue()
         self.admission = Admission(self.queue, max_queue_tokens, max_requests)
+        self._observer.queue_limit_changed(self.admission.limit(request_timeout))
         self._cache = ScoreCache(cache_entries) if cache_entries else None
         self._on_failure = on_failure
         self.on_unhealthy: Callable[[], None] = lambda: None
@@ -65,7 +68,7 @@ class Batcher:
         self.unhealthy_retry_after = 30  # seconds; server/worker.py lowers it where a sibling serves
         self._tokenizers = TokenizerPool()
         self._compute = ComputeThread(load, load_timeout=load_timeout, pass_timeout=pass_timeout)
-        self._passes = Passes(self.admission, self._compute, self._observer, self._give_up)
+        self._passes = Passes(self.admission, self._compute, self._observer, self._give_up, request_timeout)
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -102,7 +105,7 @@ class Batcher:
         self._observer.loaded(self.scorer.info, self.scorer.memory)
         if self.status == "loading":
             self._set_status("ok")
-        logger.info("ready after %.1f s: %s", time.monotonic() - start, self.scorer.info)
+        logger.info("ready after %.1f s: %s", time.monotonic() - start, self.scorer.info.summary)
         try:
             await self._passes.run(self.scorer)
         except Exception:  # a bug: without the loop all requests would hang

@@ -33,6 +33,7 @@ class Passes:
         compute: the thread of the device.
         observer: receives the events of the queue and of the passes.
         on_lost: called with the error when the device is lost.
+        request_timeout: seconds of a request, for the limit of the queue that the observer gets.
     """
 
     def __init__(
@@ -41,11 +42,13 @@ class Passes:
         compute: ComputeThread,
         observer: Observer,
         on_lost: Callable[[Exception], None],
+        request_timeout: float,
     ) -> None:
         self._admission, self._queue = admission, admission.queue
         self._compute = compute
         self._observer = observer
         self._on_lost = on_lost
+        self._request_timeout = request_timeout
         self._jobs: set[Job] = set()  # unresolved: in the queue, in a batch, or in parts of both
         self._packer = ThreadPoolExecutor(1, thread_name_prefix="packer")  # tokenising must not delay it
         self._changed = asyncio.Event()  # set by a new job and at the end of a pass
@@ -172,3 +175,4 @@ class Passes:
         self._observer.pass_ended(ForwardPass(documents, tokens, prompt_tokens, budget, seconds, scorer.memory))
         if tokens >= budget // 2 or documents >= scorer.max_batch_documents // 2:
             self._admission.observe_speed(tokens, seconds)
+            self._observer.queue_limit_changed(self._admission.limit(self._request_timeout))

@@ -177,15 +177,18 @@ class Admission:
         """Raise QueueFullError, with the time of the next try, if `tokens` cannot be scored within `seconds`."""
         if self.requests >= self.max_requests:
             raise self._refusal(f"{self.requests} requests are in progress")
-        limit = float(self.max_queue_tokens)
-        if math.isfinite(self.tokens_per_second):
-            limit = min(limit, self.tokens_per_second * seconds * _SHARE_OF_TIME)
-        pending = self._pending
+        limit, pending = self.limit(seconds), self._pending
         small = max_batch_tokens // 2  # the half of `TokenQueue.take`
         if tokens <= small and pending + tokens > limit:
             pending = self.queue.tokens_up_to(small) + sum(r.tokens for r in self._reserved if r.tokens <= small)
         if pending and pending + tokens > limit:
             raise self._refusal(f"about {pending} tokens are pending")
+
+    def limit(self, seconds: float) -> float:
+        """Return how many tokens may be pending: what can be scored within `seconds`, at most `max_queue_tokens`."""
+        if math.isnan(self.tokens_per_second):
+            return float(self.max_queue_tokens)
+        return min(float(self.max_queue_tokens), self.tokens_per_second * seconds * _SHARE_OF_TIME)
 
     @contextmanager
     def reserve(self, tokens: int) -> Iterator[Reservation]:
