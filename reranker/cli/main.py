@@ -140,11 +140,16 @@ def _evaluate(add: argparse.ArgumentParser) -> None:
     _add_concurrency(add)
 
 
+def _completion(add: argparse.ArgumentParser) -> None:
+    add.add_argument("shell", choices=("bash", "zsh"))
+
+
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "rank": ("one query: a table in a terminal, JSON in a pipe", _rank),
     "batch": ("many queries, JSON lines out; continues after an interruption", _batch),
     "evaluate": ("measure the gain on your own data (needs requirements-eval.txt)", _evaluate),
     "check": ("load, score one pair, print the choices; exit code 0 or 1", lambda _: None),
+    "completion": ('complete in a shell: eval "$(python -m reranker completion bash)"', _completion),
 }
 """Name -> help and arguments. `reranker.cli.NAME` has a function NAME that runs it, and is imported only then."""
 
@@ -154,12 +159,17 @@ def parser(words: Sequence[str]) -> argparse.ArgumentParser:
     top = Parser(prog="python -m reranker", description="Rank documents by relevance to a query, without a server.")
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    needed = COMMANDS if "completion" in words else words
     for name, (text, add_arguments) in COMMANDS.items():
         add = commands.add_parser(name, help=text)
-        if name in words:
+        if name not in needed:
+            continue
+        add_arguments(add)
+        if name == "completion":
+            add.set_defaults(verbose=False, commands=commands.choices)
+        else:
             from reranker.cli.options import add_model_options
 
-            add_arguments(add)
             add_model_options(add, several=name == "evaluate")
     return top
 
@@ -196,7 +206,10 @@ def main(argv: list[str] | None = None) -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     for warning in load_env_file():
         print(f"warning: {warning}", file=sys.stderr)
-    getattr(importlib.import_module(f"reranker.cli.{args.command}"), args.command)(args)
+    command = getattr(importlib.import_module(f"reranker.cli.{args.command}"), args.command)
+    if sys.stderr.isatty() and args.command != "completion":
+        print("\33[2K", end="", file=sys.stderr, flush=True)  # the line of `__main__`
+    command(args)
 
 
 def _fill_streams() -> None:

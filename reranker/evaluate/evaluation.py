@@ -20,7 +20,7 @@ from reranker.evaluate.judgements import Grades, Ranking, read_grades, read_run,
 from reranker.evaluate.measures import measure, parse_measures
 from reranker.rankers.ranker import Ranker
 from reranker.rankers.source import Source, open_ranker
-from reranker.terminal import meter, note, plural, truncated
+from reranker.terminal import meter, note, plural, truncated, waiting
 from reranker.types import RerankRequest
 
 _BM25 = "bm25"
@@ -97,7 +97,8 @@ def evaluate(job: Job, systems: Sequence[System]) -> Report:
     measures = parse_measures(default if job.measures is None else job.measures)
     _check_systems(job, systems)
     _check_outputs(job, systems)
-    data = _read(job, systems)
+    with waiting("reading the data"):
+        data = _read(job, systems)
     results, runs = [], iter(data.runs)
     first_stage = job.run or _BM25 if data.first else None
     if first_stage:
