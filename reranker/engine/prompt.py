@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
+from reranker.engine.escape import control_ids, text_tokenizer
 from reranker.engine.frame import compile_frame
 from reranker.engine.template import Parts, Slot, Template, fill
 from reranker.errors import InvalidRequestError, ModelLoadError
@@ -41,6 +41,8 @@ class _Filled:
     """Tokens before every document."""
     lead: str
     """Text that is encoded with a document, before it."""
+    before: list[int]
+    """Tokens before the second chunk and those after it: those of `lead` alone; a last space is in the first word."""
     tail: str
     """Text that is encoded with a document, after it."""
     end: list[int]
@@ -50,7 +52,7 @@ class _Filled:
     @property
     def size(self) -> int:
         """Tokens beside the document."""
-        return len(self.prefix) + len(self.end)
+        return len(self.prefix) + len(self.before) + len(self.end)
 
 
 class Prompt:
@@ -82,8 +84,8 @@ class Prompt:
         self.instruction = template.instruction if instruction is None else instruction
         self.max_seq_length = max_seq_length
         self._said = False
-        self.text_tokenizer = _without_control_tokens(tokenizer, template.control_tokens)
-        control = _control_ids(tokenizer, template)
+        self.text_tokenizer = text_tokenizer(tokenizer, template.control_tokens)
+        control = control_ids(tokenizer, template)
         self._frames = {
             parts: compile_frame(template, parts, self.text_tokenizer, control)
             for parts in (template.instructed, template.plain)
@@ -105,7 +107,7 @@ class Prompt:
         encode = self.text_tokenizer.encode
         if encode(" x\n", add_special_tokens=False).ids == encode("x", add_special_tokens=False).ids:
             raise ModelLoadError(_OTHER_TOKENS)
-        instructions = {"", self.instruction or "x"}
+        instructions = {"", self.instruction or "x"} if self.template.instructed is not None else {""}
         for query, document in (("how to compress files", " gzip\n"), ("如何压缩文件", "Ａ gzip"), ("x", "x")):
             for instruction in instructions:
                 encoded = self.encode(RerankRequest(query, [document], instruction))
@@ -139,7 +141,8 @@ class Prompt:
         filled, query_truncated = self._filled(request)
         room = self.max_seq_length - filled.size
         size = min(room, request.max_tokens_per_doc or room)
-        limit = size * min(request.max_chunks_per_doc or 1, MAX_CHUNKS)
+        first = len(filled.before) + size
+        limit = first + size * (min(request.max_chunks_per_doc or 1, MAX_CHUNKS) - 1)
         split = request.max_chunks_per_doc is not None
         texts = [filled.lead + printable(document) for document in request.documents]
         lead = len(filled.lead)
@@ -151,32 +154,36 @@ class Prompt:
             ids, end = encoding.ids, len(texts[i]) - lead
             if len(ids) > limit:
                 if not request.truncate:
-                    problem = f"documents[{request.position(i)}]: longer than the limit of {limit} tokens"
+                    problem = (
+                        f"documents[{request.position(i)}]: longer than the limit of {limit - first + size} tokens"
+                    )
                     raise InvalidRequestError(f"{problem}; shorten it, or omit truncate to have it truncated")
                 truncated.add(i)
                 end = _character(encoding, limit, lead) if split else end
-            starts = range(0, min(len(ids), limit), size) or range(1)
-            if len(ids) <= size:
+            later = range(first, min(len(ids), limit), size)
+            if len(ids) <= first:
                 whole[i] = len(documents)
-            documents += [ids[start : start + size] + filled.end for start in starts]
+            documents.append(ids[:first] + filled.end)
+            documents += [filled.before + ids[start : start + size] + filled.end for start in later]
             if split:
-                chunks.append([0, *(_character(encoding, start, lead) for start in starts[1:]), end])
+                chunks.append([0, *(_character(encoding, start, lead) for start in later), end])
         if filled.tail:
-            self._join_tail(documents, {place: texts[i] for i, place in whole.items()}, filled, room)
+            self._join_tail(documents, {place: texts[i] for i, place in whole.items()}, filled)
         common = takewhile(lambda pair: pair[0] == pair[1], zip(cached_prefix, filled.prefix[:-1], strict=False))
         cached = sum(1 for _ in common)
         return EncodedRequest(
             filled.prefix, documents, frozenset(truncated), chunks if split else None, cached, query_truncated
         )
 
-    def _join_tail(self, documents: list[list[int]], texts: dict[int, str], filled: _Filled, room: int) -> None:
+    def _join_tail(self, documents: list[list[int]], texts: dict[int, str], filled: _Filled) -> None:
         """Encode whole documents again with the text after them, whose start may merge with their end."""
         joined = self.text_tokenizer.encode_batch_fast(
             [text + filled.tail for text in texts.values()], add_special_tokens=False
         )
         for place, encoding in zip(texts, joined, strict=True):
-            if len(encoding.ids) + len(filled.suffix) <= room + len(filled.end):
-                documents[place] = encoding.ids + filled.suffix
+            joined_ids = encoding.ids + filled.suffix
+            if len(filled.prefix) + len(joined_ids) <= self.max_seq_length:
+                documents[place] = joined_ids
 
     def _filled(self, request: RerankRequest) -> tuple[_Filled, bool]:
         """Return the prompt around the documents, and whether the query in it is truncated.
@@ -191,12 +198,13 @@ class Prompt:
         limit = (self.max_seq_length - self._fill(request.instruction, "").size) // 2
         if limit < _MIN_QUERY_TOKENS:
             raise InvalidRequestError(
-                f"the instruction leaves no room for a query and a document in {self.max_seq_length} tokens; "
+                f"prompt and instruction leave no room for a query and a document in {self.max_seq_length} tokens; "
                 f"shorten the instruction or raise MAX_SEQ_LENGTH"
             )
         if not request.truncate_query:
+            where = "" if request.query_index is None else f"query[{request.query_index}]: "
             raise InvalidRequestError(
-                f"the query and instruction leave no room for a document: they and the prompt take more than "
+                f"{where}the query and instruction leave no room for a document: they and the prompt take more than "
                 f"{self.max_seq_length - 1} of {self.max_seq_length} tokens; shorten the query, send truncate: true to "
                 f"have it truncated, or raise MAX_SEQ_LENGTH"
             )
@@ -213,6 +221,7 @@ class Prompt:
         return _Filled(
             self._encode_pieces(frame.head, texts),
             frame.lead,
+            self._encode_text(frame.lead.rstrip(" ")),
             tail,
             self._encode_text(tail) + suffix if tail else suffix,
             suffix,
@@ -254,38 +263,3 @@ def _character(encoding: Encoding, token: int, lead: int) -> int:
     """Index in the document of the first character of a token; `lead`: characters encoded before the document."""
     characters = encoding.token_to_chars(token)
     return max(0, characters[0] - lead) if characters else 0
-
-
-def _control_ids(tokenizer: PreTrainedTokenizerBase, template: Template) -> dict[str, int]:
-    """Return the ids of the template's own control tokens."""
-    ids: dict[str, int] = {}
-    for token in template.own_tokens:
-        encoded = tokenizer.encode(token, add_special_tokens=False)
-        if encoded != [tokenizer.convert_tokens_to_ids(token)]:
-            raise ModelLoadError(f"the tokenizer has no token {token}: use the original checkpoint's tokenizer")
-        ids[token] = encoded[0]
-    return ids
-
-
-def _without_control_tokens(tokenizer: PreTrainedTokenizerBase, control_tokens: frozenset[str]) -> Tokenizer:
-    """Return a copy that parses no control token; words that a fine-tune added stay in the vocabulary."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if not isinstance(backend, Tokenizer):
-        raise ModelLoadError("the model folder has no tokenizer.json: download the whole checkpoint again")
-    description = json.loads(backend.to_str())
-    tokens = description["added_tokens"]
-    words = [token for token in tokens if token["content"] not in control_tokens and not token["special"]]
-    control = {token["content"]: token["id"] for token in tokens if token not in words}
-    if others := sorted(set(control) - control_tokens):
-        logger.warning("special tokens of the checkpoint are plain text in queries and documents: %s", others[:3])
-    description |= {"truncation": None, "padding": None}
-    for token in tokens:
-        token["special"] = token not in words  # `encode_special_tokens` makes special ones, and only those, text
-    if not words:
-        description["added_tokens"] = []
-    copy = Tokenizer.from_str(json.dumps(description))
-    copy.encode_special_tokens = True
-    parsed = sorted(text for text, i in control.items() if i in copy.encode(text, add_special_tokens=False).ids)
-    if parsed:
-        raise ModelLoadError(f"control tokens are ordinary vocabulary here and could be forged: {parsed[:3]}")
-    return copy

@@ -21,7 +21,7 @@ from reranker.request.parse import (
     to_request,
     unwrap,
 )
-from reranker.request.unread import TEMPLATE_VALUES, Report, missing_hint
+from reranker.request.unread import MAX_NAMES, TEMPLATE_VALUES, Report, missing_hint
 from reranker.types import RerankRequest
 
 SHAPES = (("queries", "documents"), ("queries", "items"), ("text_1", "text_2"), ("data_1", "data_2"))
@@ -58,9 +58,6 @@ def _parse(
     options = {name: value for name, value in body.items() if name not in names.values()}
     values, unread = read_fields(options, skip=NOT_READ)
     report = Report(unread)
-    for name in NOT_READ:
-        if options.get(name) is not None:
-            report.ignore(name, f"{name} is not read here")
     instruction = read_instruction(values, body.get(TEMPLATE_VALUES), report)
     texts = read_documents(names["documents"], documents, values.get("rank_fields"), max_documents, report)
     positions: dict[str, list[int]] = {}
@@ -69,16 +66,18 @@ def _parse(
         positions.setdefault(FIELDS["query"].read(where, query), []).append(i)
     if len(positions) == 1:
         positions = {query: list(range(len(texts))) for query in positions}
+    raw_scores = read_raw_scores(values, report)
     by_query = _by_query(positions, values, instruction, texts, report)
+    sent = [name for name in NOT_READ if options.get(name) is not None][: max(0, MAX_NAMES - len(report.ignored))]
     return ParsedRequest(
         by_query[0] if len(by_query) == 1 else replace(by_query[0], documents=texts, positions=None),
         limit=None,
         return_documents=False,
-        raw_scores=read_raw_scores(values, report),
+        raw_scores=raw_scores,
         has_model="model" in values,
         is_tei=False,
-        ignored=tuple(renamed(name, names) for name in report.ignored),
-        warnings=tuple(renamed(text, names) for text in report.warnings),
+        ignored=(*(renamed(name, names) for name in report.ignored), *sent),
+        warnings=(*(renamed(text, names) for text in report.warnings), *(f"{name} is not read here" for name in sent)),
         by_query=tuple(by_query) if len(by_query) > 1 else (),
         names=names,
     )
@@ -96,13 +95,16 @@ def _by_query(
     warnings: dict[str, None] = {}
     for query, indices in positions.items():
         own = [texts[i] for i in indices]
+        where = indices[0] if len(positions) > 1 else None
         if not requests:
             first = to_request({**values, "query": query}, instruction, own, False, report)
-            requests.append(replace(first, positions=indices))
+            requests.append(replace(first, positions=indices, query_index=where))
             continue
         part = Report(())
         text, prompt, own = unwrap(query, instruction, own, part)
-        requests.append(replace(first, query=text, instruction=prompt, documents=own, positions=indices))
+        requests.append(
+            replace(first, query=text, instruction=prompt, documents=own, positions=indices, query_index=where)
+        )
         warnings |= dict.fromkeys(part.warnings)
     report.warnings += [text for text in warnings if text not in report.warnings]
     return requests

@@ -36,6 +36,8 @@ class Job:
     done: asyncio.Future[None]
     """Resolved with the last logit, or with the error; cancelled when the client gives up."""
     queued_at: float
+    counted: bool = True
+    """Whether its wait counts as that of its client's request; false for all but the first query of one."""
     started_at: float = math.nan
     """When its first document went to the device."""
     logits: list[float] = field(init=False)
@@ -165,7 +167,7 @@ class Admission:
         self.max_requests = max_requests
         self.requests = 0
         """In progress: accepted and without a response."""
-        self._reserved: list[Reservation] = []
+        self._reserved: set[Reservation] = set()
         """One for each request that is being tokenised."""
         self._tokens, self._characters = _TOKENS_PER_CHARACTER, 1.0
         self.tokens_per_second = math.nan
@@ -175,25 +177,34 @@ class Admission:
         """Raise QueueFullError, with the time of the next try, if `tokens` cannot be scored within `seconds`."""
         if self.requests >= self.max_requests:
             raise self._refusal(f"{self.requests} requests are in progress")
-        limit = float(self.max_queue_tokens)
-        if math.isfinite(self.tokens_per_second):
-            limit = min(limit, self.tokens_per_second * seconds * _SHARE_OF_TIME)
-        pending = self._pending
+        limit, pending = self.limit(seconds), self._pending
         small = max_batch_tokens // 2  # the half of `TokenQueue.take`
         if tokens <= small and pending + tokens > limit:
             pending = self.queue.tokens_up_to(small) + sum(r.tokens for r in self._reserved if r.tokens <= small)
         if pending and pending + tokens > limit:
             raise self._refusal(f"about {pending} tokens are pending")
 
+    def limit(self, seconds: float) -> float:
+        """Return how many tokens may be pending: what can be scored within `seconds`, at most `max_queue_tokens`."""
+        if math.isnan(self.tokens_per_second):
+            return float(self.max_queue_tokens)
+        return min(float(self.max_queue_tokens), self.tokens_per_second * seconds * _SHARE_OF_TIME)
+
     @contextmanager
     def reserve(self, tokens: int) -> Iterator[Reservation]:
-        """Count `tokens` as pending while their request is tokenised; a request in parts lowers them with each part."""
+        """Count `tokens` as pending until they are released, at the latest at the end of the block."""
         reservation = Reservation(tokens)
-        self._reserved.append(reservation)
+        self._reserved.add(reservation)
         try:
             yield reservation
         finally:
-            self._reserved.remove(reservation)
+            self._reserved.discard(reservation)
+
+    def release(self, reservation: Reservation, tokens: int) -> None:
+        """Count `tokens` of a reservation no more: their part of the request is tokenised."""
+        reservation.tokens -= tokens
+        if reservation.tokens <= 0:
+            self._reserved.discard(reservation)
 
     def estimate(self, request: RerankRequest, info: ModelInfo) -> int:
         """Estimate the tokens of a request; texts count up to the length that the model reads."""
@@ -201,16 +212,18 @@ class Admission:
         chunks = min(request.max_chunks_per_doc or 1, MAX_CHUNKS)
         max_document = max(0, int(info.max_seq_length * chunks / rate) - _SUFFIX_CHARACTERS)
         documents = sum(map(min, map(len, request.documents), repeat(max_document)))
-        query = min(len(request.query), int(info.max_seq_length / rate))
+        query = min(len(request.query), int(info.max_seq_length / rate)) * _queries(request, info)
         return int(rate * (_prompt_characters(request) + query + documents)) + 1
 
-    def observe_tokens(self, request: RerankRequest, encoded: EncodedRequest) -> None:
+    def observe_tokens(self, request: RerankRequest, encoded: EncodedRequest, info: ModelInfo) -> None:
         """Update tokens per character, weighted by the request's size; skip a request with truncated texts."""
         if encoded.truncated or encoded.query_truncated:
             return
         # The cached part of the prefix counts: _PROMPT_CHARACTERS has its characters.
         self._tokens = self._tokens * _MEMORY + encoded.tokens + encoded.cached_prefix_len
-        self._characters = self._characters * _MEMORY + _prompt_characters(request) + request.characters
+        repeated = len(request.query) * (_queries(request, info) - 1)
+        characters = _prompt_characters(request) + request.characters + repeated
+        self._characters = self._characters * _MEMORY + characters
 
     def observe_speed(self, tokens: int, seconds: float) -> None:
         """Update the speed from a pass that was at least half full."""
@@ -228,6 +241,11 @@ class Admission:
         wait = self._pending / self.tokens_per_second
         seconds = max(1, min(60, math.ceil(wait))) if math.isfinite(wait) else 1
         return QueueFullError(f"too busy: {reason}; try again in {seconds} s", retry_after=seconds)
+
+
+def _queries(request: RerankRequest, info: ModelInfo) -> int:
+    """How many times the query is computed."""
+    return max(1, len(request.documents)) if info.document_first else 1
 
 
 def _prompt_characters(request: RerankRequest) -> int:

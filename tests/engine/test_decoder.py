@@ -25,7 +25,8 @@ from transformers import (
 from reranker import ModelLoadError
 from reranker.engine.attention import SdpaAttention
 from reranker.engine.batch import pack
-from reranker.engine.checkpoint.weights import EMBEDDING, HEAD, Weights, check_weights
+from reranker.engine.checkpoint.inventory import check_weights
+from reranker.engine.checkpoint.weights import EMBEDDING, HEAD, Weights
 from reranker.engine.families.decoder import Decoder
 from reranker.engine.model import needed_memory
 from reranker.engine.precision import FLOAT8, QUANTIZED
@@ -180,7 +181,7 @@ def test_a_parameter_that_is_not_computed_is_refused(model_path: Path, monkeypat
             self.scale = nn.Parameter(torch.ones(1))
 
     monkeypatch.setattr("transformers.models.qwen3.modeling_qwen3.Qwen3MLP", Gated)
-    with pytest.raises(NotImplementedError, match=r"layers\.0\.mlp\.scale, which is not computed"):
+    with pytest.raises(ModelLoadError, match=r"has layers\.0\.mlp\.scale, which is not computed"):
         decoder(model_path, Qwen3Config.from_pretrained(str(model_path)))
 
 

@@ -1,4 +1,4 @@
-"""reranker/request/pairs.py alone: which documents meet which query (errors: tests/http/test_dialect_score.py)."""
+"""Which documents meet which query, and what is reported; tests/http/test_dialect_score.py has the errors."""
 
 from __future__ import annotations
 

@@ -25,6 +25,7 @@ from reranker.engine.batch import PackedBatch, pack
 from reranker.engine.checkpoint.files import ORIGINAL, refuse_if
 from reranker.engine.checkpoint.weights import EMBEDDING, Weights
 from reranker.engine.families.base import Backbone, LayerFns, Wrap
+from reranker.errors import ModelLoadError
 from reranker.types import EncodedRequest, Slice
 
 
@@ -58,7 +59,7 @@ class Decoder(Backbone):
     cast when it is read.
 
     Raises:
-        ModelLoadError: config.json has layers with sliding attention.
+        ModelLoadError: config.json has layers with sliding attention, or transformers a module with other parameters.
     """
 
     causal = True
@@ -173,7 +174,10 @@ class _Loader:
         return self.wrap(joined, [f"{name}.{part}.weight" for part in parts])
 
     def parameter(self, dtype: torch.dtype, *parts: Tensor) -> nn.Parameter:
-        """Copy tensors, one below the other, into new memory of the device, which needs no other for it."""
+        """Copy tensors, one below the other, into new memory of the device, which needs no other for it.
+
+        On a CPU too: through a view, a file that is overwritten in place would become a part of the loaded model.
+        """
         joined = torch.empty(sum(map(len, parts)), *parts[0].shape[1:], dtype=dtype, device=self.device)
         for place, part in zip(joined.split([len(part) for part in parts]), parts, strict=True):
             place.copy_(part)
@@ -185,7 +189,8 @@ def _refuse_unread(decoder: nn.Module) -> None:
     tensors = (*decoder.named_parameters(), *decoder.named_buffers())
     unread = next((name for name, tensor in tensors if tensor.is_meta), None)
     if unread:
-        raise NotImplementedError(f"{type(decoder).__name__} has {unread}, which is not computed")
+        problem = f"{type(decoder).__name__} of the installed transformers has {unread}, which is not computed"
+        raise ModelLoadError(f"{problem}: install the version in requirements.txt")
 
 
 def _norm(norm: Any, x: Tensor) -> Tensor:
