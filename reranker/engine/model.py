@@ -66,7 +66,7 @@ class Model:
             if not devices.out_of_memory(error):
                 raise
             problem = f"the weights fit, but not the {len(tokens)} tokens of the prompt's start beside them"
-            raise ModelLoadError(f"{problem}: free memory of {self.device}, or use a smaller model") from error
+            raise ModelLoadError(f"{problem} on {self.device}: {devices.MORE_MEMORY}") from error
         self.static_prefix = tokens
 
     @torch.inference_mode()
@@ -111,7 +111,7 @@ def load(family: Family, device: torch.device, dtype: torch.dtype, max_memory_pe
         if not devices.out_of_memory(error):
             raise
         problem = f"the weights do not fit in the free memory of {device}"
-        raise ModelLoadError(f"{problem}: free memory, or use a smaller model") from error
+        raise ModelLoadError(f"{problem}: {devices.MORE_MEMORY}") from error
     kernel, reason = choose_kernel(device, QUANTIZED.get(dtype, dtype))
     logger.info("model: %s; score: %s; prompt: %s", family.name, head.name, family.template.source)
     logger.info("attention: %s", reason)
@@ -184,7 +184,7 @@ def _backbone(family: Family, weights: Weights, device: torch.device, precision:
     try:
         backbone = family.backbone(weights, device, weights.dtype, QUANTIZED[precision], wrap)
     except (RuntimeError, ValueError, NotImplementedError, AttributeError) as error:
-        if isinstance(error, RuntimeError) and devices.out_of_memory(error):
+        if devices.out_of_memory(error) or devices.lost(error):
             raise
         raise ScoringError(str(error).splitlines()[0]) from error  # a part of the kernel is missing
     if precision is torch.int8 and not torch.cpu._is_vnni_supported():
