@@ -1,5 +1,5 @@
 # Targets for people, commit hooks and CI:
-#   make serve | restart | test | test-slow | test-clients | test-ray | tokenizer | check | format
+#   make serve | restart | test | test-slow | test-clients | test-ray | test-references | tokenizer | check | format
 #   make bench | bench-gpu | overhead | overload | soak | audit | sbom | clean
 #
 #   PYTHON=python3.12        another interpreter (3.11 or newer)
@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SITE_PACKAGES = $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
-.PHONY: serve restart test test-slow test-clients test-ray tokenizer check format bench bench-gpu overhead overload soak audit sbom clean
+.PHONY: serve restart test test-slow test-clients test-ray test-references tokenizer check format bench bench-gpu overhead overload soak audit sbom clean
 
 serve: $(VENV)/.serve
 	$(BIN)/gunicorn -c gunicorn.conf.py --pid $(VENV)/gunicorn.pid app:app
@@ -39,6 +39,10 @@ test-clients: $(VENV)/clients/.ready $(VENV)/products/.ready $(VENV)/npm/.ready
 # Tests on a cluster of several nodes, in an environment with Ray.
 test-ray: $(VENV)/ray/.ready
 	$(VENV)/ray/bin/python -m pytest -c tests/ray/pytest.ini tests/ray
+
+# Scores against sentence-transformers and peft, in an environment with both.
+test-references: $(VENV)/references/.ready
+	$(VENV)/references/bin/python -m pytest -c tests/references/pytest.ini tests/references $(ARGS)
 
 # Qwen3's own vocabulary, for the tests marked [qwen3], which skip without it.
 tokenizer: $(VENV)/.dev
@@ -121,6 +125,13 @@ $(VENV)/npm/.ready: $(addprefix tests/clients/npm/,package.json package-lock.jso
 
 # A second PyTorch: Ray's dependencies must not change the versions that the service is tested with.
 $(VENV)/ray/.ready: tests/ray/requirements.txt deploy/requirements-ray.txt requirements.txt $(VENV)/.python
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)"
+	$(@D)/bin/python -m pip install --quiet -r $<
+	@touch $@
+
+# A second PyTorch, for the same reason.
+$(VENV)/references/.ready: tests/references/requirements.txt requirements.txt $(VENV)/.python
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)"
 	$(@D)/bin/python -m pip install --quiet -r $<

@@ -277,7 +277,7 @@ def _cause(missing: list[str], names: set[str], layers: int) -> str:
             prefix = name.removesuffix(first)
             return f"the names begin with {prefix!r}: remove it, or save the model without its wrapper {wrappers}"
     if first.removeprefix("model.") in names:
-        return "the names lack 'model.', as in an embedding model: use a reranker, or save the whole Qwen3ForCausalLM"
+        return "the names lack 'model.', as in an embedding model: use a reranker, or save the model with its head"
     if missing == [SCORE_HEAD]:
         return "save the head with the model, or set architectures in config.json to the causal model that it is"
     if missing == [HEAD]:
