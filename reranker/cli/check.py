@@ -49,7 +49,7 @@ def plan_table(plan: dict[str, Any]) -> str:
     sizes = ("weights", "loading", "batch", "prefix", "needed")
     lines = [["model", "precision", *sizes, *(f"{card} GB" for card in rows[0]["fits"])]]
     for row in rows:
-        gib = (f"{row[size] / (1 << 30):.2f}" for size in sizes)
+        gib = (f"{row[f'{size}_bytes'] / (1 << 30):.2f}" for size in sizes)
         lines.append([row["model"], row["precision"], *gib, *("yes" if fits else "-" for fits in row["fits"].values())])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])

@@ -13,7 +13,7 @@ from reranker.settings import ModelSettings
 
 
 def memory_plan(settings: ModelSettings) -> dict[str, Any]:
-    """Return the memory in bytes that the model of the settings needs, or the official ones if it names none.
+    """Return the memory that the model of the settings needs, or the official ones if it names none.
 
     Raises:
         ModelLoadError: see `describe`.
@@ -26,9 +26,7 @@ def memory_plan(settings: ModelSettings) -> dict[str, Any]:
         for precision, between in PRECISIONS.items():
             if wanted in (None, precision) or (wanted, precision) == (NAMES["float16"], NAMES["bfloat16"]):
                 need = model.needs(precision, between)
+                sizes = {f"{name}_bytes": size for name, size in (need._asdict() | {"needed": need.needed}).items()}
                 fits = {str(card): need.needed <= allowed(card, percentage) for card in CARDS}
-                rows.append(
-                    {"model": model.name, "precision": short(precision), **need._asdict(), "needed": need.needed}
-                    | {"fits": fits}
-                )
+                rows.append({"model": model.name, "precision": short(precision)} | sizes | {"fits": fits})
     return {"max_memory_percentage": percentage, "batch_tokens": MIN_BATCH_TOKENS, "models": rows}
