@@ -1,5 +1,5 @@
 # Targets for people, commit hooks and CI:
-#   make serve | restart | test | test-slow | test-clients | test-ray | tokenizer | check | format
+#   make serve | restart | test | test-slow | test-clients | test-ray | test-references | tokenizer | check | format
 #   make bench | bench-gpu | overhead | overload | soak | audit | sbom | clean
 #
 #   PYTHON=python3.12        another interpreter (3.11 or newer)
@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SITE_PACKAGES = $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
-.PHONY: serve restart test test-slow test-clients test-ray tokenizer check format bench bench-gpu overhead overload soak audit sbom clean
+.PHONY: serve restart test test-slow test-clients test-ray test-references tokenizer check format bench bench-gpu overhead overload soak audit sbom clean
 
 serve: $(VENV)/.serve
 	$(BIN)/gunicorn -c gunicorn.conf.py --pid $(VENV)/gunicorn.pid app:app
@@ -29,14 +29,20 @@ test: $(VENV)/.dev
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow $(ARGS)
 
-# The real SDKs of every client, each in an environment that satisfies its version pins.
-test-clients: $(VENV)/clients/.ready $(VENV)/cohere/.ready
-	GUNICORN=$(abspath $(BIN)/gunicorn) $(VENV)/clients/bin/python -m pytest -c tests/clients/pytest.ini tests/clients
-	GUNICORN=$(abspath $(BIN)/gunicorn) $(VENV)/cohere/bin/python -m pytest -c tests/clients/pytest.ini tests/clients/test_cohere.py
+# The real packages of every client. The Python ones are in two environments, because their version pins exclude each other.
+test-clients: export GUNICORN = $(abspath $(BIN)/gunicorn)
+test-clients: export NODE_PACKAGES = $(abspath $(VENV)/npm)
+test-clients: $(VENV)/clients/.ready $(VENV)/products/.ready $(VENV)/npm/.ready
+	$(VENV)/clients/bin/python -m pytest -c tests/clients/pytest.ini -m "not products" tests/clients
+	$(VENV)/products/bin/python -m pytest -c tests/clients/pytest.ini -m "products or cohere" tests/clients
 
 # Tests on a cluster of several nodes, in an environment with Ray.
 test-ray: $(VENV)/ray/.ready
 	$(VENV)/ray/bin/python -m pytest -c tests/ray/pytest.ini tests/ray
+
+# Scores against sentence-transformers and peft, in an environment with both.
+test-references: $(VENV)/references/.ready
+	$(VENV)/references/bin/python -m pytest -c tests/references/pytest.ini tests/references $(ARGS)
 
 # Qwen3's own vocabulary, for the tests marked [qwen3], which skip without it.
 tokenizer: $(VENV)/.dev
@@ -100,13 +106,32 @@ $(VENV)/clients/.ready: tests/clients/requirements.txt $(VENV)/.serve
 	$(@D)/bin/python -m pip install --quiet -r $<
 	@touch $@
 
-$(VENV)/cohere/.ready: tests/clients/requirements-cohere.txt $(VENV)/.serve
+# Two files of Open WebUI's wheel are kept, not all 250 MB and their dependencies.
+OPEN_WEBUI := $(addprefix open_webui/retrieval/models/,external.py base_reranker.py)
+$(VENV)/products/.ready: $(addprefix tests/clients/requirements-products,.txt -infinity.txt -open-webui.txt) $(VENV)/.serve
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet -r $<
+	$(@D)/bin/python -m pip install --quiet -r $(word 1,$^)
+	$(@D)/bin/python -m pip install --quiet --no-deps -r $(word 2,$^)
+	@set -e; wheels=$$(mktemp -d); trap 'rm -rf "$$wheels"' EXIT; \
+	$(@D)/bin/python -m pip download --quiet --no-deps --dest "$$wheels" -r $(word 3,$^); \
+	$(@D)/bin/python -c 'import sys, zipfile; zipfile.ZipFile(sys.argv[1]).extractall(sys.argv[2], sys.argv[3:])' \
+		"$$wheels"/*.whl $(@D)/open-webui $(OPEN_WEBUI)
 	@touch $@
+
+# Without npm nothing is installed, and the tests of these packages are skipped.
+$(VENV)/npm/.ready: $(addprefix tests/clients/npm/,package.json package-lock.json .npmrc)
+	@command -v npm >/dev/null || { echo "npm is missing: the tests of the npm packages will be skipped"; exit 0; }; \
+	mkdir -p $(@D) && cp $^ $(@D) && (cd $(@D) && npm ci --loglevel=error) && touch $@
 
 # A second PyTorch: Ray's dependencies must not change the versions that the service is tested with.
 $(VENV)/ray/.ready: tests/ray/requirements.txt deploy/requirements-ray.txt requirements.txt $(VENV)/.python
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)"
+	$(@D)/bin/python -m pip install --quiet -r $<
+	@touch $@
+
+# A second PyTorch, for the same reason.
+$(VENV)/references/.ready: tests/references/requirements.txt requirements.txt $(VENV)/.python
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)"
 	$(@D)/bin/python -m pip install --quiet -r $<

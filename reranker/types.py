@@ -190,5 +190,7 @@ class ModelInfo:
     """Where the prompt is written down."""
     reads_instruction: bool = True
     """Whether the prompt has an instruction."""
+    document_first: bool = False
+    """Whether the document is before the query, so that the tokens of every document hold the query."""
     adapter: str = ""
     """The LoRA adapter that is merged into the weights: folder, rank, base; empty: none."""

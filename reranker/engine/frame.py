@@ -80,6 +80,8 @@ def compile_frame(template: Template, parts: Parts, tokenizer: Tokenizer, contro
     if before:
         shared, lead = _split_before_document(before, tokenizer)
         pieces[at] = shared
+    if not (lead or tail or pieces[at + 1 :]):
+        raise ModelLoadError(f"{template.source} ends with the document: an empty one would have no token to score")
     head = _merged(pieces[: at + bool(before)], encode)
     if not head:
         raise ModelLoadError(f"{template.source} has no text before its texts: such a prompt cannot be packed")
@@ -142,7 +144,18 @@ def _split_before_document(before: Parts, tokenizer: Tokenizer) -> tuple[Parts, 
 
     whole = ids([end + static + start for end in ends for start in _STARTS])
     for i in range(len(static), 0 if len(before) > 1 else -1, -1):
-        left, right = ids([end + static[:i] for end in ends]), ids([static[i:] + start for start in _STARTS])
-        if [a + b for a in left for b in right] == whole:
+        left, right = [end + static[:i] for end in ends], [static[i:] + start for start in _STARTS]
+        apart = all(_are_apart(tokenizer, a, b) for a in left for b in right)
+        if apart and [a + b for a in ids(left) for b in ids(right)] == whole:
             return (*before[:-1], static[:i]), static[i:]
     raise ModelLoadError(f"the tokenizer joins the text before a document, {static!r}, with the query and the document")
+
+
+def _are_apart(tokenizer: Tokenizer, left: str, right: str) -> bool:
+    """Whether the pre-tokenizer splits two texts where they meet, so that no merge joins them in any vocabulary."""
+    if not left or not right:
+        return True
+    splitter, normalizer = tokenizer.pre_tokenizer, tokenizer.normalizer
+    if normalizer is not None:
+        left, right = normalizer.normalize_str(left), normalizer.normalize_str(right)
+    return splitter is not None and any(start == len(left) for _, (start, _) in splitter.pre_tokenize_str(left + right))

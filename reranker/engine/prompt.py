@@ -41,16 +41,20 @@ class _Filled:
     """Tokens before every document."""
     lead: str
     """Text that is encoded with a document, before it."""
+    before: list[int]
+    """Tokens before the second chunk and those after it: those of `lead` alone; a last space is in the first word."""
     tail: str
     """Text that is encoded with a document, after it."""
     end: list[int]
     """Tokens after a truncated document or a chunk: those of `tail` alone, then the suffix."""
     suffix: list[int]
+    again: list[int]
+    """Tokens of `lead` before the second chunk of a document and later ones; none if it is spaces, which words have."""
 
     @property
     def size(self) -> int:
         """Tokens beside the document."""
-        return len(self.prefix) + len(self.end)
+        return len(self.prefix) + len(self.again) + len(self.end)
 
 
 class Prompt:
@@ -105,7 +109,7 @@ class Prompt:
         encode = self.text_tokenizer.encode
         if encode(" x\n", add_special_tokens=False).ids == encode("x", add_special_tokens=False).ids:
             raise ModelLoadError(_OTHER_TOKENS)
-        instructions = {"", self.instruction or "x"}
+        instructions = {"", self.instruction or "x"} if self.template.instructed is not None else {""}
         for query, document in (("how to compress files", " gzip\n"), ("如何压缩文件", "Ａ gzip"), ("x", "x")):
             for instruction in instructions:
                 encoded = self.encode(RerankRequest(query, [document], instruction))
@@ -139,7 +143,8 @@ class Prompt:
         filled, query_truncated = self._filled(request)
         room = self.max_seq_length - filled.size
         size = min(room, request.max_tokens_per_doc or room)
-        limit = size * min(request.max_chunks_per_doc or 1, MAX_CHUNKS)
+        first = len(filled.again) + size
+        limit = first + size * (min(request.max_chunks_per_doc or 1, MAX_CHUNKS) - 1)
         split = request.max_chunks_per_doc is not None
         texts = [filled.lead + printable(document) for document in request.documents]
         lead = len(filled.lead)
@@ -151,32 +156,36 @@ class Prompt:
             ids, end = encoding.ids, len(texts[i]) - lead
             if len(ids) > limit:
                 if not request.truncate:
-                    problem = f"documents[{request.position(i)}]: longer than the limit of {limit} tokens"
+                    problem = (
+                        f"documents[{request.position(i)}]: longer than the limit of {limit - first + size} tokens"
+                    )
                     raise InvalidRequestError(f"{problem}; shorten it, or omit truncate to have it truncated")
                 truncated.add(i)
                 end = _character(encoding, limit, lead) if split else end
-            starts = range(0, min(len(ids), limit), size) or range(1)
-            if len(ids) <= size:
+            later = range(first, min(len(ids), limit), size)
+            if len(ids) <= first:
                 whole[i] = len(documents)
-            documents += [ids[start : start + size] + filled.end for start in starts]
+            documents.append(ids[:first] + filled.end)
+            documents += [filled.again + ids[start : start + size] + filled.end for start in later]
             if split:
-                chunks.append([0, *(_character(encoding, start, lead) for start in starts[1:]), end])
+                chunks.append([0, *(_character(encoding, start, lead) for start in later), end])
         if filled.tail:
-            self._join_tail(documents, {place: texts[i] for i, place in whole.items()}, filled, room)
+            self._join_tail(documents, {place: texts[i] for i, place in whole.items()}, filled)
         common = takewhile(lambda pair: pair[0] == pair[1], zip(cached_prefix, filled.prefix[:-1], strict=False))
         cached = sum(1 for _ in common)
         return EncodedRequest(
             filled.prefix, documents, frozenset(truncated), chunks if split else None, cached, query_truncated
         )
 
-    def _join_tail(self, documents: list[list[int]], texts: dict[int, str], filled: _Filled, room: int) -> None:
+    def _join_tail(self, documents: list[list[int]], texts: dict[int, str], filled: _Filled) -> None:
         """Encode whole documents again with the text after them, whose start may merge with their end."""
         joined = self.text_tokenizer.encode_batch_fast(
             [text + filled.tail for text in texts.values()], add_special_tokens=False
         )
         for place, encoding in zip(texts, joined, strict=True):
-            if len(encoding.ids) + len(filled.suffix) <= room + len(filled.end):
-                documents[place] = encoding.ids + filled.suffix
+            joined_ids = encoding.ids + filled.suffix
+            if len(filled.prefix) + len(joined_ids) <= self.max_seq_length:
+                documents[place] = joined_ids
 
     def _filled(self, request: RerankRequest) -> tuple[_Filled, bool]:
         """Return the prompt around the documents, and whether the query in it is truncated.
@@ -191,7 +200,7 @@ class Prompt:
         limit = (self.max_seq_length - self._fill(request.instruction, "").size) // 2
         if limit < _MIN_QUERY_TOKENS:
             raise InvalidRequestError(
-                f"the instruction leaves no room for a query and a document in {self.max_seq_length} tokens; "
+                f"prompt and instruction leave no room for a query and a document in {self.max_seq_length} tokens; "
                 f"shorten the instruction or raise MAX_SEQ_LENGTH"
             )
         if not request.truncate_query:
@@ -213,9 +222,11 @@ class Prompt:
         return _Filled(
             self._encode_pieces(frame.head, texts),
             frame.lead,
+            self._encode_text(frame.lead.rstrip(" ")),
             tail,
             self._encode_text(tail) + suffix if tail else suffix,
             suffix,
+            self._encode_text(frame.lead) if frame.lead.strip(" ") else [],
         )
 
     def _encode_pieces(self, pieces: Sequence[list[int] | Parts], texts: Mapping[Slot, str]) -> list[int]:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from transformers import PretrainedConfig
 
 from reranker.engine import device as devices
 from reranker.engine.batch import PackedBatch, pack
@@ -100,7 +99,7 @@ class Scorer:
         devices.cap_memory(target.value, max_memory_percentage)
         family = open_checkpoint(locate(str(name), revision))
         prompt = _checked_prompt(family, max_seq_length, instruction)
-        _warn_about_length(family.checkpoint.config, max_seq_length)
+        _warn_about_length(family, max_seq_length)
 
         def start(dtype: torch.dtype) -> tuple[Scorer, Rate]:
             model = load(family, target.value, dtype, max_memory_percentage, len(prompt.static_prefix))
@@ -139,6 +138,7 @@ class Scorer:
             score=self.model.head.name,
             prompt=self.prompt.template.source,
             reads_instruction=self.prompt.template.instructed is not None,
+            document_first=self.prompt.template.document_first,
             adapter=self.adapter,
         )
 
@@ -249,14 +249,19 @@ def _checked_prompt(family: Family, max_seq_length: int, requested: str | None) 
         prompt.encode(RerankRequest("warm-up", ["document"]))
     except InvalidRequestError as error:
         raise ModelLoadError(
-            f"DEFAULT_INSTRUCTION leaves no room for a query and a document in MAX_SEQ_LENGTH={max_seq_length}"
+            f"the prompt with its default instruction leaves no room for a query and a document in "
+            f"MAX_SEQ_LENGTH={max_seq_length}: raise it, or shorten DEFAULT_INSTRUCTION"
         ) from error
     prompt.check(tokenizer)
     return prompt
 
 
-def _warn_about_length(config: PretrainedConfig, max_seq_length: int) -> None:
-    """Warn if prompts may have more tokens than the model has positions."""
+def _warn_about_length(family: Family, max_seq_length: int) -> None:
+    """Warn if prompts may have more tokens than the model has positions, or than its files allow."""
+    if family.max_length is not None and max_seq_length > family.max_length:
+        problem = "MAX_SEQ_LENGTH=%d is above %d, where the files of the checkpoint truncate prompts"
+        logger.warning(problem + ": longer ones are scored whole", max_seq_length, family.max_length)
+    config = family.checkpoint.config
     rope, positions = config.rope_parameters or {}, config.max_position_embeddings
     original = rope.get("original_max_position_embeddings") or positions
     positions = max(positions, int(original * (rope.get("factor") or 1.0)))

@@ -41,6 +41,12 @@ class Template:
         return form
 
     @property
+    def document_first(self) -> bool:
+        """Whether the document is before the query."""
+        parts = self.parts(self.instruction)
+        return parts.index(Slot.DOCUMENT) < parts.index(Slot.QUERY)
+
+    @property
     def own_tokens(self) -> list[str]:
         """The control tokens of the prompt itself, in order."""
         text = "\0".join(text_of(form) for form in (self.instructed, self.plain) if form is not None)

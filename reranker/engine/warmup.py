@@ -54,7 +54,7 @@ def warm_up(scorer: Scorer) -> Rate:
     """
     model = scorer.model
     measure(scorer, warm_up_batch(scorer, 1))  # the eager path must work before another one is compared with it
-    if model.backbone.causal:
+    if model.backbone.causal and scorer.prompt.static_prefix:
         model.cache_prefix(scorer.prompt.static_prefix)
     accelerate(model)
     documents, rate = _measure_growing(scorer)

@@ -35,9 +35,7 @@ class Local:
     def facts(self) -> dict[str, str]:
         """See `Ranker.facts`."""
         info = self.scorer.info
-        names = (
-            *("family", "score", "prompt", "device", "precision"),
-            *("max_seq_length", "max_batch_tokens", "self_check"),
-        )
+        names = ("prompt", "device", "precision", "max_seq_length", "max_batch_tokens", "self_check")
         adapter = {"adapter": info.adapter} if info.adapter else {}
-        return {"model": info.name} | adapter | {name: str(getattr(info, name)) for name in names}
+        computed = {"family": info.family, "logit": info.score}  # `check` prints a score as "score"
+        return {"model": info.name} | adapter | computed | {name: str(getattr(info, name)) for name in names}

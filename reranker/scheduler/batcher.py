@@ -201,7 +201,7 @@ class Batcher:
             async with asyncio.timeout(seconds):
                 with self.admission.reserve(tokens):
                     encoded = await self._tokenizers.encode(scorer, request)
-                self.admission.observe_tokens(request, encoded)
+                self.admission.observe_tokens(request, encoded, scorer.info)
                 timings.tokenization = time.monotonic() - start
                 job = await self._enqueue(encoded)
         except TimeoutError:
@@ -264,7 +264,7 @@ class Batcher:
         async def score(run: slice) -> None:
             encoded = await asyncio.gather(*(self._tokenizers.encode(scorer, request) for request in requests[run]))
             for request, part in zip(requests[run], encoded, strict=True):
-                self.admission.observe_tokens(request, part)
+                self.admission.observe_tokens(request, part, scorer.info)
             reservation.tokens -= sum(tokens[run])
             new = await self._enqueue_all(encoded)
             scores[run] = map(_scores, new)

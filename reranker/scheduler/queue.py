@@ -201,16 +201,18 @@ class Admission:
         chunks = min(request.max_chunks_per_doc or 1, MAX_CHUNKS)
         max_document = max(0, int(info.max_seq_length * chunks / rate) - _SUFFIX_CHARACTERS)
         documents = sum(map(min, map(len, request.documents), repeat(max_document)))
-        query = min(len(request.query), int(info.max_seq_length / rate))
+        query = min(len(request.query), int(info.max_seq_length / rate)) * _queries(request, info)
         return int(rate * (_prompt_characters(request) + query + documents)) + 1
 
-    def observe_tokens(self, request: RerankRequest, encoded: EncodedRequest) -> None:
+    def observe_tokens(self, request: RerankRequest, encoded: EncodedRequest, info: ModelInfo) -> None:
         """Update tokens per character, weighted by the request's size; skip a request with truncated texts."""
         if encoded.truncated or encoded.query_truncated:
             return
         # The cached part of the prefix counts: _PROMPT_CHARACTERS has its characters.
         self._tokens = self._tokens * _MEMORY + encoded.tokens + encoded.cached_prefix_len
-        self._characters = self._characters * _MEMORY + _prompt_characters(request) + request.characters
+        repeated = len(request.query) * (_queries(request, info) - 1)
+        characters = _prompt_characters(request) + request.characters + repeated
+        self._characters = self._characters * _MEMORY + characters
 
     def observe_speed(self, tokens: int, seconds: float) -> None:
         """Update the speed from a pass that was at least half full."""
@@ -228,6 +230,11 @@ class Admission:
         wait = self._pending / self.tokens_per_second
         seconds = max(1, min(60, math.ceil(wait))) if math.isfinite(wait) else 1
         return QueueFullError(f"too busy: {reason}; try again in {seconds} s", retry_after=seconds)
+
+
+def _queries(request: RerankRequest, info: ModelInfo) -> int:
+    """How many times the query is computed."""
+    return max(1, len(request.documents)) if info.document_first else 1
 
 
 def _prompt_characters(request: RerankRequest) -> int:

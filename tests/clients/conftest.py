@@ -22,6 +22,7 @@ TOKEN = "s3cret"
 QUERY = "how do I compress a file?"
 DOCUMENTS = ["A game of chess.", "To compress a file, use gzip.", "The weather is nice."]
 BEST = 1
+REASON = "the token is wrong"
 
 
 def _start(folder: Path, token: str) -> Iterator[str]:
@@ -63,9 +64,11 @@ def open_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(autouse=True)
-def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No proxy between client and service, and nothing asked of or reported to a framework's makers."""
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HAYSTACK_TELEMETRY_ENABLED", "False")
+    monkeypatch.setenv("MEM0_TELEMETRY", "False")
+    monkeypatch.setenv("MEM0_DIR", str(tmp_path))
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")

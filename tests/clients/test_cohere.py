@@ -9,8 +9,9 @@ import cohere
 import pytest
 from cohere.core import ApiError
 
-from conftest import BEST, DOCUMENTS, QUERY, TOKEN
+from conftest import BEST, DOCUMENTS, QUERY, REASON, TOKEN
 
+pytestmark = pytest.mark.cohere
 ASK: dict[str, Any] = {"model": "rerank-v3.5", "query": QUERY, "documents": DOCUMENTS}
 
 
@@ -43,8 +44,24 @@ def test_documents_come_back_with_version_1(url: str) -> None:
     assert answer.results[0].document.text == DOCUMENTS[BEST]
 
 
-def test_a_wrong_token_is_an_error_with_the_reason(url: str) -> None:
-    with pytest.raises(ApiError) as caught:
-        cohere.ClientV2("wrong", base_url=url).rerank(**ASK)
-    assert caught.value.status_code == 401
-    assert caught.value.body["detail"].startswith("the token is wrong")
+def test_version_1_needs_no_model_below_api(url: str) -> None:
+    answer = cohere.Client(TOKEN, base_url=f"{url}/api").rerank(query=QUERY, documents=DOCUMENTS)
+    assert answer.results[0].index == BEST
+    assert len(answer.results) == 3
+    check(cohere.Client(TOKEN, base_url=f"{url}/api").rerank(**ASK))
+
+
+def test_version_1_without_a_model_is_refused_by_the_sdk_itself(url: str) -> None:
+    with pytest.raises(TypeError, match="must be a mapping"):  # it gets the native array
+        cohere.Client(TOKEN, base_url=url).rerank(query=QUERY, documents=DOCUMENTS)
+
+
+@pytest.mark.parametrize("client", [cohere.Client, cohere.ClientV2])
+def test_an_error_has_the_reason(url: str, client: Any) -> None:
+    with pytest.raises(ApiError, match=REASON) as wrong:
+        client("wrong", base_url=url).rerank(**ASK)
+    assert wrong.value.status_code == 401
+    assert wrong.value.body["message"].startswith(REASON)
+    with pytest.raises(ApiError, match="documents: must hold at least one text") as empty:
+        client(TOKEN, base_url=url).rerank(**ASK | {"documents": []})
+    assert empty.value.status_code == 422

@@ -15,4 +15,6 @@ def test_native(url: str) -> None:
     assert array[0]["index"] == BEST
     results = requests.post(f"{url}/api/v1/rerank?access_token={TOKEN}", json=BODY, timeout=300).json()["results"]
     assert results[0] == {"index": BEST, "relevance_score": results[0]["relevance_score"], "text": DOCUMENTS[BEST]}
-    assert requests.post(f"{url}/v1/rerank", json=BODY, timeout=300).status_code == 401
+    refused = requests.post(f"{url}/v1/rerank", json=BODY, timeout=300)
+    assert refused.status_code == 401
+    assert refused.json()["detail"].startswith("no token was sent")

@@ -363,11 +363,12 @@ def sentence_transformers(
     false: int | None = -1,
     template: str = CARD_TEMPLATE,
     prompt: str | None = None,
+    format: str = "flat",
     **options: Any,
 ) -> Edit:
     """Write the layout of the original repositories; the token ids are those of yes and no unless given.
 
-    `false`: -1 for no, None for a score of one word; `options`: of the chat template.
+    `false`: -1 for no, None for a score of one word; `format`: of the messages; `options`: of the chat template.
     """
 
     def edit(path: Path) -> None:
@@ -387,7 +388,7 @@ def sentence_transformers(
             "chat_template.jinja": template,
             "sentence_bert_config.json": {
                 "transformer_task": "text-generation",
-                "modality_config": {"text": forward, "message": forward | {"format": "flat"}},
+                "modality_config": {"text": forward, "message": forward | {"format": format}},
                 "module_output_name": "causal_logits",
                 "processing_kwargs": {"chat_template": options},
             },
@@ -429,6 +430,11 @@ def st_config(**values: Any) -> Edit:
     return write("config_sentence_transformers.json", values)
 
 
+def sentence_bert(**values: Any) -> Edit:
+    """Write the layout with other fields of sentence_bert_config.json."""
+    return both(sentence_transformers(), edit_json("sentence_bert_config.json", lambda v: v.update(values)))
+
+
 def st_layout(**values: Any) -> Edit:
     """Write the layout with another config_sentence_transformers.json."""
     return both(sentence_transformers(), st_config(**values))
@@ -451,6 +457,7 @@ def nothing(path: Path) -> None:
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:d479c427\nsize 727\n"
 INDEX = "model.safetensors.index.json"
 UP = "model.layers.0.mlp.up_proj."
+_HEADS = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(5))
 UNTIED, BIASES = {"tied": False}, {"attention_bias": True}
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _ADAPTER = {"peft_type": "LORA", "r": 8, "base_model_name_or_path": "Qwen/Qwen3-Reranker-4B"}
@@ -467,6 +474,13 @@ _TWICE = CARD_TEMPLATE.replace("{{ ns.d }}", "{{ ns.d }} {{ ns.d }}")
 _LENGTH = CARD_TEMPLATE.replace("{{ ns.d }}", "{{ ns.d | length }} {{ ns.d }}")
 _JOINED = CARD_TEMPLATE.replace("\n<Document>: ", "")
 _BARE = "{%- for m in messages if m.role == 'document' -%}{{ m.content }}{%- endfor -%} by {{ messages[-2].content }}"
+_LAST = _JOINED.replace("{{ ns.d }}", "<|im_end|>{{ ns.d }}").replace(f"{{{{ {SUFFIX!r} }}}}", "")
+_ZERO = CARD_TEMPLATE.replace("{{ ns.d }}", "{{ ns.d or 'nothing' }}")
+_SHORT = CARD_TEMPLATE.replace("{{ ns.d }}", "{{ ns.d[:9000] }}")
+_LOWER = CARD_TEMPLATE.replace("{{ ns.q }}", "{{ ns.q | lower }}")
+_LINE = CARD_TEMPLATE.replace("{{ ns.d }}", r"{{ ns.d | replace('\n', ' ') }}")
+_DATE = CARD_TEMPLATE.replace("{{ ns.d }}", "{{ strftime_now('%Y') }} {{ ns.d }}")
+_PADDED = CARD_TEMPLATE + "<|endoftext|>"
 _TRIM = CARD_TEMPLATE.replace("ns.q }}", "ns.q | trim }}")
 
 RIGHT = [
@@ -512,6 +526,13 @@ RIGHT = [
     Variant("an instruction in its files", sentence_transformers(prompt="Find code"), instruction="Find code"),
     Variant("an instruction in its template", sentence_transformers(template=_BUG), instruction=_BUG_INSTRUCTION),
     Variant("another activation", st_layout(activation_fn="x.ScaledSigmoid"), warned="the activation ScaledSigmoid"),
+    Variant("a prompt for blank texts", sentence_transformers(template=_ZERO), warned="for blank texts"),
+    Variant(
+        "a shorter limit of its own",
+        both(sentence_transformers(), edit_json("sentence_bert_config.json", lambda v: v.update(max_seq_length=512))),
+        warned="MAX_SEQ_LENGTH=8192 is above 512",
+    ),
+    Variant("a shorter limit of the tokenizer", tokenizer_config(model_max_length=1024), warned="above 1024"),
     Variant("silu under its other name", settings(hidden_act="swish")),
     Variant("a pointer in an unread file", write("eval_results.json", POINTER)),
     Variant("a dead link in an unread file", lambda path: (path / "tool.jinja").symlink_to("nowhere")),
@@ -588,6 +609,12 @@ WRONG = [
     Variant("a score head of zeros", score_head(torch.zeros(1, WIDTH)), "the same for every document"),
     Variant("a score head of equal labels", score_head(torch.ones(2, WIDTH)), "the same for every document"),
     Variant("three labels", score_head(torch.ones(3, WIDTH)), "has 3 labels"),
+    Variant("reversed labels", both(score_head(_HEADS), settings(id2label={0: "yes", 1: "no"})), "the first is 'yes'"),
+    Variant(
+        "a score head after padding",
+        both(score_head(_HEADS), template(_PADDED), settings(pad_token_id=ENTRIES)),
+        "ends in <|endoftext|>, its padding",
+    ),
     Variant("a score head and words", both(score_head(torch.ones(1, WIDTH)), sentence_transformers()), "remove the"),
     Variant("listwise", settings(architectures=["JinaForRanking"]), "JinaForRanking"),
     Variant("another model", settings(model_type="bert"), "model_type is 'bert'"),
@@ -636,8 +663,19 @@ WRONG = [
     Variant("a template without documents", sentence_transformers(template=_ONLY_USER), "changes or omits the query"),
     Variant("a template that repeats", sentence_transformers(template=_TWICE), "repeats the document"),
     Variant("a template that counts", sentence_transformers(template=_LENGTH), "a different prompt for other texts"),
+    Variant("a template that cuts", sentence_transformers(template=_SHORT), "a different prompt for other texts"),
+    Variant("a template in lower case", sentence_transformers(template=_LOWER), "changes or omits the query"),
+    Variant("a template that joins lines", sentence_transformers(template=_LINE), "changes or omits the document"),
+    Variant("a template with the date", sentence_transformers(template=_DATE), "it writes the date into the prompt"),
+    Variant("options that are a list", sentence_bert(processing_kwargs=[1]), "has processing_kwargs, which is not"),
+    Variant("template options that are a list", sentence_bert(processing_kwargs={"chat_template": [1]}), "has chat_te"),
+    Variant("texts without a prompt", sentence_bert(modality_config={"text": {}}), "scores texts without a prompt"),
+    Variant(
+        "a word beyond all numbers", both(answers(true_token_id=2**70), removed("chat_template.jinja")), "vocab_size"
+    ),
     Variant("nothing between the texts", sentence_transformers(template=_JOINED), "no text between query and document"),
     Variant("nothing before the texts", sentence_transformers(template=_BARE), "no text before its texts"),
+    Variant("nothing after a control token but the document", sentence_transformers(template=_LAST), "ends with the"),
     Variant("a template that fails", template("{{ 1 / 0 }} 'query' 'document'"), "cannot be rendered"),
     Variant("a template that reaches out", template("{{ ''.__class__.__mro__ }} 'query' 'document'"), "template"),
     Variant("lower case", write("sentence_bert_config.json", {"do_lower_case": True}), "do_lower_case"),

@@ -36,6 +36,8 @@ from tests.engine.checkpoints import (
     small_model,
     write,
 )
+from tests.engine.quantization import FORMS as QUANTIZED
+from tests.engine.quantization import plain_twin, quantize
 from tests.engine.rendered import Rendered
 from tests.engine.test_forms import CARD
 
@@ -113,6 +115,16 @@ def test_the_scores_are_those_of_the_merged_model(bases: dict[str, Path], tmp_pa
     merged = card(merged_by_hand(base, tensors, tmp_path / "merged"))
     assert logits(adapter) == pytest.approx(merged, abs=1e-5)
     assert max(abs(a - b) for a, b in zip(merged, card(base), strict=True)) > 0.01
+
+
+def test_an_adapter_is_added_to_the_widened_weights_of_a_quantised_base(base: Path, tmp_path: Path) -> None:
+    """In int8 the projections are then rounded anew, also those that the adapter leaves as they are."""
+    quantized = quantize(base, tmp_path / "base", next(form for form in QUANTIZED if form.name == "W8A8"))
+    tensors = factors(base, TARGETS)
+    adapter = write_adapter(tmp_path / "adapter", tensors, base=str(quantized))
+    merged = merged_by_hand(plain_twin(quantized), tensors, tmp_path / "merged")
+    assert logits(adapter) == pytest.approx(card(merged), abs=1e-5)
+    assert logits(adapter, "int8") == pytest.approx(logits(merged, "int8"), abs=1e-5)
 
 
 @pytest.mark.parametrize("labels", [1, 2])
@@ -263,7 +275,9 @@ def test_an_adapter_in_a_subfolder_is_not_applied(base: Path, tmp_path: Path, ca
     with caplog.at_level(logging.WARNING):
         assert locate(str(folder)).adapter is None
     assert f"adapter in {inner} is not applied: to serve it, set MODEL_NAME_OR_PATH to it" in caplog.text
+    caplog.clear()
     assert locate(str(inner)).path == folder
+    assert not caplog.records
 
 
 def test_the_folder_above_adapters_names_them(base: Path, tmp_path: Path) -> None:

@@ -68,6 +68,7 @@ def test_saved_modules_replace_weights_of_the_base(base: Path, tmp_path: Path) -
     pair = {"lm_head.lora_A.weight": head_a, "lm_head.lora_B.weight": head_b}
     named = {PREFIX + name: tensor for name, tensor in (saved | pair).items()}
     adapter = Adapter.read(write_adapter(tmp_path / "adapter", named, task_type="SEQ_CLS"))
+    assert not adapter.is_untrained()
     adapter.check(shapes(base) | {"score.weight": (1, WIDTH), "lm_head.weight": (1026, WIDTH)})
     assert adapter.task == "SEQ_CLS"
 
@@ -90,6 +91,8 @@ def test_the_task_is_that_of_the_trained_class_where_none_is_named(tmp_path: Pat
 def test_an_adapter_whose_products_are_zero_is_untrained(tmp_path: Path, tensors: dict[str, Tensor], side: str) -> None:
     own = {A: tensors[A], B: tensors[B]}
     assert not Adapter.read(write_adapter(tmp_path / "trained", own)).is_untrained()
+    norm = {f"{PREFIX}model.norm.weight": torch.ones(WIDTH)}
+    assert not Adapter.read(write_adapter(tmp_path / "saved", norm)).is_untrained()
     assert Adapter.read(write_adapter(tmp_path / "new", own | {side: torch.zeros_like(own[side])})).is_untrained()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from transformers import Qwen3ForCausalLM
 
 from reranker import ModelLoadError, Scorer
 from reranker.engine.batch import pack
-from reranker.engine.checkpoint.locate import Located
+from reranker.engine.checkpoint.locate import Located, locate
 from reranker.engine.checkpoint.quantization import read_scheme
 from reranker.engine.checkpoint.scales import Layout, scale_per_output, widen
 from reranker.engine.checkpoint.weights import Weights
@@ -32,6 +33,7 @@ from reranker.engine.model import Model, load
 from reranker.engine.precision import FLOAT8, QUANTIZED
 from reranker.engine.quantized import Float8Linear, Int8Linear
 from reranker.types import EncodedRequest, Slice
+from tests.engine.adapters import factors, write_adapter
 from tests.engine.checkpoints import ENTRIES, Tensors, small_model, tensors
 from tests.engine.quantization import FORMS, Form, compressed_tensors, fine_grained, group, plain_twin, quantize
 from tests.engine.test_decoder import Live
@@ -207,6 +209,13 @@ def test_float8_is_multiplied_as_it_is_stored(base: Path, tmp_path: Path, name: 
     assert 1e-4 < worst(logits(model, given), expected(path, given)) < 2.0
 
 
+def test_one_projection_with_blocks_is_enough_to_widen_all(int8: Path) -> None:
+    found = layout(int8)
+    assert found.precision is torch.int8
+    found.weights[UP] = found.weights[UP]._replace(per_output=False)
+    assert found.precision is None
+
+
 def test_a_projection_that_the_checkpoint_keeps_wide_is_not_rounded(base: Path, tmp_path: Path) -> None:
     path, given = quantize(base, tmp_path / "m", BY_NAME["a part is not rounded"]), prompts(random.Random(4))
     model, plain = loaded(path, torch.int8), load_file(plain_twin(path) / "model.safetensors")
@@ -219,7 +228,14 @@ def test_a_projection_that_the_checkpoint_keeps_wide_is_not_rounded(base: Path, 
 
 @pytest.mark.parametrize(
     ("name", "precision"),
-    [("W8A8", FLOAT8), ("FP8 dynamic", torch.int8), ("int8 with zero points", torch.int8), ("FP8 in blocks", FLOAT8)],
+    [
+        ("W8A8", FLOAT8),
+        ("FP8 dynamic", torch.int8),
+        ("int8 with zero points", torch.int8),
+        ("FP8 in blocks", FLOAT8),
+        ("FP8 attention, int8 MLP", FLOAT8),
+        ("FP8 attention, int8 MLP", torch.int8),
+    ],
 )
 def test_what_cannot_be_taken_as_it_is_stored_is_rounded_again(
     base: Path, tmp_path: Path, name: str, precision: torch.dtype, caplog: pytest.LogCaptureFixture
@@ -371,3 +387,55 @@ def test_settings_without_quantised_weights_are_refused(base: Path) -> None:
     assert scheme is not None
     with pytest.raises(ModelLoadError, match="no weight is quantised: remove it"):
         scheme.layout(base, Weights(base).stored)
+
+
+def test_zero_points_of_older_versions_change_nothing(float8: Path, tmp_path: Path) -> None:
+    """compressed-tensors wrote zeros for symmetric weights too, in the type of the values, for which torch has no
+    isfinite.
+    """
+    path, given = Path(shutil.copytree(float8, tmp_path / "m")), prompts(random.Random(4))
+    zeros = {f"{name}_zero_point": torch.zeros(shape[0], 1).to(FLOAT8) for name, shape in _projection_shapes(path)}
+    tensors(path, lambda f: f | zeros)
+    weights = Weights(path, scheme=open_checkpoint(Located(path)).checkpoint.scheme)
+    assert weights.precision is FLOAT8
+    assert weights.not_finite() is None
+    assert logits(loaded(path, FLOAT8), given) == logits(loaded(float8, FLOAT8), given)
+    assert logits(loaded(path), given) == logits(loaded(float8), given)
+    tensors(path, lambda f: f | {f"{UP}_scale": f[f"{UP}_scale"] * torch.nan})
+    assert str(weights.not_finite()).startswith(UP)
+
+
+def _projection_shapes(path: Path) -> list[tuple[str, torch.Size]]:
+    stored = load_file(path / "model.safetensors")
+    return [(name, tensor.shape) for name, tensor in stored.items() if name.endswith("_proj.weight")]
+
+
+@pytest.mark.parametrize("form", [INT8, BY_NAME["FP8 in blocks"]], ids=lambda form: form.name)
+def test_an_adapter_is_merged_into_the_widened_weights(base: Path, tmp_path: Path, form: Form) -> None:
+    path, given = quantize(base, tmp_path / "m", form), prompts(random.Random(4))
+    changes = factors(base)
+    for folder in (path, plain_twin(path)):
+        write_adapter(tmp_path / f"adapter of {folder.name}", changes, str(folder))
+    located = [locate(str(tmp_path / f"adapter of {folder.name}")) for folder in (path, plain_twin(path))]
+    quantized, plain = (load(open_checkpoint(found), CPU, torch.float32, 90) for found in located)
+    assert worst(logits(quantized, given), logits(plain, given)) < 1e-5
+    assert worst(logits(quantized, given), logits(loaded(path), given)) > 0.1
+    assert Weights(*located[0], scheme=open_checkpoint(located[0]).checkpoint.scheme).precision is None
+    rounded = load(open_checkpoint(located[0]), CPU, torch.int8, 90)
+    assert 1e-4 < worst(logits(rounded, given), logits(plain, given)) < 0.6
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
+def test_a_gpu_multiplies_float8_as_it_is_stored(tmp_path: Path, caplog: pytest.LogCaptureFixture, form: Form) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "head_dim": 32}  # multiples of 16
+    path = quantize(small_model(tmp_path / "base", layers=2, tied=False, **sizes), tmp_path / "m", form)
+    with caplog.at_level(logging.INFO):
+        scorer = Scorer.load(path, device="cuda", precision="auto")
+    capable = torch.cuda.get_device_capability() >= (8, 9)
+    as_stored = capable and form.name in PER_OUTPUT | {"head and embedding"} - {"W8A8"}
+    assert (scorer.info.precision == "float8") is as_stored
+    assert ("taken as they are stored, in float8" in caplog.text) is as_stored
+    given = prompts(random.Random(4))
+    assert worst(logits(scorer.model, given), expected(path, given)) < 2.0

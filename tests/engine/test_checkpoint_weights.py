@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+import os
 from pathlib import Path
 
 import pytest
@@ -59,16 +61,25 @@ def test_a_file_that_breaks_while_it_is_read_is_an_error_in_one_line(tmp_path: P
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("precision", ["float32", "int8"])
-def test_the_files_are_unmapped_after_loading(tmp_path: Path, precision: str) -> None:
-    """So that the memory is the process's own, and a file that is replaced or truncated cannot break it."""
+def test_a_file_is_mapped_as_long_as_a_tensor_needs_it(tmp_path: Path) -> None:
     folder, maps = make_model(tmp_path / "a", layers=1), Path("/proc/self/maps")
     if not maps.is_file():
         pytest.skip("this system does not list its mappings")
-    scorer = Scorer.load(folder, device="cpu", precision=precision)
-    assert str(folder) not in maps.read_text()
+
+    def mapped() -> bool:
+        return str(folder) in maps.read_text()
+
     view = Weights(folder).tensor(EMBEDDING)
-    assert str(folder) in maps.read_text()
+    assert mapped()
+    assert not [file for file in Path("/proc/self/fd").iterdir() if str(folder) in os.path.realpath(file)]
     del view
-    assert str(folder) not in maps.read_text()
+    assert not mapped()
+    scorer = Scorer.load(folder, device="cpu", precision="float32")
+    assert mapped(), "the embedding is as it is stored"
+    del scorer
+    gc.collect()
+    assert not mapped()
+    tensors(folder, lambda f: {name: tensor.double() for name, tensor in f.items()})
+    scorer = Scorer.load(folder, device="cpu", precision="float32")
+    assert not mapped(), "every weight was cast"
     assert len(scorer.rerank("a", ["b"])) == 1

@@ -31,6 +31,7 @@ from tests.engine.checkpoints import (
     template,
     tokenizer_config,
     word,
+    write,
 )
 from tests.engine.rendered import Rendered
 
@@ -56,6 +57,13 @@ ZERANK_GENERATION = (
     "{{ '<|im_start|>system\n' + query + '<|im_end|>\n' }}{{ '<|im_start|>user\n' + document + '<|im_end|>\n' }}"
     "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{%- endif %}"
 )
+_QUERY = "{{ messages | selectattr('role', 'eq', 'query') | map(attribute='content') | first }}"
+_DOCUMENT = "{{ messages | selectattr('role', 'eq', 'document') | map(attribute='content') | first }}"
+MARKUP = f"<|im_start|>user\n<query>{_QUERY}</query>\n<document>{_DOCUMENT}</document><|im_end|>\n"
+STRUCTURED = (
+    "{# of the roles 'query' and 'document' #}<|im_start|>user\n"
+    "{% for m in messages %}{{ m.role }}: {{ m.content[0].text }}\n{% endfor %}<|im_end|>\n"
+)
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,8 @@ class Form:
     score: str = ""
     """Words of the log about it."""
     base: dict[str, Any] = field(default_factory=dict)
+    structured: bool = False
+    """Whether the contents of messages are lists."""
     options: dict[str, Any] = field(default_factory=dict)
     """Of the chat template."""
 
@@ -118,6 +128,27 @@ FORMS = [
     ),
     Form("Qwen2", both(qwen2, sentence_transformers(true=16, false=15, template=MXBAI_TEMPLATE)), score="logit("),
     Form("a prompt without words", tokenizer_config(chat_template=ZERANK_TEMPLATE), reads_instruction=False),
+    Form("markup around the texts", sentence_transformers(template=MARKUP), reads_instruction=False),
+    Form(
+        "nothing before the query",
+        sentence_transformers(template=f"{_QUERY} is answered by: {_DOCUMENT} ?"),
+        reads_instruction=False,
+    ),
+    Form("contents that are lists", sentence_transformers(template=STRUCTURED, format="structured"), structured=True),
+    Form(
+        "contents that are lists, by the template",
+        tokenizer_config(chat_template=STRUCTURED),
+        structured=True,
+    ),
+    Form(
+        "a template by its name",
+        both(
+            sentence_transformers(template=GENERIC_TEMPLATE, chat_template="reranker"),
+            write("additional_chat_templates/reranker.jinja", MARKUP),
+        ),
+        reads_instruction=False,
+        options={"chat_template": "reranker"},
+    ),
     Form(
         "the card without the empty thought",
         template(CARD_TEMPLATE.replace(r"\n\n</think>", "")),
@@ -154,7 +185,7 @@ def test_it_is_scored_as_its_prompt_is(form: Form, folders: dict[str, Path], tmp
     path = Path(shutil.copytree(folders[repr(form.base)], tmp_path / "model"))
     form.edit(path)
     scorer = Scorer.load(path, device="cpu", precision="float32")
-    reference = Rendered(path, form.prompt, **form.options)
+    reference = Rendered(path, form.prompt, structured=form.structured, **form.options)
     rng = random.Random(form.name)
     slices, expected = [], []
     for _ in range(8):

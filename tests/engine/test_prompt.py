@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import unicodedata
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -13,6 +14,7 @@ from benchmarks.card import Card
 from reranker.engine.families.qwen3 import TEMPLATE
 from reranker.engine.prompt import Prompt
 from reranker.engine.scores import per_document
+from reranker.engine.template import Slot, Template
 from reranker.errors import InvalidRequestError, ModelLoadError
 from reranker.request.template import SUFFIX, SYSTEM
 from reranker.types import MAX_CHUNKS, EncodedRequest, RerankRequest, RerankResult, Slice
@@ -127,6 +129,34 @@ def test_a_long_document_is_truncated_as_on_the_card(card: Card, unit: str, room
     assert encoded.prefix + encoded.documents[0] == expected
 
 
+def test_chunks_and_limits_keep_the_text_before_a_document() -> None:
+    """Here it is the end of a tag, which merges with the document and so is encoded with it."""
+    parts = ("<|im_start|>user\n<query>", Slot.QUERY, "</query>\n<document>", Slot.DOCUMENT, "</document><|im_end|>")
+    prompt = Prompt(TOKENIZER, Template(None, parts, None, TEMPLATE.control_tokens))
+
+    def text(**options: Any) -> list[str]:
+        encoded = prompt.encode(RerankRequest("q", ["1 one two three four"], **options))
+        return [str(TOKENIZER.decode(encoded.prefix + ids)).partition("</query>\n")[2] for ids in encoded.documents]
+
+    assert text() == ["<document>1 one two three four</document><|im_end|>"]
+    assert text(max_tokens_per_doc=1) == ["<document>1</document><|im_end|>"]
+    chunks = text(max_tokens_per_doc=2, max_chunks_per_doc=9)
+    assert len(chunks) > 2
+    assert all(chunk.startswith("<document>") and chunk.endswith("</document><|im_end|>") for chunk in chunks)
+    prompt.max_seq_length = len(prompt.encode(RerankRequest("q", [""])).prefix) + 8
+    encoded = prompt.encode(RerankRequest("q", ["one two three four " * 9], max_chunks_per_doc=9))
+    assert max(map(len, encoded.documents)) + len(encoded.prefix) == prompt.max_seq_length
+
+
+def test_letters_before_a_document_are_encoded_with_it_whatever_the_vocabulary_merges() -> None:
+    parts = ("<|im_start|>q: ", Slot.QUERY, " text d", Slot.DOCUMENT)
+    prompt = Prompt(TOKENIZER, Template(None, parts, None, TEMPLATE.control_tokens))
+    for document in ["e", "oc", *"abcdefghijklmnopqrstuvwxyz", "x", ""]:
+        encoded = prompt.encode(RerankRequest("one", [document]))
+        whole = TOKENIZER.encode(f"<|im_start|>q: one text d{document}", add_special_tokens=False)
+        assert encoded.prefix + encoded.documents[0] == whole
+
+
 def test_a_document_that_just_fits_is_not_truncated() -> None:
     encoded = PROMPT.encode(RerankRequest("q", ["word " * 50]))
     needed = len(encoded.prefix) + len(encoded.documents[0])
@@ -234,6 +264,27 @@ def test_chunks_are_consecutive_windows_of_the_documents_tokens(documents: list[
     assert encoded.truncated == cut
 
 
+def test_every_chunk_follows_the_line_before_the_document() -> None:
+    """The tokenizer joins that line break with those of a document; it is no part of a document's length."""
+    user = ("<|im_start|>user\n", Slot.DOCUMENT, "<|im_end|>\n")
+    parts = ("<|im_start|>system\n", Slot.QUERY, "<|im_end|>\n", *user)
+    prompt = Prompt(TOKENIZER, Template(None, parts, None, TEMPLATE.control_tokens), max_seq_length=128)
+    words, [line] = "a b c d e", TOKENIZER.encode("\n", add_special_tokens=False)
+    ids, end = TOKENIZER.encode(words, add_special_tokens=False), TOKENIZER.encode("<|im_end|>\n")
+    encoded = prompt.encode(RerankRequest("q", [words, "\n\n", "a" * 9999], max_tokens_per_doc=2, max_chunks_per_doc=3))
+    assert encoded.documents[:-3] == [
+        *([line, *ids[i : i + 2], *end] for i in range(0, len(ids), 2)),
+        [*TOKENIZER.encode("\n\n\n", add_special_tokens=False), *end],
+    ]
+    assert len(ids) == 5
+    assert encoded.truncated == {2}
+    long = prompt.encode(RerankRequest("q", ["x " * 9999], max_chunks_per_doc=3))
+    assert [len(long.prefix) + len(document) for document in long.documents] == [128] * 3
+    problem = r"documents\[0\]: longer than the limit of 2 tokens"
+    with pytest.raises(InvalidRequestError, match=problem):
+        prompt.encode(RerankRequest("q", [words], max_tokens_per_doc=2, truncate=False))
+
+
 def test_borders_of_chunks_partition_the_text() -> None:
     text = "one two three four five six seven"
     encoded = PROMPT.encode(RerankRequest("q", [text], max_tokens_per_doc=1, max_chunks_per_doc=99))
@@ -312,7 +363,9 @@ def test_a_query_that_leaves_any_room_stays_whole() -> None:
 def test_an_instruction_is_never_truncated(words: int, truncate_query: bool) -> None:
     prompt = Prompt(TOKENIZER, TEMPLATE, max_seq_length=200)
     request = RerankRequest("word " * 500, ["a"], "word " * words, truncate_query=truncate_query)
-    with pytest.raises(InvalidRequestError, match="the instruction leaves no room for a query and a document in 200 t"):
+    with pytest.raises(
+        InvalidRequestError, match="prompt and instruction leave no room for a query and a document in 200 t"
+    ):
         prompt.encode(request)
 
 

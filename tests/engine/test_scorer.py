@@ -23,6 +23,7 @@ from reranker.engine.scores import sigmoid
 from reranker.errors import DeviceLostError, InvalidRequestError, ModelLoadError, ScoringError
 from reranker.types import RerankRequest, Slice
 from tests.conftest import DEMO, make_model
+from tests.engine.checkpoints import ZERANK_TEMPLATE, sentence_transformers, small_model
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 WORDS = "the a of cat compress 压缩 文件 library 12 <|im_end|> \n 中文 . Python naïve , 🙂 http://x/y?z=1".split(" ")
@@ -262,8 +263,15 @@ def test_a_precision_that_failed_is_freed_before_the_next_is_loaded(
 
 
 def test_an_instruction_without_room_is_a_start_up_error(model_path: Path) -> None:
-    with pytest.raises(ModelLoadError, match="DEFAULT_INSTRUCTION leaves no room"):
+    with pytest.raises(ModelLoadError, match="leaves no room for a query and a document in MAX_SEQ"):
         Scorer.load(model_path, device="cpu", max_seq_length=128, instruction="very long " * 100)
+
+
+def test_a_prompt_without_room_is_a_start_up_error(tmp_path: Path) -> None:
+    static = "".join(map(chr, range(ord("a"), ord("z"))))
+    sentence_transformers(template="{{ '" + f"{static} " * 50 + "' }}" + ZERANK_TEMPLATE)(small_model(tmp_path / "m"))
+    with pytest.raises(ModelLoadError, match=r"the prompt of this checkpoint leaves no room .* in MAX_SEQ_LENGTH=128"):
+        Scorer.load(tmp_path / "m", device="cpu", max_seq_length=128)
 
 
 def test_a_device_error_differs_from_other_errors(model_path: Path) -> None:

@@ -392,6 +392,22 @@ def test_files_are_refused_as_on_the_command_line(fake_server: Server, visit: Op
         assert "TypeError" not in result.get("error", "")
 
 
+def test_it_says_that_no_instruction_is_read(fake_server: Server, visit: Open) -> None:
+    page = visit(fake_server)
+
+    def unread(route: Route) -> None:
+        response = route.fetch()
+        route.fulfill(response=response, headers=response.headers | {"x-ignored-fields": "topk, instruction"})
+
+    page.route("**/v1/rerank", unread)
+    fill(page, "cats", ["a cat"], instruction="Find code")
+    page.click("#rank")
+    expect(page.locator("#cut")).to_have_text("The served model reads no instruction, so it was ignored.")
+    page.unroute("**/v1/rerank")
+    page.click("#rank")
+    expect(page.locator("#cut")).to_be_hidden()
+
+
 def test_it_says_what_was_cut(server: Server, visit: Open) -> None:
     page = visit(server)
     fill(page, "cats", ["a cat", "cats and dogs " * 3000])

@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -227,13 +228,13 @@ def test_tokens_per_character_are_learned(queue: TokenQueue) -> None:
 
     assert fits()
     for _ in range(20):  # as in Chinese
-        admission.observe_tokens(request, EncodedRequest([0] * 10, [[0] * 700]))
+        admission.observe_tokens(request, EncodedRequest([0] * 10, [[0] * 700]), INFO)
     assert not fits()
     for _ in range(20):  # truncated texts do not count
-        admission.observe_tokens(request, EncodedRequest([0] * 10, [[0]], frozenset({0})))
+        admission.observe_tokens(request, EncodedRequest([0] * 10, [[0]], frozenset({0})), INFO)
     assert not fits()
     for _ in range(20):
-        admission.observe_tokens(request, EncodedRequest([0] * 10, [[0] * 200]))
+        admission.observe_tokens(request, EncodedRequest([0] * 10, [[0] * 200]), INFO)
     assert fits()
 
 
@@ -256,7 +257,7 @@ def test_short_texts_do_not_raise_the_estimate_for_long_ones(
     admission = Admission(queue, 100_000, 1000)
     short, long = RerankRequest("red shoes", documents), RerankRequest("what is it?", ["a text of words " * 60] * 100)
     for _ in range(30):
-        admission.observe_tokens(short, scorer.encode(short))
+        admission.observe_tokens(short, scorer.encode(short), scorer.info)
     tokens = scorer.encode(long).tokens
     put(queue, 100_000 - 2 * tokens)
     with reserve(admission, long, scorer.info):
@@ -264,6 +265,19 @@ def test_short_texts_do_not_raise_the_estimate_for_long_ones(
     put(queue, 3 * tokens // 2)  # half of it would fit, so a low estimate would accept it
     with pytest.raises(QueueFullError), reserve(admission, long, scorer.info):
         pytest.fail("it was accepted")
+
+
+def test_a_query_after_the_document_counts_for_every_document(queue: TokenQueue) -> None:
+    last = replace(INFO, document_first=True)
+    many = RerankRequest("a query " * 100, ["d"] * 50)
+    admission = Admission(queue, 100_000, 1000)
+    tokens = admission.estimate(many, last)
+    assert tokens > 50 * 800 * 0.3 > 10 * admission.estimate(many, INFO)
+    one = RerankRequest("q", ["d" * 10_000])
+    before = admission.estimate(one, last)
+    for _ in range(20):
+        admission.observe_tokens(many, EncodedRequest([0] * 80, [[0] * ((tokens - 80) // 50)] * 50), last)
+    assert admission.estimate(one, last) == pytest.approx(before, rel=0.05)
 
 
 def test_chunks_count_for_all_that_the_model_reads(queue: TokenQueue) -> None:

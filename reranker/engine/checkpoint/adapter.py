@@ -169,7 +169,8 @@ class Adapter:
     def is_untrained(self) -> bool:
         """Return whether every product B @ A is zero, as at the start of a training. Reads all factors."""
         with opened(self.folder / WEIGHTS) as tensors:
-            return not any(all(tensors.get_tensor(factor).any() for factor in pair) for pair in self.pairs.values())
+            trained = any(all(tensors.get_tensor(factor).any() for factor in pair) for pair in self.pairs.values())
+        return bool(self.pairs) and not trained
 
     def not_finite(self) -> str | None:
         """Return the name and file of the first tensor with a NaN or an infinity; None without any. Reads all."""

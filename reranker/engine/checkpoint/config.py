@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from reranker.engine.checkpoint.adapter import Adapter
-from reranker.engine.checkpoint.files import AGAIN, ORIGINAL, first_line, read_json, refuse_if
+from reranker.engine.checkpoint.files import ORIGINAL, first_line, read_json, refuse_if
 from reranker.engine.checkpoint.locate import Located
 from reranker.engine.checkpoint.quantization import read_scheme
 from reranker.engine.checkpoint.scales import Scheme
@@ -78,8 +78,8 @@ def read(located: Located, settings: dict[str, Any]) -> Checkpoint:
         config = AutoConfig.from_pretrained(str(path), trust_remote_code=False, **changes)
     except Exception as error:  # transformers raises a different type for each field
         raise ModelLoadError(f"{file} cannot be used: {first_line(error)}") from error
-    tokenizer = load_tokenizer(path) if adapter is None else load_tokenizer(adapter.folder, path)
-    return Checkpoint(path, config, tokenizer, adapter, read_scheme(path, settings))
+    own, *base = located.folders
+    return Checkpoint(path, config, load_tokenizer(own, *base), adapter, read_scheme(path, settings))
 
 
 def check_rope(file: Path, settings: dict[str, Any]) -> None:
@@ -88,13 +88,13 @@ def check_rope(file: Path, settings: dict[str, Any]) -> None:
     for field in ("rope_scaling", "rope_parameters"):
         rope = settings.get(field) or {}
         if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-            raise ModelLoadError(f"{file} has a {field} that is not a Qwen3 model's: {AGAIN}")
+            raise ModelLoadError(f"{file} has a {field} that differs by layer or is no object: it is not computed")
         kind = str(rope.get("rope_type") or rope.get("type") or "default")[:40]
         why = "makes a score depend on its batch" if kind in _LENGTH_DEPENDENT else "is not computed"
         known = f"use one of {', '.join(_ROPE_TYPES)}, or remove it"
         refuse_if(kind not in _ROPE_TYPES, f"{file} has the rope type {kind!r}, which {why}: {known}")
         partial = rope.get("partial_rotary_factor") not in (None, 1, 1.0)
-        refuse_if(partial, f"{file} has a partial_rotary_factor, which no Qwen3-Reranker has: {AGAIN}")
+        refuse_if(partial, f"{file} has a partial_rotary_factor, which is not computed")
         check_numbers(file, rope, "rope_theta", "factor", "original_max_position_embeddings")
         thetas.append(rope.get("rope_theta"))
     refuse_if(thetas == [None] * 3, f"{file} has no rope_theta: it is not the config.json of these weights")

@@ -9,9 +9,9 @@ from typing import Any, NoReturn
 from reranker.errors import ModelLoadError
 
 AGAIN = "download the checkpoint again"
-ORIGINAL = "use the original weights, such as Qwen/Qwen3-Reranker-4B"
+ORIGINAL = "use the original weights"
 UNQUANTIZED = f"{ORIGINAL}, and MODEL_PRECISION=int8 on a CPU or float8 on a GPU"
-RERANKER = "gives no relevance: use a reranker, such as Qwen/Qwen3-Reranker-4B"
+RERANKER = "gives no relevance: use a reranker (docs/models.md)"
 _BYTE_ORDER_MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
 
 

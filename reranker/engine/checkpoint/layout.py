@@ -7,29 +7,23 @@ alone; the folder's chat template renders the prompt from the roles system (the 
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from reranker.engine.checkpoint.files import AGAIN, RERANKER, first_line, read_json, refuse_if
-from reranker.engine.template import Parts, Slot, Template, text_of
+from reranker.engine.checkpoint.chat_template import read_template, section
+from reranker.engine.checkpoint.files import AGAIN, RERANKER, read_json, refuse_if
+from reranker.engine.template import Template
 from reranker.errors import ModelLoadError
 
 logger = logging.getLogger(__name__)
 
-_TEXTS = (
-    {Slot.INSTRUCTION: "\t an instruction\t", Slot.QUERY: "\t a <query>\t", Slot.DOCUMENT: "\t a &amp; document\t"},
-    {Slot.INSTRUCTION: "2nd order", Slot.QUERY: "is it?", Slot.DOCUMENT: "第二个文档 " * 9 + "."},
-)
-"""A template must treat both alike. The first have outer white space, which a template that trims would remove."""
-_ROLES = {Slot.INSTRUCTION: "system", Slot.QUERY: "query", Slot.DOCUMENT: "document"}
 _EMBEDDING = ("Pooling", "Normalize", "WordEmbeddings", "StaticEmbedding")
 """Modules that only embedding models have."""
-_NOT_RENDERED = {"padding", "truncation", "max_length", "return_tensors", "restore_suffix", "tokenize", "return_dict"}
-"""Options that sentence-transformers does not hand to the template."""
+_NO_LIMIT = 10**9
+"""Tokenizers write a length above it for none."""
 
 
 class Answers(NamedTuple):
@@ -48,6 +42,8 @@ class Layout(NamedTuple):
     template: Template | None
     instruction: str | None
     """The default instruction."""
+    max_length: int | None
+    """Tokens at which sentence-transformers truncates a prompt."""
 
 
 def read_layout(folders: Sequence[Path], tokenizer: PreTrainedTokenizerBase, control_tokens: frozenset[str]) -> Layout:
@@ -75,9 +71,19 @@ def read_layout(folders: Sequence[Path], tokenizer: PreTrainedTokenizerBase, con
     if activation not in ("Sigmoid", "Identity"):
         logger.warning("the activation %s of %s is ignored: scores are sigmoid(logit)", activation[:40], file.parent)
     refuse_if(options.get("do_lower_case"), f"{transformer} sets do_lower_case, which is not supported: remove it")
+    bare = options.get("modality_config") and "message" not in options["modality_config"]
+    problem = f"{transformer} scores texts without a prompt (no message in modality_config), which is not served"
+    refuse_if(bare, f"{problem}: add the entry, and the prompt as chat_template.jinja")
     own = Path(tokenizer.name_or_path)
-    template = _read_template(own, tokenizer, control_tokens, options, required=answers is not None)
-    return Layout(path, answers, template, _default_prompt(file, settings))
+    template = read_template(own, tokenizer, control_tokens, options, required=answers is not None)
+    length = _max_length(tokenizer, options)
+    return Layout(path, answers, template, _default_prompt(file, settings), length)
+
+
+def _max_length(tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> int | None:
+    given = [section(options, "processing_kwargs", name).get("max_length") for name in ("chat_template", "text")]
+    limits = [*given, options.get("max_seq_length"), tokenizer.model_max_length]
+    return min((limit for limit in limits if type(limit) is int and 0 < limit < _NO_LIMIT), default=None)
 
 
 def _default_prompt(file: Path, settings: dict[str, Any]) -> str | None:
@@ -133,114 +139,3 @@ def _answers(file: Path) -> Answers:
     name = settings.get("module_input_name", "causal_logits")
     refuse_if(name != "causal_logits", f"{file} scores {str(name)[:40]!r}, not causal_logits: it is not computed here")
     return Answers(true, false)
-
-
-def _read_template(
-    path: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    control_tokens: frozenset[str],
-    options: dict[str, Any],
-    *,
-    required: bool,
-) -> Template | None:
-    """Return the prompt that the chat template renders from the roles query and document; None if it has no such roles.
-
-    A template beside a LogitScore module must have them. Fine-tuning tools leave a generic template beside the weights,
-    which has neither role and is ignored.
-    """
-    if (source := _source(tokenizer)) is None:
-        return None
-    if not required and not all(re.search(f"['\"]{role}['\"]", source) for role in ("query", "document")):
-        return None
-    processing = options.get("processing_kwargs") or {}
-    given = processing.get("chat_template") or {} if isinstance(processing, dict) else {}
-    values = {name: value for name, value in given.items() if name not in _NOT_RENDERED}
-    rendered = _Renderer(path, tokenizer, source, values)
-    with_instruction = rendered.parts(instructed=True)
-    plain = rendered.parts(instructed=False)
-    if with_instruction is None and plain is None:
-        raise ModelLoadError(f"the chat template in {path} cannot be rendered: {rendered.error}")
-    instruction: str | None = None
-    if with_instruction is not None and Slot.INSTRUCTION not in with_instruction:
-        with_instruction, plain = None, plain or with_instruction
-    if with_instruction is not None and plain is not None:
-        instruction = _default_in(with_instruction, plain)
-        plain = plain if instruction is None else None
-    text = "\0".join(text_of(form) for form in (with_instruction, plain) if form is not None)
-    own = {str(token) for token in tokenizer.added_tokens_decoder.values() if str(token) in text}
-    return Template(with_instruction, plain, instruction, control_tokens | own, "the chat template of the checkpoint")
-
-
-def _source(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return the text of the chat template; of several, the one called default or reranker."""
-    template = tokenizer.chat_template
-    if isinstance(template, dict):
-        template = template.get("default", template.get("reranker"))
-    return template if isinstance(template, str) else None
-
-
-def _default_in(instructed: Parts, plain: Parts) -> str | None:
-    """Return the text that a prompt without an instruction has in its place; None if it is another prompt."""
-    at = instructed.index(Slot.INSTRUCTION)
-    before, after = text_of(instructed[:at]), text_of(instructed[at + 1 :])
-    text = text_of(plain)
-    inside = text[len(before) : len(text) - len(after)]
-    fits = len(text) >= len(before) + len(after) and text.startswith(before) and text.endswith(after)
-    return inside if fits and "\0" not in inside else None
-
-
-class _Renderer:
-    """Renders a chat template in transformers' sandbox, and cuts the result into static text and slots."""
-
-    def __init__(self, path: Path, tokenizer: PreTrainedTokenizerBase, source: str, values: dict[str, Any]) -> None:
-        self.path = path
-        self.tokenizer = tokenizer
-        self.source = source
-        self.values = {"add_generation_prompt": False, **values}
-        self.error = ""
-
-    def parts(self, *, instructed: bool) -> Parts | None:
-        """Return the prompt with or without an instruction; None if the template raises an error.
-
-        Raises:
-            ModelLoadError: the texts do not appear in the prompt as they are, once, or change the rest of it.
-        """
-        forms = []
-        for texts in _TEXTS:
-            roles = [slot for slot in Slot if instructed or slot is not Slot.INSTRUCTION]
-            messages = [{"role": _ROLES[slot], "content": texts[slot]} for slot in roles]
-            try:
-                rendered = self.tokenizer.apply_chat_template(
-                    messages, chat_template=self.source, tokenize=False, **self.values
-                )
-            except Exception as error:  # a template may raise anything
-                self.error = first_line(error)
-                return None
-            forms.append(self._cut(str(rendered), {slot: texts[slot] for slot in roles}))
-        problem = f"the chat template in {self.path} renders a different prompt for other texts: it cannot be served"
-        refuse_if(forms[0] != forms[1], problem)
-        return forms[0]
-
-    def _cut(self, rendered: str, texts: dict[Slot, str]) -> Parts:
-        for slot, text in texts.items():
-            count = rendered.count(text)
-            if count == 1 or (count == 0 and slot is Slot.INSTRUCTION):
-                continue
-            how = "changes or omits" if count == 0 else "repeats"
-            raise ModelLoadError(
-                f"the chat template in {self.path} {how} the {slot.value}: only a prompt of one query and one "
-                f"document, as they are, can be served"
-            )
-        return tuple(_pieces(rendered, texts))
-
-
-def _pieces(rendered: str, texts: dict[Slot, str]) -> Iterator[str | Slot]:
-    """Cut a rendered prompt at its texts."""
-    start = 0
-    for at, slot in sorted((rendered.index(text), slot.value) for slot, text in texts.items() if text in rendered):
-        if at > start:
-            yield rendered[start:at]
-        yield Slot(slot)
-        start = at + len(texts[Slot(slot)])
-    if start < len(rendered):
-        yield rendered[start:]

@@ -84,9 +84,12 @@ def locate(name: str, revision: str | None = None) -> Located:
     try:
         path, advice = _find(name, revision)
         if any(os.path.lexists(path / file) for file in _ADAPTER_FILES):
-            return _with_adapter(path, advice)
-        _check_files(path, advice)
-        return Located(path)
+            located = _with_adapter(path, advice)
+        else:
+            _check_files(path, advice)
+            located = Located(path)
+        _warn_of_adapters(located)
+        return located
     except OSError as error:
         problem = f"cannot read {error.filename or name[:200]}: {error.strerror}"
         raise ModelLoadError(f"{problem} (this process runs as uid {os.getuid()})") from error
@@ -119,7 +122,6 @@ def _with_adapter(folder: Path, advice: str) -> Located:
     if _weights(folder):
         _check_files(folder, advice)
         return Located(folder, adapter)
-    _warn_of_adapters(folder)
     try:
         path, advice = _find_base(adapter)
         problem = f"it is a LoRA adapter too, in {path}: merge one of them into its own base first"
@@ -180,7 +182,6 @@ def _snapshot(path: Path, revision: str | None) -> Path:
 def _check_files(path: Path, advice: str) -> None:
     """Refuse a folder with a missing or unreadable file, or in another format; `advice` is for a missing file."""
     _check_readable(path)
-    _warn_of_adapters(path)
     present = {file.name for file in path.iterdir() if os.path.isfile(file)}
     shards = _weights(path)
     if "config.json" not in present:
@@ -236,10 +237,11 @@ def _oldest_first(paths: Iterable[Path]) -> list[Path]:
     return sorted((path for path in paths if os.path.isdir(path)), key=lambda path: path.stat().st_mtime)
 
 
-def _warn_of_adapters(path: Path) -> None:
-    """Warn of adapters in folders beside the weights, such as the checkpoints of a training."""
-    for folder in _oldest_first(path.glob("*")):
-        if any(os.path.exists(folder / name) for name in _ADAPTER_FILES):
+def _warn_of_adapters(located: Located) -> None:
+    """Warn of other adapters in folders beside the weights, such as the checkpoints of a training."""
+    read = [folder.resolve() for folder in located.folders]
+    for folder in _oldest_first(folder for path in located.folders for folder in path.glob("*")):
+        if folder.resolve() not in read and any(os.path.exists(folder / name) for name in _ADAPTER_FILES):
             logger.warning("the LoRA adapter in %s is not applied: to serve it, set MODEL_NAME_OR_PATH to it", folder)
 
 

@@ -102,15 +102,14 @@ class Layout(NamedTuple):
         return widen(*self.weights[name].tensors(read), self.weights[name].block)
 
     def rounded(self, names: Sequence[str], read: Read) -> Rounded | None:
-        """Return weights of the same input as they are stored, one below the other; None if they cannot be joined so.
+        """Return weights of the same input as they are stored, one below the other, where `precision` is not None.
 
-        They need the precision of the checkpoint, a scale per output, and no zero point other than 0.
+        None if one of them is not quantised, or has a zero point other than 0.
         """
         values: list[Tensor] = []
         scales: list[Tensor] = []
-        precision = self.precision
         for name in names:
-            if name not in self.weights or self.weights[name].dtype is not precision:
+            if name not in self.weights:
                 return None
             tensors = self.weights[name].tensors(read)
             if (scale := scale_per_output(*tensors, self.weights[name].block)) is None:

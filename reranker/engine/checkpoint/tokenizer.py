@@ -63,7 +63,7 @@ def check_tokenizer(path: Path, tokenizer: PreTrainedTokenizerBase, rows: int, c
     split = getattr(tokenizer, "split_special_tokens", False)
     refuse_if(split, f"{path / 'tokenizer_config.json'} sets split_special_tokens: remove it")
     configured = any((path / name).is_file() for name in ("tokenizer_config.json", "added_tokens.json"))
-    cause = "it is not a Qwen3-Reranker's" if configured else "tokenizer_config.json is missing"
+    cause = "it is not the tokenizer of these weights" if configured else "tokenizer_config.json is missing"
     largest = 0
     for text in control_tokens:
         ids = tokenizer.encode(text, add_special_tokens=False)

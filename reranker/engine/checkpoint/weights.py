@@ -119,8 +119,9 @@ class Weights:
     def tensor(self, name: str) -> Tensor:
         """Return a tensor on the CPU: a quantised weight, or one that an adapter changes, as float32; others as stored.
 
-        As stored it is a view of the file, which stays open and mapped as long as the view exists; only rows that are
-        used are read. An adapter of one of two tied tensors leaves the other one as it is.
+        As stored it is a view of the file, which is closed and stays mapped as long as the view exists: only rows that
+        are used are read, and the system may drop them from memory. An adapter of one of two tied tensors leaves the
+        other one as it is.
 
         Raises:
             ModelLoadError: the file is broken.
@@ -154,7 +155,7 @@ class Weights:
     def not_finite(self) -> str | None:
         """Return the name and file of the first tensor with a NaN or an infinity; None without any. Reads all."""
         for name in sorted(self.files, key=lambda name: (self.files[name], name)):
-            if not torch.isfinite(self.unmerged(name)).all():
+            if name in self.stored and not torch.isfinite(self.unmerged(name)).all():  # scales are checked as products
                 return f"{name} in {self.files[name]}"
         return None if self.adapter is None else self.adapter.not_finite()
 
@@ -276,7 +277,7 @@ def _cause(missing: list[str], names: set[str], layers: int) -> str:
             prefix = name.removesuffix(first)
             return f"the names begin with {prefix!r}: remove it, or save the model without its wrapper {wrappers}"
     if first.removeprefix("model.") in names:
-        return "the names lack 'model.', as in an embedding model: use a reranker, or save the whole Qwen3ForCausalLM"
+        return "the names lack 'model.', as in an embedding model: use a reranker, or save the model with its head"
     if missing == [SCORE_HEAD]:
         return "save the head with the model, or set architectures in config.json to the causal model that it is"
     if missing == [HEAD]:

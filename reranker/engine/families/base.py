@@ -94,6 +94,8 @@ class Family(ABC):
     name: ClassVar[str]
     template: Template
     """The family's prompt, or the checkpoint's own."""
+    max_length: int | None = None
+    """Tokens at which the checkpoint's own files truncate a prompt; None: they do not say."""
     auto_class: Any
     """transformers' class that describes the whole model."""
 

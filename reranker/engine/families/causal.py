@@ -6,6 +6,7 @@ the words and the prompt. A family may have a prompt and words for checkpoints w
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,8 @@ from reranker.engine.families.decoder import Decoder, widths
 from reranker.engine.template import Template, text_of
 from reranker.errors import ModelLoadError
 
+logger = logging.getLogger(__name__)
+
 _COMPUTED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish", None),
     "use_sliding_window": (False, None),
@@ -32,6 +35,8 @@ _COMPUTED: dict[str, tuple[Any, ...]] = {
     "use_bidirectional_attention": (False, None),
 }
 """Fields that change the computation, with the values that are computed here. Null counts as absent."""
+_RELEVANT = ("yes", "true", "1", "relevant", "positive")
+"""Names of the label for a relevant document."""
 
 
 class CausalFamily(Family):
@@ -52,7 +57,7 @@ class CausalFamily(Family):
         classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
         self.auto_class = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
         layout = read_layout(checkpoint.folders, tokenizer, self.control_tokens)
-        self.template = self._template(layout)
+        self.template, self.max_length = self._template(layout), layout.max_length
         check_tokenizer(Path(tokenizer.name_or_path), tokenizer, config.vocab_size, self.template.own_tokens)
         self.answers = None if classifier else self._answers(layout)
         if classifier:
@@ -60,10 +65,22 @@ class CausalFamily(Family):
             replaced = adapter is not None and adapter.task == SEQ_CLS and layout.folder == path
             words = layout.answers is not None and not replaced
             refuse_if(words, f"{path} has a score head and names words to score (LogitScore): remove the wrong one")
-            problem = f"{path / 'config.json'} has {config.num_labels} labels"
-            refuse_if(
-                config.num_labels not in (1, 2), f"{problem}: a reranker has 1, or 2 of which the second is relevant"
-            )
+            self._check_score_head()
+
+    def _check_score_head(self) -> None:
+        path, config, tokenizer, _, _ = self.checkpoint
+        file, count, labels = path / "config.json", config.num_labels, [*(config.id2label or {}).values()]
+        problem = f"{file} has {count} labels"
+        refuse_if(count not in (1, 2), f"{problem}: a reranker has 1, or 2 of which the second is relevant")
+        reversed_order = count == 2 and str(labels[0]).lower() in _RELEVANT
+        refuse_if(reversed_order, f"{problem}, the first is {labels[0]!r}: the second one must be that of relevance")
+        if config.pad_token_id is None:
+            return
+        padding = str(tokenizer.convert_ids_to_tokens(config.pad_token_id))
+        forms = (self.template.instructed, self.template.plain)
+        ends = any(form is not None and str(form[-1]).endswith(padding) for form in forms)
+        problem = f"{path} has a score head and a prompt that ends in {padding}, its padding"
+        refuse_if(ends, f"{problem}: transformers reads the score before that, so remove it from the chat template")
 
     @staticmethod
     def check_settings(file: Path, settings: dict[str, Any]) -> None:
@@ -121,18 +138,24 @@ class CausalFamily(Family):
             problem = f"{self.checkpoint.path} does not say what its prompt is"
             needed = "a chat template with the roles query and document (chat_template.jinja)"
             raise ModelLoadError(f"{problem}: it needs {needed}, as sentence-transformers saves it; {AGAIN}")
-        return template if layout.instruction is None else replace(template, instruction=layout.instruction)
+        if layout.instruction is None:
+            return template
+        if template.instructed is None:
+            unread = "the default prompt of %s is not read: its chat template has no place for one"
+            logger.warning(unread, self.checkpoint.path)
+            return template
+        return replace(template, instruction=layout.instruction)
 
     def _answers(self, layout: Layout) -> Answers:
         if layout.answers is None:  # as CrossEncoder does without modules.json
             return Answers(*(self._word_id(word) for word in self.words))
         path, rows = self.checkpoint.path, self.checkpoint.config.vocab_size
-        if layout.template is None:
-            known = tuple(map(self._word, layout.answers)) == self.words
-            refuse_if(not known, f"{path} names words to score (LogitScore), but has no chat template: {AGAIN}")
         largest = max(token for token in layout.answers if token is not None)
         problem = f"{path} scores the token {largest}, but config.json has a vocab_size of {rows}"
         refuse_if(largest >= rows, f"{problem}: {AGAIN}")
+        if layout.template is None:
+            known = tuple(map(self._word, layout.answers)) == self.words
+            refuse_if(not known, f"{path} names words to score (LogitScore), but has no chat template: {AGAIN}")
         return layout.answers
 
     def _word_id(self, word: str) -> int:

@@ -25,6 +25,7 @@ from reranker.engine.batch import PackedBatch, pack
 from reranker.engine.checkpoint.files import ORIGINAL, refuse_if
 from reranker.engine.checkpoint.weights import EMBEDDING, Weights
 from reranker.engine.families.base import Backbone, LayerFns, Widths, Wrap
+from reranker.errors import ModelLoadError
 from reranker.types import EncodedRequest, Slice
 
 
@@ -68,7 +69,7 @@ class Decoder(Backbone):
     cast when it is read.
 
     Raises:
-        ModelLoadError: config.json has layers with sliding attention.
+        ModelLoadError: config.json has layers with sliding attention, or transformers a module with other parameters.
     """
 
     causal = True
@@ -182,7 +183,12 @@ class _Loader:
         return self.wrap(joined, [f"{name}.{part}.weight" for part in parts])
 
     def parameter(self, dtype: torch.dtype, *parts: Tensor) -> nn.Parameter:
-        """Copy tensors, one below the other, into new memory of the device, which needs no other for it."""
+        """Copy tensors, one below the other, into new memory of the device, which needs no other for it.
+
+        A single one that is what it should be already, on a CPU, stays a view of its file: processes share its memory.
+        """
+        if len(parts) == 1 and parts[0].dtype is dtype and parts[0].device == self.device:
+            return nn.Parameter(parts[0], requires_grad=False)
         joined = torch.empty(sum(map(len, parts)), *parts[0].shape[1:], dtype=dtype, device=self.device)
         for place, part in zip(joined.split([len(part) for part in parts]), parts, strict=True):
             place.copy_(part)
@@ -194,7 +200,8 @@ def _refuse_unread(decoder: nn.Module) -> None:
     tensors = (*decoder.named_parameters(), *decoder.named_buffers())
     unread = next((name for name, tensor in tensors if tensor.is_meta), None)
     if unread:
-        raise NotImplementedError(f"{type(decoder).__name__} has {unread}, which is not computed")
+        problem = f"{type(decoder).__name__} of the installed transformers has {unread}, which is not computed"
+        raise ModelLoadError(f"{problem}: install the version in requirements.txt")
 
 
 def _norm(norm: Any, x: Tensor) -> Tensor:

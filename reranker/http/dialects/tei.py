@@ -56,6 +56,10 @@ class Info(BaseModel):
     """The logit of a document in words, such as `logit(yes) - logit(no)`."""
     prompt: str
     """Where the prompt is written down: the model card, or the checkpoint's chat template."""
+    reads_instruction: bool
+    """Whether the prompt has an instruction; without one, `instruction` is reported as not read."""
+    adapter: str | None
+    """The LoRA adapter that is merged into the weights: folder, rank, base."""
     docker_label: str | None
 
 
@@ -82,5 +86,7 @@ async def info(request: Request) -> Info:
         family=model.family,
         score=model.score,
         prompt=model.prompt,
+        reads_instruction=model.reads_instruction,
+        adapter=model.adapter or None,
         docker_label=None,
     )
