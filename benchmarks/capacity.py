@@ -67,8 +67,10 @@ class Model:
     @property
     def activation_bytes(self) -> int:
         """Per token of a pass, in bfloat16: warmup.py's estimate for a CPU; on a GPU it measures."""
-        heads = self.heads + 4 * self.kv_heads
-        return 2 * (4 * self.hidden + 2 * self.intermediate + 2 * heads * self.head_dim)
+        heads, groups = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        before = 2 * self.intermediate + 2 * (heads + 4 * groups)
+        after = 3 * self.intermediate + 2 * (heads + groups + 2 * self.head_dim)
+        return 2 * (4 * self.hidden + max(before, after))
 
     def rate(self, flops: float) -> float:
         """Packed tokens a second at this rate of the matrix products."""

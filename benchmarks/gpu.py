@@ -40,12 +40,14 @@ from benchmarks.report import header, table
 from benchmarks.workloads import TOKENS, read, ten_documents
 from reranker import Scorer
 from reranker.engine import device as devices
+from reranker.engine.acceleration import sample
 from reranker.engine.attention import choose_kernel
 from reranker.engine.checkpoint.tokenizer import load_tokenizer
 from reranker.engine.checkpoint.weights import EMBEDDING
 from reranker.engine.families.base import Head, Wrap
 from reranker.engine.families.decoder import Decoder
 from reranker.engine.families.qwen3 import TEMPLATE
+from reranker.engine.footprint import weight_bytes
 from reranker.engine.model import Model
 from reranker.engine.precision import FLOAT8, QUANTIZED, short
 from reranker.engine.prompt import Prompt
@@ -65,6 +67,25 @@ TESTS = [
 ]
 NEEDED_BY_TESTS = ("pytest", "httpx", "accelerate", "psutil")
 WORK = read("short")
+
+
+class SetUp(logging.Handler):
+    """Keeps what acceleration.py says of the paths that it sets up: "compiled layers: used (... in 14 s)"."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep the line."""
+        self.lines.append(record.getMessage())
+
+    @property
+    def seconds(self) -> str:
+        """Of compiling and of recording, apart."""
+        found = (re.match(r"([\w ]+): (not used|used).* (\d+ s)\)?$", line) for line in self.lines)
+        parts = [f"{part[1]} {part[3]}{' (not used)' if part[2] != 'used' else ''}" for part in found if part]
+        return ", ".join(parts) or "nothing to compile or record"
 
 
 class WrongError(Exception):
@@ -147,6 +168,8 @@ class Bench:
         """Accelerated paths that a GPU should have taken and did not."""
         self.scorer: Scorer | None = None
         self.documents_per_second = float("nan")
+        self.memory: dict[str, tuple[int, int, float]] = {}
+        """By precision: bytes of the loaded weights, those planned for them, and bytes per token of a pass."""
 
     def make(self) -> Any:
         """transformers' model with the same weights as `load` gives, made on the device in its precision."""
@@ -162,21 +185,30 @@ class Bench:
                 weight.copy_(self.weights.tensor(name))
         return made
 
-    def load(self, precision: torch.dtype) -> tuple[Scorer, float]:
-        """A scorer and the seconds of its warm-up, compiling and recording included."""
+    def load(self, precision: torch.dtype) -> tuple[Scorer, str]:
+        """A scorer and the seconds of its warm-up; those of compiling and recording also apart."""
         quantized = precision in QUANTIZED
         wrap: Wrap = (
             (lambda linear, names: quantize(linear, precision)) if quantized else (lambda linear, names: linear)
         )
         rows = self.weights.tensor(EMBEDDING)[self.answers].float()
         kernel, _ = choose_kernel(self.device, self.dtype)
+        gc.collect()
+        before = self._held()
         backbone = Decoder(self.weights, self.config, self.device, self.dtype, self.dtype, wrap)
+        loaded = self._held() - before
         model = Model(backbone, Head(rows[0] - rows[1]), self.device, precision, kernel)
         scorer = Scorer(model, self.prompt, name="random weights", max_batch_tokens=1024)
-        start = time.perf_counter()
-        rate = warm_up(scorer)
+        start, logger, said = time.perf_counter(), logging.getLogger("reranker.engine.acceleration"), SetUp()
+        logger.addHandler(said)
+        try:
+            rate = warm_up(scorer)
+        finally:
+            logger.removeHandler(said)
         scorer.max_batch_tokens = choose_budget(rate, devices.memory(self.device, 90), None)
-        return scorer, time.perf_counter() - start
+        planned, _ = weight_bytes(self.weights, precision, self.dtype)
+        self.memory[short(precision)] = loaded, planned, rate.bytes_per_token
+        return scorer, f"{time.perf_counter() - start:.1f} s: {said.seconds}"
 
     def matmul(self) -> str:
         """The rate that the floor is made of: one large product on random data, at its best. Under seconds of load a
@@ -201,7 +233,37 @@ class Bench:
     def start(self) -> str:
         """Warm-up, and which paths were taken."""
         self.scorer, seconds = self.load(self.dtype)
-        return f"Warm-up: {seconds:.1f} s; {self._paths(self.scorer)}. Token budget {self.scorer.max_batch_tokens}."
+        return f"Warm-up: {seconds}; {self._paths(self.scorer)}. Token budget {self.scorer.max_batch_tokens}."
+
+    def paths(self) -> str:
+        """A recorded pass against the compiled and the eager one, by size; each as a request waits for it."""
+        assert self.scorer is not None
+        model, lines = self.scorer.model, []
+        kept = model.graphs, model.compiled
+        try:
+            for tokens in (256, 1024, 2048):
+                batch, times = sample(tokens, model), {}
+                for name, graphs, compiled in (
+                    ("recorded", kept[0], kept[1]),
+                    ("compiled", None, kept[1]),
+                    ("eager", None, None),
+                ):
+                    model.graphs, model.compiled = graphs, compiled
+                    if name == "eager" or (graphs if name == "recorded" else compiled) is not None:
+                        times[name] = 1000 * self._best(lambda: model.forward(batch).tolist(), 5)  # noqa: B023
+                lines.append(f"{tokens} tokens: {', '.join(f'{name} {ms:.2f} ms' for name, ms in times.items())}")
+        finally:
+            model.graphs, model.compiled = kept
+        return f"Passes: {'; '.join(lines)}."
+
+    def memory_by_precision(self) -> str:
+        """What the models above took, against what `check --plan` counts."""
+        lines = []
+        for name, (loaded, planned, per_token) in self.memory.items():
+            sizes = f"{loaded / 2**30:.2f} GiB of weights ({planned / 2**30:.2f} planned)"
+            lines.append(f"{name} {sizes}, {per_token / 1024:.0f} KiB a token of a pass")
+        how = "" if self.device.type == "cuda" else " (on a CPU: of the process)"
+        return f"Memory{how}: {'; '.join(lines)}."
 
     def fidelity(self) -> str:
         """Scores against the card's computation, one pair at a time, on random shapes: alone, and many in a batch.
@@ -278,18 +340,19 @@ class Bench:
         middle = 1000 * statistics.median(times)
         return f"Ten documents of 100 words ({tokens} tokens), call to scores: p50 {middle:.1f} ms."
 
-    def float8(self) -> str:
-        """float8 against the precision above: speed of the passes, and the logits."""
+    def narrow(self, precision: torch.dtype) -> str:
+        """8 bits against the precision above: speed of the passes, and the logits."""
         assert self.scorer is not None
-        fast, seconds = self.load(FLOAT8)
+        fast, seconds = self.load(precision)
         encoded = [self._encode(r) for r in self.work]
         batch = self.scorer.pack([Slice(e, 0, len(e.documents)) for e in encoded])
+        times = 5 if self.device.type == "cuda" else 1
         true, got = (torch.tensor(scorer.score(batch)) for scorer in (self.scorer, fast))
-        base, needed = (self._best(lambda: scorer.score(batch), 5) for scorer in (self.scorer, fast))  # noqa: B023
+        base, needed = (self._best(lambda: scorer.score(batch), times) for scorer in (self.scorer, fast))  # noqa: B023
         served, _, documents = asyncio.run(self._serve(fast))
         apart, order = (true - got).abs(), torch.corrcoef(torch.stack([true, got]))[0, 1]
         return (
-            f"float8 (warm-up {seconds:.1f} s; {self._paths(fast)}): a pass of {batch.tokens} tokens "
+            f"{short(precision)} (warm-up {seconds}; {self._paths(fast)}): a pass of {batch.tokens} tokens "
             f"{base / needed:.2f} times as fast as {short(self.dtype)}; "
             f"{documents / served:.0f} documents/s with {len(self.work)} clients "
             f"({documents / served / self.documents_per_second:.2f} times). "
@@ -362,6 +425,11 @@ class Bench:
                 found.append(time.perf_counter() - start)
         return min(found[1:])
 
+    def _held(self) -> int:
+        if self.device.type != "cuda":
+            return devices.memory_held(self.device)
+        return torch.cuda.memory_allocated(self.device)
+
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -387,10 +455,13 @@ def main() -> None:
         "matrix product": bench.matmul,
         "start": bench.start,
         "fidelity": bench.fidelity,
+        "paths": bench.paths,
         "ten documents": bench.latency,
         "eight clients": bench.clients,
         "padded batches": bench.card,
-        "float8": bench.float8,
+        "float8": lambda: bench.narrow(FLOAT8),
+        "int8": lambda: bench.narrow(torch.int8),
+        "memory": bench.memory_by_precision,
     }
     if a.skip_tests:
         del sections["tests"]

@@ -25,6 +25,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from reranker.engine.checkpoint.tensors import Stored
 from reranker.engine.checkpoint.weights import Weights
 
 CACHE = Path(__file__).parent / ".cache"
@@ -54,8 +55,11 @@ class RandomWeights(Weights):
     def __init__(self, config: Qwen3Config, device: torch.device, dtype: torch.dtype, *, std: float = 0.05) -> None:
         with torch.device("meta"):
             made = Qwen3ForCausalLM(config)
-        self.path = Path("random weights")
+        self.path, self.adapter, self.layout = Path("random weights"), None, None
         self._shapes = {name: tensor.shape for name, tensor in made.named_parameters()}
+        stored = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
+        self.stored = {name: Stored(tuple(shape), stored) for name, shape in self._shapes.items()}
+        self.files = dict.fromkeys(self.stored, self.path)
         self._device, self._dtype, self._std = device, dtype, std
 
     def tensor(self, name: str) -> Tensor:

@@ -144,11 +144,20 @@ def _completion(add: argparse.ArgumentParser) -> None:
     add.add_argument("shell", choices=("bash", "zsh"))
 
 
+def _check(add: argparse.ArgumentParser) -> None:
+    add.add_argument(
+        "--plan",
+        action="store_true",
+        help="load nothing; print the memory that the model needs in each precision, and the GPUs that it fits "
+        "(without a model: that of the official ones)",
+    )
+
+
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "rank": ("one query: a table in a terminal, JSON in a pipe", _rank),
     "batch": ("many queries, JSON lines out; continues after an interruption", _batch),
     "evaluate": ("measure the gain on your own data (needs requirements-eval.txt)", _evaluate),
-    "check": ("load, score one pair, print the choices; exit code 0 or 1", lambda _: None),
+    "check": ("load, score one pair, print the choices; exit code 0 or 1", _check),
     "completion": ('complete in a shell: eval "$(python -m reranker completion bash)"', _completion),
 }
 """Name -> help and arguments. `reranker.cli.NAME` has a function NAME that runs it, and is imported only then."""

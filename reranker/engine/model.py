@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 import torch
@@ -17,22 +17,19 @@ from reranker.engine.attention import Attention, choose_kernel
 from reranker.engine.batch import PackedBatch
 from reranker.engine.checkpoint.inventory import check_weights
 from reranker.engine.checkpoint.scales import Layout, Scheme
-from reranker.engine.checkpoint.weights import EMBEDDING, HEAD, Weights
+from reranker.engine.checkpoint.weights import Weights
 from reranker.engine.families.base import Backbone, Family, Head, LayerFns
+from reranker.engine.families.official import largest_official
+from reranker.engine.footprint import Footprint, footprint
 from reranker.engine.graphs import Graphs
-from reranker.engine.precision import FLOAT8, QUANTIZED, short
+from reranker.engine.precision import QUANTIZED, between, computable, short
 from reranker.engine.quantized import quantize
 from reranker.errors import ModelLoadError, ScoringError
 
 logger = logging.getLogger(__name__)
 disable_progress_bar()  # also a download's: it writes partial lines into the service's log
 
-_SCALE_BYTES = 16
-"""Of a quantised projection for each output: scale, zero point and the kernel's own sum."""
-_QUANTIZING_BYTES = {torch.int8: 14, FLOAT8: 10}
-"""For each weight of a projection while it is quantised: as stored, in float32, scaled, and rounded (quantized.py)."""
-_WIDENING_BYTES = 8
-"""For each weight while it is widened on the CPU: in float32, and a scale for each."""
+_GIB = 1 << 30
 
 
 @dataclass(slots=True)
@@ -89,20 +86,30 @@ class Model:
         return self.backbone.hidden(batch, self.kernel, layer_fns or self.backbone.eager)
 
 
-def load(family: Family, device: torch.device, dtype: torch.dtype, max_memory_percentage: float) -> Model:
+def load(
+    family: Family, device: torch.device, dtype: torch.dtype, max_memory_percentage: float, prefix_tokens: int = 0
+) -> Model:
     """Load a checkpoint onto the device in the chosen precision, a layer at a time.
 
     A quantised precision is made from the weights, or is that of a quantised checkpoint; each product is verified.
 
+    Args:
+        family: the checkpoint.
+        device: where it runs.
+        dtype: its precision.
+        max_memory_percentage: see `Scorer.load`.
+        prefix_tokens: the length of the static prefix that will be cached.
+
     Raises:
-        ModelLoadError: the weights do not fit, are not those of the model, or the files are broken.
+        ModelLoadError: the model does not fit, the weights are not its own, or the files are broken.
         ScoringError: this machine does not compute the quantised precision.
     """
     weights = Weights(family.checkpoint.path, family.checkpoint.adapter, family.checkpoint.scheme)
     check_weights(weights, family.checkpoint.config, family.auto_class)
-    _check_memory(weights, dtype, device, max_memory_percentage)
+    needs = partial(needed_memory, family, weights, device, prefix_tokens=prefix_tokens)
+    _check_memory(needs, dtype, device, max_memory_percentage)
     if family.checkpoint.scheme is not None:
-        _log_quantized(weights, family.checkpoint.scheme, dtype)
+        _log_quantized(weights, family.checkpoint.scheme, dtype, needs(dtype))
     head = family.head(weights)
     try:
         head = replace(head, weight=head.weight.to(device))
@@ -112,59 +119,44 @@ def load(family: Family, device: torch.device, dtype: torch.dtype, max_memory_pe
             raise
         problem = f"the weights do not fit in the free memory of {device}"
         raise ModelLoadError(f"{problem}: {devices.MORE_MEMORY}") from error
-    kernel, reason = choose_kernel(device, QUANTIZED.get(dtype, dtype))
+    kernel, reason = choose_kernel(device, between(dtype, device))
     logger.info("model: %s; score: %s; prompt: %s", family.name, head.name, family.template.source)
     logger.info("attention: %s", reason)
     return Model(backbone, head, device, dtype, kernel, family=family.name)
 
 
-def needed_memory(weights: Weights, precision: torch.dtype) -> int:
-    """Return the bytes on the device, at most, while the weights are loaded; the activations come on top.
-
-    They are those of the loaded weights; and those of the largest weight in work, if weights are quantised here or
-    widened from a quantised checkpoint. q, k, v and gate, up are in work together.
-    """
-    dtype, as_stored = QUANTIZED.get(precision, precision), weights.precision is precision
-    kept = {_joined(name) for name in weights.stored if as_stored and weights.is_wide(name)}
-    needed, work = 0, Counter[str]()
-    for name, stored in weights.stored.items():
-        quantized = name.endswith("_proj.weight") and precision in QUANTIZED and _joined(name) not in kept
-        rounding = _QUANTIZING_BYTES[precision] if quantized and not as_stored else 0
-        widening = 0 if weights.is_wide(name) else _WIDENING_BYTES
-        work[_joined(name)] += stored.numel * max(rounding, widening)
-        if quantized:
-            needed += stored.numel * precision.itemsize + stored.shape[0] * _SCALE_BYTES
-        elif name == weights.source(EMBEDDING):
-            needed += stored.numel * min(stored.itemsize, dtype.itemsize)
-        elif name != HEAD:
-            needed += stored.numel * dtype.itemsize
-    return needed + max(work.values(), default=0)
+def needed_memory(
+    family: Family, weights: Weights, device: torch.device, precision: torch.dtype, *, prefix_tokens: int
+) -> Footprint:
+    """Return what a model needs on a device in a precision; no weight is read."""
+    return footprint(weights, family.widths, precision, between(precision, device), prefix_tokens)
 
 
-def _joined(name: str) -> str:
-    """Return the same for weights that are joined into one projection."""
-    parts = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")
-    return name.rsplit(".", 2)[0] if name.endswith(parts) else name
+def _check_memory(
+    needs: Callable[[torch.dtype], Footprint], precision: torch.dtype, device: torch.device, percentage: float
+) -> None:
+    memory, need = devices.memory(device, percentage), needs(precision)
+    if need.needed <= memory.available:
+        return
+    limit = f"MAX_MEMORY_PERCENTAGE={percentage:g} of {memory.total / _GIB:.1f} GiB"
+    problem = f"the model needs {need} in {short(precision)}, but only {memory} on {device} ({limit})"
+    sizes = {other: needs(other).needed for other in computable(device)}
+    for other, size in sizes.items():
+        if size <= memory.available:
+            fix = f"MODEL_PRECISION={short(other)} needs {size / _GIB:.2f} GiB; or raise it, or free memory"
+            raise ModelLoadError(f"{problem}: {fix}")
+    none = ", ".join(f"{short(other)} {size / _GIB:.2f}" for other, size in sizes.items())
+    fix = f"raise it, free memory, or use a smaller model{largest_official(device, memory.available)}"
+    raise ModelLoadError(f"{problem}, and none fits ({none} GiB): {fix}")
 
 
-def _check_memory(weights: Weights, precision: torch.dtype, device: torch.device, percentage: float) -> None:
-    memory, gib, needed = devices.memory(device, percentage), 1 << 30, needed_memory(weights, precision)
-    if needed > memory.available:
-        limit = f"MAX_MEMORY_PERCENTAGE={percentage:g} of {memory.total / gib:.1f} GiB"
-        problem = (
-            f"the weights take {needed / gib:.1f} GiB in {short(precision)}, but only {memory} on {device} ({limit})"
-        )
-        raise ModelLoadError(f"{problem}: raise it, free memory, or use a smaller model")
-
-
-def _log_quantized(weights: Weights, scheme: Scheme, precision: torch.dtype) -> None:
+def _log_quantized(weights: Weights, scheme: Scheme, precision: torch.dtype, need: Footprint) -> None:
     """Say what becomes of the weights of a quantised checkpoint."""
-    layout, gib = cast("Layout", weights.layout), 1 << 30
+    layout = cast("Layout", weights.layout)
     use = f"widened by their scales, and rounded{' again' if precision in QUANTIZED else ''} to {short(precision)}"
     if weights.precision is precision:
         use = f"taken as they are stored, in {short(precision)}"
-    size = needed_memory(weights, precision) / gib
-    logger.info("quantised weights (%s) are %s: %.2f GiB with the others", scheme.name, use, size)
+    logger.info("quantised weights (%s) are %s: %.2f GiB with the others", scheme.name, use, need.weights / _GIB)
     if layout.unused:
         unused = "%d scales of activations and caches are not used (%s): activations are %s"
         rounding = "rounded with a scale per token" if precision in QUANTIZED else "not rounded"
@@ -175,18 +167,20 @@ def _backbone(family: Family, weights: Weights, device: torch.device, precision:
     if precision not in QUANTIZED:
         return family.backbone(weights, device, precision, precision, lambda linear, names: linear)
 
+    compute = between(precision, device)
+
     def wrap(linear: nn.Linear, names: Sequence[str]) -> nn.Module:
         if weights.precision is not precision:
             return quantize(linear, precision)
         stored = weights.rounded(*names)  # None: the checkpoint keeps this projection wide
-        return linear.to(QUANTIZED[precision]) if stored is None else quantize(linear, precision, stored.to(device))
+        return linear.to(compute) if stored is None else quantize(linear, precision, stored.to(device))
 
     try:
-        backbone = family.backbone(weights, device, weights.dtype, QUANTIZED[precision], wrap)
+        backbone = family.backbone(weights, device, weights.dtype, compute, wrap)
     except (RuntimeError, ValueError, NotImplementedError, AttributeError) as error:
         if devices.out_of_memory(error) or devices.lost(error):
             raise
         raise ScoringError(str(error).splitlines()[0]) from error  # a part of the kernel is missing
-    if precision is torch.int8 and not torch.cpu._is_vnni_supported():
+    if precision is torch.int8 and device.type == "cpu" and not torch.cpu._is_vnni_supported():
         logger.warning("int8: this processor has no VNNI (AVX-512): 7-bit activations, and less speed is gained")
     return backbone

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from reranker.engine.device import Choice
@@ -20,13 +22,25 @@ PRECISIONS = {
 }
 """The values of MODEL_PRECISION besides `auto`."""
 QUANTIZED = {torch.int8: torch.float32, FLOAT8: torch.bfloat16}
-"""Precisions of the layers' products only, and the precision of everything between the products."""
-_MIN_CAPABILITY = {torch.bfloat16: (8, 0, "Ampere"), FLOAT8: (8, 9, "Ada, Hopper")}
+"""Precisions of the layers' products only, and what is between the products; of int8 on a GPU see `between`."""
+_MIN_CAPABILITY = {
+    torch.int8: (7, 5, "Turing"),
+    torch.bfloat16: (8, 0, "Ampere"),
+    FLOAT8: (8, 9, "Ada, Hopper"),
+}
 """Compute capabilities. Emulated bfloat16 is slower than float16; `_scaled_mm` takes a scale per row from 8.9 on."""
+_NARROW = (FLOAT8, torch.int8)
+"""Of 8 bits, the preferred one first. Without outliers int8 is the more exact one (1.2 % against 3.7 % of a product's
+norm; also for the logits of the demo), but its error grows with the largest activation of a token: above 20 standard
+deviations it is the larger one, and large models are known for such activations. float8's never exceeds 3.8 %.
+Measured by `python -m benchmarks.int8 --errors`."""
 
 
 def choose_precisions(
-    wanted: str, device: torch.device, stored: torch.dtype | None = None
+    wanted: str,
+    device: torch.device,
+    stored: torch.dtype | None = None,
+    fits: Callable[[torch.dtype], bool] = lambda dtype: True,
 ) -> list[Choice[torch.dtype]]:
     """Return the precisions to try in order; each is for the case that the one before it fails at warm-up.
 
@@ -34,8 +48,10 @@ def choose_precisions(
         wanted: `auto` or a key of PRECISIONS.
         device: where the model will run.
         stored: int8 or float8, if the checkpoint's weights can be multiplied as they are stored.
+        fits: whether the model fits into the device's memory in a precision.
     """
-    best = _best(device)
+    automatic = _automatic(device, fits)
+    best = automatic[0]
     if wanted == "auto":
         first = best if stored is None else _stored(stored, device, best)
     elif reason := _unsupported(PRECISIONS[wanted], device):
@@ -43,10 +59,24 @@ def choose_precisions(
     else:
         first = Choice(PRECISIONS[wanted], "requested")
     choices = [first]
-    for dtype in (best.value if first.value in QUANTIZED else first.value, torch.float32):
-        if dtype is not choices[-1].value:
+    rest = [choice.value for choice in automatic] if first.value in QUANTIZED else []
+    for dtype in (*rest, torch.float32):
+        if dtype not in [choice.value for choice in choices]:
             choices.append(Choice(dtype, f"{short(choices[-1].value)} failed"))
     return choices
+
+
+def between(precision: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the precision of everything between the products of the layers."""
+    if precision is torch.int8 and device.type == "cuda":
+        return _widest(device).value
+    return QUANTIZED.get(precision, precision)
+
+
+def computable(device: torch.device) -> list[torch.dtype]:
+    """Return the precisions that a device computes and that are worth their memory, the most exact ones first."""
+    wide = torch.bfloat16 if device.type == "cpu" else _widest(device).value
+    return [torch.float32, wide, *(dtype for dtype in _NARROW if not _unsupported(dtype, device))]
 
 
 def short(dtype: torch.dtype) -> str:
@@ -54,11 +84,22 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.").removesuffix("_e4m3fn")
 
 
-def _best(device: torch.device) -> Choice[torch.dtype]:
+def _automatic(device: torch.device, fits: Callable[[torch.dtype], bool]) -> list[Choice[torch.dtype]]:
+    """Return what `auto` takes, the best first: on a GPU whose memory is too small for 16 bits, 8 bits."""
     if device.type == "cpu":
         if torch.cpu._is_amx_tile_supported():
-            return Choice(torch.bfloat16, "auto: the processor multiplies bfloat16 in hardware (AMX)")
-        return Choice(torch.float32, "auto: fastest on this processor (no AMX)")
+            return [Choice(torch.bfloat16, "auto: the processor multiplies bfloat16 in hardware (AMX)")]
+        return [Choice(torch.float32, "auto: fastest on this processor (no AMX)")]
+    wide = _widest(device)
+    if fits(wide.value):
+        return [wide]
+    reason = f"auto: the model does not fit into the memory in {short(wide.value)}, but in"
+    narrow = [dtype for dtype in _NARROW if not _unsupported(dtype, device) and fits(dtype)]
+    return [*(Choice(dtype, f"{reason} {short(dtype)}") for dtype in narrow), wide]
+
+
+def _widest(device: torch.device) -> Choice[torch.dtype]:
+    """Return the 16-bit precision of a GPU."""
     if _unsupported(torch.bfloat16, device):
         return Choice(torch.float16, "auto: the GPU has no bfloat16")
     return Choice(torch.bfloat16, "auto: the GPU has bfloat16")
@@ -68,7 +109,7 @@ def _stored(stored: torch.dtype, device: torch.device, best: Choice[torch.dtype]
     """Return the precision of a quantised checkpoint's weights where it is the fastest one, else the best."""
     if reason := _unsupported(stored, device):
         return Choice(best.value, f"{best.reason}; {short(stored)}, as the weights are stored, {reason}")
-    if stored is torch.int8 and not torch.cpu._is_vnni_supported():
+    if stored is torch.int8 and device.type == "cpu" and not torch.cpu._is_vnni_supported():
         gain = "int8, as the weights are stored, has 7-bit activations without VNNI, and gains little"
         return Choice(best.value, f"{best.reason}; {gain}")
     return Choice(stored, "auto: the weights are stored so")
@@ -76,8 +117,6 @@ def _stored(stored: torch.dtype, device: torch.device, best: Choice[torch.dtype]
 
 def _unsupported(dtype: torch.dtype, device: torch.device) -> str:
     """Return why a device cannot compute a precision, or ''. The proof at load (quantized.py) has the last word."""
-    if dtype is torch.int8:
-        return "" if device.type == "cpu" else "is for the CPU only"
     if device.type != "cuda":
         return "is for NVIDIA GPUs only" if dtype is FLOAT8 else ""
     major, minor, names = _MIN_CAPABILITY.get(dtype, (0, 0, ""))

@@ -18,13 +18,12 @@ import torch
 from reranker.engine import device as devices
 from reranker.engine.batch import PackedBatch, pack
 from reranker.engine.budget import MIN_BATCH_TOKENS, split, split_in_half
-from reranker.engine.checkpoint.config import Checkpoint
 from reranker.engine.checkpoint.locate import locate
 from reranker.engine.checkpoint.weights import Weights
 from reranker.engine.families import open_checkpoint
 from reranker.engine.families.base import Family
 from reranker.engine.lanes import DealtBatch, Lanes, deal
-from reranker.engine.model import Model, load
+from reranker.engine.model import Model, load, needed_memory
 from reranker.engine.precision import PRECISIONS, choose_precisions, short
 from reranker.engine.prompt import Prompt
 from reranker.engine.scores import sigmoid
@@ -85,8 +84,8 @@ class Scorer:
         Args:
             name: a hub name such as `Qwen/Qwen3-Reranker-4B`, or a folder; the default is the bundled demo.
             device: `auto`, `cpu`, `cuda` or `cuda:N`.
-            precision: `auto`, `bfloat16`, `float16`, `float32` (or `bf16`, `fp16`, `fp32`); `int8` on a CPU, `float8`
-                (`fp8`) on a GPU.
+            precision: `auto`, `bfloat16`, `float16`, `float32` (or `bf16`, `fp16`, `fp32`), `int8`; on a GPU also
+                `float8` (`fp8`).
             max_memory_percentage: limit of this process's share of the device's memory.
             max_seq_length: limit of prompt and document together, in tokens; a longer document is truncated.
             batch_size: max documents in one forward pass; None: limited by the token budget only.
@@ -106,7 +105,7 @@ class Scorer:
         _warn_about_length(family, max_seq_length)
 
         def start(dtype: torch.dtype) -> tuple[Scorer, Rate]:
-            model = load(family, target.value, dtype, max_memory_percentage)
+            model = load(family, target.value, dtype, max_memory_percentage, len(prompt.static_prefix))
             scorer = cls(
                 model, prompt, name=str(name), max_batch_tokens=MIN_BATCH_TOKENS, max_batch_documents=batch_size
             )
@@ -115,7 +114,14 @@ class Scorer:
             scorer.self_check = self_check(scorer, family.template.instruction or "")
             return scorer, rate
 
-        scorer, rate = _first_usable(family.checkpoint, target.value, precision, start)
+        weights = Weights(family.checkpoint.path, family.checkpoint.adapter, family.checkpoint.scheme)
+
+        def fits(dtype: torch.dtype) -> bool:
+            need = needed_memory(family, weights, target.value, dtype, prefix_tokens=len(prompt.static_prefix))
+            return need.needed <= devices.memory(target.value, max_memory_percentage).available
+
+        choices = choose_precisions(precision, target.value, weights.precision, fits)
+        scorer, rate = _first_usable(weights, target.value, precision, choices, start)
         memory = devices.memory(target.value, max_memory_percentage)
         scorer.max_batch_tokens = choose_budget(rate, memory, max_batch_tokens)
         return scorer
@@ -268,16 +274,19 @@ def _warn_about_length(family: Family, max_seq_length: int) -> None:
 
 
 def _first_usable(
-    checkpoint: Checkpoint, device: torch.device, precision: str, start: Callable[[torch.dtype], tuple[Scorer, Rate]]
+    weights: Weights,
+    device: torch.device,
+    precision: str,
+    choices: Sequence[devices.Choice[torch.dtype]],
+    start: Callable[[torch.dtype], tuple[Scorer, Rate]],
 ) -> tuple[Scorer, Rate]:
-    """Start the model in the first precision that gives finite scores on the device.
+    """Start the model in the first precision of `choices` that gives finite scores on the device.
 
     Raises:
         ModelLoadError: none does.
     """
     problems: list[str] = []
-    weights = Weights(checkpoint.path, checkpoint.adapter, checkpoint.scheme)
-    for choice in choose_precisions(precision, device, weights.precision):
+    for choice in choices:
         name = short(choice.value)
         try:
             started = start(choice.value)
@@ -296,7 +305,7 @@ def _first_usable(
         gc.collect()  # the next precision needs this one's memory
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    reason = f"{checkpoint.path} cannot be scored in any precision on this machine ({'; '.join(problems)})"
+    reason = f"{weights.path} cannot be scored in any precision on this machine ({'; '.join(problems)})"
     if damaged := weights.not_finite():
         reason = f"the weights are damaged: {damaged} is not finite; download the checkpoint again"
     raise ModelLoadError(reason) from ScoringError(problems[0])

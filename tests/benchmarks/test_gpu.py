@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from benchmarks.gpu import NEEDED_BY_TESTS, WORK, true_lengths
+from benchmarks.gpu import NEEDED_BY_TESTS, WORK, SetUp, true_lengths
 from benchmarks.workloads import ten_documents, workloads
 from reranker.engine.families.qwen3 import TEMPLATE
 from reranker.engine.prompt import Prompt
@@ -68,12 +69,16 @@ def test_every_section_of_the_gpu_benchmark_runs_with_torch_and_transformers_alo
     for figure in (
         r"Tests marked cuda: not run here \(they need pytest[\w, ]*",
         r"Matrix product 256³ in float32: [\d.e+-]+ TFLOP/s",
-        r"Warm-up: [\d.]+ s; attention SdpaAttention, layers plain, CUDA graphs: none recorded\. Token",
+        r"Warm-up: [\d.]+ s: nothing to compile or record; attention SdpaAttention, layers plain, CUDA graphs: none "
+        r"recorded\. Token",
         r"Fidelity: \d+ pairs of random shapes",
         r"call to scores: p50 [\d.]+ ms",
         r"1 clients: \d+ documents/s, \d+ packed tokens/s, \d+% of the floor",
         r"tokenised beforehand: \d+ documents/s",
+        r"Passes: 256 tokens: eager [\d.]+ ms; 1024 tokens: eager",
         r"float8 .* times as fast as float32; \d+ documents/s .* correlation 0\.9",
+        r"int8 .* times as fast as float32; \d+ documents/s .* correlation 0\.9",
+        r"Memory.*: float32 .* planned\).*; float8 .*; int8 -?[\d.]+ GiB of weights \([\d.]+ planned\), \d+ KiB",
     ):
         assert re.search(figure, ran.stdout), f"{figure}\n{ran.stdout}\n{ran.stderr[-3000:]}"
 
@@ -91,3 +96,16 @@ def test_the_demos_tokens_are_as_many_as_the_true_ones() -> None:
 @pytest.mark.parametrize("name", NEEDED_BY_TESTS)
 def test_what_the_tests_need_is_named_by_its_module(name: str) -> None:
     assert name in metadata.packages_distributions()
+
+
+def test_the_seconds_of_compiling_and_of_recording_are_told_apart() -> None:
+    """From the lines that acceleration.py writes."""
+    said = SetUp()
+    logger = logging.getLogger("test_gpu")
+    logger.addHandler(said)
+    logger.setLevel(logging.INFO)
+    assert said.seconds == "nothing to compile or record"
+    logger.info("%s: used (equal to the eager path and not slower, set up in %.0f s)", "compiled layers", 14.2)
+    logger.info("CUDA graphs: %d of %d sizes (%s)", 3, 16, "from 2048 tokens on: not recorded within 15 s")
+    logger.warning("%s: not used (%s), after %.0f s", "CUDA graphs", "attention runs segment by segment here", 3.0)
+    assert said.seconds == "compiled layers 14 s, CUDA graphs 3 s (not used)"

@@ -10,13 +10,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from config import Settings
 from reranker.cli.options import option
+from reranker.engine.checkpoint.weights import Weights
 from reranker.engine.scorer import DEMO, Scorer
+from reranker.engine.warmup import measure
 from reranker.settings import ModelSettings, keyword
+from reranker.types import RerankRequest, Slice
 from tests.cli.command import COMMAND, cli, environment, read_lines, run_process, stub, write_lines
 from tests.conftest import ROOT
 from tests.test_imports import COMPUTE, WEB
@@ -251,3 +255,54 @@ def test_check_of_a_broken_folder_is_one_line_and_exit_code_1(broken: str, tmp_p
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     assert err.endswith(lines[0] + "\n")
+
+
+def plan(*args: object, cwd: Path, env: dict[str, str] | None = None) -> dict[str, dict[str, Any]]:
+    """Return what `check --plan` says of one model, by precision."""
+    done = cli("check", "--plan", *args, cwd=cwd, env=env)
+    return {row["precision"]: row for row in json.loads(done.stdout)["models"]}
+
+
+def test_the_plan_is_what_loading_takes(model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = Scorer.load(model_path, device="cpu", precision="float32")
+    decoder: Any = scorer.model.backbone.decoder  # type: ignore[attr-defined]
+    cached = [tensor for name, tensor in decoder.named_buffers() if "cached" in name]
+    tokens = scorer.pack([Slice(scorer.encode(RerankRequest("q", ["d"] * 9)), 0, 9)])
+
+    def read(*args: object) -> None:
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr(Weights, "_read", read)
+    planned = plan("--model", model_path, cwd=tmp_path)
+    assert list(planned) == ["float32", "bfloat16", "float8", "int8"]
+    row = planned["float32"]
+    assert row["weights_bytes"] == sum(tensor.nbytes for tensor in decoder.parameters())
+    assert row["prefix_bytes"] == sum(tensor.nbytes for tensor in cached)
+    assert row["batch_bytes"] == 1024 * measure(scorer, tokens).bytes_per_token
+    assert row["needed_bytes"] == row["weights_bytes"] + row["batch_bytes"] + row["prefix_bytes"]
+    wide, narrow = planned["bfloat16"], planned["int8"]
+    assert row["weights_bytes"] > wide["weights_bytes"] > narrow["weights_bytes"]
+    assert narrow["loading_bytes"] > 0
+
+
+def test_the_plan_of_an_official_model_needs_no_file(tmp_path: Path) -> None:
+    model = ("--model", "Qwen/Qwen3-Reranker-4B")
+    planned = plan(*model, cwd=tmp_path)
+    assert {size for size, fits in planned["bfloat16"]["fits"].items() if not fits} == {"8"}
+    assert all(planned["int8"]["fits"].values())
+    assert 4.0e9 < planned["int8"]["weights_bytes"] < 4.6e9
+    assert list(plan(*model, "--precision", "fp16", cwd=tmp_path)) == ["bfloat16"]
+    [half] = plan(*model, cwd=tmp_path, env={"MAX_MEMORY_PERCENTAGE": "50", "MODEL_PRECISION": "bf16"}).values()
+    assert [size for size, fits in half["fits"].items() if fits] == ["24", "48", "80"]
+    prefix = json.loads((ROOT / "benchmarks" / "tokens.json").read_text())["static_prefix"]
+    assert planned["bfloat16"]["prefix_bytes"] == prefix * 36 * 2 * 8 * 128 * 2
+
+
+def test_a_plan_downloads_nothing_and_is_for_a_gpu(tmp_path: Path) -> None:
+    err = cli("check", "--plan", "--model", "no-one/no-model", cwd=tmp_path, code=1).stderr
+    assert err.startswith("error: cannot download no-one/no-model: ")
+    assert err.count("\n") == 1
+    assert "leave out --url" in cli("check", "--plan", "--url", "http://127.0.0.1:9", cwd=tmp_path, code=2).stderr
+    done = cli("check", "--plan", "--device", "cpu", cwd=tmp_path)
+    assert done.stderr == "note: the plan is for GPUs; the device cpu has no part in it\n"
+    assert len(json.loads(done.stdout)["models"]) == 12

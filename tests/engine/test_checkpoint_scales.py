@@ -28,8 +28,9 @@ from reranker.engine.checkpoint.quantization import read_scheme
 from reranker.engine.checkpoint.scales import Layout, scale_per_output, widen
 from reranker.engine.checkpoint.weights import Weights
 from reranker.engine.families import open_checkpoint
-from reranker.engine.model import Model, load, needed_memory
-from reranker.engine.precision import FLOAT8
+from reranker.engine.footprint import weight_bytes
+from reranker.engine.model import Model, load
+from reranker.engine.precision import FLOAT8, QUANTIZED
 from reranker.engine.quantized import Float8Linear, Int8Linear
 from reranker.types import EncodedRequest, Slice
 from tests.engine.adapters import factors, write_adapter
@@ -328,7 +329,7 @@ def test_memory_is_counted_for_what_is_held_and_one_weight_in_work(
         ):
             if isinstance(projection, Int8Linear):
                 packed += torch.ops.quantized.linear_unpack(projection.packed)[0].numel()
-    needed = needed_memory(weights, precision)
+    needed = sum(weight_bytes(weights, precision, QUANTIZED.get(precision, precision)))
     assert live.peak + packed - frequencies - 8 * 128 <= needed < 1.3 * (live.peak + packed)
 
 

@@ -28,7 +28,7 @@ from reranker.engine.batch import pack
 from reranker.engine.checkpoint.inventory import check_weights
 from reranker.engine.checkpoint.weights import EMBEDDING, HEAD, Weights
 from reranker.engine.families.decoder import Decoder
-from reranker.engine.model import needed_memory
+from reranker.engine.footprint import weight_bytes
 from reranker.engine.precision import FLOAT8, QUANTIZED
 from reranker.engine.quantized import quantize
 from reranker.types import EncodedRequest, Slice
@@ -251,5 +251,6 @@ def test_loading_needs_the_final_size_and_at_most_one_layer(
         assert live.peak == final, "each weight is copied into its final place"
     frequencies = sum(buffer.nbytes for buffer in backbone.decoder.rotary_emb.buffers())
     packed = 8 * layer if precision is torch.int8 else 0  # FBGEMM's memory, which is no tensor's
-    assert live.peak + packed - frequencies <= needed_memory(weights, precision) < 1.1 * (live.peak + packed)
+    peak = live.peak + packed
+    assert peak - frequencies <= sum(weight_bytes(weights, precision, dtype)) < 1.1 * peak
     assert weights.stored[EMBEDDING].numel * min(stored.itemsize, dtype.itemsize) < final

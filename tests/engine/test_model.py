@@ -12,14 +12,19 @@ from reranker import ModelLoadError, Scorer
 from reranker.engine import device as devices
 from reranker.engine import model, scorer
 from reranker.engine.batch import PackedBatch
+from reranker.engine.checkpoint.locate import Located
 from reranker.engine.checkpoint.weights import Weights
-from reranker.engine.device import Memory
-from reranker.engine.families import decoder
-from reranker.engine.model import Model
-from reranker.engine.precision import PRECISIONS
+from reranker.engine.device import Choice, Memory
+from reranker.engine.families import decoder, open_checkpoint
+from reranker.engine.footprint import Footprint
+from reranker.engine.model import Model, needed_memory
+from reranker.engine.precision import PRECISIONS, choose_precisions
+from reranker.engine.prompt import Prompt
 from reranker.errors import ScoringError
 from tests.conftest import make_model
 from tests.engine.checkpoints import config, tensors
+
+CPU, GIB = torch.device("cpu"), 1 << 30
 
 
 def refused(path: Path | str, **options: object) -> str:
@@ -47,23 +52,87 @@ def test_the_attention_of_the_config_is_ignored(tmp_path: Path) -> None:
         assert Scorer.load(path, device="cpu").rerank("a", ["b", "c"]) == scores
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float32", "int8"])
-def test_weights_that_do_not_fit_are_an_error_with_sizes(
-    model_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
-) -> None:
-    gib, weights = 1 << 30, Weights(model_path)
-    needed = model.needed_memory(weights, PRECISIONS[precision])
-
+def limit_memory(monkeypatch: pytest.MonkeyPatch, available: int) -> None:
     def memory(device: torch.device, percentage: float) -> Memory:
-        return Memory(total=16 * gib, allowed=available + 2 * gib, used=2 * gib)
+        return Memory(total=16 * GIB, allowed=available + 2 * GIB, used=2 * GIB)
 
     monkeypatch.setattr(devices, "memory", memory)
-    available = needed - 1
+
+
+def needs(path: Path, precision: str) -> Footprint:
+    family = open_checkpoint(Located(path))
+    prefix = len(Prompt(family.checkpoint.tokenizer, family.template).static_prefix)
+    return needed_memory(family, Weights(path), CPU, PRECISIONS[precision], prefix_tokens=prefix)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float32", "int8"])
+def test_a_model_that_does_not_fit_is_an_error_with_sizes(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    need = needs(model_path, precision)
+    limit_memory(monkeypatch, need.needed - 1)
     message = refused(model_path, precision=precision, max_memory_percentage=50)
-    assert f"the weights take {needed / gib:.1f} GiB in {precision}, but only 0.0 GiB available of 2.0 GiB" in message
+    assert f"the model needs {need} in {precision}, but only 0.0 GiB available of 2.0 GiB" in message
     assert "MAX_MEMORY_PERCENTAGE=50 of 16.0 GiB" in message
-    available = needed
+    limit_memory(monkeypatch, need.needed)
     Scorer.load(model_path, device="cpu", precision=precision)
+
+
+def test_the_error_names_the_precision_that_fits(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def size(weights: Weights, widths: object, precision: torch.dtype, *rest: object) -> Footprint:
+        return Footprint(precision.itemsize * GIB, 0, 0, 0)
+
+    monkeypatch.setattr("reranker.engine.model.footprint", size)
+    limit_memory(monkeypatch, 2 * GIB)
+    assert "MODEL_PRECISION=bfloat16 needs 2.00 GiB; or raise it" in refused(model_path, precision="auto")
+    limit_memory(monkeypatch, GIB)
+    assert "MODEL_PRECISION=int8 needs 1.00 GiB; or raise it" in refused(model_path, precision="bfloat16")
+    limit_memory(monkeypatch, GIB // 2)
+    message = refused(model_path, precision="auto")
+    assert "and none fits (float32 4.00, bfloat16 2.00, int8 1.00 GiB): raise it, free memory" in message
+    assert message.endswith("or use a smaller model; no official one fits")
+
+
+def test_the_error_names_an_official_model_that_fits(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reranker.engine.model.footprint", lambda *args: Footprint(100 * GIB, 0, 0, 0))
+    limit_memory(monkeypatch, 5 * GIB)
+    message = refused(model_path, precision="auto")
+    assert message.endswith("or use a smaller model, such as Qwen3-Reranker-4B in int8 (4.54 GiB)")
+
+
+def test_what_failed_before_the_memory_ended_is_in_the_error(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 fits and cannot be computed, float32 does not fit."""
+    forward = Model.forward
+
+    def fail(model: Model, batch: PackedBatch) -> torch.Tensor:
+        if model.dtype is torch.bfloat16:
+            raise RuntimeError("no such product")
+        return forward(model, batch)
+
+    monkeypatch.setattr(Model, "forward", fail)
+    limit_memory(monkeypatch, needs(model_path, "bfloat16").needed)
+    message = refused(model_path, precision="bfloat16")
+    assert "in float32, but only" in message
+    assert message.endswith("(tried before: bfloat16: warm-up failed: no such product)")
+
+
+def test_a_gpu_with_little_memory_takes_8_bits(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Through the whole of `Scorer.load`, a CPU in the place of the GPU: its choice of precisions is replaced."""
+    seen: list[bool] = []
+
+    def choose(wanted: str, device: torch.device, stored: object, fits: Any) -> list[Choice[torch.dtype]]:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+        seen.extend(map(fits, (torch.bfloat16, torch.int8)))
+        return choose_precisions(wanted, torch.device("cuda", 0), fits=lambda dtype: dtype is torch.int8)
+
+    monkeypatch.setattr("reranker.engine.scorer.choose_precisions", choose)
+    limit_memory(monkeypatch, needs(model_path, "int8").needed)
+    with caplog.at_level(logging.INFO):
+        assert Scorer.load(model_path, device="cpu").info.precision == "int8"
+    assert "precision: int8 (auto: the model does not fit into the memory in bfloat16, but in int8)" in caplog.text
+    assert seen == [needs(model_path, "bfloat16").needed <= needs(model_path, "int8").needed, True]
 
 
 OUT_OF_MEMORY = [
@@ -117,9 +186,9 @@ def test_a_device_that_is_lost_at_any_stage_is_an_error_in_one_line(
     loads: list[torch.dtype] = []
     load = model.load
 
-    def counted(family: Any, device: torch.device, dtype: torch.dtype, percentage: float) -> Model:
+    def counted(family: Any, device: torch.device, dtype: torch.dtype, *limits: Any) -> Model:
         loads.append(dtype)
-        return load(family, device, dtype, percentage)
+        return load(family, device, dtype, *limits)
 
     monkeypatch.setattr("reranker.engine.scorer.load", counted)
     failing(monkeypatch, stage, LOST)
@@ -133,7 +202,8 @@ def test_the_last_precision_that_fails_does_not_hide_why_the_first_did(
     model_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """float16 on a T4 whose memory float32 does not fit into."""
-    needed, gib = model.needed_memory(Weights(model_path), torch.float16), 1 << 30
+    family, weights, gib = open_checkpoint(Located(model_path)), Weights(model_path), 1 << 30
+    needed = model.needed_memory(family, weights, torch.device("cpu"), torch.float16, prefix_tokens=512).needed
     monkeypatch.setattr(devices, "memory", lambda *_: Memory(total=16 * gib, allowed=needed, used=0))
     monkeypatch.setattr(Model, "forward", lambda model, batch: torch.full((batch.shape.documents,), torch.nan))
     message = refused(model_path, precision="float16")

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from reranker.engine.precision import FLOAT8, choose_precisions, short
+from reranker.engine.precision import FLOAT8, between, choose_precisions, computable, short
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 AMX, NO_AMX, VNNI = True, False, True
@@ -24,7 +24,9 @@ AMX, NO_AMX, VNNI = True, False, True
         ("fp32", CPU, AMX, ["float32"], "requested"),
         ("int8", CPU, NO_AMX, ["int8", "float32"], "requested"),
         ("int8", CPU, AMX, ["int8", "bfloat16", "float32"], "requested"),
-        ("int8", CUDA, (8, 0), ["bfloat16", "float32"], "int8 is for the CPU only; auto: the GPU has bfloat16"),
+        ("int8", CUDA, (8, 0), ["int8", "bfloat16", "float32"], "requested"),
+        ("int8", CUDA, (7, 5), ["int8", "float16", "float32"], "requested"),
+        ("int8", CUDA, (7, 0), ["float16", "float32"], "int8 needs compute capability 7.5 (Turing); auto: the GPU has"),
         ("fp8", CUDA, (9, 0), ["float8", "bfloat16", "float32"], "requested"),
         ("float8", CUDA, (8, 0), ["bfloat16", "float32"], "float8 needs compute capability 8.9 (Ada, Hopper); auto"),
         ("float8", CPU, NO_AMX, ["float32"], "float8 is for NVIDIA GPUs only; auto"),
@@ -59,7 +61,9 @@ def test_precisions_by_setting_and_hardware(
             ["bfloat16", "float32"],
             "has bfloat16; float8, as the weights are stored, needs",
         ),
-        ("auto", CUDA, (9, 0), torch.int8, ["bfloat16", "float32"], "int8, as the weights are stored, is for the CPU"),
+        ("auto", CUDA, (9, 0), torch.int8, ["int8", "bfloat16", "float32"], "auto: the weights are stored so"),
+        ("auto", CUDA, (7, 5), torch.int8, ["int8", "float16", "float32"], "auto: the weights are stored so"),
+        ("auto", CUDA, (7, 0), torch.int8, ["float16", "float32"], "int8, as the weights are stored, needs compute"),
         ("auto", CPU, VNNI, torch.int8, ["int8", "float32"], "auto: the weights are stored so"),
         ("auto", CPU, not VNNI, torch.int8, ["float32"], "(no AMX); int8, as the weights are stored, has 7-bit"),
         ("auto", CPU, VNNI, FLOAT8, ["float32"], "float8, as the weights are stored, is for NVIDIA GPUs only"),
@@ -84,3 +88,89 @@ def test_weights_that_are_stored_in_8_bits_are_taken_so_where_that_is_fast(
     choices = choose_precisions(wanted, device, stored)
     assert [short(choice.value) for choice in choices] == expected
     assert reason in choices[0].reason
+
+
+@pytest.mark.parametrize(
+    ("wanted", "capability", "fitting", "expected", "reason"),
+    [
+        ("auto", (9, 0), {torch.bfloat16, FLOAT8, torch.int8}, ["bfloat16", "float32"], "the GPU has bfloat16"),
+        (
+            "auto",
+            (9, 0),
+            {FLOAT8, torch.int8},
+            ["float8", "int8", "bfloat16", "float32"],
+            "auto: the model does not fit into the memory in bfloat16, but in float8",
+        ),
+        (
+            "auto",
+            (8, 6),
+            {FLOAT8, torch.int8},
+            ["int8", "bfloat16", "float32"],
+            "auto: the model does not fit into the memory in bfloat16, but in int8",
+        ),
+        (
+            "auto",
+            (7, 5),
+            {torch.int8},
+            ["int8", "float16", "float32"],
+            "not fit into the memory in float16, but in int8",
+        ),
+        ("auto", (7, 0), {torch.int8}, ["float16", "float32"], "the GPU has no bfloat16"),
+        ("auto", (9, 0), set(), ["bfloat16", "float32"], "the GPU has bfloat16"),
+        ("bf16", (9, 0), {FLOAT8, torch.int8}, ["bfloat16", "float32"], "requested"),
+        (
+            "fp8",
+            (8, 0),
+            {torch.int8},
+            ["int8", "bfloat16", "float32"],
+            "fp8 needs compute capability 8.9 (Ada, Hopper); a",
+        ),
+        ("fp8", (9, 0), {FLOAT8, torch.int8}, ["float8", "int8", "bfloat16", "float32"], "requested"),
+    ],
+)
+def test_8_bits_are_taken_where_16_do_not_fit_into_the_memory_of_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+    wanted: str,
+    capability: tuple[int, int],
+    fitting: set[torch.dtype],
+    expected: list[str],
+    reason: str,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    choices = choose_precisions(wanted, CUDA, fits=fitting.__contains__)
+    assert [short(choice.value) for choice in choices] == expected
+    assert reason in choices[0].reason
+
+
+@pytest.mark.parametrize("hardware", [AMX, NO_AMX])
+def test_on_a_cpu_the_memory_changes_no_choice(monkeypatch: pytest.MonkeyPatch, hardware: bool) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: hardware)
+    assert choose_precisions("auto", CPU, fits=lambda dtype: False) == choose_precisions("auto", CPU)
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "expected"),
+    [
+        (CPU, None, {torch.int8: torch.float32, torch.bfloat16: torch.bfloat16, torch.float32: torch.float32}),
+        (CUDA, (7, 5), {torch.int8: torch.float16, torch.float16: torch.float16, torch.float32: torch.float32}),
+        (CUDA, (8, 0), {torch.int8: torch.bfloat16, torch.bfloat16: torch.bfloat16, torch.float32: torch.float32}),
+        (
+            CUDA,
+            (9, 0),
+            {
+                torch.int8: torch.bfloat16,
+                FLOAT8: torch.bfloat16,
+                torch.bfloat16: torch.bfloat16,
+                torch.float32: torch.float32,
+            },
+        ),
+    ],
+)
+def test_what_a_device_computes_and_what_is_between_the_products(
+    monkeypatch: pytest.MonkeyPatch,
+    device: torch.device,
+    capability: tuple[int, int] | None,
+    expected: dict[torch.dtype, torch.dtype],
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert {dtype: between(dtype, device) for dtype in computable(device)} == expected

@@ -50,6 +50,15 @@ class LayerFns(NamedTuple):
     """layer, x [T, hidden], attended [T, H, D] -> [T, hidden]"""
 
 
+class Widths(NamedTuple):
+    """Numbers per token, from config.json."""
+
+    activation: int
+    """Upper bound of those that a layer holds at the same time."""
+    cached: int
+    """Those of the cached prefix, in all layers."""
+
+
 class Backbone(ABC):
     """A loaded model without its head."""
 
@@ -92,6 +101,11 @@ class Family(ABC):
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
+
+    @property
+    @abstractmethod
+    def widths(self) -> Widths:
+        """What a pass needs in memory."""
 
     @staticmethod
     @abstractmethod

@@ -21,8 +21,8 @@ from reranker.engine.checkpoint.files import AGAIN, refuse_if
 from reranker.engine.checkpoint.layout import Answers, Layout, read_layout
 from reranker.engine.checkpoint.tokenizer import check_tokenizer
 from reranker.engine.checkpoint.weights import HEAD, SCORE_HEAD, Weights
-from reranker.engine.families.base import Backbone, Family, Head, Wrap
-from reranker.engine.families.decoder import Decoder
+from reranker.engine.families.base import Backbone, Family, Head, Widths, Wrap
+from reranker.engine.families.decoder import Decoder, widths
 from reranker.engine.template import Template, text_of
 from reranker.errors import ModelLoadError
 
@@ -90,6 +90,11 @@ class CausalFamily(Family):
             refuse_if(value not in values, f"{file} has {field}={value!r}: it is computed with {values[0]!r} here")
         check_rope(file, settings)
         check_numbers(file, settings, "rms_norm_eps", "rope_theta")
+
+    @property
+    def widths(self) -> Widths:
+        """See `Family.widths`."""
+        return widths(self.checkpoint.config)
 
     def _divisor(self) -> float:
         forms = [form for form in (self.template.plain, self.template.instructed) if form is not None]

@@ -24,7 +24,7 @@ from reranker.engine.attention import Attention
 from reranker.engine.batch import PackedBatch, pack
 from reranker.engine.checkpoint.files import ORIGINAL, refuse_if
 from reranker.engine.checkpoint.weights import EMBEDDING, Weights
-from reranker.engine.families.base import Backbone, LayerFns, Wrap
+from reranker.engine.families.base import Backbone, LayerFns, Widths, Wrap
 from reranker.errors import ModelLoadError
 from reranker.types import EncodedRequest, Slice
 
@@ -49,6 +49,16 @@ def after_attention(layer: Any, x: Tensor, attended: Tensor) -> Tensor:
     gate, up = layer.mlp.gate_up_proj(_norm(layer.post_attention_layernorm, x)).chunk(2, dim=-1)
     out: Tensor = x + layer.mlp.down_proj(F.silu(gate).mul_(up))
     return out
+
+
+def widths(config: PretrainedConfig) -> Widths:
+    """Return the numbers per token of the decoder that config.json describes."""
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+    before = 4 * hidden + 2 * intermediate + 2 * (heads + 4 * groups) * head
+    after = 4 * hidden + 3 * intermediate + 2 * (heads + groups + 2) * head  # q, k, v are still held beside gate and up
+    return Widths(max(before, after), config.num_hidden_layers * 2 * groups * head)
 
 
 class Decoder(Backbone):
@@ -82,8 +92,7 @@ class Decoder(Backbone):
             decoder = AutoModel.from_config(config, attn_implementation="sdpa", dtype=compute_dtype).eval()
         self.decoder: Any = decoder
         self.vocab_size: int = config.vocab_size
-        width = (config.num_attention_heads + 4 * config.num_key_value_heads) * self._layers[0].self_attn.head_dim
-        self.activation_width = 4 * config.hidden_size + 2 * config.intermediate_size + 2 * width
+        self.activation_width = widths(config).activation
         loader = _Loader(weights, device, stored_dtype, compute_dtype, wrap)
         decoder.rotary_emb = type(decoder.rotary_emb)(config).to(device)  # its buffers are computed, and not stored
         rows = weights.tensor(EMBEDDING)
