@@ -304,7 +304,7 @@ def test_a_start_with_everything_in_the_legacy_file(start: Start) -> None:
     assert long.headers["x-truncated-documents"] == "1"
     assert int(long.headers["x-prompt-tokens"]) < 512
     assert re.search(
-        r"^\d{4}-\d\d-\d\d [\d:,]+ - reranker.engine.scorer - INFO - precision: bfloat16", server.log, re.M
+        r"^\d{4}-\d\d-\d\d [\d:.]+[+-][\d:]+ - reranker.engine.scorer - INFO - precision: bfloat16", server.log, re.M
     )
     assert "Using worker: reranker.server.worker.RerankWorker" in server.log
 

@@ -157,8 +157,12 @@ class Metrics(Observer):
         for caller in (NONE, UNNAMED, *callers):
             child("reranker_caller_requests", caller, 200)
             child("reranker_caller_prompt_tokens", caller)
+        self._set_wanted()
         child("reranker_start_time_seconds").set(time.time())
         child("reranker_build_info", __version__, _torch_version(), platform.python_version()).set(1)
+
+    def _set_wanted(self) -> None:
+        self._child("reranker_workers").set(self._wanted() if self.folder else 1)  # else the metrics are one worker's
 
     def worker_started(self, *, replaces: bool) -> None:
         """Count this worker as a restart if it replaces one that has ended."""
@@ -242,8 +246,7 @@ class Metrics(Observer):
         It reads files, so it must not run on the event loop.
         """
         encode, kind = choose_encoder(accept)
-        # Without a folder the metrics are of this worker alone.
-        self._child("reranker_workers").set(self._wanted() if self.folder else 1)
+        self._set_wanted()
         if self.folder:
             shared = CollectorRegistry()
             try:

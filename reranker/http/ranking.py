@@ -73,6 +73,7 @@ HEADERS: dict[str, dict[str, object]] = {
     name: {"description": text, "schema": {"type": kind}}
     for name, text, kind in (
         ("x-request-id", "Echo of the request's header, or a new id", "string"),
+        ("traceparent", "Echo of a valid header of the request; otherwise absent", "string"),
         ("x-prompt-tokens", "Tokens of all prompts, as the model reads them", "integer"),
         ("x-truncated-documents", "Number of documents that did not fit and were truncated", "integer"),
         ("x-tokenization-time", "Milliseconds", "number"),

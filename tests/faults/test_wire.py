@@ -586,3 +586,4 @@ def test_refusals_are_counted_and_logged(wire: Server) -> None:
     before = count(400), wire.log.count("refused 400 id=")
     exchange(wire, b"NOISE\r\n\r\n")
     assert (count(400), wire.log.count("refused 400 id=")) == (before[0] + 1, before[1] + 1)
+    assert 'error_type=malformed_request detail="the request is not valid HTTP"' in wire.log

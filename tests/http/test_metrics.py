@@ -567,6 +567,29 @@ def test_a_pass_of_several_requests(tmp_path: Path) -> None:
     assert read("reranker_batch_utilisation_ratio_sum") == pytest.approx(0.11 + 0.32)
     assert read("reranker_queue_wait_seconds_count") == 3
     assert read("reranker_queue_tokens") == 0
+    assert read("reranker_documents_total") == 7
+    assert read("reranker_workers") == 1
+
+
+@pytest.mark.usefixtures("_library")
+def test_the_limit_of_the_queue_is_what_can_be_scored_in_time() -> None:
+    metrics = Metrics()
+
+    def read() -> float | None:
+        return metrics.registry.get_sample_value("reranker_queue_limit_tokens")
+
+    async def main() -> None:
+        scorer = FakeScorer(max_batch_tokens=20, seconds=0.05)
+        batcher = Batcher(lambda: scorer, max_queue_tokens=10**9, request_timeout=10, observer=metrics)
+        assert read() == 10**9
+        await batcher.start()
+        await batcher.wait_until_loaded()
+        await batcher.rerank(RerankRequest("red", ["red"]), 10)  # 11 of 20 tokens: at least half full
+        await batcher.stop()
+        assert read() == batcher.admission.limit(10)
+
+    asyncio.run(main())
+    assert 0 < (read() or 0) <= 11 / 0.05 * 10
 
 
 @pytest.mark.usefixtures("_library")
