@@ -189,4 +189,4 @@ def _print(report: Report) -> None:
             f"  {report.reference}: {old}",
             f"  {example.system}: {new}",
         ):
-            console.print(Text(line, no_wrap=True, overflow="ellipsis"))
+            console.print(Text(line), no_wrap=True, overflow="ellipsis")

@@ -107,6 +107,19 @@ def test_markdown_is_a_table_that_names_everything(service: Server, tmp_path: Pa
     )
 
 
+def test_the_table_shows_winners_and_losers_with_their_texts(service: Server, tmp_path: Path) -> None:
+    args = [*trec(tmp_path), "--measures", "rr", "--output", "table"]
+    (tmp_path / "new.txt").write_text("q1 Q0 d3 1 0.5 x\nq2 Q0 e1 1 0.5 x\n")
+    name = f"fake ({url(service)})"
+    out = cli("evaluate", *args, "--url", url(service), "--compare", "new.txt", cwd=tmp_path).stdout
+    assert f"+1.0000 RR  query q2 blue sea\n  new.txt: e1 sand\n  {name}: e0 blue sea\n" in out
+    out = cli("evaluate", *args, "--compare", "new.txt", "--examples", 1, cwd=tmp_path).stdout
+    shown = [line.split()[0] for line in out.splitlines() if " query " in line]
+    assert shown == ["+0.6667", "-0.5000"]
+    out = cli("evaluate", *args, "--compare", "new.txt", "--examples", 0, cwd=tmp_path).stdout
+    assert " query " not in out
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [
