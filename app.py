@@ -23,6 +23,7 @@ from reranker.http import cors, errors, health, metrics, pages, rerank
 from reranker.http.access import AccessLog
 from reranker.http.auth import TokenAuth, describe
 from reranker.http.callers import UNNAMED, Entry, entries
+from reranker.http.client_address import ClientAddress, networks
 from reranker.http.dialects import openai, tei
 from reranker.http.limits import Limits
 from reranker.http.metrics import Metrics
@@ -51,8 +52,11 @@ def create_app(
     logging.config.dictConfig(log_config(settings))
     logging.captureWarnings(True)
     tokens = entries(settings.access_token)
+    address = ClientAddress(settings.access_log_client, networks(settings.trusted_proxies))
     worker = fleet.context
-    counts = Metrics(worker.folder, worker.metrics_key, {token.caller for token in tokens})
+    counts = Metrics(
+        worker.folder, worker.metrics_key, {token.caller for token in tokens}, lambda: worker.wanted_workers
+    )
 
     batcher = Batcher(
         lambda: load_and_freeze_gc(load or (lambda: load_scorer(settings))),
@@ -60,6 +64,7 @@ def create_app(
         max_requests=settings.worker_connections,
         load_timeout=settings.load_timeout,
         pass_timeout=2 * settings.request_timeout,
+        request_timeout=settings.request_timeout,
         cache_entries=settings.score_cache_entries,
         on_failure=on_failure or end_process,
         observer=counts,
@@ -71,6 +76,7 @@ def create_app(
             log_callers(tokens)
         else:
             warn_of_no_token(worker.listeners)
+        counts.worker_started(replaces=worker.replaces)
         await batcher.start()
         if worker.siblings_serve:  # listen when ready
             await batcher.wait_until_loaded()
@@ -93,6 +99,7 @@ def create_app(
     app.state.service = Service(
         batcher=batcher,
         metrics=counts,
+        client_address=address,
         max_documents=settings.max_documents,
         max_values=max(1_000_000, settings.max_body_bytes // 16),
         request_timeout=settings.request_timeout,
@@ -110,7 +117,10 @@ def create_app(
     if settings.cors_allow_origins:
         cors.install(app, settings.cors_allow_origins.split(","))
     app.add_middleware(
-        AccessLog, metrics=counts, routes={str(context.path) for context in iter_route_contexts(app.routes)}
+        AccessLog,
+        metrics=counts,
+        routes={str(context.path) for context in iter_route_contexts(app.routes)},
+        address=address,
     )
     return app
 

@@ -15,12 +15,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, ValidationError, ValidationInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from reranker import environment
 from reranker.environment import SettingsError, shorten
-from reranker.http import callers
+from reranker.http import callers, client_address
 from reranker.settings import AutoInt, ModelSettings, first_problem
 
 __all__ = ["OWN_WORKER_CLASS", "Settings", "SettingsError", "load_settings", "log_config", "misspelt"]
@@ -128,6 +128,18 @@ def _normalize_origins(value: str) -> str:
     return ",".join(_DEFAULT_PORT.sub(r"\1\2", origin) for origin in origins if origin)
 
 
+def _check_proxies(value: str, info: ValidationInfo) -> str:
+    try:
+        proxies = client_address.networks(value)
+    except ValueError as error:
+        raise ValueError(f"{error}; write addresses or networks, such as 10.0.0.0/8, separated by commas") from None
+    if not proxies and info.data.get("access_log_client") == "forwarded":
+        raise ValueError(
+            "ACCESS_LOG_CLIENT=forwarded needs the proxies' addresses, because any client can send X-Forwarded-For"
+        )
+    return ",".join(map(str, proxies))
+
+
 class Settings(ModelSettings, BaseSettings):
     """All settings. Field names are the lower-case names of the environment variables."""
 
@@ -193,6 +205,16 @@ class Settings(ModelSettings, BaseSettings):
         max_length=4096,
         description="json, or a %-style format of Python's logging",
     )
+    access_log_client: Annotated[Literal["none", "peer", "forwarded"], BeforeValidator(str.lower)] = Field(
+        "none",
+        description="Client's address in the access log: none, peer, or forwarded (as TRUSTED_PROXIES report it)",
+    )
+    trusted_proxies: Annotated[str, AfterValidator(_check_proxies)] = Field(
+        "",
+        max_length=4096,
+        validate_default=True,
+        description="Addresses and networks of proxies whose X-Forwarded-For is read, separated by commas",
+    )
 
 
 environment.register(Settings.model_fields)
@@ -235,7 +257,8 @@ def misspelt(env_file: str | Path = ".env") -> list[str]:
 def log_config(settings: Settings) -> dict[str, Any]:
     """Return a `logging.config.dictConfig` for the whole process: one handler and one format."""
     json = settings.log_format == "json"
-    formatter = {"()": "reranker.server.logs.JsonFormatter"} if json else {"format": settings.log_format}
+    text = {"()": "reranker.server.logs.TextFormatter", "fmt": settings.log_format}
+    formatter = {"()": "reranker.server.logs.JsonFormatter"} if json else text
     return {
         "version": 1,
         "disable_existing_loggers": False,

@@ -90,6 +90,7 @@ def pre_exec(server: Any) -> None:
 
 def pre_fork(server: Any, worker: Any) -> None:
     """In the master: assign a slot to the new worker."""
+    fleet.master.before_fork(server.num_workers, len(server.WORKERS))
     fleet.master.assign_slot(worker.age, {other.age for other in server.WORKERS.values()}, len(_devices) or 1)
 
 
@@ -110,6 +111,7 @@ def post_fork(server: Any, worker: Any) -> None:
 def child_exit(server: Any, worker: Any) -> None:
     """In the master: clean up after an ended worker."""
     fleet.master.worker_ended(worker.age)
+    fleet.master.set_wanted(server.num_workers)
 
 
 def on_exit(server: Any) -> None:

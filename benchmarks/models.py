@@ -25,7 +25,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from reranker.engine.checkpoint.weights import Stored, Weights
+from reranker.engine.checkpoint.tensors import Stored
+from reranker.engine.checkpoint.weights import Weights
 
 CACHE = Path(__file__).parent / ".cache"
 DASHSCOPE = "dashscope==2.0.2"

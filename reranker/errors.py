@@ -36,8 +36,10 @@ class RerankError(Exception):
     status: ClassVar[int] = 500
     error_type: ClassVar[str] = "internal_error"
 
-    def __init__(self, message: str, *, retry_after: int | None = None) -> None:
+    def __init__(self, message: str, *, retry_after: int | None = None, logged: str | None = None) -> None:
         super().__init__(message)
+        self.logged = message if logged is None else logged
+        """The text for the log, if the message has a word of the client in it."""
         self.retry_after = retry_after
         """Seconds to wait before a retry; the Retry-After header."""
 

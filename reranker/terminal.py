@@ -94,12 +94,22 @@ def truncated(count: int, url: str | None, noun: str = "document", several: str 
 @contextmanager
 def loading(name: str, *, quiet: bool = False) -> Iterator[None]:
     """Print on standard error that a model is loaded in the block: in a terminal a spinner, unless `quiet`."""
-    console = Console(stderr=True)
-    if console.is_terminal and not quiet:
-        with console.status(f"loading {escape(name)}..."):
+    if sys.stderr.isatty() and not quiet:
+        with waiting(f"loading {name}"):
             yield
     else:
         print(f"loading {name}...", file=sys.stderr, flush=True)
+        yield
+
+
+@contextmanager
+def waiting(text: str) -> Iterator[None]:
+    """Show a spinner on standard error during the block; in a pipe nothing."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(f"{escape(text)}..."):
         yield
 
 

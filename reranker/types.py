@@ -29,6 +29,8 @@ class RerankRequest:
     """True: a query that leaves no room for a document is truncated, not refused."""
     positions: Sequence[int] | None = None
     """Each document's index in the client's request, if this is a part of it; error texts use it."""
+    query_index: int | None = None
+    """The query's index in the client's request, if that has several; error texts use it."""
 
     @property
     def characters(self) -> int:
@@ -194,3 +196,12 @@ class ModelInfo:
     """Whether the document is before the query, so that the tokens of every document hold the query."""
     adapter: str = ""
     """The LoRA adapter that is merged into the weights: folder, rank, base; empty: none."""
+
+    @property
+    def summary(self) -> str:
+        """One line for the log."""
+        return (
+            f"{self.name}{' (the demo model, for trying the API only)' if self.demo else ''} on {self.device} in "
+            f"{self.precision}, {self.family}; at most {self.max_seq_length} tokens per prompt and "
+            f"{self.max_batch_tokens} per forward pass; score: {self.score}; self-check {self.self_check}"
+        )

@@ -5,6 +5,7 @@ import logging.config
 import os
 import re
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,9 @@ def test_the_file_of_existing_deployments_is_in_force(tmp_path: Path) -> None:
         ("PYTORCH_CUDA_ALLOC_CONF=max_split_size:128", ["did you mean max_split_size_mb?"]),
         ("PYTORCH_CUDA_ALLOC_CONF=Expandable_Segments:True", ["did you mean expandable_segments?"]),
         ("PYTORCH_CUDA_ALLOC_CONF=expandable_segments:true", ["True or False"]),
+        ("ACCESS_LOG_CLIENT=all", ["ACCESS_LOG_CLIENT='all'", "allowed: none, peer, forwarded"]),
+        ("TRUSTED_PROXIES=10.0.0.1/8", ["TRUSTED_PROXIES='10.0.0.1/8'", "has host bits set", "such as 10.0.0.0/8"]),
+        ("TRUSTED_PROXIES=*", ["TRUSTED_PROXIES='*'", "write addresses or networks"]),
         ("CORS_ALLOW_ORIGINS=app.example", ["CORS_ALLOW_ORIGINS='app.example'", "scheme://host"]),
         ("CORS_ALLOW_ORIGINS=https://app.example/", ["a slash at its end"]),
         ("CORS_ALLOW_ORIGINS=https://a,https://app.example/page", ["without a path"]),
@@ -168,6 +172,8 @@ def test_a_wrong_value_is_one_line_that_helps(tmp_path: Path, line: str, words: 
             "http://a,http://b:8080,https://c,http://[::1]:3000",
         ),
         ("CORS_ALLOW_ORIGINS=chrome-extension://abc", "cors_allow_origins", "chrome-extension://abc"),
+        ("ACCESS_LOG_CLIENT=Peer", "access_log_client", "peer"),
+        ("TRUSTED_PROXIES=192.0.2.7 , 10.0.0.0/8,", "trusted_proxies", "192.0.2.7/32,10.0.0.0/8"),
         ("PORT=", "port", 6006),
         ("PORT='7000'  # mine", "port", 7000),
         ('MODEL_NAME_OR_PATH="./my models/x"', "model_name_or_path", "./my models/x"),
@@ -186,6 +192,12 @@ def test_a_wrong_value_is_one_line_that_helps(tmp_path: Path, line: str, words: 
 )
 def test_spellings_that_are_accepted(tmp_path: Path, line: str, name: str, value: object) -> None:
     assert getattr(load(tmp_path, line), name) == value
+
+
+def test_a_forwarded_address_needs_the_proxies_that_may_report_it(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"^TRUSTED_PROXIES='' cannot be used; ACCESS_LOG_CLIENT=forwarded needs"):
+        load(tmp_path, "ACCESS_LOG_CLIENT=forwarded")
+    assert load(tmp_path, "ACCESS_LOG_CLIENT=forwarded\nTRUSTED_PROXIES=::1").trusted_proxies == "::1/128"
 
 
 def test_a_comment_that_docker_left_in_the_value_is_cut(tmp_path: Path) -> None:
@@ -258,6 +270,16 @@ def test_the_log_format_is_in_force(tmp_path: Path, capfd: pytest.CaptureFixture
         root.handlers, root.level = handlers, level
     lines = capfd.readouterr().err.splitlines()
     assert lines == ["[WARNING] from gunicorn.error", "[WARNING] from uvicorn.error", "[WARNING] from reranker"]
+
+
+def test_the_default_format_names_the_zone_of_its_times() -> None:
+    config = log_config(Settings())["formatters"]["default"]
+    logger = logging.config.DictConfigurator({}).configure_formatter(dict(config))
+    line = logger.format(logging.makeLogRecord({"created": 1.5, "name": "a", "levelname": "INFO", "msg": "b"}))
+    time, *rest = line.split(" - ")
+    assert re.fullmatch(r"19(69|70)-\d\d-\d\d \d\d:\d\d:\d\d\.500[+-]\d\d:\d\d", time)
+    assert datetime.fromisoformat(time).timestamp() == 1.5
+    assert rest == ["a", "INFO", "b"]
 
 
 DEFAULTS = {name: field.default for name, field in Settings.model_fields.items()}

@@ -17,7 +17,7 @@ from reranker.rows.cells import Cells, RowError
 from reranker.rows.forms import ROW_KINDS
 from reranker.rows.inputs import Input, open_input
 from reranker.rows.row import Defaults, Row, read_row
-from reranker.terminal import Meter, meter, plural
+from reranker.terminal import Meter, meter, plural, waiting
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,9 @@ def run(job: Job) -> None:
     with open_input(job.input, job.input_format, job.encoding, ROW_KINDS) as file:
         file.check_encoding()
         options = {"field": job.field, "encoding": job.encoding, "input_format": job.input_format}
-        manifest = {"input": file.digest()} | {name: value for name, value in options.items() if value}
+        with waiting(f"reading {job.input}"):
+            digest = file.digest()
+        manifest = {"input": digest} | {name: value for name, value in options.items() if value}
         manifest |= job.defaults.identity | job.source.identity
         with Journal(job.output, manifest, overwrite=job.overwrite, unit=file.unit) as journal:
             ranker = open_ranker(job.source)

@@ -20,6 +20,9 @@ from reranker.errors import CommandError, FailedError, InputError, InvalidReques
 from reranker.rows.forms import KINDS, ROW_KINDS
 from reranker.terminal import discard_output, harmless, printing
 
+MAX_CONNECTIONS = 64
+"""Requests in flight by --concurrency."""
+
 
 class _Once(argparse._StoreAction):
     """Store a value, and refuse the option a second time: argparse would replace the first value."""
@@ -58,6 +61,20 @@ def count(text: str) -> int:
     return int(text)
 
 
+def connections(text: str) -> int:
+    """Return a whole number of at least 1 and at most 64."""
+    if not text.isdecimal() or not 1 <= int(text) <= MAX_CONNECTIONS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {MAX_CONNECTIONS}")
+    return int(text)
+
+
+def number(text: str) -> int:
+    """Return a whole number."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
+
+
 _OUTPUTS = ("auto", "table", "json")
 
 
@@ -68,6 +85,11 @@ def _add_input_options(to: argparse._ActionsContainer, kinds: Sequence[str], def
             "--field", metavar="NAME", help="column or key of the text; default: a known name (docs/files.md)"
         )
     to.add_argument("--encoding", metavar="NAME", help="default: UTF-8; gb18030 for files from Chinese Excel")
+
+
+def _add_concurrency(to: argparse.ArgumentParser) -> None:
+    text = f"requests in flight to --url, 1 to {MAX_CONNECTIONS} (default: 4); more help with several workers"
+    to.add_argument("--concurrency", type=connections, metavar="N", help=text)
 
 
 def _rank(add: argparse.ArgumentParser) -> None:
@@ -89,6 +111,7 @@ def _batch(add: argparse.ArgumentParser) -> None:
     add.add_argument("--top-k", type=count, metavar="N", help="only the best N, for rows without top_k")
     add.add_argument("--skip-bad", action="store_true", help="report bad lines and continue")
     add.add_argument("--overwrite", action="store_true", help="replace OUT, and an unfinished one of other options")
+    _add_concurrency(add)
 
 
 def _evaluate(add: argparse.ArgumentParser) -> None:
@@ -104,10 +127,21 @@ def _evaluate(add: argparse.ArgumentParser) -> None:
     _add_input_options(data, KINDS, "of --corpus and --queries, where their names do not tell it", field=False)
     add.add_argument("--candidates", type=count, default=100, metavar="N", help="max reranked per query (default: 100)")
     add.add_argument("--measures", metavar="LIST", help='of ir-measures; default: "nDCG@10 RR@10 R@10 R@N"')
-    add.add_argument("--per-query", metavar="FILE.csv", help="measures of every query before and after")
-    add.add_argument("--plot", metavar="FILE.png", help="a picture of the gain of every query")
-    add.add_argument("--save-run", metavar="FILE", help="the reranked candidates as a TREC run")
-    add.add_argument("--output", choices=_OUTPUTS, default="auto")
+    add.add_argument(
+        "--compare", metavar="FILE", action="append", help="a saved run; may be repeated; alone, nothing is reranked"
+    )
+    add.add_argument(
+        "--examples", type=number, default=3, metavar="N", help="queries with the largest gains and losses (default: 3)"
+    )
+    add.add_argument("--per-query", metavar="FILE.csv", help="measures of every query and system")
+    add.add_argument("--plot", metavar="FILE.png", help="every query: a system against the reference")
+    add.add_argument("--save-run", metavar="FILE", help="candidates and scores of the reranker as a TREC run")
+    add.add_argument("--output", choices=(*_OUTPUTS, "markdown"), default="auto")
+    _add_concurrency(add)
+
+
+def _completion(add: argparse.ArgumentParser) -> None:
+    add.add_argument("shell", choices=("bash", "zsh"))
 
 
 def _check(add: argparse.ArgumentParser) -> None:
@@ -124,6 +158,7 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "batch": ("many queries, JSON lines out; continues after an interruption", _batch),
     "evaluate": ("measure the gain on your own data (needs requirements-eval.txt)", _evaluate),
     "check": ("load, score one pair, print the choices; exit code 0 or 1", _check),
+    "completion": ('complete in a shell: eval "$(python -m reranker completion bash)"', _completion),
 }
 """Name -> help and arguments. `reranker.cli.NAME` has a function NAME that runs it, and is imported only then."""
 
@@ -133,13 +168,18 @@ def parser(words: Sequence[str]) -> argparse.ArgumentParser:
     top = Parser(prog="python -m reranker", description="Rank documents by relevance to a query, without a server.")
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    needed = COMMANDS if "completion" in words else words
     for name, (text, add_arguments) in COMMANDS.items():
         add = commands.add_parser(name, help=text)
-        if name in words:
+        if name not in needed:
+            continue
+        add_arguments(add)
+        if name == "completion":
+            add.set_defaults(verbose=False, commands=commands.choices)
+        else:
             from reranker.cli.options import add_model_options
 
-            add_arguments(add)
-            add_model_options(add)
+            add_model_options(add, several=name == "evaluate")
     return top
 
 
@@ -175,7 +215,10 @@ def main(argv: list[str] | None = None) -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     for warning in load_env_file():
         print(f"warning: {warning}", file=sys.stderr)
-    getattr(importlib.import_module(f"reranker.cli.{args.command}"), args.command)(args)
+    command = getattr(importlib.import_module(f"reranker.cli.{args.command}"), args.command)
+    if sys.stderr.isatty() and args.command != "completion":
+        print("\33[2K", end="", file=sys.stderr, flush=True)  # the line of `__main__`
+    command(args)
 
 
 def _fill_streams() -> None:

@@ -24,18 +24,26 @@ def option(field: str) -> str:
     return "--" + keyword(field).replace("_", "-") if keyword(field) != "name" else "--model"
 
 
-def add_model_options(parser: argparse.ArgumentParser, *, service: bool = True) -> None:
-    """Add the options of the model, and of a service if `service` is set."""
+def add_model_options(parser: argparse.ArgumentParser, *, service: bool = True, several: bool = False) -> None:
+    """Add the options of the model, and of a service if `service` is set.
+
+    With `several`, --model, --instruction and --url may be repeated, and their values are lists.
+    """
+    again, more = ("append", "; may be repeated") if several else ("store", "")
     group = parser.add_argument_group("model", "defaults come from the environment and .env, as for the service")
     for name, field in ModelSettings.model_fields.items():
         if name != INSTRUCTION:
             limits = f"; {allowed(field)}" if isinstance(field.default, int | float | None) else ""
             text = f"{field.description}{limits} ({name.upper()})"
-            group.add_argument(option(name), dest=name, metavar="VALUE", help=text)
-    group.add_argument("--instruction", metavar="TEXT", help=f"definition of relevance ({INSTRUCTION.upper()})")
+            repeated = name == "model_name_or_path"
+            action, text = (again, text + more) if repeated else ("store", text)
+            group.add_argument(option(name), dest=name, metavar="VALUE", help=text, action=action)
+    text = f"definition of relevance ({INSTRUCTION.upper()}){more}"
+    group.add_argument("--instruction", metavar="TEXT", help=text, action=again)
     if service:
         group = parser.add_argument_group("service", "a running service instead of a model in this process")
-        group.add_argument("--url", help="its address, such as http://127.0.0.1:6006")
+        text = f"its address, such as http://127.0.0.1:6006{more}"
+        group.add_argument("--url", help=text, action=again)
         group.add_argument("--token", help="its token; safer in the environment: the first of ACCESS_TOKEN")
     else:
         parser.set_defaults(url=None, token=None)
@@ -71,6 +79,8 @@ def source(args: argparse.Namespace) -> Source:
             return _service(args, next(iter(given), None))
         if args.token is not None:
             raise InputError("--token is for a running service; give its address with --url")
+        if getattr(args, "concurrency", None) is not None:
+            raise InputError("--concurrency is for a running service; give its address with --url")
         variables = {name: (name.upper(), text) for name in fields if (text := environment.get(name.upper()))}
         return Source(model=read(variables | given))
     except SettingsError as error:
@@ -82,5 +92,6 @@ def _service(args: argparse.Namespace, field: str | None) -> Source:
         raise InputError(f"{option(field)} has no effect with --url: the service has its own model; leave it out")
     if not re.match(r"https?://[^/]", args.url):
         raise InputError(f"--url={args.url!r} is not a URL; write it like http://127.0.0.1:6006")
+    connections: int | None = getattr(args, "concurrency", None)  # only `batch` and `evaluate` have it
     tokens = (token.strip() for token in environment.get("ACCESS_TOKEN").split(","))
-    return Source(args.url.rstrip("/"), args.token or next(filter(None, tokens), None))
+    return Source(args.url.rstrip("/"), args.token or next(filter(None, tokens), None), connections=connections)

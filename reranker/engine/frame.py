@@ -36,7 +36,7 @@ class Frame:
     lead: str
     """Text that is encoded with the document, before it."""
     tail: Parts
-    """Text that is encoded with the document, after it: up to the next control token."""
+    """Text that is encoded with the document, after it: up to the next control token, or less before a slot."""
     suffix: tuple[list[int] | Parts, ...]
     """Token ids and texts after that."""
 
@@ -75,17 +75,18 @@ def compile_frame(template: Template, parts: Parts, tokenizer: Tokenizer, contro
     text = pieces[at]
     assert not isinstance(text, int)
     position = text.index(Slot.DOCUMENT)
-    before, tail = text[:position], text[position + 1 :]
+    before, after = text[:position], text[position + 1 :]
+    tail, rest = _split_after_document(after, tokenizer)
     lead = ""
     if before:
         shared, lead = _split_before_document(before, tokenizer)
         pieces[at] = shared
-    if not (lead or tail or pieces[at + 1 :]):
+    if not (lead or after or pieces[at + 1 :]):
         raise ModelLoadError(f"{template.source} ends with the document: an empty one would have no token to score")
     head = _merged(pieces[: at + bool(before)], encode)
     if not head:
         raise ModelLoadError(f"{template.source} has no text before its texts: such a prompt cannot be packed")
-    return Frame(head, lead, tail, _merged(pieces[at + 1 :], encode))
+    return Frame(head, lead, tail, _merged([*([rest] if rest else []), *pieces[at + 1 :]], encode))
 
 
 def _split_at_control(parts: Parts, control: Mapping[str, int]) -> list[int | Parts]:
@@ -130,6 +131,20 @@ def _merged(pieces: Sequence[int | Parts], encode: Encode) -> tuple[list[int] | 
         elif ids:
             merged.append(ids)
     return tuple(merged)
+
+
+def _split_after_document(after: Parts, tokenizer: Tokenizer) -> tuple[Parts, Parts]:
+    """Split the text after a document before its first slot, so that a query there is encoded once for all documents.
+
+    The second part is empty where no place is safe.
+    """
+    if len(after) < 2 or isinstance(after[0], Slot):
+        return after, ()
+    try:
+        (_, joined), start = _split_before_document((Slot.DOCUMENT, after[0]), tokenizer)
+    except ModelLoadError:
+        return after, ()
+    return (joined,), (start, *after[1:]) if start else after[1:]
 
 
 def _split_before_document(before: Parts, tokenizer: Tokenizer) -> tuple[Parts, str]:

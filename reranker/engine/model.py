@@ -15,8 +15,9 @@ from transformers.utils.logging import disable_progress_bar
 from reranker.engine import device as devices
 from reranker.engine.attention import Attention, choose_kernel
 from reranker.engine.batch import PackedBatch
+from reranker.engine.checkpoint.inventory import check_weights
 from reranker.engine.checkpoint.scales import Layout, Scheme
-from reranker.engine.checkpoint.weights import Weights, check_weights
+from reranker.engine.checkpoint.weights import Weights
 from reranker.engine.families.base import Backbone, Family, Head, LayerFns
 from reranker.engine.footprint import Footprint, footprint
 from reranker.engine.graphs import Graphs

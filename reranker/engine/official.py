@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from reranker.engine.checkpoint.weights import Stored, Weights
+from reranker.engine.checkpoint.tensors import Stored
+from reranker.engine.checkpoint.weights import Weights
 from reranker.engine.families.base import Widths
 from reranker.engine.families.decoder import widths
 from reranker.engine.footprint import Footprint, footprint

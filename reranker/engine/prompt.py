@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
+from reranker.engine.escape import control_ids, text_tokenizer
 from reranker.engine.frame import compile_frame
 from reranker.engine.template import Parts, Slot, Template, fill
 from reranker.errors import InvalidRequestError, ModelLoadError
@@ -48,13 +48,11 @@ class _Filled:
     end: list[int]
     """Tokens after a truncated document or a chunk: those of `tail` alone, then the suffix."""
     suffix: list[int]
-    again: list[int]
-    """Tokens of `lead` before the second chunk of a document and later ones; none if it is spaces, which words have."""
 
     @property
     def size(self) -> int:
         """Tokens beside the document."""
-        return len(self.prefix) + len(self.again) + len(self.end)
+        return len(self.prefix) + len(self.before) + len(self.end)
 
 
 class Prompt:
@@ -86,8 +84,8 @@ class Prompt:
         self.instruction = template.instruction if instruction is None else instruction
         self.max_seq_length = max_seq_length
         self._said = False
-        self.text_tokenizer = _without_control_tokens(tokenizer, template.control_tokens)
-        control = _control_ids(tokenizer, template)
+        self.text_tokenizer = text_tokenizer(tokenizer, template.control_tokens)
+        control = control_ids(tokenizer, template)
         self._frames = {
             parts: compile_frame(template, parts, self.text_tokenizer, control)
             for parts in (template.instructed, template.plain)
@@ -143,7 +141,7 @@ class Prompt:
         filled, query_truncated = self._filled(request)
         room = self.max_seq_length - filled.size
         size = min(room, request.max_tokens_per_doc or room)
-        first = len(filled.again) + size
+        first = len(filled.before) + size
         limit = first + size * (min(request.max_chunks_per_doc or 1, MAX_CHUNKS) - 1)
         split = request.max_chunks_per_doc is not None
         texts = [filled.lead + printable(document) for document in request.documents]
@@ -166,7 +164,7 @@ class Prompt:
             if len(ids) <= first:
                 whole[i] = len(documents)
             documents.append(ids[:first] + filled.end)
-            documents += [filled.again + ids[start : start + size] + filled.end for start in later]
+            documents += [filled.before + ids[start : start + size] + filled.end for start in later]
             if split:
                 chunks.append([0, *(_character(encoding, start, lead) for start in later), end])
         if filled.tail:
@@ -204,8 +202,9 @@ class Prompt:
                 f"shorten the instruction or raise MAX_SEQ_LENGTH"
             )
         if not request.truncate_query:
+            where = "" if request.query_index is None else f"query[{request.query_index}]: "
             raise InvalidRequestError(
-                f"the query and instruction leave no room for a document: they and the prompt take more than "
+                f"{where}the query and instruction leave no room for a document: they and the prompt take more than "
                 f"{self.max_seq_length - 1} of {self.max_seq_length} tokens; shorten the query, send truncate: true to "
                 f"have it truncated, or raise MAX_SEQ_LENGTH"
             )
@@ -226,7 +225,6 @@ class Prompt:
             tail,
             self._encode_text(tail) + suffix if tail else suffix,
             suffix,
-            self._encode_text(frame.lead) if frame.lead.strip(" ") else [],
         )
 
     def _encode_pieces(self, pieces: Sequence[list[int] | Parts], texts: Mapping[Slot, str]) -> list[int]:
@@ -265,38 +263,3 @@ def _character(encoding: Encoding, token: int, lead: int) -> int:
     """Index in the document of the first character of a token; `lead`: characters encoded before the document."""
     characters = encoding.token_to_chars(token)
     return max(0, characters[0] - lead) if characters else 0
-
-
-def _control_ids(tokenizer: PreTrainedTokenizerBase, template: Template) -> dict[str, int]:
-    """Return the ids of the template's own control tokens."""
-    ids: dict[str, int] = {}
-    for token in template.own_tokens:
-        encoded = tokenizer.encode(token, add_special_tokens=False)
-        if encoded != [tokenizer.convert_tokens_to_ids(token)]:
-            raise ModelLoadError(f"the tokenizer has no token {token}: use the original checkpoint's tokenizer")
-        ids[token] = encoded[0]
-    return ids
-
-
-def _without_control_tokens(tokenizer: PreTrainedTokenizerBase, control_tokens: frozenset[str]) -> Tokenizer:
-    """Return a copy that parses no control token; words that a fine-tune added stay in the vocabulary."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if not isinstance(backend, Tokenizer):
-        raise ModelLoadError("the model folder has no tokenizer.json: download the whole checkpoint again")
-    description = json.loads(backend.to_str())
-    tokens = description["added_tokens"]
-    words = [token for token in tokens if token["content"] not in control_tokens and not token["special"]]
-    control = {token["content"]: token["id"] for token in tokens if token not in words}
-    if others := sorted(set(control) - control_tokens):
-        logger.warning("special tokens of the checkpoint are plain text in queries and documents: %s", others[:3])
-    description |= {"truncation": None, "padding": None}
-    for token in tokens:
-        token["special"] = token not in words  # `encode_special_tokens` makes special ones, and only those, text
-    if not words:
-        description["added_tokens"] = []
-    copy = Tokenizer.from_str(json.dumps(description))
-    copy.encode_special_tokens = True
-    parsed = sorted(text for text, i in control.items() if i in copy.encode(text, add_special_tokens=False).ids)
-    if parsed:
-        raise ModelLoadError(f"control tokens are ordinary vocabulary here and could be forged: {parsed[:3]}")
-    return copy

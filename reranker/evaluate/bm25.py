@@ -26,7 +26,7 @@ def words(text: str) -> list[str]:
 
 
 def candidates(corpus: Mapping[str, str], queries: Mapping[str, str], count: int) -> Ranking:
-    """Return the best `count` documents of each query that share a word with it.
+    """Return the best `count` documents of each query that share a word with it, with their scores.
 
     Raises:
         InputError: no document has a word.
@@ -43,8 +43,9 @@ def candidates(corpus: Mapping[str, str], queries: Mapping[str, str], count: int
     ranking: Ranking = {}
     for query, text in queries.items():
         known = [word for word in words(text) if word in index.vocab_dict]
-        ranking[query] = []
+        ranking[query] = {}
         if known:
             places, scores = index.retrieve([known], k=min(count, len(names)), show_progress=False)
-            ranking[query] = [names[i] for i, score in zip(places[0], scores[0], strict=True) if score > 0]
+            found = zip(places[0], scores[0], strict=True)
+            ranking[query] = {names[i]: float(score) for i, score in found if score > 0}
     return ranking

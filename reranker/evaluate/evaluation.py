@@ -1,28 +1,46 @@
-"""An evaluation: rerank the candidates of judged queries, and measure before and after."""
+"""An evaluation: rerank the candidates of judged queries, and compare the systems that did."""
 
 from __future__ import annotations
 
+import gc
 import os
 import time
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any
 
 from reranker.errors import FailedError, InputError, RerankError
-from reranker.evaluate import bm25, gain, judgements
+from reranker.evaluate.bm25 import candidates
 from reranker.evaluate.collection import Paths, read_texts
-from reranker.evaluate.judgements import Grades, Ranking
+from reranker.evaluate.comparison import Report, Result, examples
+from reranker.evaluate.files import check_plot, write_per_query, write_plot
+from reranker.evaluate.judgements import Grades, Ranking, read_grades, read_run, write_run
+from reranker.evaluate.measures import measure, parse_measures
 from reranker.rankers.ranker import Ranker
 from reranker.rankers.source import Source, open_ranker
-from reranker.terminal import meter, note, plural
+from reranker.terminal import meter, note, plural, truncated, waiting
 from reranker.types import RerankRequest
+
+_BM25 = "bm25"
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """What is compared: a model or service with an instruction, or a saved run."""
+
+    source: Source | None = None
+    """None: a saved run."""
+    instruction: str | None = None
+    """None: the model's default."""
+    run: str | None = None
+    """TREC run, compared as it is."""
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """An evaluation as the user describes it."""
+    """The data of an evaluation, and its output files."""
 
     paths: Paths
     run: str | None = None
@@ -35,10 +53,14 @@ class Job:
     """Max candidates per query."""
     measures: str | None = None
     """Names of ir-measures; None: the default ones."""
-    instruction: str | None = None
+    data: str = ""
+    """Name of the data set in the report; empty: that of the file of judgements."""
+    examples: int = 3
+    """Max winners, and losers, in the report."""
     per_query: str | None = None
     plot: str | None = None
     save_run: str | None = None
+    """With several rerankers each has a file: its number is put before the suffix."""
 
     @property
     def inputs(self) -> list[str]:
@@ -48,58 +70,141 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
-    """The result of an evaluation."""
+class _Data:
+    grades: Grades
+    queries: dict[str, str]
+    """Texts of the judged queries."""
+    corpus: dict[str, str]
+    """Texts of the documents that are reranked or shown."""
+    first: Ranking
+    """Candidates; empty if no first stage is needed."""
+    runs: list[Ranking]
+    """The saved runs, in the order of the systems."""
 
-    facts: dict[str, Any]
-    gains: list[gain.Gain]
-    ranking: Ranking
-    """The candidates after reranking."""
 
+def evaluate(job: Job, systems: Sequence[System]) -> Report:
+    """Check the files, read the data, rerank the candidates with every system that is no saved run, and compare.
 
-def evaluate(job: Job, source: Source) -> Report:
-    """Check the files, read the data, rerank the candidates and measure.
+    With one system the reference is the first stage, else the first system. Systems with the same source that follow
+    one another share its model; a model is released before the next one is loaded.
 
     Raises:
         InputError: the data cannot be read, or does not fit together; or an output would replace a file.
+        ModelLoadError: a model cannot be served.
         FailedError: scoring failed, or an output cannot be written.
     """
     default = f"nDCG@10 RR@10 R@10 R@{job.candidates}"
-    measures = gain.parse_measures(default if job.measures is None else job.measures)
-    _check_outputs(job)
-    grades, before, requests = _read(job)
-    ranker = open_ranker(source)
-    start = time.monotonic()
-    after = _rerank(ranker, before, requests)
+    measures = parse_measures(default if job.measures is None else job.measures)
+    _check_systems(job, systems)
+    _check_outputs(job, systems)
+    with waiting("reading the data"):
+        data = _read(job, systems)
+    results, runs = [], iter(data.runs)
+    first_stage = job.run or _BM25 if data.first else None
+    if first_stage:
+        results.append(Result(first_stage, data.first, measure(measures, data.grades, data.first), _facts(run=job.run)))
+    instructions = list(dict.fromkeys(s.instruction for s in systems if s.source))
+    for source, group in groupby(systems, key=lambda system: system.source):
+        if source is None:
+            for system, ranking in zip(group, runs, strict=False):
+                facts = _facts(run=system.run)
+                results.append(Result(str(system.run), ranking, measure(measures, data.grades, ranking), facts))
+            continue
+        ranker = open_ranker(source)
+        for system in group:
+            name, facts = _identify(ranker, system, instructions)
+            ranking, cost = _rerank(ranker, data, system, name)
+            results.append(Result(name, ranking, measure(measures, data.grades, ranking), facts | cost))
+        del ranker
+        gc.collect()  # the next model needs this one's memory
     facts = {
-        "queries": len(grades),
-        "without_candidates": sum(not before.get(query) for query in grades),
-        "documents": sum(map(len, before.values())),
-        "first_stage": job.run or "bm25",
-        "seconds": round(time.monotonic() - start, 1),
+        "data": job.data or str(job.paths.qrels),
+        "queries": len(data.grades),
+        "without_candidates": sum(not data.first.get(query) for query in data.grades) if first_stage else None,
+        "documents": sum(map(len, data.first.values())),
+        "first_stage": first_stage,
     }
-    return Report(facts, gain.measure(measures, grades, before, after), after)
+    results = _distinct(results)
+    reference = results[1 if first_stage and len(systems) > 1 else 0].name
+    report = Report(facts, results, reference)
+    return replace(report, examples=examples(report, data.queries, data.corpus, job.examples))
 
 
 def write_files(job: Job, report: Report) -> None:
     """Write the output files of a job; see `writing` for errors."""
     if job.per_query:
-        gain.write_per_query(Path(job.per_query), report.gains)
+        write_per_query(Path(job.per_query), report)
     if job.plot:
-        gain.write_plot(Path(job.plot), report.gains[0])
+        write_plot(Path(job.plot), report)
     if job.save_run:
-        judgements.write_run(Path(job.save_run), report.ranking)
+        reranked = [result for result in report.results if "seconds" in result.facts]
+        for path, result in zip(_run_names(job.save_run, len(reranked)), reranked, strict=True):
+            write_run(
+                Path(path), result.ranking, f"{result.name} {result.facts['instruction'] or ''} {report.facts['data']}"
+            )
 
 
-def _check_outputs(job: Job) -> None:
+def _run_names(name: str, count: int) -> list[str]:
+    path = Path(name)
+    if count == 1 or not path.name:
+        return [name]
+    return [str(path.with_stem(f"{path.stem}-{i}")) for i in range(1, count + 1)]
+
+
+def _facts(
+    model: str | None = None, url: str | None = None, instruction: str | None = None, run: str | None = None
+) -> dict[str, Any]:
+    return {"model": model, "url": url, "instruction": instruction, "run": run}
+
+
+def _identify(ranker: Ranker, system: System, instructions: Sequence[str | None]) -> tuple[str, dict[str, Any]]:
+    """Return the name of a system, numbered by instruction if there are several, and its facts."""
+    known, source = ranker.facts, system.source
+    model, url = known.get("model"), known.get("url")
+    instruction = system.instruction
+    if instruction is None and source and not url:
+        instruction = source.model.default_instruction or None
+    name = f"{model} ({url})" if model and url else model or url or "model"
+    if len(instructions) > 1:
+        name += f" [{instructions.index(system.instruction) + 1}]"
+    return name, _facts(model, url, instruction)
+
+
+def _distinct(results: Sequence[Result]) -> list[Result]:
+    """Number the later results of one name, such as the same model with other weights in the same folder."""
+    names: list[str] = []
+    for result in results:
+        number, name = 2, result.name
+        while name in names:
+            name, number = f"{result.name} ({number})", number + 1
+        names.append(name)
+    return [replace(result, name=name) for result, name in zip(results, names, strict=True)]
+
+
+def _check_systems(job: Job, systems: Sequence[System]) -> None:
+    if not systems:
+        raise InputError("there is nothing to evaluate: name a model, a service or a saved run")
+    runs = [system.run for system in systems if system.source is None]
+    if "" in runs or None in runs:
+        raise InputError("--compare='' names no file")
+    if twice := next((name for name in runs if runs.count(name) > 1), None):
+        raise InputError(f"--compare={twice} is given twice")
+    if len(runs) < len(systems):
+        return
+    if len(runs) == 1 and not job.run:
+        raise InputError(f"{runs[0]} has nothing to be compared with: add --compare, --run or --model")
+    if job.save_run:
+        raise InputError("--save-run has no effect: --compare alone reranks nothing; add --model or --url")
+
+
+def _check_outputs(job: Job, systems: Sequence[System]) -> None:
     """Refuse outputs that would replace an input or one another, or that cannot be written.
 
     Before the model is loaded, so that a bad name does not lose the scores.
     """
-    taken = {_identity(Path(path)): f"the input {path}" for path in job.inputs}
-    for option, name in {"--per-query": job.per_query, "--plot": job.plot, "--save-run": job.save_run}.items():
-        if name is None:
-            continue
+    inputs = [*job.inputs, *(system.run for system in systems if system.run)]
+    taken = {_identity(Path(path)): f"the input {path}" for path in inputs}
+    for option, name in _outputs(job, systems):
         path = Path(name)
         if not name or path.is_dir():
             raise InputError(f"{option}={name!r} names no file")
@@ -113,7 +218,17 @@ def _check_outputs(job: Job) -> None:
             raise InputError(f"{option}={name} would replace {other}; name another file")
         taken[_identity(path)] = f"the output of {option}"
     if job.plot:
-        gain.check_plot(job.plot)
+        check_plot(job.plot)
+
+
+def _outputs(job: Job, systems: Sequence[System]) -> Iterator[tuple[str, str]]:
+    """Yield option and name of every file that will be written."""
+    for option, name in {"--per-query": job.per_query, "--plot": job.plot}.items():
+        if name is not None:
+            yield option, name
+    if job.save_run is not None:
+        reranked = sum(system.source is not None for system in systems)
+        yield from (("--save-run", name) for name in _run_names(job.save_run, reranked))
 
 
 def _identity(path: Path) -> object:
@@ -125,31 +240,37 @@ def _identity(path: Path) -> object:
     return status.st_dev, status.st_ino
 
 
-def _read(job: Job) -> tuple[Grades, Ranking, dict[str, RerankRequest]]:
-    """Return the judgements, the candidates, and the request of each query that has candidates."""
+def _read(job: Job, systems: Sequence[System]) -> _Data:
+    """Return judgements, texts, candidates and saved runs; candidates only where something reranks them."""
     paths = job.paths
-    grades = judgements.read_grades(paths.qrels, job.encoding)
+    grades = read_grades(paths.qrels, job.encoding)
     queries = read_texts(paths.queries, job.kind, job.encoding, None)
     _require_texts(grades, queries, paths.queries, "query")
     queries = {query: text for query, text in queries.items() if query in grades}
     judged = dict.fromkeys(chain(*grades.values()))
-    ranking: Ranking = {}
+    runs = [_read_run(job, system.run, grades) for system in systems if system.run]
+    first: Ranking = {}
     if job.run:
-        run = judgements.read_run(Path(job.run), job.encoding, grades)
-        ranking = {query: documents[: job.candidates] for query, documents in run.items()}
-        if not ranking:
-            raise InputError(f"{job.run} ranks no query of {paths.qrels}")
-    wanted = dict.fromkeys(chain(*ranking.values()))
-    corpus = read_texts(paths.corpus, job.kind, job.encoding, wanted | judged if job.run else None)
+        full = _read_run(job, job.run, grades)
+        first = {query: dict(islice(found.items(), job.candidates)) for query, found in full.items()}
+    wanted = dict.fromkeys(chain(*first.values()))
+    by_bm25 = not job.run and any(system.source for system in systems)
+    shown = dict.fromkeys(chain(*(islice(found, 1) for run in runs for found in run.values())))
+    corpus = read_texts(paths.corpus, job.kind, job.encoding, None if by_bm25 else wanted | judged | shown)
     _require_texts(wanted, corpus, paths.corpus, "document")
     _check_judged(judged, corpus, paths.corpus)
-    ranking = ranking or bm25.candidates(corpus, queries, job.candidates)
-    requests = {
-        query: RerankRequest(text, [corpus[name] for name in ranking[query]], job.instruction)
-        for query, text in queries.items()
-        if ranking.get(query)
-    }
-    return grades, ranking, requests
+    if by_bm25:
+        first = candidates(corpus, queries, job.candidates)
+    return _Data(grades, queries, corpus, first, runs)
+
+
+def _read_run(job: Job, name: str, grades: Grades) -> Ranking:
+    ranking = read_run(Path(name), job.encoding, grades)
+    if not ranking:
+        raise InputError(f"{name} ranks no query of {job.paths.qrels}")
+    if not any(grades[query].keys() & found.keys() for query, found in ranking.items()):
+        note(f"{name} ranks no judged document; are its ids those of {job.paths.qrels}?")
+    return ranking
 
 
 def _require_texts(ids: Collection[str], texts: Mapping[str, str], path: Path, noun: str) -> None:
@@ -173,12 +294,23 @@ def _check_judged(judged: Collection[str], corpus: Mapping[str, str], path: Path
         )
 
 
-def _rerank(ranker: Ranker, before: Ranking, requests: Mapping[str, RerankRequest]) -> Ranking:
-    after: Ranking = {}
+def _rerank(ranker: Ranker, data: _Data, system: System, name: str) -> tuple[Ranking, dict[str, Any]]:
+    """Return the reranked candidates, and what that took."""
+    requests = {
+        query: RerankRequest(text, [data.corpus[document] for document in data.first[query]], system.instruction)
+        for query, text in data.queries.items()
+        if data.first.get(query)
+    }
+    ranking: Ranking = {}
+    cut, start = 0, time.monotonic()
     with meter(sum(len(request.documents) for request in requests.values())) as progress:
         for query, outcome in zip(requests, ranker.rank_many(requests.values()), strict=True):
             if isinstance(outcome, RerankError):
-                raise FailedError(f"query {query}: {outcome}")
-            after[query] = [before[query][i] for i in outcome.best(None)]
+                raise FailedError(f"{name}, query {query}: {outcome}")
+            documents = list(data.first[query])
+            ranking[query] = {documents[i]: outcome.scores[i] for i in outcome.best(None)}
+            cut += outcome.truncated
             progress.advance(progress.done + len(outcome.scores), len(outcome.scores))
-    return after
+    if cut:
+        note(f"{name}: {truncated(cut, system.source.url if system.source else None)}")
+    return ranking, {"seconds": round(time.monotonic() - start, 1), "truncated": cut}

@@ -16,8 +16,8 @@ from reranker.terminal import name_list, note, plural
 
 Grades = dict[str, dict[str, int]]
 """query id -> document id -> relevance; 0 is not relevant"""
-Ranking = dict[str, list[str]]
-"""query id -> document ids, best first"""
+Ranking = dict[str, dict[str, float]]
+"""query id -> document id -> score, best first"""
 
 _RUN = "query, Q0, document, rank, score, name"
 
@@ -77,15 +77,19 @@ def read_run(path: Path, encoding: str | None, queries: Container[str]) -> Ranki
     if not_judged and scores:
         first = next(iter(not_judged))
         note(f"{path} ranks queries that are not judged: {len(not_judged)}, the first is {first!r}; they are left out")
-    return {query: sorted(by_document, key=lambda d: -by_document[d]) for query, by_document in scores.items()}
+    return {query: dict(sorted(found.items(), key=lambda item: -item[1])) for query, found in scores.items()}
 
 
-def write_run(path: Path, ranking: Ranking) -> None:
-    """Write a TREC run; see `writing` for errors."""
+def write_run(path: Path, ranking: Ranking, tag: str) -> None:
+    """Write a TREC run with the model's scores, exact to the last digit; see `writing` for errors.
+
+    The last column is `tag`, with an underscore for each blank.
+    """
+    tag = "_".join(tag.split())
     with writing(path), open(path, "w", encoding="utf-8") as file:
-        for query, documents in ranking.items():
-            for i, document in enumerate(documents):
-                file.write(f"{query} Q0 {document} {i + 1} {len(documents) - i} reranked\n")
+        for query, found in ranking.items():
+            for place, (document, score) in enumerate(found.items(), 1):
+                file.write(f"{query} Q0 {document} {place} {score!r} {tag}\n")
 
 
 def _judgements(path: Path, encoding: str | None) -> Iterator[tuple[str, Any, Any, Any]]:

@@ -16,8 +16,9 @@ from reranker.errors import InvalidRequestError, MalformedBodyError, Unsupported
 from reranker.http.dialects.route import Parse
 from reranker.notes import Notes
 from reranker.request.fields import json_kind
+from reranker.request.objects import object_of
 from reranker.request.parse import ParsedRequest
-from reranker.request.unread import MAX_NAMES, token
+from reranker.request.unread import MAX_NAMES
 
 _SEPARATORS = b",", b"[", b"{"
 """Each JSON value but the first one follows one of these."""
@@ -121,17 +122,7 @@ def _refuse_constant(name: str) -> NoReturn:
     raise InvalidRequestError(f"{name} is not JSON: send null or a number")
 
 
-def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Refuse a doubled name, of which two parsers could read two values. It costs 1 us per object."""
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        seen: set[str] = set()
-        doubled = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise InvalidRequestError(f"{token(doubled)}: is in one JSON object twice; send it once")
-    return value
-
-
-_JSON = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_object_of)
+_JSON = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=object_of)
 
 
 def _with_url_parameters(parsed: ParsedRequest, query_string: bytes) -> ParsedRequest:

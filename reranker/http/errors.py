@@ -63,8 +63,16 @@ def responses(model: type[ErrorBody]) -> dict[int | str, dict[str, object]]:
 class ErrorResponse(JSONResponse):
     """An error response that reports its type to the access log and the metrics."""
 
-    def __init__(self, detail: str, error_type: str, status: int, headers: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        detail: str,
+        error_type: str,
+        status: int,
+        headers: Mapping[str, str] | None = None,
+        logged: str | None = None,
+    ) -> None:
         self.error_type = error_type
+        self.logged = detail if logged is None else logged
         self.content: dict[str, Any] = {
             "detail": detail,
             "error_type": error_type,
@@ -74,10 +82,10 @@ class ErrorResponse(JSONResponse):
         super().__init__(self.content, status, headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Record the type and send the response."""
+        """Record type and detail for the log, and send the response."""
         if "context" in scope.get("state", ()):  # absent in Ray's proxy
             context = context_of(scope)
-            context.error_type = self.error_type
+            context.error_type, context.error_detail = self.error_type, self.logged
             if extension := EXTENSIONS.get(scope["path"]):
                 self.body = self.render(self.content | extension(self, context.request_id))
                 self.headers["content-length"] = str(len(self.body))
@@ -93,7 +101,7 @@ def error_response(error: RerankError) -> ErrorResponse:
         headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, errors.BodyTimeoutError):
         headers["Connection"] = "close"
-    return ErrorResponse(str(error), error.error_type, error.status, headers)
+    return ErrorResponse(str(error), error.error_type, error.status, headers, error.logged)
 
 
 def install(app: FastAPI) -> None:
@@ -128,6 +136,5 @@ async def _disconnected(request: Request, error: Exception) -> Response:
 async def _unexpected_error(request: Request, error: Exception) -> Response:
     """Answer with a generic text. Starlette raises the error again, so the server logs its traceback."""
     text = "unexpected error; the operator finds the cause in the log under this request's x-request-id"
-    # Starlette sends this response outside of all middleware, so the access log cannot add the id.
-    headers = {"x-request-id": context_of(request.scope).request_id}
-    return ErrorResponse(text, RerankError.error_type, 500, headers)
+    # Starlette sends this response outside of all middleware, so the access log cannot add its headers.
+    return ErrorResponse(text, RerankError.error_type, 500, context_of(request.scope).headers)

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
+import platform
 import struct
-from collections.abc import Collection
-from contextlib import suppress
+import time
+from collections.abc import Callable, Collection
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -27,6 +28,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from starlette.responses import Response
 
 from reranker import __version__, errors
+from reranker.http import metric_files
 from reranker.http.callers import NONE, UNNAMED
 from reranker.http.state import service_of
 from reranker.scheduler.events import ForwardPass, Observer
@@ -43,8 +45,6 @@ _TOKENS = (256, 1024, 4096, 8192, 16_384, 32_768, 65_536, 131_072, 262_144)
 _DOCUMENTS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
 _RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
 
-# Bytes of each file of values: enough for every route, caller and status (tests/http/test_metrics.py fills them).
-_FILES = {"counter": 1 << 19, "histogram": 1 << 18, "gauge_livesum": 1 << 16, "gauge_livemin": 1 << 16}
 _ERROR_TYPES = (
     *dict.fromkeys(kind.error_type for kind in vars(errors).values() if hasattr(kind, "error_type")),
     "cors_refused",
@@ -59,7 +59,7 @@ class Row(NamedTuple):
     help: str
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
-    mode: Literal["livesum", "livemin"] = "livesum"
+    mode: Literal["livesum", "livemin", "livemostrecent"] = "livesum"
     zeros: tuple[str, ...] = ()
     """Values of its one label that start at 0, because to Prometheus a counter that appears with 1 has not risen."""
 
@@ -78,15 +78,31 @@ TABLE = (
         "reranker_caller_prompt_tokens", Counter, "Tokens of the scored prompts by the name of the token.", ("caller",)
     ),
     Row("reranker_errors", Counter, "Refused and failed requests.", ("error_type",), zeros=_ERROR_TYPES),
+    Row("reranker_workers", Gauge, "Workers that gunicorn keeps running, ready or not.", mode="livemostrecent"),
     Row("reranker_ready_workers", Gauge, "Workers that accept requests."),
-    Row("reranker_model_info", Gauge, "1 per worker that has the model.", ("model", "device", "precision", "version")),
+    Row("reranker_worker_restarts", Counter, "Workers started in place of one that had ended unasked."),
+    Row("reranker_start_time_seconds", Gauge, "Unix time of the oldest living worker's start.", mode="livemin"),
+    Row("reranker_build_info", Gauge, "1, with the versions.", ("version", "torch", "python"), mode="livemostrecent"),
+    Row(
+        "reranker_model_info",
+        Gauge,
+        "1 per worker that has the model. score: how a logit is computed.",
+        ("model", "device", "precision", "family", "score", "version"),
+    ),
+    Row("reranker_demo_model_workers", Gauge, "Workers with the bundled demo model, which is for trying the API only."),
     Row("reranker_self_check_failed_workers", Gauge, "Workers whose model ranked an obvious pair wrong at the start."),
     Row("reranker_device_memory_bytes", Gauge, "Device memory of the workers; on a CPU, that of the processes."),
     Row("reranker_queue_tokens", Gauge, "Tokens in the queue."),
+    Row(
+        "reranker_queue_limit_tokens",
+        Gauge,
+        "Max tokens in the queue: MAX_QUEUE_TOKENS, or what the measured speed scores in time, if that is less.",
+    ),
     Row("reranker_queue_wait_seconds", Histogram, "Time of a request in the queue.", (), _SECONDS),
     Row(
         "reranker_stage_seconds", Histogram, "Time of scored requests; total includes the queue.", ("stage",), _SECONDS
     ),
+    Row("reranker_documents", Counter, "Documents of scored requests, cached ones included; chunks do not count."),
     Row("reranker_truncated_documents", Counter, "Documents that did not fit and were truncated."),
     Row(
         "reranker_score_cache_documents",
@@ -115,10 +131,18 @@ class Metrics(Observer):
         folder: shared by all workers of the service; None: the metrics of this process alone.
         worker: names this worker's files; unique among the living workers.
         callers: the names of the tokens. Their counts start at 0.
+        wanted: returns the number of workers that the service is to have; asked at every scrape.
     """
 
-    def __init__(self, folder: str | None = None, worker: str = "0", callers: Collection[str] = ()) -> None:
-        self.folder = folder if folder and _reserve_files(Path(folder), worker) else None
+    def __init__(
+        self,
+        folder: str | None = None,
+        worker: str = "0",
+        callers: Collection[str] = (),
+        wanted: Callable[[], int] = lambda: 1,
+    ) -> None:
+        self.folder = folder if folder and metric_files.reserve(Path(folder), worker) else None
+        self._wanted = wanted
         # The library would choose by an environment variable at import, once, and name files by process id.
         values.ValueClass = values.MultiProcessValue(lambda: worker) if self.folder else values.MutexValue
         disable_created_metrics()
@@ -133,6 +157,12 @@ class Metrics(Observer):
         for caller in (NONE, UNNAMED, *callers):
             child("reranker_caller_requests", caller, 200)
             child("reranker_caller_prompt_tokens", caller)
+        child("reranker_start_time_seconds").set(time.time())
+        child("reranker_build_info", __version__, _torch_version(), platform.python_version()).set(1)
+
+    def worker_started(self, *, replaces: bool) -> None:
+        """Count this worker as a restart if it replaces one that has ended."""
+        self._child("reranker_worker_restarts").inc(replaces)
 
     def status_changed(self, status: str) -> None:
         """Count this worker as ready or not."""
@@ -140,7 +170,9 @@ class Metrics(Observer):
 
     def loaded(self, info: ModelInfo, memory: int) -> None:
         """Set the gauges of the model."""
-        self._child("reranker_model_info", info.name, info.device, info.precision, __version__).set(1)
+        labels = (info.name, info.device, info.precision, info.family, info.score, __version__)
+        self._child("reranker_model_info", *labels).set(1)
+        self._child("reranker_demo_model_workers").set(info.demo)
         self._child("reranker_self_check_failed_workers").set(info.self_check.startswith("failed"))
         self._child("reranker_batch_token_budget").set(info.max_batch_tokens)
         self._child("reranker_device_memory_bytes").set(memory)
@@ -148,6 +180,10 @@ class Metrics(Observer):
     def queue_changed(self, tokens: int) -> None:
         """Set the size of the queue."""
         self._child("reranker_queue_tokens").set(tokens)
+
+    def queue_limit_changed(self, tokens: float) -> None:
+        """Set the limit of the queue."""
+        self._child("reranker_queue_limit_tokens").set(tokens)
 
     def request_started(self, wait: float) -> None:
         """Count the queue time of a request, even if it fails later."""
@@ -172,6 +208,7 @@ class Metrics(Observer):
         """Count the times and truncated documents of a request."""
         for stage in ("tokenization", "inference", "total"):
             self._child("reranker_stage_seconds", stage).observe(getattr(result.timings, stage))
+        self._child("reranker_documents").inc(len(result.logits))
         if result.truncated_documents:
             self._child("reranker_truncated_documents").inc(result.truncated_documents)
 
@@ -205,6 +242,8 @@ class Metrics(Observer):
         It reads files, so it must not run on the event loop.
         """
         encode, kind = choose_encoder(accept)
+        # Without a folder the metrics are of this worker alone.
+        self._child("reranker_workers").set(self._wanted() if self.folder else 1)
         if self.folder:
             shared = CollectorRegistry()
             try:
@@ -215,35 +254,20 @@ class Metrics(Observer):
         return encode(self.registry), kind
 
 
+def _torch_version() -> str:
+    """Return it without the import, which takes seconds."""
+    try:
+        return version("torch")
+    except PackageNotFoundError:
+        return "none"
+
+
 def _create(row: Row, registry: CollectorRegistry) -> Any:
     options: dict[Any, dict[str, Any]] = {Histogram: {"buckets": row.buckets}, Gauge: {"multiprocess_mode": row.mode}}
     metric = row.kind(row.name, row.help, row.labels, registry=registry, **options.get(row.kind, {}))
     for value in row.zeros:
         metric.labels(value)
     return metric
-
-
-def _reserve_files(folder: Path, worker: str) -> bool:
-    """Allocate this worker's files; return False if that is not possible.
-
-    The library creates sparse files and writes through a memory map, so a disk that fills up later would end the
-    process with SIGBUS. Allocated blocks prevent that. Siblings read every `*.db`, so a file gets that name when it is
-    complete.
-    """
-    new = folder / f"{worker}.new"
-    try:
-        for name, size in _FILES.items():
-            path = folder / f"{name}_{worker}.db"
-            target = path if path.exists() else new
-            with target.open("ab") as file:
-                os.posix_fallocate(file.fileno(), 0, size)
-            target.rename(path)
-    except OSError as error:
-        with suppress(OSError):
-            new.unlink()
-        logger.warning("no shared metrics, /metrics shows one worker's own: %s", error)
-        return False
-    return True
 
 
 router = APIRouter(tags=["health"])

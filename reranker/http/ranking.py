@@ -25,7 +25,8 @@ class Ranking:
     def of(cls, parsed: ParsedRequest, result: RerankResult, model: ModelInfo, request_id: str) -> Ranking:
         """Sort the scores of a request."""
         score = float if parsed.raw_scores else sigmoid
-        best = [(i, score(result.logits[i])) for i in order(result.logits, parsed.limit)]
+        logits = result.logits if parsed.by_query else of_equals(parsed.request.documents, result.logits)
+        best = [(i, score(logits[i])) for i in order(logits, parsed.limit)]
         return cls(parsed, result, best, model, request_id)
 
     @property
@@ -84,6 +85,15 @@ HEADERS: dict[str, dict[str, object]] = {
     )
 }
 """OpenAPI's description of the headers."""
+
+
+def of_equals(documents: Sequence[str], logits: Sequence[float]) -> list[float]:
+    """Return logits that are equal for equal documents: that of the first of them.
+
+    A kernel's last bits may depend on a document's place in the batch, and would order equal documents by it.
+    """
+    first: dict[str, float] = {}
+    return [first.setdefault(document, logit) for document, logit in zip(documents, logits, strict=True)]
 
 
 def order(logits: Sequence[float], limit: int | None) -> list[int]:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from starlette.applications import Starlette
     from starlette.types import Scope
 
+    from reranker.http.client_address import ClientAddress
     from reranker.http.metrics import Metrics
     from reranker.scheduler.batcher import Batcher
 
@@ -21,6 +22,7 @@ class Service:
 
     batcher: Batcher
     metrics: Metrics
+    client_address: ClientAddress
     max_documents: int
     max_values: int
     """JSON values in one body."""
@@ -48,7 +50,16 @@ class RequestContext:
     log_fields: dict[str, object] = field(default_factory=dict)
     """Sizes and times for the access log, in the order of the log line."""
     error_type: str | None = None
+    error_detail: str = ""
+    """The error in words, without any word of the client."""
+    traceparent: str = ""
+    """The accepted header of W3C Trace Context; empty: none."""
     client_disconnected: bool = False
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The headers by which a client finds its request again; every response has them."""
+        return {"x-request-id": self.request_id} | ({"traceparent": self.traceparent} if self.traceparent else {})
 
 
 def context_of(scope: Scope) -> RequestContext:

@@ -29,7 +29,7 @@ from reranker.rankers.ranker import Scored
 from reranker.terminal import note
 from reranker.types import RerankRequest
 
-MAX_CONNECTIONS = 4
+CONNECTIONS = 4
 """Enough to fill the service's next batch while it computes one; more would only fill its queue."""
 MAX_PART_DOCUMENTS = 256
 MAX_PART_CHARACTERS = 1_000_000
@@ -52,15 +52,18 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 class Client:
     """A service at a URL, which may have a path prefix, with its bearer token.
 
-    One request waits at most `max_wait` seconds for a busy or restarting service.
+    One request waits at most `max_wait` seconds for a busy or restarting service; at most `connections` are in flight.
 
     Raises:
         FailedError: nothing responds there.
     """
 
-    def __init__(self, url: str, token: str | None = None, *, max_wait: float = 300.0) -> None:
+    def __init__(
+        self, url: str, token: str | None = None, *, max_wait: float = 300.0, connections: int = CONNECTIONS
+    ) -> None:
         self.url = url
         self.max_wait = max_wait
+        self.connections = connections
         self._headers = {"Content-Type": "application/json", "User-Agent": f"reranker/{__version__}"}
         if token:
             self._headers["Authorization"] = f"Bearer {token}"
@@ -76,18 +79,23 @@ class Client:
 
     @property
     def facts(self) -> dict[str, str]:
-        """See `Ranker.facts`."""
-        return {"url": self.url}
+        """See `Ranker.facts`; with the model's name, if the service tells it."""
+        try:
+            with self._open("/info") as response:
+                model = json.load(response)["model_id"]
+        except (OSError, http.client.HTTPException, KeyError, TypeError, ValueError):
+            return {"url": self.url}
+        return {"url": self.url, "model": str(model)}
 
     def rank_many(self, requests: Iterable[RerankRequest]) -> Iterator[Scored | RerankError]:
         """See `Ranker.rank_many`. A few requests are in flight at a time, and yielded in order."""
         pending: deque[Future[Scored | RerankError]] = deque()
         closing = threading.Event()
-        pool = ThreadPoolExecutor(MAX_CONNECTIONS, thread_name_prefix="client")
+        pool = ThreadPoolExecutor(self.connections, thread_name_prefix="client")
         try:
             for request in requests:
                 pending.append(pool.submit(self._rank, request, closing))
-                if len(pending) > MAX_CONNECTIONS:
+                if len(pending) > self.connections:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()

@@ -18,6 +18,8 @@ class Source:
     url: str | None = None
     token: str | None = None
     model: ModelSettings = field(default_factory=ModelSettings)
+    connections: int | None = None
+    """Max requests in flight to the service; None: the client's default. It changes no score."""
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -42,9 +44,9 @@ def open_ranker(source: Source) -> Ranker:
         FailedError: the service does not respond.
     """
     if source.url:
-        from reranker.rankers.client import Client
+        from reranker.rankers.client import CONNECTIONS, Client
 
-        return Client(source.url, source.token)
+        return Client(source.url, source.token, connections=source.connections or CONNECTIONS)
     name = source.model.model_name_or_path
     # A download draws progress bars of its own.
     with loading(f"{name or 'demo'} ({source.model.model_device})", quiet=bool(name) and not os.path.isdir(name)):

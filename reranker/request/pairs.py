@@ -95,13 +95,16 @@ def _by_query(
     warnings: dict[str, None] = {}
     for query, indices in positions.items():
         own = [texts[i] for i in indices]
+        where = indices[0] if len(positions) > 1 else None
         if not requests:
             first = to_request({**values, "query": query}, instruction, own, False, report)
-            requests.append(replace(first, positions=indices))
+            requests.append(replace(first, positions=indices, query_index=where))
             continue
         part = Report(())
         text, prompt, own = unwrap(query, instruction, own, part)
-        requests.append(replace(first, query=text, instruction=prompt, documents=own, positions=indices))
+        requests.append(
+            replace(first, query=text, instruction=prompt, documents=own, positions=indices, query_index=where)
+        )
         warnings |= dict.fromkeys(part.warnings)
     report.warnings += [text for text in warnings if text not in report.warnings]
     return requests

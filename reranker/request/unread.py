@@ -47,7 +47,7 @@ _SYNONYMS = {
     "sentence sourcesentence queries topic",
     "queries": "query q question questions",
     "passages": "documents texts docs items candidates",
-    "documents": "docs doc document passages passage text text2 data2 textlist contents content items sentences "
+    "documents": "texts docs doc document passages passage text text2 data2 textlist contents content items sentences "
     "candidates corpus inputs input chunks results pairs nodes strings data list documentlist",
     "instruction": "prompt task taskdescription systemprompt",
     "top_k": "k n limit top topresults numresults maxresults size count",

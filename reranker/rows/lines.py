@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from reranker.errors import FailedError, InputError
+from reranker.errors import FailedError, InputError, InvalidRequestError
+from reranker.request.objects import object_of
 
 
 def decode(
@@ -33,14 +34,16 @@ def parse(text: str, where: str) -> Any:
     """Return the JSON value of a text.
 
     Raises:
-        InputError: it is not JSON.
+        InputError: it is not JSON, or a name is in one object twice.
     """
 
     def refuse(constant: str) -> NoReturn:
         raise InputError(f"{where}: {constant} is not JSON")
 
     try:
-        return json.loads(text, parse_constant=refuse)
+        return json.loads(text, parse_constant=refuse, object_pairs_hook=object_of)
+    except InvalidRequestError as error:
+        raise InputError(f"{where}: {error}") from None
     except json.JSONDecodeError as error:
         place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno} column {error.colno}"
         raise InputError(f"{where} is not JSON: {error.msg.removesuffix(' at')} at {place}") from None

@@ -38,6 +38,9 @@ class Observer(Protocol):
     def queue_changed(self, tokens: int) -> None:
         """`tokens` are pending now."""
 
+    def queue_limit_changed(self, tokens: float) -> None:
+        """The queue accepts up to `tokens` now."""
+
     def request_started(self, wait: float) -> None:
         """The first document of a request goes to the device, `wait` seconds after the request was queued."""
 
@@ -56,4 +59,5 @@ class NullObserver:
 
     def _ignore(self, *args: Any, **kwargs: Any) -> None: ...
 
-    status_changed = loaded = queue_changed = request_started = pass_ended = cache_used = request_scored = _ignore
+    status_changed = loaded = queue_changed = queue_limit_changed = _ignore
+    request_started = pass_ended = cache_used = request_scored = _ignore

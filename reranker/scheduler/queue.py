@@ -36,6 +36,8 @@ class Job:
     done: asyncio.Future[None]
     """Resolved with the last logit, or with the error; cancelled when the client gives up."""
     queued_at: float
+    counted: bool = True
+    """Whether its wait counts as that of its client's request; false for all but the first query of one."""
     started_at: float = math.nan
     """When its first document went to the device."""
     logits: list[float] = field(init=False)
@@ -165,7 +167,7 @@ class Admission:
         self.max_requests = max_requests
         self.requests = 0
         """In progress: accepted and without a response."""
-        self._reserved: list[Reservation] = []
+        self._reserved: set[Reservation] = set()
         """One for each request that is being tokenised."""
         self._tokens, self._characters = _TOKENS_PER_CHARACTER, 1.0
         self.tokens_per_second = math.nan
@@ -175,25 +177,34 @@ class Admission:
         """Raise QueueFullError, with the time of the next try, if `tokens` cannot be scored within `seconds`."""
         if self.requests >= self.max_requests:
             raise self._refusal(f"{self.requests} requests are in progress")
-        limit = float(self.max_queue_tokens)
-        if math.isfinite(self.tokens_per_second):
-            limit = min(limit, self.tokens_per_second * seconds * _SHARE_OF_TIME)
-        pending = self._pending
+        limit, pending = self.limit(seconds), self._pending
         small = max_batch_tokens // 2  # the half of `TokenQueue.take`
         if tokens <= small and pending + tokens > limit:
             pending = self.queue.tokens_up_to(small) + sum(r.tokens for r in self._reserved if r.tokens <= small)
         if pending and pending + tokens > limit:
             raise self._refusal(f"about {pending} tokens are pending")
 
+    def limit(self, seconds: float) -> float:
+        """Return how many tokens may be pending: what can be scored within `seconds`, at most `max_queue_tokens`."""
+        if math.isnan(self.tokens_per_second):
+            return float(self.max_queue_tokens)
+        return min(float(self.max_queue_tokens), self.tokens_per_second * seconds * _SHARE_OF_TIME)
+
     @contextmanager
     def reserve(self, tokens: int) -> Iterator[Reservation]:
-        """Count `tokens` as pending while their request is tokenised; a request in parts lowers them with each part."""
+        """Count `tokens` as pending until they are released, at the latest at the end of the block."""
         reservation = Reservation(tokens)
-        self._reserved.append(reservation)
+        self._reserved.add(reservation)
         try:
             yield reservation
         finally:
-            self._reserved.remove(reservation)
+            self._reserved.discard(reservation)
+
+    def release(self, reservation: Reservation, tokens: int) -> None:
+        """Count `tokens` of a reservation no more: their part of the request is tokenised."""
+        reservation.tokens -= tokens
+        if reservation.tokens <= 0:
+            self._reserved.discard(reservation)
 
     def estimate(self, request: RerankRequest, info: ModelInfo) -> int:
         """Estimate the tokens of a request; texts count up to the length that the model reads."""

@@ -7,25 +7,30 @@ every batch to other clients, and one run is tokenised while the other is scored
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+
+from reranker.types import DocumentScore, RerankRequest
 
 _IN_PROGRESS = 2
 
 
-def split(tokens: Sequence[int], max_tokens: int) -> Iterator[slice]:
-    """Split queries, by their tokens, into consecutive runs of at most `max_tokens`, or of one query."""
+def split(tokens: Sequence[int], max_tokens: int) -> list[slice]:
+    """Split at least one query, by their tokens, into consecutive runs of at most `max_tokens`, or of one query."""
+    runs: list[slice] = []
     start = total = 0
     for i, count in enumerate(tokens):
         if i > start and total + count > max_tokens:
-            yield slice(start, i)
+            runs.append(slice(start, i))
             start, total = i, 0
         total += count
-    if start < len(tokens):
-        yield slice(start, len(tokens))
+    return [*runs, slice(start, len(tokens))]
 
 
-async def in_turns(runs: Iterable[slice], work: Callable[[slice], Awaitable[None]]) -> None:
+async def in_turns(runs: Sequence[slice], work: Callable[[slice], Awaitable[None]]) -> None:
     """Call `work` with every run, two at a time; an error or a cancellation ends both."""
+    if len(runs) == 1:  # without a further task
+        await work(runs[0])
+        return
     rest = iter(runs)
 
     async def turns() -> None:
@@ -38,3 +43,15 @@ async def in_turns(runs: Iterable[slice], work: Callable[[slice], Awaitable[None
     finally:
         for task in tasks:
             task.cancel()
+
+
+def in_order(requests: Sequence[RerankRequest], parts: Sequence[list[DocumentScore]]) -> list[DocumentScore]:
+    """Return the scores of all requests by the positions of their documents, which are 0, 1, 2, ..."""
+    if len(requests) == 1:
+        return parts[0]
+    scores = {
+        request.position(i): score
+        for request, part in zip(requests, parts, strict=True)
+        for i, score in enumerate(part)
+    }
+    return [scores[i] for i in range(len(scores))]

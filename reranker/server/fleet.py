@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import mmap
 import os
 import shutil
 import signal
@@ -49,6 +50,8 @@ class WorkerContext:
     boot_pipe: int | None = None  # one byte, for the one worker whose failed first load stops the service
     ready_pipe: int | None = None  # one byte for every worker of this generation except the last
     old_master: int | None = None  # process id of the master that this generation replaces
+    wanted: mmap.mmap | None = None  # the number of workers that the master keeps; it writes, its workers read
+    replaces: bool = False  # started in place of a worker that had ended unasked
 
     @property
     def folder(self) -> str | None:
@@ -59,6 +62,11 @@ class WorkerContext:
     def metrics_key(self) -> str:
         """Suffix of the names of this worker's metric files; without slots, workers differ by process id."""
         return str(os.getpid()) if self.slot is None else f"{self.slot}{self.generation}"
+
+    @property
+    def wanted_workers(self) -> int:
+        """The number of workers that the master keeps now; 1 outside gunicorn."""
+        return 1 if self.wanted is None else int.from_bytes(self.wanted[:], "little")
 
     def report_ready(self) -> None:
         """End the old generation if this is the last worker of the new one to serve."""
@@ -75,10 +83,12 @@ class Master:
     """Assigns slots and opens what the workers share. A reload (SIGHUP) keeps it."""
 
     def __init__(self) -> None:
-        self.shared = WorkerContext()  # the part that all workers of this generation have in common
+        self._wanted = mmap.mmap(-1, 4)  # shared with the forks
+        self.shared = WorkerContext(wanted=self._wanted)  # the part that all workers of this generation have in common
         self._environment = dict(os.environ)  # without the exports of `.env`, which gunicorn's has after a SIGHUP
         self._lock: int | None = None  # on a folder of our own; None for an operator's
         self._slots: dict[int, int] = {}  # by gunicorn's serial number of a worker, its age
+        self._planned = 0  # workers that are still to be started because more are wanted, not because one has ended
 
     def start(self, old_master: int, workers: int, parent: str | None) -> None:
         """Open the pipes and the shared folder, in `parent` if it is new.
@@ -103,7 +113,21 @@ class Master:
             boot_pipe=_filled_pipe(1),
             ready_pipe=_filled_pipe(workers - 1),
             old_master=old_master or None,
+            wanted=self._wanted,
         )
+        self.set_wanted(workers)
+
+    def set_wanted(self, workers: int) -> None:
+        """Tell all workers how many there are to be: SIGTTIN and SIGTTOU change it."""
+        self._planned += max(0, workers - self.shared.wanted_workers)
+        self._wanted[:] = workers.to_bytes(4, "little")
+
+    def before_fork(self, wanted: int, living: int) -> None:
+        """Note whether the next worker replaces one that has ended unasked; a reload starts workers beside `living`."""
+        self.set_wanted(wanted)
+        missing = living < wanted
+        self.shared = replace(self.shared, replaces=missing and not self._planned)
+        self._planned -= missing and self._planned > 0
 
     def next_environment(self) -> dict[str, str]:
         """Return the environment of the next master, which reads `.env` again and removes our own folder at its end."""

@@ -1,4 +1,4 @@
-"""LOG_FORMAT=json: one JSON object per line. Twenty lines replace a dependency and its configuration."""
+"""The two forms of a log line: text with a time that names its zone, and LOG_FORMAT=json, one object per line."""
 
 from __future__ import annotations
 
@@ -6,6 +6,14 @@ import json
 import logging
 from datetime import UTC, datetime
 from typing import Any
+
+
+class TextFormatter(logging.Formatter):
+    """Python's %-style format; `asctime` is the local time in ISO 8601, with milliseconds and the offset to UTC."""
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
+        """Return the time of a record."""
+        return datetime.fromtimestamp(record.created).astimezone().isoformat(" ", "milliseconds")
 
 
 class JsonFormatter(logging.Formatter):

@@ -31,6 +31,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from reranker.errors import HeadersTooLargeError, HeadTimeoutError, MalformedRequestError, QueueFullError, RerankError
 from reranker.http.access import new_id
+from reranker.http.client_address import ClientAddress
 from reranker.http.errors import error_response
 from reranker.http.limits import MAX_HEADER_BYTES
 from reranker.http.metrics import Metrics
@@ -87,6 +88,7 @@ class HttpProtocol(HttpToolsProtocol):
     Args:
         pool: all connections of the worker.
         metrics: counts refusals.
+        address: finds the client's address for the log.
         io_timeout: seconds in which a head must arrive, and in which part of a response must leave.
         siblings: the workers that a request may be handed off to; None if there are none.
         first: bytes that a sibling has read from a connection that it handed off.
@@ -97,6 +99,7 @@ class HttpProtocol(HttpToolsProtocol):
         *args: Any,
         pool: ConnectionPool,
         metrics: Metrics,
+        address: ClientAddress,
         io_timeout: float,
         siblings: Siblings | None = None,
         first: bytes = b"",
@@ -105,6 +108,7 @@ class HttpProtocol(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self.pool = pool
         self.metrics = metrics
+        self.address = address
         self.io_timeout = io_timeout
         self.siblings = siblings
         self.first = first
@@ -249,8 +253,11 @@ class HttpProtocol(HttpToolsProtocol):
         response = error_response(error)
         request_id = new_id()
         self.metrics.refused(response.status_code, error.error_type)
-        facts = {"status": response.status_code, "id": request_id, "error_type": error.error_type}
-        logger.info("refused %d id=%s error_type=%s", *facts.values(), extra={"facts": facts})
+        found = self.address.of({"client": self.client, "headers": []})
+        facts = {"status": response.status_code, "id": request_id, **({"client_address": found} if found else {})}
+        facts |= {"error_type": error.error_type, "detail": str(error)}
+        text = "refused %d id=%s" + " client_address=%s" * bool(found) + ' error_type=%s detail="%s"'
+        logger.info(text, *facts.values(), extra={"facts": facts})
         cycle = self.cycle
         if self.pipeline or self._current_state() is ConnState.RESPONDING:
             cycle.keep_alive = False  # the newest cycle, so the connection closes after its response

@@ -40,7 +40,7 @@ class RerankWorker(UvicornWorker):  # type: ignore[misc]  # neither package is t
         "loop": "uvloop",
         "ws": "none",
         "access_log": False,
-        "proxy_headers": False,  # the service does not use the client's address
+        "proxy_headers": False,  # http/client_address.py reads the client's address
         "server_header": False,
     }
 
@@ -60,6 +60,7 @@ class RerankWorker(UvicornWorker):  # type: ignore[misc]  # neither package is t
             HttpProtocol,
             pool=ConnectionPool(raise_fd_limit(self.cfg.worker_connections + _SPARE_CONNECTIONS)),
             metrics=service.metrics,
+            address=service.client_address,
             io_timeout=service.body_timeout,
             siblings=siblings,
         )

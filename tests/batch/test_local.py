@@ -143,6 +143,7 @@ BAD: list[tuple[bytes, str]] = [
     (b'{"query": "q", "documents": ["a"], "instruction": 1}', "instruction: must be"),
     (b'{"query": "q", "documents": ["a"], "x": NaN}', "NaN is not JSON"),
     (b"[" * 100_000, "nested too deep"),
+    (b'{"query": "q", "documents": ["a"], "query": "r"}', "query: is in one JSON object twice"),
 ]
 
 

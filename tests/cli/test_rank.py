@@ -20,7 +20,7 @@ import pytest
 from rich.cells import cell_len
 
 from reranker import Scorer
-from tests.cli.command import COMMAND, cli, environment, in_process, stub, write_lines
+from tests.cli.command import COMMAND, cli, environment, in_process, run_process, stub, write_lines
 from tests.conftest import Server
 
 QUERY = "how to compress files"
@@ -150,6 +150,17 @@ def test_a_terminal_gets_a_coloured_table_with_right_widths(server: Server, tmp_
     assert starts == {15}
     assert any("…" in line and "压缩文件" in line for line in lines)
     assert any("line break [b]" in line for line in lines)
+
+
+def test_a_terminal_shows_a_sign_of_life_before_the_imports_and_a_pipe_nothing(tmp_path: Path) -> None:
+    leader, follower = pty.openpty()
+    words = [COMMAND[0], "-X", "importtime", *COMMAND[1:], "rank", "q", "d", "--top-k", "0"]
+    process = subprocess.Popen(words, cwd=tmp_path, env=environment(), stdin=subprocess.DEVNULL, stderr=follower)
+    os.close(follower)
+    shown = _read(leader)
+    assert process.wait(60) == 2
+    assert shown.index("loading...") < shown.index("rich.console")
+    assert run_process("rank", "q", "d", "--top-k", "0", cwd=tmp_path).stderr.startswith("error: ")
 
 
 def test_a_terminal_shows_at_once_what_is_loaded(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """deploy/kubernetes/: valid by Kubernetes' own schemas, and true of this service: ports, paths, names, times, user.
 
 The schemas come with the package kubernetes-validate, because kubectl wants a cluster even for a dry run on the client.
-The custom kinds (ScaledObject, ServiceMonitor, RayService) have no schema: the parts of Kubernetes' own kinds in them
-are checked by those, and the rest against the service. test_kubernetes_model.py tests the download of the model.
+The custom kinds (ScaledObject, ServiceMonitor, PrometheusRule, RayService) have no schema: the parts of Kubernetes' own
+kinds in them are checked by those, and the rest against the service. test_kubernetes_model.py tests the download.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 
 from config import Settings
+from deploy import monitoring
 from tests.conftest import FAKE, ROOT, Start
 from tests.deploy.test_compose import every
 from tests.http.test_monitoring import exported, tool  # noqa: F401
@@ -28,7 +29,7 @@ from tests.server.test_gunicorn_conf import _environment, conf  # noqa: F401
 
 DEPLOY = ROOT / "deploy"
 FOLDER = DEPLOY / "kubernetes"
-CUSTOM = {"ScaledObject", "ServiceMonitor", "RayService"}
+CUSTOM = {"ScaledObject", "ServiceMonitor", "PrometheusRule", "RayService"}
 LIBRARIES = {"HF_ENDPOINT", "HF_HUB_OFFLINE"}
 """Variables that are no settings but read by huggingface_hub."""
 
@@ -258,6 +259,19 @@ def query() -> str:
     [trigger] = one("ScaledObject")["spec"]["triggers"]
     text: str = trigger["metadata"]["query"]
     return text
+
+
+@pytest.mark.parametrize("name", monitoring.OBJECTS)
+def test_alerts_and_dashboard_are_those_of_compose(name: str) -> None:
+    """After a change of either: python -m deploy.monitoring"""
+    text = (FOLDER / name).read_text(encoding="utf-8")
+    assert text == monitoring.OBJECTS[name]()
+    it = yaml.safe_load(text)
+    if it["kind"] == "PrometheusRule":
+        assert it["spec"] == yaml.safe_load(monitoring.ALERTS.read_text())
+    else:
+        assert it["data"]["reranker.json"] == monitoring.DASHBOARD.read_text()
+        assert it["metadata"]["labels"]["grafana_dashboard"] == "1"
 
 
 def test_the_query_names_what_is_exported(exported: dict[str, set[str]]) -> None:  # noqa: F811

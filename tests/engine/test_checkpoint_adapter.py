@@ -126,6 +126,9 @@ REFUSED_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "true rank": ({"r": True}, "r=True"),
     "no alpha": ({"lora_alpha": None}, "lora_alpha=None"),
     "text alpha": ({"lora_alpha": "16"}, "lora_alpha=16"),
+    "zero alpha": ({"lora_alpha": 0}, "lora_alpha=0: .* with 0 nothing is merged"),
+    "huge alpha": ({"lora_alpha": 10**400}, "lora_alpha=1000"),
+    "text for a boolean": ({"use_rslora": "false"}, "use_rslora='false'"),
     "revision": ({"revision": 1}, "revision"),
 }
 
@@ -143,6 +146,7 @@ def test_an_option_that_is_not_merged_is_refused_by_name(tmp_path: Path, tensors
     "options",
     [
         {"init_lora_weights": "gaussian"},
+        {"auto_mapping": "Qwen3ForCausalLM", "task_type": "CAUSAL_LM"},
         {"init_lora_weights": "eva", "eva_config": {"rho": 1.0}},
         {"layers_to_transform": [0], "layers_pattern": "layers", "exclude_modules": ["lm_head"]},
         {"lora_dtype": "float32", "lorap_lr_ratio": 16.0, "lorap_emb_lr": 1e-6},

@@ -285,6 +285,18 @@ def test_every_chunk_follows_the_line_before_the_document() -> None:
         prompt.encode(RerankRequest("q", [words], max_tokens_per_doc=2, truncate=False))
 
 
+def test_a_query_after_the_document_is_tokenised_once() -> None:
+    """Not once per document: a thousand short documents and a long query would take ten seconds."""
+    parts = ("<Document> ", Slot.DOCUMENT, "\n<Query> ", Slot.QUERY, " ??")
+    prompt = Prompt(TOKENIZER, Template(None, parts, None, TEMPLATE.control_tokens))
+    [frame] = prompt._frames.values()
+    assert (frame.tail, frame.suffix) == (("\n<Query>",), ((" ", Slot.QUERY, " ??"),))
+    for document in ("", "x\n", "a <", "?"):
+        encoded = prompt.encode(RerankRequest("why ?", [document]))
+        text = f"<Document> {document}\n<Query> why ? ??"
+        assert encoded.prefix + encoded.documents[0] == TOKENIZER.encode(text, add_special_tokens=False)
+
+
 def test_borders_of_chunks_partition_the_text() -> None:
     text = "one two three four five six seven"
     encoded = PROMPT.encode(RerankRequest("q", [text], max_tokens_per_doc=1, max_chunks_per_doc=99))

@@ -13,8 +13,8 @@ import pytest
 
 from reranker.errors import InputError
 from reranker.evaluate.collection import beir, read_texts
-from reranker.evaluate.gain import parse_measures
 from reranker.evaluate.judgements import read_grades, read_run
+from reranker.evaluate.measures import parse_measures
 from reranker.terminal import note
 from tests.cli.command import cli, stub
 
@@ -227,8 +227,8 @@ def test_a_mixed_collection_and_what_is_said_of_it(tmp_path: Path) -> None:
     folder(tmp_path, ",qid,docid,label\n0,1,12,1.0\n1,2,13,1.0\n2,2,99,1.0\n3,2,13,2.0\n")
     report, said = evaluated(tmp_path, 0, "--measures", "ndcg@10 MRR@10, recall@10 r@10")
     assert (report["queries"], report["documents"], report["without_candidates"]) == (2, 2, 0)
-    assert list(report["measures"]) == ["nDCG@10", "MRR@10", "R@10"]
-    assert report["measures"]["R@10"]["after"] == 0.75
+    assert list(report["systems"][0]["measures"]) == ["nDCG@10", "MRR@10", "R@10"]
+    assert report["systems"][1]["measures"]["R@10"]["mean"] == 0.75
     assert said.splitlines() == [
         "note: qrels/test.csv judges 1 document twice with another relevance; the last one counts",
         "note: the texts are 'query' of queries.csv",
@@ -252,7 +252,7 @@ def test_a_form_that_every_name_tells(tmp_path: Path) -> None:
 
 
 def test_ids_that_do_not_match_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr("reranker.evaluate.bm25.candidates")  # an index of millions of documents takes minutes
+    monkeypatch.delattr("reranker.evaluate.evaluation.candidates")  # an index of millions of documents takes minutes
     folder(tmp_path, "qid,docid,label\n1,doc12,1\n")
     said = evaluated(tmp_path, 2)[1]
     assert (

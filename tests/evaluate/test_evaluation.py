@@ -29,6 +29,7 @@ CORPUS = {
 }
 QUERIES = {"q1": "red fox jumps", "q2": "blue sea", "q3": "no candidates"}
 GRADES = {"q1": {"d3": 2, "d2": 1, "d0": 0}, "q2": {"e0": 1}, "q3": {"e1": 1}}
+RUN_FILE = "run.txt"
 RUN = {"q1": ["d0", "d1", "d2", "d3"], "q2": ["e1", "e0"]}
 
 
@@ -66,46 +67,74 @@ def test_trec_files_before_and_after(service: Server, tmp_path: Path) -> None:
     out = cli("evaluate", *trec(tmp_path), *files, "--url", url(service), cwd=tmp_path)
     report: dict[str, Any] = json.loads(out.stdout)
     assert (report["queries"], report["without_candidates"], report["documents"]) == (3, 1, 6)
-    measures = report["measures"]
+    first, fake = report["systems"]
+    means = {(s["name"], name): found["mean"] for s in (first, fake) for name, found in s["measures"].items()}
+    changes = {name: found["difference"] for name, found in fake["measures"].items()}
+    assert (report["data"], report["reference"], first["name"], fake["model"]) == (
+        "qrels.txt",
+        RUN_FILE,
+        RUN_FILE,
+        "fake",
+    )
+    name = fake["name"]
     # q1: relevance 0 0 1 2 before, 2 1 0 0 after; q2: 0 1, then 1 0; q3 has no candidates and counts as 0.
     before = [ndcg([0, 0, 1, 2], [2, 1]), ndcg([0, 1], [1]), 0.0]
-    assert measures["nDCG@10"]["before"] == pytest.approx(sum(before) / 3)
-    assert measures["nDCG@10"]["after"] == pytest.approx(2 / 3)
-    assert measures["MRR@10"]["before"] == pytest.approx((1 / 3 + 1 / 2) / 3)
-    assert measures["MRR@10"]["after"] == pytest.approx(2 / 3)
-    assert measures["R@10"] == {"before": 2 / 3, "after": 2 / 3, "gain": 0, "better": 0, "equal": 3, "worse": 0}
-    assert [measures["nDCG@10"][key] for key in ("better", "equal", "worse")] == [2, 1, 0]
+    assert means[RUN_FILE, "nDCG@10"] == pytest.approx(sum(before) / 3)
+    assert means[name, "nDCG@10"] == pytest.approx(2 / 3)
+    assert means[RUN_FILE, "MRR@10"] == pytest.approx((1 / 3 + 1 / 2) / 3)
+    assert means[name, "MRR@10"] == pytest.approx(2 / 3)
+    assert means[RUN_FILE, "R@10"] == means[name, "R@10"] == 2 / 3
+    assert changes["R@10"] == {"mean": 0, "low": 0, "high": 0, "p": 1, "better": 0, "equal": 3, "worse": 0}
+    ndcg10 = changes["nDCG@10"]
+    assert [ndcg10[key] for key in ("better", "equal", "worse")] == [2, 1, 0]
+    # Of three queries: the lowest mean of a resample is that of three times q3, and 8 choices of signs exist, of which
+    # those of q3 change nothing: 2 of 4 are as far from 0 as the observed one.
+    assert (ndcg10["low"], ndcg10["p"]) == (0, 0.5)
+    assert ndcg10["mean"] == pytest.approx(2 / 3 - sum(before) / 3)
     with open(tmp_path / "by.csv", encoding="utf-8") as file:
         rows = {row["query"]: row for row in csv.DictReader(file)}
-    assert [float(rows[q]["nDCG@10 before"]) for q in QUERIES] == pytest.approx(before, abs=1e-6)
-    assert [float(rows[q]["MRR@10 after"]) for q in QUERIES] == [1, 1, 0]
+    assert [float(rows[q][f"nDCG@10 {RUN_FILE}"]) for q in QUERIES] == pytest.approx(before, abs=1e-6)
+    assert [float(rows[q][f"MRR@10 {name}"]) for q in QUERIES] == [1, 1, 0]
     assert (tmp_path / "gain.png").read_bytes().startswith(b"\x89PNG")
-    order = [line.split()[:4] for line in (tmp_path / "new.txt").read_text().splitlines()]
-    assert order == [
-        [q, "Q0", d, str(i + 1)]
-        for q, found in (("q1", ["d3", "d2", "d1", "d0"]), ("q2", ["e0", "e1"]))
-        for i, d in enumerate(found)
+    lines = [line.split() for line in (tmp_path / "new.txt").read_text().splitlines()]
+    found = (("q1", ["d3", "d2", "d1", "d0"], [3, 2, 1, 0]), ("q2", ["e0", "e1"], [2, 0]))
+    assert [line[:4] for line in lines] == [
+        [q, "Q0", d, str(i + 1)] for q, documents, _ in found for i, d in enumerate(documents)
     ]
+    # The scores are the model's: the sigmoid of the shared words.
+    expected = [1 / (1 + math.exp(-words)) for _, _, shared in found for words in shared]
+    assert [float(line[4]) for line in lines] == pytest.approx(expected, abs=1e-6)
+    assert {line[5] for line in lines} == {"_".join([*name.split(), "qrels.txt"])}
+    examples = report["examples"]
+    assert [(e["query"], e["text"], e["reference_top"], e["top"]) for e in examples] == [
+        ("q1", "red fox jumps", ["d0", "nothing here"], ["d3", "red fox jumps"]),
+        ("q2", "blue sea", ["e1", "sand"], ["e0", "blue sea"]),
+    ]
+    assert [e["change"] for e in examples] == pytest.approx([1 - before[0], 1 - before[1]])
 
 
 def test_a_recall_that_reranking_can_change(service: Server, tmp_path: Path) -> None:
     args = [*trec(tmp_path), "--candidates", "3", "--measures", "R@1, R@2"]
-    measures = json.loads(cli("evaluate", *args, "--url", url(service), cwd=tmp_path).stdout)["measures"]
+    report = json.loads(cli("evaluate", *args, "--url", url(service), cwd=tmp_path).stdout)
+    first, fake = (system["measures"] for system in report["systems"])
     # Three candidates of q1 leave d3 out: of its two relevant documents d2 is found, third before and first after.
-    assert (measures["R@1"]["before"], measures["R@1"]["after"]) == pytest.approx((0, (0.5 + 1) / 3))
-    assert (measures["R@2"]["before"], measures["R@2"]["after"]) == pytest.approx((1 / 3, (0.5 + 1) / 3))
+    assert (first["R@1"]["mean"], fake["R@1"]["mean"]) == pytest.approx((0, (0.5 + 1) / 3))
+    assert (first["R@2"]["mean"], fake["R@2"]["mean"]) == pytest.approx((1 / 3, (0.5 + 1) / 3))
 
 
 def test_a_beir_folder_with_bm25(service: Server, tmp_path: Path) -> None:
     beir(tmp_path)
     args = ("--beir", ".", "--output", "table", "--url", url(service))
     out = cli("evaluate", *args, cwd=tmp_path).stdout.splitlines()
-    assert out[0].split() == ["measure", "before", "after", "gain", "better", "equal", "worse"]
+    columns = ["mean", "difference", "95", "%", "interval", "p", "better", "equal", "worse"]
+    assert out[0].split() == ["nDCG@10", *columns]
     # BM25 puts d3 and e0 first already, and finds nothing for q3.
-    assert out[1].split() == ["nDCG@10", "0.6667", "0.6667", "+0.0000", "0", "3", "0"]
-    assert out[2].split()[:3] == ["MRR@10", "0.6667", "0.6667"]
+    assert out[1].split() == ["bm25", "0.6667", "reference"]
+    assert out[2].split()[2:] == ["0.6667", "+0.0000", "[+0.0000,", "+0.0000]", "1.0000", "0", "3", "0"]
+    assert out[4].split() == ["MRR@10", *columns]
     # d1, d2, d3 share a word with q1, e0 with q2; documents without a shared word are no candidates.
-    assert "3 queries (1 without candidates), 4 documents, first stage bm25" in out[-1]
+    data = f"data {tmp_path.name}/test: 3 queries (1 without candidates), 4 documents, first stage bm25"
+    assert data in out
 
 
 @pytest.mark.parametrize(
@@ -218,4 +247,5 @@ def test_queries_without_a_relevant_document_are_said(
 def test_chinese_is_cut_into_characters_and_pairs() -> None:
     assert words("GPU 压缩文件, x_1") == ["gpu", "压", "缩", "文", "件", "压缩", "缩文", "文件", "x_1"]
     corpus = {"a": "如何压缩文件", "b": "猫是一种动物", "c": "文学"}
-    assert candidates(corpus, {"q": "压缩文件"}, 10) == {"q": ["a", "c"]}
+    ranking = candidates(corpus, {"q": "压缩文件"}, 10)
+    assert {query: list(found) for query, found in ranking.items()} == {"q": ["a", "c"]}

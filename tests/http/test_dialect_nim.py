@@ -31,9 +31,10 @@ def test_logits_best_first(fake_server: Server) -> None:
 
 def test_truncate_is_honoured(short: Server) -> None:
     for more in ({"passages": [{"text": "a"}, {"text": LONG}]}, {"query": {"text": LONG}}):
-        truncated = post(short, truncate="END", **more)
-        assert truncated.status_code == 200
-        assert truncated.headers["x-truncated-documents"] == ("1" if "passages" in more else "0")
+        for truncate in ("END", True):  # true: as the error of "NONE" advises
+            truncated = post(short, truncate=truncate, **more)
+            assert truncated.status_code == 200
+            assert truncated.headers["x-truncated-documents"] == ("1" if "passages" in more else "0")
         refused = post(short, truncate="NONE", **more)
         assert refused.status_code == 422
         if "passages" in more:
@@ -56,7 +57,7 @@ def test_truncate_is_honoured(short: Server) -> None:
         ({"query": {"text": " "}}, "query.text: must not be empty"),
         ({"query": 5}, "query: must be a string"),
         ({"truncate": "START"}, 'truncate: must be "END" or "NONE"'),
-        ({"truncate": True}, 'truncate: must be "END" or "NONE"'),
+        ({"truncate": 1}, 'truncate: must be "END" or "NONE"'),
     ],
 )
 def test_errors_have_nims_names(fake_server: Server, more: dict[str, Any], detail: str) -> None:
@@ -67,6 +68,7 @@ def test_errors_have_nims_names(fake_server: Server, more: dict[str, Any], detai
 
 def test_unread_fields_are_reported(fake_server: Server) -> None:
     passages = [{"text": "a", "image": "data:"}]
-    response = post(fake_server, query={"text": "q", "image": "data:"}, passages=passages, raw_scores=False, topk=1)
-    assert response.headers["x-ignored-fields"] == "topk, passages.image, raw_scores, query.image"
+    query = {"image": "data:", "a b": 1, "text": "q", "id": None}
+    response = post(fake_server, query=query, passages=passages, raw_scores=False, topk=1)
+    assert response.headers["x-ignored-fields"] == "topk, passages.image, raw_scores, query.image, query.a_b"
     assert "did you mean top_k?" in response.headers["x-warnings"]

@@ -10,6 +10,7 @@ import pytest
 from reranker.engine.scores import sigmoid
 from reranker.request.pairs import SHAPES
 from tests.conftest import FAKE, Server, Start
+from tests.faults.traffic import until
 
 PATHS = ("/score", "/v1/score")
 QUERIES = ["red fish", "a bird", "red fish"]
@@ -64,6 +65,7 @@ def test_logits_on_request(fake_server: Server) -> None:
         ({}, "queries: is required"),
         ({"query": "q", "documents": ["a"]}, 'queries: is required; "query" is not read, did you mean queries?'),
         ({"queries": "q"}, "documents: is required"),
+        ({"queries": "q", "texts": ["a"]}, 'documents: is required; "texts" is not read, did you mean documents?'),
         ({"queries": "q", "docs": ["a"]}, 'documents: is required; "docs" is not read, did you mean documents?'),
         ({"text_1": "q", "text_2": None}, "text_2: is required"),
         ({"data_2": ["q"]}, "data_1: is required"),
@@ -97,6 +99,18 @@ def test_a_document_that_may_not_be_truncated_is_named_as_in_the_request(short: 
         response = post(short, text_1=queries, text_2=["a", "b", long], truncate=False)
         assert response.status_code == 422
         assert response.json()["detail"].startswith("text_2[2]: longer than the ")
+
+
+def test_a_query_that_leaves_no_room_is_named_as_in_the_request(short: Server) -> None:
+    long = " ".join(f"word{i} of a long story" for i in range(60))
+    for queries, start in (
+        (["files", "files", long], "text_1[2]: the query and instruction leave no room"),
+        ([long] * 3, "the query and instruction leave no room"),
+        (long, "the query and instruction leave no room"),
+    ):
+        response = post(short, text_1=queries, text_2=["a", "b", "c"])
+        assert response.status_code == 422
+        assert response.json()["detail"].startswith(start)
 
 
 def test_unread_fields_are_reported_and_vllms_defaults_are_not(fake_server: Server) -> None:
@@ -140,6 +154,7 @@ def test_a_pair_scores_as_its_documents_in_a_rerank_request(server: Server, quer
 def test_one_line_in_the_log_and_one_request_in_the_metrics(start: Start) -> None:
     server = start(command=FAKE)
     post(server, "/v1/score", queries=QUERIES, documents=DOCUMENTS)
+    until(lambda: "/score" in server.log, "the access line of the request")  # written after the response
     lines = [line for line in server.log.splitlines() if "/score" in line]
     assert len(lines) == 1
     assert "POST /v1/score 200" in lines[0]
@@ -147,3 +162,4 @@ def test_one_line_in_the_log_and_one_request_in_the_metrics(start: Start) -> Non
     metrics = server.client.get("/metrics").text
     assert 'reranker_requests_total{route="/v1/score",status="200"} 1.0' in metrics
     assert "reranker_prompt_tokens_total 36.0" in metrics
+    assert "reranker_queue_wait_seconds_count 1.0" in metrics

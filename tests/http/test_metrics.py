@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -16,6 +17,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +36,8 @@ from reranker import errors
 from reranker.engine.scorer import Scorer
 from reranker.http.access import AccessLog
 from reranker.http.callers import MAX_NAMES, NONE, UNNAMED
-from reranker.http.metrics import _FILES, OTHER, TABLE, Metrics
+from reranker.http.metric_files import SIZES
+from reranker.http.metrics import OTHER, TABLE, Metrics
 from reranker.http.state import context_of, service_of
 from reranker.scheduler.batcher import Batcher
 from reranker.types import RerankRequest
@@ -45,6 +49,15 @@ from tests.test_imports import imports, top
 FAKE = [*GUNICORN[:-1], "tests.fake_app:app"]
 UVICORN = [str(Path(sys.executable).with_name("uvicorn")), "tests.fake_app:app", "--port", "{port}"]
 TOKEN = "tok-en"
+LABELS = {
+    "model": "fake",
+    "device": "cpu",
+    "precision": "float32",
+    "version": "0.1.0",
+    "family": "Qwen3",
+    "score": "logit(yes) - logit(no)",
+}
+"""Of reranker_model_info."""
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
@@ -180,9 +193,18 @@ def test_a_known_set_of_requests_is_counted_exactly(server: Server) -> None:
     assert value(now, "reranker_queue_tokens") == 0
     assert value(now, "reranker_batch_token_budget") == 1000
     workers = value(now, "reranker_ready_workers")
-    labels = {"model": "fake", "device": "cpu", "precision": "float32", "version": "0.1.0"}
-    assert value(now, "reranker_model_info", **labels) == workers
+    assert value(now, "reranker_model_info", **LABELS) == workers
     assert value(now, "reranker_device_memory_bytes") == workers * (1 << 20)
+    assert value(now, "reranker_workers") == workers
+    assert value(now, "reranker_worker_restarts_total") == 0
+    assert value(now, "reranker_demo_model_workers") == 0
+    assert rise(now, "reranker_documents_total") == documents
+    # Passes of 0.1 s with 11 tokens are not half full, so the speed is unknown.
+    assert value(now, "reranker_queue_limit_tokens") == workers * Settings().max_queue_tokens
+    versions = {"version": "0.1.0", "torch": metadata.version("torch"), "python": platform.python_version()}
+    assert value(now, "reranker_build_info", **versions) == 1
+    started = min(psutil.Process(child.pid).create_time() for child in psutil.Process(server.process.pid).children())
+    assert started <= value(now, "reranker_start_time_seconds") <= time.time()
 
 
 def test_every_request_is_counted_for_its_caller(server: Server) -> None:
@@ -297,6 +319,8 @@ def test_killed_workers_lose_no_counts_and_leave_no_gauges(start: Start) -> None
         assert value(found, "reranker_queue_tokens") == 0
         assert value(found, name, **labels) == 8
         assert value(found, "reranker_batch_documents_sum") == 16
+        assert value(found, "reranker_workers") == 2
+        assert value(found, "reranker_worker_restarts_total") == len(booted)
     assert {file.name for file in folder.iterdir()} == files, "no files of the dead"
     call(server, "/v1/rerank", json=body())
     once(server, lambda s: value(s, name, **labels) == 9)
@@ -327,15 +351,22 @@ def test_a_reload_keeps_the_counts(start: Start) -> None:
     once(server, lambda s: value(s, "reranker_ready_workers") == 2)
     for _ in range(4):
         assert call(server, "/v1/rerank", json=body()).status_code == 200
-    about = {"device": "cpu", "model": "fake", "precision": "float32", "version": "0.1.0"}
     for generation in (2, 3):  # old and new workers overlap
         server.process.send_signal(signal.SIGHUP)
         deadline = time.monotonic() + 300
         while len(re.findall("ready after", server.log)) < 2 * generation and time.monotonic() < deadline:
             time.sleep(0.05)
-        found = once(server, lambda s: value(s, "reranker_model_info", **about) == 2)  # the old ones have ended
+        found = once(server, lambda s: value(s, "reranker_model_info", **LABELS) == 2)  # the old ones have ended
         assert value(found, "reranker_ready_workers") == 2
         assert value(found, "reranker_requests_total", route="/v1/rerank", status="200") == 4
+    for sent, wanted in ((signal.SIGTTIN, 3.0), (signal.SIGTTOU, 2.0)):
+        server.process.send_signal(sent)
+        found = once(server, partial(has_workers, wanted))
+        assert value(found, "reranker_worker_restarts_total") == 0, "nothing has ended unasked"
+
+
+def has_workers(count: float, found: Samples) -> bool:
+    return value(found, "reranker_workers") == value(found, "reranker_ready_workers") == count
 
 
 def folders(server: Server) -> list[Path]:
@@ -464,7 +495,7 @@ def test_all_that_can_be_counted_fits_into_the_space_that_was_taken(
         for status in statuses | {200, 404, 405, 499}:
             metrics.caller_served(caller, status, 1)
     metrics.loaded(FakeScorer().info, 1)
-    assert {f.name: f.stat().st_size for f in tmp_path.iterdir()} == {f"{n}_7.db": size for n, size in _FILES.items()}
+    assert {f.name: f.stat().st_size for f in tmp_path.iterdir()} == {f"{n}_7.db": size for n, size in SIZES.items()}
     assert b'reranker_requests_total{route="/v1/rerank/long",status="499"} 1.0' in metrics.render("")[0]
 
 

@@ -44,6 +44,11 @@ def expressions() -> list[tuple[str, str]]:
     return [(panel["title"], target["expr"]) for panel in DASHBOARD["panels"] for target in panel["targets"]]
 
 
+def marks() -> list[tuple[str, str]]:
+    """Return (name, expression) of every annotation."""
+    return [(one["name"], one["expr"]) for one in DASHBOARD["annotations"]["list"]]
+
+
 def compose(file: str) -> dict[str, Any]:
     result: dict[str, Any] = yaml.safe_load((ROOT / file).read_text())
     return result
@@ -66,7 +71,7 @@ def exported() -> Iterator[dict[str, set[str]]]:
 
 
 def test_alerts_and_dashboard_use_only_what_is_exported(exported: dict[str, set[str]]) -> None:
-    used = {name for _, text in expressions() for name in re.findall(r"reranker_\w+", text)}
+    used = {name for _, text in expressions() + marks() for name in re.findall(r"reranker_\w+", text)}
     used |= {name for rule in rules() for name in re.findall(r"reranker_\w+", rule["expr"])}
     assert used <= set(exported)
     assert len(used) > 15
@@ -78,7 +83,7 @@ def test_labels_and_their_values_exist(exported: dict[str, set[str]]) -> None:
     from reranker import errors
 
     kinds = {kind.error_type for kind in vars(errors).values() if hasattr(kind, "error_type")}
-    texts = [text for _, text in expressions()] + [rule["expr"] for rule in rules()]
+    texts = [text for _, text in expressions() + marks()] + [rule["expr"] for rule in rules()]
     for name, selector in [pair for text in texts for pair in re.findall(r"(reranker_\w+)\{([^}]*)\}", text)]:
         for label, value in re.findall(r"(\w+)=~?\"([^\"]*)\"", selector):
             assert label in exported[name] | {"instance"}, (name, label)
@@ -114,6 +119,18 @@ def test_the_dashboard_is_whole() -> None:
         taken |= cells
 
 
+def test_promtool_accepts_every_expression_of_the_dashboard(tmp_path: Path) -> None:
+    texts = [text for _, text in expressions() + marks()]
+    rules = [
+        {"record": f"panel:{i}", "expr": text.replace("$__rate_interval", "1m").replace("$instance", ".*")}
+        for i, text in enumerate(texts)
+    ]
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump({"groups": [{"name": "dashboard", "rules": rules}]}))
+    command = [tool("promtool"), "check", "rules", str(tmp_path / "rules.yml")]
+    checked = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
 def test_promtool_accepts_configuration_and_alerts(tmp_path: Path) -> None:
     promtool = tool("promtool")
     (tmp_path / "token").write_text("tok")
@@ -146,6 +163,16 @@ def test_promtool_accepts_the_configuration_for_ray(tmp_path: Path) -> None:
 
 SCENARIOS: dict[str, tuple[dict[str, str], str]] = {
     "RerankerDown": ({'up{job="reranker"}': "0x30"}, "5m"),
+    "RerankerAbsent": ({"another": "1x60"}, "7m"),
+    "RerankerWorkersLost": ({"reranker_workers": "2x60", "reranker_ready_workers": "1x60"}, "12m"),
+    "RerankerRestarts": ({"reranker_worker_restarts_total": "0x8 1x4 2x4 3x60"}, "10m"),
+    "RerankerUnauthorized": ({'reranker_errors_total{error_type="unauthorized"}': "0+30x60"}, "12m"),
+    "RerankerDemoModel": ({"reranker_demo_model_workers": "1x90"}, "17m"),
+    "RerankerSelfCheckFailed": ({"reranker_self_check_failed_workers": "1x60"}, "3m"),
+    "RerankerTruncates": (
+        {"reranker_truncated_documents_total": "0+30x300", "reranker_documents_total": "0+100x300"},
+        "45m",
+    ),
     "RerankerNotReady": ({"reranker_ready_workers": "0x60"}, "12m"),
     "RerankerScoresBroken": ({'reranker_errors_total{error_type="scoring_failed"}': "0x8 1x60"}, "5m"),
     "RerankerFails": (
@@ -180,16 +207,23 @@ SCENARIOS: dict[str, tuple[dict[str, str], str]] = {
     ),
 }
 QUIET = {
-    'up{job="reranker"}': "1x90",
-    "reranker_ready_workers": "2x90",
-    'reranker_errors_total{error_type="scoring_failed"}': "3x90",
-    'reranker_requests_total{route="/v1/rerank",status="200"}': "0+100x90",
-    'reranker_requests_total{route="/v1/rerank",status="422"}': "0+50x90",
-    'reranker_requests_total{route="/v1/rerank",status="499"}': "0+50x90",
-    'reranker_request_duration_seconds_bucket{route="/v1/rerank",le="0.1"}': "0+100x90",
-    'reranker_request_duration_seconds_bucket{route="/v1/rerank",le="+Inf"}': "0+100x90",
-    'reranker_queue_wait_seconds_bucket{le="0.1"}': "0+100x90",
-    'reranker_queue_wait_seconds_bucket{le="+Inf"}': "0+100x90",
+    'up{job="reranker"}': "1x300",
+    "reranker_workers": "2x300",
+    "reranker_ready_workers": "2x300",
+    "reranker_worker_restarts_total": "0x8 1x40 2x300",
+    "reranker_demo_model_workers": "0x300",
+    "reranker_self_check_failed_workers": "0x300",
+    'reranker_errors_total{error_type="unauthorized"}': "0+10x300",
+    "reranker_truncated_documents_total": "0+10x300",
+    "reranker_documents_total": "0+100x300",
+    'reranker_errors_total{error_type="scoring_failed"}': "3x300",
+    'reranker_requests_total{route="/v1/rerank",status="200"}': "0+100x300",
+    'reranker_requests_total{route="/v1/rerank",status="422"}': "0+50x300",
+    'reranker_requests_total{route="/v1/rerank",status="499"}': "0+50x300",
+    'reranker_request_duration_seconds_bucket{route="/v1/rerank",le="0.1"}': "0+100x300",
+    'reranker_request_duration_seconds_bucket{route="/v1/rerank",le="+Inf"}': "0+100x300",
+    'reranker_queue_wait_seconds_bucket{le="0.1"}': "0+100x300",
+    'reranker_queue_wait_seconds_bucket{le="+Inf"}': "0+100x300",
 }
 
 
@@ -201,6 +235,8 @@ def test_every_alert_fires_when_it_must_and_only_then(tmp_path: Path) -> None:
     def case(series: dict[str, str], at: str, firing: str | None) -> dict[str, Any]:
         # Compare the names of firing alerts, without labels and texts.
         found = [{"labels": f'{{alertname="{firing}"}}', "value": 1}] if firing else []
+        if firing != "RerankerAbsent":
+            series = {'up{job="reranker"}': "1x300"} | series
         query = 'count by (alertname) (ALERTS{alertstate="firing"})'
         return {
             "interval": "15s",
@@ -208,7 +244,7 @@ def test_every_alert_fires_when_it_must_and_only_then(tmp_path: Path) -> None:
             "promql_expr_test": [{"expr": query, "eval_time": at, "exp_samples": found}],
         }
 
-    cases = [case(series, at, name) for name, (series, at) in SCENARIOS.items()] + [case(QUIET, "20m", None)]
+    cases = [case(series, at, name) for name, (series, at) in SCENARIOS.items()] + [case(QUIET, "65m", None)]
     test = {"rule_files": [str(ALERTS)], "evaluation_interval": "15s", "tests": cases}
     (tmp_path / "test.yml").write_text(yaml.safe_dump(test))
     ran = subprocess.run(

@@ -21,6 +21,13 @@ def test_best_first_ties_by_index_cut_to_top_k(logits: list[float], top: int | N
     assert order(logits, top) == expected
 
 
+def test_equal_documents_have_equal_scores_and_the_order_of_the_request() -> None:
+    parsed = parse_request({"query": "q", "documents": ["a", "b", "a", {"text": "a"}], "raw_scores": True})
+    model = ModelInfo("m", "cpu", "float32", 8192, 1000)
+    ranking = Ranking.of(parsed, RerankResult([1.0, 1.5, 1.0000001, 1.0000002], 9, 0), model, "id")
+    assert ranking.best == [(1, 1.5), (0, 1.0), (2, 1.0), (3, 1.0)]
+
+
 @pytest.mark.parametrize(
     ("instruction", "reads", "said"), [("Find code", False, 1), ("Find code", True, 0), (None, False, 0)]
 )

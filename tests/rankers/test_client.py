@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import threading
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +12,7 @@ from reranker.errors import FailedError, InvalidRequestError
 from reranker.rankers.client import Client
 from reranker.rankers.ranker import Scored
 from reranker.types import RerankRequest
-from tests.cli.command import stub
+from tests.cli.command import cli, read_lines, stub, write_lines
 from tests.cli.test_rank import FAKE, url
 from tests.conftest import Start
 
@@ -60,3 +62,33 @@ def test_a_large_request_is_sent_in_parts_and_a_refused_one_spoils_no_other() ->
     refused, fine = (first, second) if isinstance(first, InvalidRequestError) else (second, first)
     assert str(refused) == "query: must not be empty"
     assert fine == Scored([0.5], 0)
+
+
+@pytest.mark.parametrize("count", [1, 6])
+def test_as_many_requests_are_in_flight_as_asked_for(count: int, tmp_path: Path) -> None:
+    """Each answer waits until `count` requests are there; one more at a time would be seen as well."""
+    together, lock, open_now, most = threading.Barrier(count), threading.Lock(), 0, 0
+    with stub() as service:
+        answer = service.answer
+
+        def wait(body: bytes, authorization: str | None) -> tuple[int, dict[str, str], bytes]:
+            nonlocal open_now, most
+            with lock:
+                open_now += 1
+                most = max(most, open_now)
+            together.wait(60)
+            with lock:
+                open_now -= 1
+                return answer(body, authorization)
+
+        service.answer = wait  # type: ignore[method-assign]
+        rows = [{"query": f"q{i}", "document": "d"} for i in range(2 * count)]
+        write_lines(tmp_path / "in.jsonl", rows)
+        cli("batch", "in.jsonl", "out.jsonl", "--url", service.url, "--concurrency", count, cwd=tmp_path)
+    assert most == count
+    assert len(read_lines(tmp_path / "out.jsonl")) == 2 * count
+
+
+def test_facts_name_the_model_of_the_service(start: Start) -> None:
+    server = start(command=[*FAKE])
+    assert Client(url(server)).facts == {"url": url(server), "model": "fake"}

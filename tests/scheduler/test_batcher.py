@@ -19,6 +19,7 @@ from reranker.errors import (
     ScoringError,
 )
 from reranker.scheduler import batcher as batcher_module
+from reranker.scheduler import passes as passes_module
 from reranker.scheduler.batcher import Batcher
 from reranker.scheduler.events import ForwardPass
 from reranker.types import Chunk, EncodedRequest, RerankRequest, RerankResult, Slice
@@ -238,7 +239,8 @@ class SlowDevice(FakeScorer):
 
 def test_nothing_is_accepted_that_cannot_be_answered_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     scorer = SlowDevice(max_batch_tokens=10 * (PREFIX + 2))
-    monkeypatch.setattr(batcher_module, "time", SimpleNamespace(monotonic=lambda: scorer.now))
+    for module in (batcher_module, passes_module):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: scorer.now))
 
     class Loop(asyncio.SelectorEventLoop):
         def time(self) -> float:

@@ -10,7 +10,6 @@ from reranker.scheduler.runs import in_turns, split
 @pytest.mark.parametrize(
     ("tokens", "runs"),
     [
-        ([], []),
         ([3], [(0, 1)]),
         ([11], [(0, 1)]),
         ([5, 5, 1], [(0, 2), (2, 3)]),
@@ -36,7 +35,7 @@ def test_two_runs_are_in_progress_and_an_error_ends_both() -> None:
 
     async def main() -> None:
         with pytest.raises(KeyError):
-            await in_turns((slice(i, i + 1) for i in range(6)), work)
+            await in_turns([slice(i, i + 1) for i in range(6)], work)
         await asyncio.sleep(0)
 
     asyncio.run(main())

@@ -173,3 +173,23 @@ def test_a_new_master_that_has_ended_is_no_fault(
     with caplog.at_level("INFO"):
         generation(os.getpid(), 1).report_ready()
     assert not caplog.messages, "no process gets a signal"
+
+
+def test_only_a_worker_in_place_of_one_that_ended_unasked_is_a_restart() -> None:
+    master = Master()
+    master.start(0, 2, None)
+
+    def fork(wanted: int, living: int) -> tuple[bool, int]:
+        master.before_fork(wanted, living)
+        return master.shared.replaces, master.shared.wanted_workers
+
+    assert [fork(2, 0), fork(2, 1)] == [(False, 2)] * 2  # the first boot
+    assert fork(2, 1) == (True, 2)  # one has died
+    assert [fork(2, 2), fork(2, 3)] == [(False, 2)] * 2  # SIGHUP: beside the old ones
+    assert fork(3, 2) == (False, 3)  # SIGTTIN
+    master.set_wanted(2)  # SIGTTOU, when the worker has ended
+    assert master.shared.wanted_workers == 2
+    assert fork(3, 2) == (False, 3)
+    assert fork(3, 2) == (True, 3)
+    master.close()
+    assert WorkerContext().wanted_workers == 1

@@ -93,7 +93,7 @@ def test_every_line_is_json_and_none_tells_a_text_or_a_token(start: Start, comma
     assert lost["path"].startswith("/nothing")
 
     [failed] = [line for line in found if "exception" in line]
-    assert failed["logger"] == "reranker.scheduler.batcher"
+    assert failed["logger"] == "reranker.scheduler.passes"
     assert failed["exception"].startswith("Traceback (most recent call last):\n")
     assert failed["exception"].endswith("RuntimeError: a kernel failed")
 
@@ -137,10 +137,13 @@ def test_text_and_json_tell_the_same_facts(start: Start) -> None:
         log,
         re.M,
     )
-    assert re.search(r"^GET /nothing 404 \d+\.\d ms id=text-2 error_type=not_found$", log, re.M)
+    missing = 'detail="there is no such path; see /docs for all paths"'
+    assert re.search(rf"^GET /nothing 404 \d+\.\d ms id=text-2 error_type=not_found {missing}$", log, re.M)
     assert re.search(r"^POST /v1/rerank 200 \d+\.\d ms id=named-0 caller=crawler documents=1 tokens=11 ", log, re.M)
     assert re.search(r"^POST /v1/rerank 200 \d+\.\d ms id=named-1 caller=crawler documents=1 tokens=11 ", log, re.M)
-    assert re.search(r"^POST /v1/rerank 401 \d+\.\d ms id=named-2 error_type=unauthorized$", log, re.M)
+    assert re.search(
+        r'^POST /v1/rerank 401 \d+\.\d ms id=named-2 error_type=unauthorized detail="the token is wrong; ', log, re.M
+    )
     assert "access tokens: 2; with a name: 1 (crawler)\n" in log
     assert CRAWLER not in log
     assert TOKEN not in log

@@ -91,7 +91,12 @@ def test_every_response_after_the_port_is_closed_tells_that_the_connection_close
         service, siblings = service_of(app), Leaving(str(tmp_path), 0)
         config = Config(app, ws="none", log_config=None)
         config.http = partial(  # type: ignore[assignment]  # as the worker does
-            HttpProtocol, pool=ConnectionPool(9), metrics=service.metrics, io_timeout=20.0, siblings=siblings
+            HttpProtocol,
+            pool=ConnectionPool(9),
+            metrics=service.metrics,
+            address=service.client_address,
+            io_timeout=20.0,
+            siblings=siblings,
         )
         server = DrainingServer(config, service, siblings, workers=2)
         listener = socket.create_server(("127.0.0.1", 0))

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from reranker.engine.checkpoint.files import AGAIN, read_json, refuse_if, refuse_pointer
-from reranker.engine.checkpoint.weights import FLOATS, SCORE_HEAD, Stored, opened, read_header
+from reranker.engine.checkpoint.tensors import FLOATS, Stored, opened, read_header
+from reranker.engine.checkpoint.weights import SCORE_HEAD
 from reranker.errors import ModelLoadError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -39,6 +40,7 @@ _WITHOUT_EFFECT = frozenset(
 )
 _UNCHANGED_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 """Initialisations that leave the base's weights as they are; pissa, olora, loftq and others train on changed ones."""
+_MAX_ALPHA = torch.finfo(torch.float32).max
 
 
 class Pair(NamedTuple):
@@ -201,16 +203,19 @@ def _check_options(file: Path, settings: dict[str, Any]) -> None:
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
     whole = isinstance(rank, int) and not isinstance(rank, bool) and rank > 0
     refuse_if(not whole, f"{file} has r={str(rank)[:40]}: it must be an integer above 0")
-    number = isinstance(alpha, int | float) and not isinstance(alpha, bool) and math.isfinite(alpha)
-    refuse_if(not number, f"{file} has lora_alpha={str(alpha)[:40]}: it must be a number")
+    number = isinstance(alpha, int | float) and not isinstance(alpha, bool) and 0 < abs(alpha) < _MAX_ALPHA
+    refuse_if(not number, f"{file} has lora_alpha={str(alpha)[:40]}: it must be a number, and with 0 nothing is merged")
+    root = settings.get("use_rslora")
+    refuse_if(root not in (True, False, None), f"{file} has use_rslora={str(root)[:40]!r}: it must be true or false")
     revision = settings.get("revision")
     refuse_if(not isinstance(revision, str | None), f"{file} has a revision that is not a text: {AGAIN}")
 
 
 def _task(settings: dict[str, Any]) -> str | None:
     task = settings.get("task_type")
-    trained = str((settings.get("auto_mapping") or {}).get("base_model_class"))
-    return SEQ_CLS if task is None and trained.endswith(_CLASSIFIER) else task
+    trained = settings.get("auto_mapping")
+    name = str(trained.get("base_model_class")) if isinstance(trained, dict) else ""
+    return SEQ_CLS if task is None and name.endswith(_CLASSIFIER) else task
 
 
 def _header(file: Path) -> dict[str, Stored]:

@@ -13,16 +13,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from reranker.engine.checkpoint.files import AGAIN, UNQUANTIZED, refuse_if
+from reranker.engine.checkpoint.tensors import Stored
 from reranker.errors import ModelLoadError
-
-if TYPE_CHECKING:
-    from reranker.engine.checkpoint.weights import Stored
 
 VALUES = {"I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn}
 """Types of quantised weights in safetensors' notation."""

@@ -105,7 +105,7 @@ class CausalFamily(Family):
     def head(self, weights: Weights) -> Head:
         """See `Family.head`: the softmax over two logits is the sigmoid of their difference."""
         if self.answers is None:
-            rows, name = weights.tensor(SCORE_HEAD).float(), "score head"
+            rows, name = weights.tensor(SCORE_HEAD).to(torch.float32, copy=True), "score head"
         else:
             tokens = [token for token in self.answers if token is not None]
             rows = weights.tensor(HEAD)[tokens].float()

@@ -185,10 +185,8 @@ class _Loader:
     def parameter(self, dtype: torch.dtype, *parts: Tensor) -> nn.Parameter:
         """Copy tensors, one below the other, into new memory of the device, which needs no other for it.
 
-        A single one that is what it should be already, on a CPU, stays a view of its file: processes share its memory.
+        On a CPU too: through a view, a file that is overwritten in place would become a part of the loaded model.
         """
-        if len(parts) == 1 and parts[0].dtype is dtype and parts[0].device == self.device:
-            return nn.Parameter(parts[0], requires_grad=False)
         joined = torch.empty(sum(map(len, parts)), *parts[0].shape[1:], dtype=dtype, device=self.device)
         for place, part in zip(joined.split([len(part) for part in parts]), parts, strict=True):
             place.copy_(part)

@@ -7,6 +7,7 @@ reads `usage.total_tokens`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 from pydantic import BaseModel, Field
@@ -19,10 +20,11 @@ from reranker.request.fields import DOCUMENT, FIELDS, refuse
 from reranker.request.names import parse_as
 from reranker.request.parse import ParsedRequest
 from reranker.request.schema import RANK_FIELDS, no_zero, options
-from reranker.request.unread import missing_hint
+from reranker.request.unread import MAX_NAMES, missing_hint, token
 
 _NAMES = {"documents": "passages"}
-_TRUNCATE = {"END": True, "NONE": False}
+_TRUNCATE: dict[object, bool] = {"END": True, "NONE": False, True: True, False: False}
+"""Errors about texts that do not fit advise the values of the other routes, so they are valid too."""
 _NOT_READ = ("documents", "texts", "raw_scores", "use_activation")
 """Fields of a rerank request without a meaning here: the documents are `passages`, the scores logits."""
 
@@ -67,12 +69,12 @@ def parse(body: Mapping[str, Any], *, max_documents: int | None = None) -> Parse
     if isinstance(query, dict):
         if not isinstance(query.get("text"), str):
             refuse("query.text", "must be a string", query.get("text"))
-        if query.get("image") is not None:
-            unread["query.image"] = "query.image is not read"
+        for name in islice((name for name, value in query.items() if name != "text" and value is not None), MAX_NAMES):
+            unread[f"query.{token(name)}"] = f"query.{token(name)} is not read"
         common["query"], names = query["text"], _NAMES | {"query": "query.text"}
     truncate = body.get("truncate")
     if truncate not in (None, ""):
-        if not isinstance(truncate, str) or truncate not in _TRUNCATE:
+        if not isinstance(truncate, (bool, str)) or truncate not in _TRUNCATE:
             raise InvalidRequestError('truncate: must be "END" or "NONE"')
         common["truncate"] = _TRUNCATE[truncate]
     return parse_as(names, common, unread, max_documents=max_documents)
@@ -95,8 +97,8 @@ SCHEMA: dict[str, Any] = {
         "passages": {"type": "array", "minItems": 1, "items": FIELDS["documents"].schema["items"]},
         "truncate": {
             "enum": [*_TRUNCATE, "", None],
-            "description": "END: what does not fit is truncated. NONE: it is an error. null: passages are truncated, a "
-            "query that leaves no room for them is an error",
+            "description": "END or true: what does not fit is truncated. NONE or false: it is an error. null: passages "
+            "are truncated, a query that leaves no room for them is an error",
         },
     },
     "allOf": [no_zero(), {"if": RANK_FIELDS, "else": {"properties": {"passages": {"items": DOCUMENT}}}}],

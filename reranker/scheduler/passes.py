@@ -1,0 +1,178 @@
+"""The batch loop: forward passes over the queue, one after another, each shared by all pending jobs.
+
+There is no wait window: a batch is all that is pending when the device becomes idle. During a pass, the next batch
+gathers; once it is full and half of the pass is over, it is packed in another thread. The event loop never computes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from itertools import islice
+from typing import Any
+
+from reranker.errors import DeviceLostError, RerankError, ScoringError
+from reranker.scheduler.compute import ComputeThread, ScorerLike, catch_panics
+from reranker.scheduler.events import ForwardPass, Observer
+from reranker.scheduler.queue import Admission, Batch, Job
+from reranker.types import EncodedRequest
+
+logger = logging.getLogger(__name__)
+
+
+class Passes:
+    """Scores jobs in one event loop.
+
+    Args:
+        admission: owns the queue, and is told the speed of full passes.
+        compute: the thread of the device.
+        observer: receives the events of the queue and of the passes.
+        on_lost: called with the error when the device is lost.
+        request_timeout: seconds of a request, for the limit of the queue that the observer gets.
+    """
+
+    def __init__(
+        self,
+        admission: Admission,
+        compute: ComputeThread,
+        observer: Observer,
+        on_lost: Callable[[Exception], None],
+        request_timeout: float,
+    ) -> None:
+        self._admission, self._queue = admission, admission.queue
+        self._compute = compute
+        self._observer = observer
+        self._on_lost = on_lost
+        self._request_timeout = request_timeout
+        self._jobs: set[Job] = set()  # unresolved: in the queue, in a batch, or in parts of both
+        self._packer = ThreadPoolExecutor(1, thread_name_prefix="packer")  # tokenising must not delay it
+        self._changed = asyncio.Event()  # set by a new job and at the end of a pass
+        self._half_over = math.nan  # when half of the running pass will be over; NaN if the speed is unknown
+
+    async def score(self, requests: Sequence[EncodedRequest], counted: bool) -> list[Job]:
+        """Queue the requests of one client and wait until all are scored.
+
+        An error of one, or a cancellation, drops the pending documents of all.
+
+        Args:
+            requests: at least one.
+            counted: whether the observer is told how long the first one waited.
+        """
+        now, loop = time.monotonic(), asyncio.get_running_loop()
+        jobs = [Job(request, loop.create_future(), now, counted and not i) for i, request in enumerate(requests)]
+        self._jobs.update(jobs)
+        for job in jobs:
+            self._queue.put(job)
+        self._observer.queue_changed(self._queue.tokens)
+        self._changed.set()
+        try:
+            await (jobs[0].done if len(jobs) == 1 else asyncio.gather(*(job.done for job in jobs)))
+        except BaseException:
+            for job in jobs:
+                job.done.cancel()
+            self._drop_finished()
+            raise
+        finally:
+            self._jobs.difference_update(jobs)
+        return jobs
+
+    def fail_all(self, error: Exception) -> None:
+        """Fail every job that is not scored."""
+        for job in self._jobs:
+            job.fail(error)
+        self._drop_finished()
+
+    def close(self) -> None:
+        """Start no further work."""
+        self._packer.shutdown(wait=False, cancel_futures=True)
+
+    def _drop_finished(self) -> None:
+        self._queue.drop_finished()
+        self._observer.queue_changed(self._queue.tokens)
+
+    async def run(self, scorer: ScorerLike) -> None:
+        """Gather, take, pack, score, forever; at most one batch ahead of the device."""
+        running: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        running.set_result(None)
+        while True:
+            await self._gather(scorer, running)
+            batch = self._queue.take(scorer.max_batch_tokens, scorer.max_batch_documents)
+            self._observer.queue_changed(self._queue.tokens)
+            if not batch:
+                continue
+            packed = None  # without a running pass the compute thread packs, which saves a thread switch
+            if not running.done():
+                slices, pack = [part for _, part in batch], catch_panics(scorer.pack)
+                with suppress(Exception):  # the compute thread will raise it again
+                    packed = await asyncio.get_running_loop().run_in_executor(self._packer, pack, slices)
+            await running
+            if all(job.done.done() for job, _ in batch):  # all clients disconnected while it was packed
+                continue
+            tokens = sum(part.tokens for _, part in batch)
+            self._half_over = time.monotonic() + tokens / self._admission.tokens_per_second / 2
+            running = asyncio.create_task(self._score_batch(scorer, batch, packed))
+            running.add_done_callback(lambda _: self._changed.set())
+
+    async def _gather(self, scorer: ScorerLike, running: asyncio.Future[None]) -> None:
+        """Wait until the device is idle and a job is pending, or a full batch is and half of the running pass is over.
+
+        Half: a small request that arrives before gets into the next pass, and there is time to pack.
+        """
+        while not (running.done() and len(self._queue)):
+            if running.done():
+                running.result()  # raises the error of the last pass even though no job is pending
+            full = self._queue.tokens >= scorer.max_batch_tokens
+            remaining = self._half_over - time.monotonic()
+            if full and not remaining > 0:  # true also for NaN
+                return
+            self._changed.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(remaining if full else None):
+                    await self._changed.wait()
+
+    async def _score_batch(self, scorer: ScorerLike, batch: Batch, packed: Any) -> None:
+        """Score a batch. After an error its requests are scored one by one, and only the one that causes it fails."""
+        start = time.monotonic()
+        budget = scorer.max_batch_tokens  # lower after a pass that ran out of memory
+        for job, _ in batch:
+            if math.isnan(job.started_at):
+                job.started_at = start
+                if job.counted:
+                    self._observer.request_started(start - job.queued_at)
+        try:
+            logits = await self._compute.score(scorer, [part for _, part in batch], packed)
+        except DeviceLostError as error:
+            self._on_lost(error)
+        except Exception as error:  # of any kind: the loop must not end
+            logger.exception("a batch of %d request(s) failed", len(batch))
+            await self._isolate(scorer, batch, error)
+        else:
+            rest = iter(logits)
+            for job, part in batch:
+                job.fill(part, list(islice(rest, part.stop - part.start)))
+            self._report(scorer, batch, budget, time.monotonic() - start)
+
+    async def _isolate(self, scorer: ScorerLike, batch: Batch, error: Exception) -> None:
+        """Fail the only request of a failed batch, or score each unresolved one in its own batch."""
+        if len(batch) == 1:
+            known = isinstance(error, RerankError)
+            batch[0][0].fail(error if known else ScoringError("scoring failed; the operator's log has the cause"))
+            return
+        for job, part in batch:
+            if not job.done.done():
+                await self._score_batch(scorer, [(job, part)], None)
+
+    def _report(self, scorer: ScorerLike, batch: Batch, budget: int, seconds: float) -> None:
+        """Tell the observer of a pass, and the admission of its speed if it was at least half full."""
+        documents = sum(part.stop - part.start for _, part in batch)
+        tokens = sum(part.tokens for _, part in batch)
+        prompt_tokens = sum(part.prompt_tokens for _, part in batch)
+        self._observer.pass_ended(ForwardPass(documents, tokens, prompt_tokens, budget, seconds, scorer.memory))
+        if tokens >= budget // 2 or documents >= scorer.max_batch_documents // 2:
+            self._admission.observe_speed(tokens, seconds)
+            self._observer.queue_limit_changed(self._admission.limit(self._request_timeout))
