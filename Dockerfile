@@ -1,5 +1,7 @@
-# docker build -t reranker .                                       PyTorch with CUDA (several GB)
-# docker build -t reranker . --build-arg TORCH_INDEX=...           PyTorch without CUDA; its index: docker-compose.cpu.yml
+# docker build -t reranker .                                       PyTorch with CUDA 13 (several GB): driver 580 or newer
+# docker build -t reranker . --build-arg TORCH_INDEX=...           from another index:
+#   https://download.pytorch.org/whl/cu126                         CUDA 12.6: older drivers and GPUs (docs/operations.md)
+#   https://download.pytorch.org/whl/cpu                           without CUDA, as docker-compose.cpu.yml builds it
 # The base needs Python 3.11 or newer with venv; CUDA itself comes with PyTorch, the driver with the host.
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 FROM ${BASE_IMAGE}
@@ -15,8 +17,8 @@ WORKDIR /app
 COPY requirements.txt ./
 ARG TORCH_INDEX=""
 # On a GPU the layers are compiled at start-up, which needs a C compiler; without one they run uncompiled.
-RUN if [ -z "$TORCH_INDEX" ]; then apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev \
-    && rm -rf /var/lib/apt/lists/*; fi
+RUN case "$TORCH_INDEX" in */cpu|*/cpu/) ;; *) apt-get update \
+    && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/* ;; esac
 RUN pip install --no-cache-dir ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} \
     "$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)"
 RUN pip install --no-cache-dir -r requirements.txt

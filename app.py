@@ -30,7 +30,7 @@ from reranker.http.metrics import Metrics
 from reranker.http.state import Service
 from reranker.scheduler.batcher import Batcher
 from reranker.scheduler.compute import ScorerLike
-from reranker.server import fleet
+from reranker.server import fleet, gpus
 from reranker.server.address import curl_target, is_local
 from reranker.server.fleet import end_process
 
@@ -157,7 +157,12 @@ def load_scorer(settings: Settings) -> ScorerLike:
     for name in ("transformers", "huggingface_hub"):  # return them to the one handler of config.log_config
         logging.getLogger(name).handlers, logging.getLogger(name).propagate = [], True
 
-    scorer = Scorer.load(**settings.load_options())
+    share = gpus.memory_share(settings.max_memory_percentage, fleet.context.gpu_workers)
+    if share < settings.max_memory_percentage:
+        text = "%d workers share this GPU: each takes at most %.3g %% of its memory, not MAX_MEMORY_PERCENTAGE=%g"
+        logger.info(text, fleet.context.gpu_workers, share, settings.max_memory_percentage)
+    options = settings.load_options() | {"max_memory_percentage": share, "load_timeout": settings.load_timeout}
+    scorer = Scorer.load(**options)
     token = " -H 'Authorization: Bearer <token>'" if settings.access_token else ""
     logger.info(
         "try it: curl %s/v1/rerank%s -H 'Content-Type: application/json' -d '%s'",

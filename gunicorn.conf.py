@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from config import OWN_WORKER_CLASS, SettingsError, load_settings, log_config
 from reranker.cgroup import allowed, cores
 from reranker.environment import shorten
-from reranker.server import address, fleet
+from reranker.server import address, fleet, gpus
 
 try:
     _settings = load_settings()
@@ -20,19 +19,11 @@ except SettingsError as error:
     sys.exit(f"error: {error}")
 
 
-def count_gpus() -> int:
-    """Count the CUDA devices of this service in a separate process, because the master must never hold a GPU."""
-    code = "import torch; print(torch.cuda.device_count())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
-    return int(done.stdout.strip() or 0) if done.returncode == 0 else 0
-
-
-_gpus = count_gpus() if _settings.model_device in ("auto", "cuda") and _settings.workers != 1 else 0
-_visible = [device.strip() for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device.strip()]
-_devices = (_visible or [str(i) for i in range(_gpus)]) if _gpus else []  # slot i uses device i % len(_devices)
+# Slot i uses device i % len(_devices).
+_devices = gpus.usable_names() if _settings.model_device in ("auto", "cuda") and _settings.workers != 1 else []
 
 bind = f"[{_settings.host}]:{_settings.port}" if ":" in _settings.host else f"{_settings.host}:{_settings.port}"
-workers = _settings.workers or max(1, _gpus)
+workers = _settings.workers or max(1, len(_devices))
 worker_class = OWN_WORKER_CLASS
 worker_connections = _settings.worker_connections
 timeout = _settings.timeout  # for the heartbeat: the event loop never computes, so only a hang stops it
@@ -97,8 +88,11 @@ def pre_fork(server: Any, worker: Any) -> None:
 def post_fork(server: Any, worker: Any) -> None:
     """In the worker: set its context, and make only the GPU of its slot visible."""
     respawned = worker.age > workers
+    on_gpu = bool(_devices) or _settings.model_device.startswith("cuda")
     slot = fleet.master.enter_worker(
         worker.age,
+        workers=server.num_workers,
+        gpus=max(1, len(_devices)) if on_gpu else None,
         siblings_serve=bool(server.master_pid or (respawned and server.WORKERS)),
         respawned=respawned,
         listeners=tuple(map(str, server.LISTENERS)),

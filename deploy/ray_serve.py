@@ -131,4 +131,4 @@ def _wants_gpu(settings: Settings) -> bool:
         return bool(resources.get("GPU"))
     import torch  # `serve run` has not started Ray yet: count this machine's
 
-    return torch.cuda.device_count() > 0
+    return torch.cuda.is_available()  # the count may be NVML's, of devices that CUDA cannot use

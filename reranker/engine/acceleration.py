@@ -1,7 +1,8 @@
-"""Optional faster paths on a GPU: compiled layers, then recorded passes.
+"""Optional faster paths on a GPU: recorded passes and compiled layers.
 
-Each must match eager hidden states on this device, be set up within its time limit, and not be slower; otherwise it is
-not used and the log says why. A CPU would gain nothing: there the products take 80 % of the time.
+Each must match eager hidden states on this device, be set up within its time limit, and not be slower than the path
+that it replaces; otherwise it is not used and the log says why. A CPU would gain nothing: there the products take 80 %
+of the time.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from reranker.engine import device as devices
 from reranker.engine.attention import VarlenAttention
 from reranker.engine.batch import PackedBatch, pack
 from reranker.engine.checkpoint.files import first_line
@@ -32,19 +34,25 @@ logger = logging.getLogger(__name__)
 # as far away), a few documents by 10 %, and by more where it changes an 8-bit rounding; a wrong computation moves it
 # by its whole norm.
 TOLERANCE, TOLERANCE_QUANTIZED, _MAX_DISTANCE = 0.15, 0.3, 0.6
-_COMPILE_SECONDS = 40.0
 _RECORD_SECONDS = 15.0
-_COMPILER_THREAD = "compile"
 # Not a size of any model: the compiler treats equal sizes as one, and 8B is 4096 wide.
 _COMPARED_TOKENS = 16 * 251
 # A few passes are timed on a machine that may be busy, so only a clear loss of more than a millisecond counts.
 _MAX_SLOWDOWN, _MAX_SLOWDOWN_SECONDS = 1.2, 0.001
 
 
-def accelerate(model: Model) -> None:
-    """Set `model.compiled` and `model.graphs` where they pass the checks on the model's device; never raises.
+def accelerate(model: Model, compile_seconds: float) -> None:
+    """Set `model.compiled` and `model.graphs` where they pass the checks on the model's device.
 
-    Torch's own switch, TORCH_COMPILE_DISABLE=1, turns both off.
+    Eager passes are recorded first: a compiler that exceeds its limit still launches kernels, which must not enter a
+    recording. Torch's own switch, TORCH_COMPILE_DISABLE=1, turns both off.
+
+    Args:
+        model: a model whose eager path works.
+        compile_seconds: time limit of the compiler.
+
+    Raises:
+        RuntimeError: the device is lost, and the eager path with it.
     """
     if model.device.type != "cuda":
         return
@@ -52,26 +60,38 @@ def accelerate(model: Model) -> None:
     if torch._dynamo.config.disable:
         logger.info("compiled layers and CUDA graphs: off (TORCH_COMPILE_DISABLE=1)")
         return
-    for name, set_up in (("compiled layers", compile_layers), ("CUDA graphs", record_passes)):
-        start = time.perf_counter()
-        try:
-            # A compiler that exceeded its time limit still launches kernels, and they must not enter a recording.
-            reason = "the compiler is still running" if _compiling() else set_up(model)
-        except Exception as error:  # of a compiler or a driver; the eager path needs neither
-            reason = _describe(error)
-        seconds = time.perf_counter() - start
-        if reason:
-            logger.warning("%s: not used (%s), after %.0f s", name, reason, seconds)
-        else:
-            logger.info("%s: used (equal to the eager path and not slower, set up in %.0f s)", name, seconds)
+    _set_up("CUDA graphs", record_passes, model)
+    _set_up("compiled layers", partial(compile_layers, seconds=compile_seconds), model)
+    if model.compiled is not None and model.graphs is not None:
+        model.graphs = None
+        torch.cuda.empty_cache()
+        _set_up("CUDA graphs of the compiled layers", record_passes, model)
     torch.cuda.empty_cache()
 
 
-def compile_layers(model: Model) -> str:
-    """Use compiled layers if they pass the checks; return the reason against them, or an empty string."""
+def _set_up(name: str, set_up: Callable[[Model], str], model: Model) -> None:
+    """Log whether a path is used; raise the error of a lost device only."""
+    start = time.perf_counter()
+    try:
+        reason = set_up(model)
+    except Exception as error:  # of a compiler or a driver; the eager path needs neither
+        if devices.lost(error):
+            raise
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        if devices.out_of_memory(error):
+            reason += f": {devices.MORE_MEMORY}"
+    seconds = time.perf_counter() - start
+    if reason:
+        logger.warning("%s: not used (%s), after %.0f s", name, reason, seconds)
+    else:
+        logger.info("%s: used (equal to the eager path and not slower, set up in %.0f s)", name, seconds)
+
+
+def compile_layers(model: Model, seconds: float) -> str:
+    """Use compiled layers if they are ready within `seconds` and pass the checks; else return the reason."""
     compiled, batch = compile_layer_fns(model.backbone.eager), sample(_COMPARED_TOKENS, model).to(model.device)
     fast, eager = partial(model.hidden, batch, compiled), partial(model.hidden, batch)
-    reason = _run_within(_COMPILE_SECONDS, fast) or differs(fast, eager, tolerance(model)) or slower(fast, eager)
+    reason = _run_within(seconds, fast) or differs(fast, eager, tolerance(model)) or slower(fast, eager)
     if not reason:
         model.compiled = compiled
     return reason
@@ -100,10 +120,10 @@ def record_passes(model: Model) -> str:
         graphs.record(sample(tokens, model))
         # Not the recorded batch, and padded: the recording must read the new input.
         batch = sample(tokens - 16, model)
-        fast, eager = partial(graphs.replay, batch), partial(model.hidden, batch.to(model.device))
-        if reason := differs(fast, eager, tolerance(model)):
+        moved, fast = batch.to(model.device), partial(graphs.replay, batch)
+        if reason := differs(fast, partial(model.hidden, moved), tolerance(model)):
             return f"{tokens} tokens: {reason}"
-        if reason := slower(fast, eager):
+        if reason := slower(fast, partial(model.hidden, moved, model.compiled)):
             skipped.append(f"{tokens} tokens: {reason}")
             graphs.drop(tokens)
     if not len(graphs):
@@ -147,11 +167,11 @@ def differs(fast: Callable[[], Tensor | None], eager: Callable[[], Tensor], tole
     return ""
 
 
-def slower(fast: Callable[[], Tensor | None], eager: Callable[[], Tensor]) -> str:
-    """Return both times if `fast` is clearly slower than `eager`, else ""."""
-    eager_seconds, seconds = (min(_seconds(run) for _ in range(3)) for run in (eager, fast))
-    if seconds > _MAX_SLOWDOWN * eager_seconds + _MAX_SLOWDOWN_SECONDS:
-        return f"slower than the eager path: {1000 * seconds:.1f} against {1000 * eager_seconds:.1f} ms"
+def slower(fast: Callable[[], Tensor | None], replaced: Callable[[], Tensor]) -> str:
+    """Return both times if `fast` is clearly slower than the path that it replaces, else ""."""
+    replaced_seconds, seconds = (min(_seconds(run) for _ in range(3)) for run in (replaced, fast))
+    if seconds > _MAX_SLOWDOWN * replaced_seconds + _MAX_SLOWDOWN_SECONDS:
+        return f"slower than without: {1000 * seconds:.1f} against {1000 * replaced_seconds:.1f} ms"
     return ""
 
 
@@ -163,7 +183,7 @@ def _seconds(run: Callable[[], Tensor | None]) -> float:
 
 
 def _run_within(seconds: float, work: Callable[[], object]) -> str:
-    """Run `work` in a thread; return why it failed, or "". A thread that exceeds the limit keeps running, unused."""
+    """Run `work` in a thread and raise its error; return "", or that it is late: the thread then runs on, unused."""
     errors: list[Exception] = []
 
     def run() -> None:
@@ -173,17 +193,11 @@ def _run_within(seconds: float, work: Callable[[], object]) -> str:
             errors.append(error)
 
     context = contextvars.copy_context()  # holds torch's compiler settings
-    thread = threading.Thread(target=context.run, args=(run,), name=_COMPILER_THREAD, daemon=True)
+    thread = threading.Thread(target=context.run, args=(run,), name="compile", daemon=True)
     thread.start()
     thread.join(seconds)
     if thread.is_alive():
         return f"not ready within {seconds:.0f} s"
-    return _describe(errors[0]) if errors else ""
-
-
-def _compiling() -> bool:
-    return any(thread.name == _COMPILER_THREAD for thread in threading.enumerate())
-
-
-def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {first_line(error)}"
+    if errors:
+        raise errors[0]
+    return ""

@@ -1,4 +1,4 @@
-"""Attention over a packed batch: one interface, two kernels; tests/engine/test_attention.py compares them.
+"""Attention over a packed batch: one interface, three kernels; tests/engine/test_attention.py compares them.
 
 An attention object is created once per batch and called once per layer. Shapes: H query heads, G key/value heads, D
 head dimension; T tokens, N documents, P cached keys of the static prefix, K gathered keys (see batch.py).
@@ -7,6 +7,7 @@ head dimension; T tokens, N documents, P cached keys of the static prefix, K gat
 from __future__ import annotations
 
 import inspect
+from collections.abc import Collection
 from typing import Any, Protocol
 
 import torch
@@ -14,22 +15,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reranker.engine.batch import PackedBatch
+from reranker.engine.grouped import MAX_MASK, GroupedAttention, shifted_causal
 
 try:
     from torch.nn.attention.varlen import varlen_attn as varlen_attn
 except ImportError:  # this torch has no varlen kernel
     varlen_attn = None  # type: ignore[assignment]
 
-_PARAMETERS = {} if varlen_attn is None else inspect.signature(varlen_attn).parameters
-_OPTIONS: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in _PARAMETERS else {"is_causal": True}
-_OPTIONS |= {name: value for name, value in {"enable_gqa": True, "num_splits": 1}.items() if name in _PARAMETERS}
-"""The installed torch's options for "causal, aligned to the end of the keys, fewer key than query heads".
 
-torch 2.10 has `is_causal`, 2.11 `window_size` (and unequal head counts), later ones also `enable_gqa` and `num_splits`:
-1 makes a document's result independent of its neighbours' lengths.
-"""
-# Largest mask: [1024, 1024] floats.
-_MAX_MASK = 1 << 20
+def varlen_options(parameters: Collection[str]) -> dict[str, Any] | None:
+    """Return a varlen_attn's options for "causal, aligned to the end of the keys, fewer key than query heads".
+
+    torch 2.11 has `window_size` and takes unequal head counts; 2.12 and newer also have `enable_gqa` and `num_splits`:
+    1 makes a document's result independent of its neighbours' lengths. None: an older torch, which has no `scale`.
+    """
+    if not {"window_size", "scale"} <= {*parameters}:
+        return None
+    optional = {"enable_gqa": True, "num_splits": 1}
+    return {"window_size": (-1, 0)} | {name: value for name, value in optional.items() if name in parameters}
+
+
+_OPTIONS = None if varlen_attn is None else varlen_options(inspect.signature(varlen_attn).parameters)
 # Queries of a segment in the last layer: 1 for a document, at most 64 for the padding of a recorded batch (graphs.py).
 MAX_LAST_QUERIES = 64
 
@@ -50,19 +56,21 @@ def choose_kernel(device: torch.device, dtype: torch.dtype) -> tuple[type[Attent
     """Return the kernel for a device and precision, and the reason, for the log."""
     if device.type != "cuda":
         missing = "no varlen kernel on this device"
-    elif varlen_attn is None:
-        missing = "this torch has no varlen_attn"
+    elif _OPTIONS is None:
+        missing = "this torch is older than 2.11, and has no varlen_attn with these options"
     elif dtype not in (torch.bfloat16, torch.float16):
         missing = "the varlen kernel takes 16-bit types only"
     elif torch.cuda.get_device_capability(device) < (8, 0):
         missing = "the varlen kernel needs compute capability 8.0"
     else:
         return VarlenAttention, "varlen_attn (one call per layer)"
+    if device.type == "cuda":
+        return GroupedAttention, f"scaled_dot_product_attention per group of lengths ({missing})"
     return SdpaAttention, f"scaled_dot_product_attention per segment ({missing})"
 
 
 class SdpaAttention:
-    """`scaled_dot_product_attention` segment by segment: for a CPU, and for a GPU without the varlen kernel.
+    """`scaled_dot_product_attention` segment by segment: for a CPU.
 
     A segment's queries also see the keys shared before it, so the causal diagonal is shifted. A segment longer than
     its shared keys gets that number of zero queries in front, and their outputs are dropped: the kernel's causal mode
@@ -79,17 +87,17 @@ class SdpaAttention:
         for queries, keys in zip(batch.lengths_q, batch.lengths_k, strict=True):
             shared = keys - queries
             mask = None
-            if queries < shared and queries * keys <= _MAX_MASK:
+            if queries < shared and queries * keys <= MAX_MASK:
                 if shared not in masks:
-                    longest = min(shared, _MAX_MASK // shared)
-                    masks[shared] = _shifted_causal(longest, shared, batch.input_ids.device)
+                    longest = min(shared, MAX_MASK // shared)
+                    masks[shared] = shifted_causal(longest, shared, batch.input_ids.device)
                 mask = masks[shared][:queries, :keys]
             self.segments.append((start, start + queries, key, key + keys, mask))
             start, key = start + queries, key + keys
 
     def attend_all(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """See `Attention.attend_all`."""
-        heads, keys, values = q.transpose(0, 1)[None], *self._gather(q, k, v)
+        heads, keys, values = q.transpose(0, 1)[None], *self._gather(k, v)
         out = torch.empty_like(q)
         for start, stop, k0, k1, mask in self.segments:
             queries = heads[:, :, start:stop]
@@ -109,7 +117,7 @@ class SdpaAttention:
 
     def attend_last(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """See `Attention.attend_last`."""
-        keys, values = self._gather(q, k, v)
+        keys, values = self._gather(k, v)
         out = torch.empty_like(q)
         for i, (_, _, k0, k1, _) in enumerate(self.segments[self.first_document :]):
             attended = F.scaled_dot_product_attention(
@@ -118,12 +126,9 @@ class SdpaAttention:
             out[i] = attended[0, :, 0]
         return out
 
-    def _gather(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """[P + T, G, D] -> [1, G, K, D], contiguous per segment; on a GPU [1, H, K, D]"""
+    def _gather(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """[P + T, G, D] -> [1, G, K, D], contiguous per segment"""
         k, v = k[self.kv_index], v[self.kv_index]
-        if k.is_cuda:  # unequal head counts would leave only the math kernel, whose memory is quadratic
-            groups = q.shape[1] // k.shape[1]
-            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         return k.transpose(0, 1)[None], v.transpose(0, 1)[None]
 
 
@@ -145,12 +150,7 @@ class VarlenAttention:
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, max_q: int, scale: float) -> Tensor:
         k, v = k[self.kv_index], v[self.kv_index]
+        assert _OPTIONS is not None  # choose_kernel
         out = varlen_attn(q, k, v, cu_q, self.cu_k, max_q, self.max_k, scale=scale, **_OPTIONS)
         assert isinstance(out, Tensor)  # a tuple only if auxiliary outputs are requested
         return out
-
-
-def _shifted_causal(queries: int, shared: int, device: torch.device) -> Tensor:
-    """[queries, shared + queries] additive mask: query i sees keys 0 to shared + i"""
-    hidden = torch.ones(queries, shared + queries, dtype=torch.bool, device=device).triu(shared + 1)
-    return torch.zeros(hidden.shape, device=device).masked_fill_(hidden, float("-inf"))

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
 
 from reranker.cgroup import memory_limit
-from reranker.errors import ModelLoadError
+from reranker.engine import driver
+from reranker.engine.checkpoint.files import first_line
+from reranker.errors import DeviceLostError, ModelLoadError
 
+logger = logging.getLogger(__name__)
+
+MORE_MEMORY = "raise MAX_MEMORY_PERCENTAGE, free memory, or use a smaller model"
 _GIB = 1 << 30
+_OUT_OF_MEMORY = (
+    *("CUDA error: out of memory", "CUDA driver error: out of memory", "Triton Error [CUDA]: out of memory"),
+    *("CUBLAS_STATUS_ALLOC_FAILED", "NVML_SUCCESS == r", "DefaultCPUAllocator"),
+)
+_LOST = ("an illegal memory access", "a misaligned address", "unspecified launch failure", "device-side assert")
+"""Errors of Triton's and other launches, which are no AcceleratorError."""
 T = TypeVar("T")
 
 
@@ -23,26 +37,37 @@ class Choice(NamedTuple, Generic[T]):
 
 
 def choose_device(wanted: str) -> Choice[torch.device]:
-    """Resolve `auto`, `cpu`, `cuda` or `cuda:N`.
+    """Resolve `auto`, `cpu`, `cuda` or `cuda:N`; `auto` warns about a GPU that is there and cannot be used.
 
     Raises:
-        ModelLoadError: the name is unknown, or this CUDA device does not exist.
+        ModelLoadError: the name is unknown, or this CUDA device does not exist or cannot be used.
     """
     if wanted == "cpu":
         return Choice(torch.device("cpu"), "requested")
-    if wanted == "auto" and not torch.cuda.is_available():
-        return Choice(torch.device("cpu"), "auto: no CUDA device")
-    if not re.fullmatch(r"auto|cuda(:\d+)?", wanted):
+    if wanted == "auto":
+        return _best_device()
+    if not re.fullmatch(r"cuda(:\d+)?", wanted):
         raise ModelLoadError(f"MODEL_DEVICE={wanted!r} is not known: use auto, cpu, cuda or cuda:N")
     if not torch.cuda.is_available():
         why = "this torch was built without CUDA" if torch.version.cuda is None else "no CUDA device is visible"
-        fix = "set MODEL_DEVICE=auto or cpu, or fix the driver"
-        raise ModelLoadError(f"MODEL_DEVICE={wanted} cannot be used: {why}; {fix}")
+        why = driver.why_no_cuda() or why
+        raise ModelLoadError(f"MODEL_DEVICE={wanted} cannot be used: {why}; or set MODEL_DEVICE=auto or cpu")
     index, count = int(wanted.partition(":")[2] or 0), torch.cuda.device_count()
     if index >= count:
         raise ModelLoadError(f"MODEL_DEVICE={wanted} does not exist: {count} CUDA device(s) visible")
-    source = "auto" if wanted == "auto" else "requested"
-    return Choice(torch.device("cuda", index), f"{source}: {torch.cuda.get_device_name(index)}")
+    if problem := driver.unsupported(index):
+        raise ModelLoadError(f"MODEL_DEVICE={wanted} cannot be used: {problem}; or set MODEL_DEVICE=auto or cpu")
+    return Choice(torch.device("cuda", index), f"requested: {torch.cuda.get_device_name(index)}")
+
+
+def _best_device() -> Choice[torch.device]:
+    usable = driver.usable_gpus()
+    if usable:
+        return Choice(torch.device("cuda", usable[0]), f"auto: {torch.cuda.get_device_name(usable[0])}")
+    if problem := driver.unsupported(0) if torch.cuda.is_available() else driver.why_no_cuda():
+        logger.warning("THE GPU IS NOT USED, the model runs on the CPU: %s", problem)
+    without = "this torch was built without CUDA" if torch.version.cuda is None else "no CUDA device"
+    return Choice(torch.device("cpu"), f"auto: {'no usable CUDA device' if problem else without}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +115,38 @@ def cap_memory(device: torch.device, percentage: float) -> None:
         torch.cuda.set_per_process_memory_fraction(percentage / 100, device)
 
 
-def out_of_memory(error: RuntimeError) -> bool:
+def out_of_memory(error: BaseException) -> bool:
     """Whether an error of torch says so; also an NVML assert (under MIG) and the CPU allocator's plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError) or any(
-        text in str(error) for text in ("NVML_SUCCESS == r", "DefaultCPUAllocator", "CUDA error: out of memory")
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(part in text for part in _OUT_OF_MEMORY)
     )
+
+
+def lost(error: BaseException) -> bool:
+    """Whether every further call of this process on the device would fail too."""
+    if out_of_memory(error):
+        return False
+    text = str(error)
+    return isinstance(error, torch.AcceleratorError) or (
+        isinstance(error, RuntimeError) and any(part in text for part in _LOST)
+    )
+
+
+@contextmanager
+def load_errors() -> Iterator[None]:
+    """Raise ModelLoadError, one line, for memory that ends and a device that fails at any stage of a load."""
+    try:
+        yield
+    except (RuntimeError, DeviceLostError) as error:
+        cause = error.__cause__ if isinstance(error, DeviceLostError) and error.__cause__ else error
+        if out_of_memory(cause):
+            raise ModelLoadError(
+                f"out of memory while the model was loaded ({first_line(cause)}): {MORE_MEMORY}"
+            ) from error
+        if lost(cause) or isinstance(error, DeviceLostError):
+            fix = "check it with nvidia-smi, then start again"
+            raise ModelLoadError(
+                f"the device failed while the model was loaded ({first_line(cause)}): {fix}"
+            ) from error
+        raise

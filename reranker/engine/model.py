@@ -19,9 +19,9 @@ from reranker.engine.checkpoint.inventory import check_weights
 from reranker.engine.checkpoint.scales import Layout, Scheme
 from reranker.engine.checkpoint.weights import Weights
 from reranker.engine.families.base import Backbone, Family, Head, LayerFns
+from reranker.engine.families.official import largest_official
 from reranker.engine.footprint import Footprint, footprint
 from reranker.engine.graphs import Graphs
-from reranker.engine.official import largest_official
 from reranker.engine.precision import QUANTIZED, between, computable, short
 from reranker.engine.quantized import quantize
 from reranker.errors import ModelLoadError, ScoringError
@@ -63,7 +63,7 @@ class Model:
             if not devices.out_of_memory(error):
                 raise
             problem = f"the weights fit, but not the {len(tokens)} tokens of the prompt's start beside them"
-            raise ModelLoadError(f"{problem}: free memory of {self.device}, or use a smaller model") from error
+            raise ModelLoadError(f"{problem} on {self.device}: {devices.MORE_MEMORY}") from error
         self.static_prefix = tokens
 
     @torch.inference_mode()
@@ -118,7 +118,7 @@ def load(
         if not devices.out_of_memory(error):
             raise
         problem = f"the weights do not fit in the free memory of {device}"
-        raise ModelLoadError(f"{problem}: free memory, or use a smaller model") from error
+        raise ModelLoadError(f"{problem}: {devices.MORE_MEMORY}") from error
     kernel, reason = choose_kernel(device, between(dtype, device))
     logger.info("model: %s; score: %s; prompt: %s", family.name, head.name, family.template.source)
     logger.info("attention: %s", reason)
@@ -178,7 +178,7 @@ def _backbone(family: Family, weights: Weights, device: torch.device, precision:
     try:
         backbone = family.backbone(weights, device, weights.dtype, compute, wrap)
     except (RuntimeError, ValueError, NotImplementedError, AttributeError) as error:
-        if isinstance(error, RuntimeError) and devices.out_of_memory(error):
+        if devices.out_of_memory(error) or devices.lost(error):
             raise
         raise ScoringError(str(error).splitlines()[0]) from error  # a part of the kernel is missing
     if precision is torch.int8 and device.type == "cpu" and not torch.cpu._is_vnni_supported():

@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from reranker.engine.checkpoint.locate import locate
 from reranker.engine.checkpoint.weights import Weights
 from reranker.engine.families import open_checkpoint
-from reranker.engine.official import OFFICIAL, Described, official
+from reranker.engine.families.official import OFFICIAL, Described, official
 from reranker.engine.precision import FLOAT8
 from reranker.engine.prompt import Prompt
 

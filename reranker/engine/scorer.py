@@ -64,6 +64,7 @@ class Scorer:
         self.lanes: Lanes | None = None
 
     @classmethod
+    @devices.load_errors()
     def load(
         cls,
         name: str | Path = DEMO,
@@ -76,6 +77,7 @@ class Scorer:
         max_batch_tokens: int | None = None,
         instruction: str | None = None,
         revision: str | None = None,
+        load_timeout: float = 1800.0,
     ) -> Scorer:
         """Load a reranker checkpoint, warm it up and choose the token budget.
 
@@ -90,6 +92,7 @@ class Scorer:
             max_batch_tokens: the token budget of one forward pass; None: measured.
             instruction: the default instruction; None: the one in the checkpoint's own files, else the model card's.
             revision: branch, tag or commit on the hub.
+            load_timeout: seconds that the caller gives the load; the compiler of a GPU gets a sixth of them.
 
         Raises:
             ModelLoadError: it cannot be served; the message says why and how to fix it.
@@ -107,7 +110,7 @@ class Scorer:
                 model, prompt, name=str(name), max_batch_tokens=MIN_BATCH_TOKENS, max_batch_documents=batch_size
             )
             scorer.adapter = family.checkpoint.merged
-            rate = warm_up(scorer)
+            rate = warm_up(scorer, load_timeout)
             scorer.self_check = self_check(scorer, family.template.instruction or "")
             return scorer, rate
 
@@ -182,7 +185,7 @@ class Scorer:
             return logits
         except RuntimeError as error:
             if not devices.out_of_memory(error):
-                if not isinstance(error, torch.AcceleratorError):
+                if not devices.lost(error):
                     raise
                 # Every further call in this process would fail too.
                 raise DeviceLostError("the device failed and the worker restarts; try again", retry_after=10) from error
@@ -287,15 +290,14 @@ def _first_usable(
         name = short(choice.value)
         try:
             started = start(choice.value)
-        except OutOfMemoryError as error:
-            raise ModelLoadError(f"the weights fit, but no forward pass beside them: {error}") from error
+        except (ModelLoadError, OutOfMemoryError) as error:
+            reason = str(error)
+            if isinstance(error, OutOfMemoryError):
+                reason = f"the weights fit, but no forward pass beside them: {devices.MORE_MEMORY}"
+            raise ModelLoadError("; ".join([*problems, f"{name}: {reason}"]) if problems else reason) from error
         except ScoringError as error:
             problems.append(f"{name}: {error}")  # not the exception, whose frames hold the model
             logger.warning("precision %s cannot be used: %s", name, str(error))
-        except ModelLoadError as error:
-            if not problems:
-                raise
-            raise ModelLoadError(f"{error} (tried before: {'; '.join(problems)})") from error
         else:
             as_requested = precision == "auto" or choice.value is PRECISIONS[precision]
             logger.log(logging.INFO if as_requested else logging.WARNING, "precision: %s (%s)", name, choice.reason)

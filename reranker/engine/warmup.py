@@ -31,6 +31,8 @@ BATCH_SECONDS = 0.5
 MAX_BATCH_TOKENS = 262_144
 _MEMORY_SHARE = 0.8
 """Share of the free memory that a batch may take by the estimate."""
+# Of LOAD_TIMEOUT: 300 of 1800 s. A compilation took 14 to 19 s on two quiet cores, and 59 s on two busy ones.
+_COMPILER_SHARE = 1 / 6
 # Where one pass of the lanes' batch takes longer, only one lane per core is tried.
 _SLOW_SECONDS = 5.0
 # Lanes are used, and doubled, only if a batch takes at most this share of the time.
@@ -46,8 +48,12 @@ class Rate:
     bytes_per_token: float
 
 
-def warm_up(scorer: Scorer) -> Rate:
+def warm_up(scorer: Scorer, load_timeout: float = 1800.0) -> Rate:
     """Cache the static prefix, set up accelerated paths and lanes; return the best rate.
+
+    Args:
+        scorer: the loaded model.
+        load_timeout: seconds of the whole load; a share of them is the compiler's limit.
 
     Raises:
         ScoringError: a score is not finite, or the precision is not implemented on this device.
@@ -56,7 +62,7 @@ def warm_up(scorer: Scorer) -> Rate:
     measure(scorer, warm_up_batch(scorer, 1))  # the eager path must work before another one is compared with it
     if model.backbone.causal and scorer.prompt.static_prefix:
         model.cache_prefix(scorer.prompt.static_prefix)
-    accelerate(model)
+    accelerate(model, load_timeout * _COMPILER_SHARE)
     documents, rate = _measure_growing(scorer)
     return choose_lanes(scorer, documents, rate) if model.device.type == "cpu" else rate
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from reranker.engine.budget import MIN_BATCH_TOKENS
-from reranker.engine.official import OFFICIAL, official
+from reranker.engine.families.official import OFFICIAL, official
 from reranker.engine.plan import CARDS, PRECISIONS, allowed, describe
 from reranker.engine.precision import PRECISIONS as NAMES
 from reranker.engine.precision import short

@@ -205,7 +205,8 @@ class Batcher:
 
         Enters the timings: tokenisation and queue end with those of the first run, inference with the last run.
         """
-        tokens = [self.admission.estimate(request, scorer.info) for request in requests]
+        info = scorer.info
+        tokens = [self.admission.estimate(request, info) for request in requests]
         self.admission.check(scorer.max_batch_tokens, seconds, sum(tokens))
         self.admission.requests += 1
         start, late = time.monotonic(), False
@@ -243,8 +244,9 @@ class Batcher:
             encoded = [await self._tokenizers.encode(scorer, requests[0])]
         else:
             encoded = await asyncio.gather(*(self._tokenizers.encode(scorer, request) for request in requests))
+        info = scorer.info
         for request, part in zip(requests, encoded, strict=True):
-            self.admission.observe_tokens(request, part, scorer.info)
+            self.admission.observe_tokens(request, part, info)
         return encoded
 
 

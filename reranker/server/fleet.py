@@ -46,6 +46,7 @@ class WorkerContext:
     generation: str = ""  # suffix of the names of files in the folder
     siblings_serve: bool = False  # then load before listening; otherwise listen and respond "loading"
     respawned: bool = False  # started after the first boot: a failure must not stop the service
+    gpu_workers: int = 1  # workers of this generation on this worker's GPU, itself included
     listeners: tuple[str, ...] = ()  # in gunicorn's notation, for example http://127.0.0.1:6006; empty if unknown
     boot_pipe: int | None = None  # one byte, for the one worker whose failed first load stops the service
     ready_pipe: int | None = None  # one byte for every worker of this generation except the last
@@ -143,15 +144,30 @@ class Master:
         free = set(range(len(used) + gpus)) - used  # includes the lowest free slot of the least loaded GPUs
         self._slots[age] = min(free, key=lambda slot: (load[slot % gpus], slot))
 
-    def enter_worker(self, age: int, *, siblings_serve: bool, respawned: bool, listeners: tuple[str, ...]) -> int:
-        """Set `context` in a forked worker and return its slot."""
+    def enter_worker(
+        self,
+        age: int,
+        *,
+        workers: int,
+        gpus: int | None,
+        siblings_serve: bool,
+        respawned: bool,
+        listeners: tuple[str, ...],
+    ) -> int:
+        """Set `context` in a forked worker and return its slot; `gpus`: None on a CPU."""
         global context
+        slot = self._slots[age]
         context = replace(
-            self.shared, slot=self._slots[age], siblings_serve=siblings_serve, respawned=respawned, listeners=listeners
+            self.shared,
+            slot=slot,
+            siblings_serve=siblings_serve,
+            respawned=respawned,
+            gpu_workers=max(1, len(range(slot % gpus, workers, gpus))) if gpus else 1,
+            listeners=listeners,
         )
         if self.shared.folder:
             os.environ[_FOLDER_VARIABLE] = self.shared.folder
-        return self._slots[age]
+        return slot
 
     def worker_ended(self, age: int) -> None:
         """Delete the live gauges of an ended worker; its counters remain."""

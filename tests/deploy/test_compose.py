@@ -103,6 +103,31 @@ def test_build_arguments() -> None:
     assert instructions()[1] == ("FROM", "${BASE_IMAGE}")
 
 
+@pytest.mark.parametrize(
+    ("index", "compiler"),
+    [
+        ("", True),
+        ("https://download.pytorch.org/whl/cu126", True),
+        ("https://mirror.example.org/pytorch-wheels/cu126/", True),
+        ("https://download.pytorch.org/whl/cpu", False),
+        ("https://download.pytorch.org/whl/cpu/", False),
+    ],
+)
+def test_an_image_with_cuda_has_the_compiler_for_its_layers(index: str, compiler: bool, tmp_path: Path) -> None:
+    """The shell of the RUN line itself, with an apt-get and an rm that only write what they are called with."""
+    (run,) = [line for line in every("RUN") if "gcc" in line]
+    for name in ("apt-get", "rm"):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@" >> {tmp_path}/called\n')
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "TORCH_INDEX": index}
+    subprocess.run(["/bin/sh", "-c", run], env=env, check=True)
+    called = (tmp_path / "called").read_text().splitlines() if (tmp_path / "called").exists() else []
+    install = ["apt-get update", "apt-get install -y --no-install-recommends gcc libc6-dev"]
+    assert called[:2] == (install if compiler else [])
+    assert all(line.startswith("rm -rf /var/lib/apt/lists/") for line in called[2:])
+    assert len(called) == (3 if compiler else 0)
+
+
 def test_code_is_copied_behind_the_packages() -> None:
     names = [name for name, _ in instructions()]
     installs = [i for i, (_, rest) in enumerate(instructions()) if "pip install" in rest]
@@ -170,6 +195,7 @@ def test_the_two_files_differ_in_the_gpu_alone() -> None:
     assert gpu["build"].pop("args") == {"TORCH_INDEX": "${TORCH_INDEX:-}"}
     assert cpu["build"].pop("args") == {"TORCH_INDEX": "${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}"}
     assert cpu["environment"].pop("MODEL_DEVICE") == "cpu"
+    assert gpu["environment"].pop("MODEL_DEVICE") == "cuda", "auto would serve on the CPU where the driver is too old"
     assert cpu == gpu
 
 
@@ -187,7 +213,7 @@ def test_docker_compose_accepts_them(file: str, env: str, tmp_path: Path) -> Non
     assert ports(it) == [(port, port)]
     assert it["environment"]["PORT"] == str(port)
     assert it["environment"]["HOST"] == "0.0.0.0"
-    assert it["environment"]["MODEL_DEVICE"] == "cpu" or file == FILES[0]
+    assert it["environment"]["MODEL_DEVICE"] == ("cuda" if file == FILES[0] else "cpu")
     assert str(tmp_path / "models") in json.dumps(it["volumes"])
     assert ("deploy" in it) == (file == FILES[0])
     if env == "legacy":

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import random
 import shutil
 import threading
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,9 @@ from torch._inductor import config as inductor
 
 from benchmarks.card import Card
 from reranker import Scorer
-from reranker.engine import acceleration
+from reranker.engine import acceleration, warmup
 from reranker.engine.acceleration import accelerate, compile_layer_fns, sample
+from reranker.engine.batch import PackedBatch
 from reranker.engine.families.base import LayerFns
 from reranker.engine.families.decoder import Decoder
 from reranker.engine.model import Model
@@ -64,49 +66,134 @@ def cuda(model: Model, monkeypatch: pytest.MonkeyPatch) -> Model:
     return model
 
 
-@pytest.fixture
-def model(model_path: Path) -> Model:
+@pytest.fixture(scope="module")
+def loaded(model_path: Path) -> Model:
     return Scorer.load(model_path, device="cpu", precision="float32").model
+
+
+@pytest.fixture
+def model(loaded: Model) -> Model:
+    return copy.copy(loaded)
+
+
+def paths(monkeypatch: pytest.MonkeyPatch, record: Callable[[Model], str], layers: Callable[[Model], str]) -> None:
+    """Replace how passes are recorded, and how layers are compiled."""
+    monkeypatch.setattr(acceleration, "record_passes", record)
+    monkeypatch.setattr(acceleration, "compile_layers", lambda model, seconds: layers(model))
+
+
+def fail(error: Exception) -> Callable[[Model], str]:
+    def set_up(model: Model) -> str:
+        raise error
+
+    return set_up
 
 
 @pytest.mark.parametrize(
     ("set_up", "reason"),
     [
         (lambda model: "hidden states differ from the eager path's by 40%", "by 40%"),
-        (lambda model: 1 / 0, "ZeroDivisionError: division by zero"),
+        (fail(ZeroDivisionError("division by zero")), "ZeroDivisionError: division by zero"),
+        (fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")), "MAX_MEMORY_PERCENTAGE"),
+        (fail(RuntimeError("Triton Error [CUDA]: out of memory")), "MAX_MEMORY_PERCENTAGE"),
     ],
 )
 def test_a_path_that_fails_its_checks_is_logged_and_not_used(
-    model: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, set_up: object, reason: str
+    model: Model,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    set_up: Callable[[Model], str],
+    reason: str,
 ) -> None:
-    monkeypatch.setattr(acceleration, "compile_layers", set_up)
-    monkeypatch.setattr(acceleration, "record_passes", set_up)
+    paths(monkeypatch, set_up, set_up)
     with caplog.at_level(logging.INFO):
-        accelerate(cuda(model, monkeypatch))
+        accelerate(cuda(model, monkeypatch), 60)
     assert model.compiled is None
     assert model.graphs is None
+    assert len(caplog.messages) == 2
     for path in ("compiled layers", "CUDA graphs"):
-        assert [m for m in caplog.messages if m.startswith(f"{path}: not used (") and reason in m]
+        assert [m for m in caplog.messages if m.startswith(f"{path}: not used (") and reason in m and "\n" not in m]
 
 
-def test_nothing_is_recorded_while_a_late_compiler_runs(
+@pytest.mark.parametrize("path", ["graphs", "layers"])
+def test_a_device_that_is_lost_ends_the_load(model: Model, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    """The eager path would fail too, with an error that says less."""
+    broken = fail(torch.AcceleratorError("CUDA error: an illegal memory access was encountered"))
+    paths(monkeypatch, *((broken, lambda model: "") if path == "graphs" else (lambda model: "", broken)))
+    with pytest.raises(torch.AcceleratorError):
+        accelerate(cuda(model, monkeypatch), 60)
+
+
+def test_the_error_of_the_compilers_thread_is_raised() -> None:
+    with pytest.raises(torch.AcceleratorError):
+        acceleration._run_within(60, lambda: fail(torch.AcceleratorError("CUDA error: unspecified"))(None))  # type: ignore[arg-type]
+
+
+def test_passes_are_recorded_although_the_compiler_is_late(
     model: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    over, recorded = threading.Event(), []
-    monkeypatch.setattr(
-        acceleration, "compile_layers", lambda model: acceleration._run_within(0.01, lambda: over.wait(30))
-    )
-    monkeypatch.setattr(acceleration, "record_passes", lambda model: recorded.append(1) or "")  # type: ignore[func-returns-value]
+    """Before it starts: the late compiler still launches kernels."""
+    over, order, graphs = threading.Event(), list[str](), object()
+
+    def record(model: Model) -> str:
+        order.append("recorded")
+        monkeypatch.setattr(model, "graphs", graphs, raising=False)
+        return ""
+
+    def late(*args: object) -> LayerFns:
+        order.append("compiled")
+        return LayerFns(lambda *args: over.wait(60), EAGER.after)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(acceleration, "record_passes", record)
+    monkeypatch.setattr(acceleration, "compile_layer_fns", late)
+    monkeypatch.setattr(PackedBatch, "to", lambda batch, device: batch)
     try:
         with caplog.at_level(logging.INFO):
-            accelerate(cuda(model, monkeypatch))
+            accelerate(cuda(model, monkeypatch), 0.01)
         assert "compiled layers: not used (not ready within 0 s)" in caplog.text
-        assert "CUDA graphs: not used (the compiler is still running)" in caplog.text
-        assert recorded == []
+        assert "CUDA graphs: used" in caplog.text
+        assert (order, model.graphs, model.compiled) == (["recorded", "compiled"], graphs, None)
     finally:
         over.set()
-        while acceleration._compiling():
-            time.sleep(0.001)
+        for thread in threading.enumerate():
+            if thread.name == "compile":
+                thread.join()
+
+
+def test_compiled_layers_are_recorded_in_place_of_the_eager_ones(
+    model: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorded: list[tuple[LayerFns | None, object]] = []
+
+    def record(model: Model) -> str:
+        recorded.append((model.compiled, model.graphs))
+        monkeypatch.setattr(model, "graphs", f"recording {len(recorded)}", raising=False)
+        return ""
+
+    def layers(model: Model) -> str:
+        monkeypatch.setattr(model, "compiled", EAGER, raising=False)
+        return ""
+
+    paths(monkeypatch, record, layers)
+    with caplog.at_level(logging.INFO):
+        accelerate(cuda(model, monkeypatch), 60)
+    assert recorded == [(None, None), (EAGER, None)], "the memory of the first is free when the second begins"
+    assert model.graphs == "recording 2"  # type: ignore[comparison-overlap]
+    assert [message.partition(":")[0] for message in caplog.messages] == [
+        "CUDA graphs",
+        "compiled layers",
+        "CUDA graphs of the compiled layers",
+    ]
+
+
+@pytest.mark.parametrize(("load_timeout", "limit"), [(1800.0, 300.0), (720.0, 120.0)])
+def test_the_compilers_limit_is_a_share_of_the_load_timeout(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch, load_timeout: float, limit: float
+) -> None:
+    limits: list[float] = []
+    monkeypatch.setattr(warmup, "accelerate", lambda model, seconds: limits.append(seconds))
+    Scorer.load(model_path, device="cpu", precision="float32", load_timeout=load_timeout)
+    assert limits == [pytest.approx(limit)]
 
 
 def test_compiled_layers_that_compute_something_else_are_refused(
@@ -115,11 +202,11 @@ def test_compiled_layers_that_compute_something_else_are_refused(
     wrong = LayerFns(EAGER.before, lambda layer, x, attended: EAGER.after(layer, x, attended.roll(1, 1)))
     monkeypatch.setattr(acceleration, "compile_layer_fns", lambda eager: wrong)
     monkeypatch.setattr(acceleration, "_COMPARED_TOKENS", 512)
-    assert "hidden states differ" in acceleration.compile_layers(model)
+    assert "hidden states differ" in acceleration.compile_layers(model, 60)
     assert model.compiled is None
     monkeypatch.setattr(acceleration, "compile_layer_fns", lambda eager: LayerFns(*map(_same, EAGER)))  # type: ignore[arg-type]
     monkeypatch.setattr(acceleration, "slower", lambda fast, eager: "")  # both are equally fast, except by chance
-    assert acceleration.compile_layers(model) == ""
+    assert acceleration.compile_layers(model, 60) == ""
     assert model.compiled is not None
 
 
@@ -131,12 +218,12 @@ def test_torchs_own_switch_turns_them_off(
     model: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with torch._dynamo.config.patch(disable=True), caplog.at_level(logging.INFO):
-        accelerate(cuda(model, monkeypatch))
+        accelerate(cuda(model, monkeypatch), 60)
     assert caplog.messages == ["compiled layers and CUDA graphs: off (TORCH_COMPILE_DISABLE=1)"]
 
 
 def test_a_cpu_uses_neither(model: Model, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        accelerate(model)
+        accelerate(model, 60)
     assert not caplog.messages
     assert model.compiled is None

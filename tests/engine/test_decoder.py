@@ -251,5 +251,6 @@ def test_loading_needs_the_final_size_and_at_most_one_layer(
         assert live.peak == final, "each weight is copied into its final place"
     frequencies = sum(buffer.nbytes for buffer in backbone.decoder.rotary_emb.buffers())
     packed = 8 * layer if precision is torch.int8 else 0  # FBGEMM's memory, which is no tensor's
-    assert live.peak + packed - frequencies <= sum(weight_bytes(weights, precision, dtype)) < 1.1 * (live.peak + packed)
+    peak = live.peak + packed
+    assert peak - frequencies <= sum(weight_bytes(weights, precision, dtype)) < 1.1 * peak
     assert weights.stored[EMBEDDING].numel * min(stored.itemsize, dtype.itemsize) < final

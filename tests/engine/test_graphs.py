@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +26,7 @@ from reranker.engine.acceleration import (
 )
 from reranker.engine.attention import SdpaAttention, VarlenAttention
 from reranker.engine.batch import PackedBatch, pack, pad
+from reranker.engine.families.base import LayerFns
 from reranker.engine.graphs import MAX_TOKENS, SIZES, Graphs, bucket, fits
 from reranker.engine.model import Model
 from reranker.types import EncodedRequest, Slice
@@ -227,10 +229,22 @@ def test_one_wrong_recording_rules_out_all(quick: Recorder) -> None:
     assert quick.model.graphs is None
 
 
-def test_a_slower_size_is_dropped(quick: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
-    reasons = iter(["slower than the eager path", *[""] * 15])  # the largest, which is recorded first
-    monkeypatch.setattr(acceleration, "slower", lambda fast, eager: next(reasons))
+def test_a_size_slower_than_the_compiled_layers_is_dropped(quick: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not slower than the eager path only: the replay takes the place of the compiled layers."""
+    compiled = LayerFns(*quick.model.backbone.eager)
+    replaced: list[Callable[[], torch.Tensor]] = []
+
+    def slower(fast: Callable[[], torch.Tensor | None], reference: Callable[[], torch.Tensor]) -> str:
+        replaced.append(reference)
+        return "slower" if len(replaced) == 1 else ""  # the largest, which is recorded first
+
+    monkeypatch.setattr(quick.model, "compiled", compiled, raising=False)
+    monkeypatch.setattr(acceleration, "slower", slower)
     assert record_passes(quick.model) == ""
+    for reference in replaced:
+        assert isinstance(reference, functools.partial)
+        assert reference.func == quick.model.hidden
+        assert reference.args[1] is compiled
     assert quick.model.graphs is not None
     assert len(quick.model.graphs) == len(SIZES) - 1
     assert quick.model.graphs.replay(sample(2040, quick.model)) is None

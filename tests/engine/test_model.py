@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from reranker import ModelLoadError, Scorer
 from reranker.engine import device as devices
+from reranker.engine import model, scorer
 from reranker.engine.batch import PackedBatch
 from reranker.engine.checkpoint.locate import Located
 from reranker.engine.checkpoint.weights import Weights
@@ -136,40 +138,76 @@ def test_a_gpu_with_little_memory_takes_8_bits(
 OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand more"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
 ]
+LOST = torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device\nand more")
+STAGES: dict[str, tuple[Any, str, str]] = {
+    "memory": (devices, "memory", "out of memory while the model was loaded"),
+    "projections": (decoder._Loader, "projection", "the weights do not fit in the free memory of cpu"),
+    "second layer": (decoder._Loader, "layer", "the weights do not fit in the free memory of cpu"),
+    "quantised": (model, "quantize", "the weights do not fit in the free memory of cpu"),
+    "prefix": (decoder.Decoder, "cache_prefix", "the weights fit, but not the "),
+    "first pass": (Model, "forward", "the weights fit, but no forward pass beside them"),
+    "self-check": (scorer, "self_check", "out of memory while the model was loaded"),
+}
+"""Stage of a load -> what fails in it, and how the error begins."""
 
 
-@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
-@pytest.mark.parametrize("precision", ["float32", "int8"])
-def test_memory_that_ends_at_load_is_an_error_in_one_line(
-    model_path: Path, monkeypatch: pytest.MonkeyPatch, error: RuntimeError, precision: str
-) -> None:
-    """Another process may take the memory after it was counted."""
-    layers: list[str] = []
+def failing(monkeypatch: pytest.MonkeyPatch, stage: str, error: Exception) -> None:
+    owner, name, _ = STAGES[stage]
+    works, calls = getattr(owner, name), list[int]()
 
-    def layer(loader: object, layer: object, name: str) -> None:
-        layers.append(name)
-        if len(layers) == 2:
-            raise error
-        load_layer(loader, layer, name)
-
-    load_layer: Any = decoder._Loader.layer
-    monkeypatch.setattr(decoder._Loader, "layer", layer)
-    message = refused(model_path, precision=precision)
-    assert message.startswith("the weights do not fit in the free memory of cpu: free memory")
-
-
-@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
-def test_memory_that_ends_at_the_cached_prefix_is_an_error_in_one_line(
-    model_path: Path, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
-) -> None:
-    def cache_prefix(*args: object) -> None:
+    def fail(*args: object) -> object:
+        calls.append(1)
+        if stage == "second layer" and len(calls) < 2:
+            return works(*args)
         raise error
 
-    monkeypatch.setattr(decoder.Decoder, "cache_prefix", cache_prefix)
-    message = refused(model_path, precision="float32")
-    assert message.startswith("the weights fit, but not the ")
-    assert "tokens of the prompt's start beside them" in message
+    monkeypatch.setattr(owner, name, fail)
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: str(error)[:20])
+@pytest.mark.parametrize("stage", STAGES)
+def test_memory_that_ends_at_any_stage_is_an_error_in_one_line(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, error: RuntimeError
+) -> None:
+    """Another process may take the memory after it was counted."""
+    failing(monkeypatch, stage, error)
+    message = refused(model_path, precision="int8" if stage == "quantised" else "float32")
+    assert message.startswith(STAGES[stage][2])
+    assert message.endswith(": raise MAX_MEMORY_PERCENTAGE, free memory, or use a smaller model")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_device_that_is_lost_at_any_stage_is_an_error_in_one_line(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """No other precision is tried in a process whose device is lost."""
+    loads: list[torch.dtype] = []
+    load = model.load
+
+    def counted(family: Any, device: torch.device, dtype: torch.dtype, *limits: Any) -> Model:
+        loads.append(dtype)
+        return load(family, device, dtype, *limits)
+
+    monkeypatch.setattr("reranker.engine.scorer.load", counted)
+    failing(monkeypatch, stage, LOST)
+    message = refused(model_path, precision="int8" if stage == "quantised" else "float16")
+    assert message.startswith("the device failed while the model was loaded (CUDA error: no kernel image is available")
+    assert message.endswith("): check it with nvidia-smi, then start again")
+    assert len(loads) == 1
+
+
+def test_the_last_precision_that_fails_does_not_hide_why_the_first_did(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """float16 on a T4 whose memory float32 does not fit into."""
+    family, weights, gib = open_checkpoint(Located(model_path)), Weights(model_path), 1 << 30
+    needed = model.needed_memory(family, weights, torch.device("cpu"), torch.float16, prefix_tokens=512).needed
+    monkeypatch.setattr(devices, "memory", lambda *_: Memory(total=16 * gib, allowed=needed, used=0))
+    monkeypatch.setattr(Model, "forward", lambda model, batch: torch.full((batch.shape.documents,), torch.nan))
+    message = refused(model_path, precision="float16")
+    assert re.match(r"float16: a warm-up score is not a number; float32: the weights take .* GiB in float32", message)
 
 
 def test_the_allocators_own_error_is_out_of_memory() -> None:

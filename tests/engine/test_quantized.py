@@ -22,8 +22,8 @@ from reranker.engine.checkpoint.scales import Rounded
 from reranker.engine.checkpoint.weights import Weights
 from reranker.engine.families import open_checkpoint
 from reranker.engine.families.base import LayerFns
+from reranker.engine.families.official import OFFICIAL
 from reranker.engine.footprint import footprint
-from reranker.engine.official import OFFICIAL
 from reranker.engine.quantized import Float8Linear, Int8GpuLinear, Int8Linear, difference, quantize
 from tests.conftest import DEMO, ROOT, make_model
 from tests.engine.test_decoder import Live

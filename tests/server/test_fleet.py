@@ -92,7 +92,9 @@ def test_generations_share_a_folder_and_differ_in_their_files(tmp_path: Path, mo
     keys = []
     for each in (first, second):
         each.assign_slot(1, [], 1)
-        each.enter_worker(1, siblings_serve=each is second, respawned=False, listeners=("http://127.0.0.1:1",))
+        each.enter_worker(
+            1, workers=2, gpus=None, siblings_serve=each is second, respawned=False, listeners=("http://127.0.0.1:1",)
+        )
         keys.append(fleet.context.metrics_key)
         assert os.environ["PROMETHEUS_MULTIPROC_DIR"] == fleet.context.folder == str(folder)
         assert fleet.context.siblings_serve == (each is second)

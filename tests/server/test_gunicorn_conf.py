@@ -22,6 +22,7 @@ from tests.conftest import FAKE, GUNICORN, ROOT, Server, Start
 from tests.faults.test_process import gone
 from tests.faults.test_restart import PID, end, restart
 from tests.faults.traffic import until
+from tests.gpus import Gpu, Machine
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +39,7 @@ def conf(monkeypatch: pytest.MonkeyPatch, gpus: int = 0, **env: str) -> dict[str
     """The names of gunicorn.conf.py as gunicorn would read them, on a machine with so many GPUs."""
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    asked = SimpleNamespace(returncode=0, stdout=f"{gpus}\n")
+    asked = SimpleNamespace(returncode=0, stdout=" ".join(map(str, range(gpus))) + "\n")
     monkeypatch.setattr(subprocess, "run", lambda *args, **options: asked)
     return runpy.run_path(str(ROOT / "gunicorn.conf.py"))
 
@@ -177,19 +178,38 @@ def test_a_wrong_setting_is_one_line_and_no_traceback(tmp_path: Any) -> None:
     assert lines[0].startswith("error: WORKER_CLASS='sync' cannot be used; use uvicorn.workers.UvicornWorker")
 
 
-# The real gunicorn. A module by the name of torch stands for a machine with GPUs: it is all that gunicorn.conf.py asks,
-# and the scorer of tests/fake_app.py asks nothing.
-TORCH = """
-import os
-class cuda:
-    def device_count():
-        return len(os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2").split(","))
-"""
+@pytest.mark.parametrize(
+    ("gpus", "env", "sharing"),
+    [
+        (2, {"WORKERS": "auto"}, [1, 1]),
+        (2, {"WORKERS": "4"}, [2, 2, 2, 2]),
+        (2, {"WORKERS": "3"}, [2, 1, 2]),
+        (1, {"WORKERS": "2"}, [2, 2]),
+        (2, {"WORKERS": "2", "MODEL_DEVICE": "cuda:1"}, [2, 2]),
+        (2, {"WORKERS": "1"}, [1]),
+        (0, {"WORKERS": "2"}, [1, 1]),
+        (2, {"WORKERS": "2", "MODEL_DEVICE": "cpu"}, [1, 1]),
+    ],
+)
+def test_a_worker_knows_how_many_share_its_gpu(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, env: dict[str, str], sharing: list[int]
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    master, seen = Master(conf(monkeypatch, gpus=gpus, **env)), []
+    for _ in range(master.num_workers):
+        master.spawn()
+        seen.append(fleet.context.gpu_workers)
+    assert seen == sharing
+
+
+# The real gunicorn. A module by the name of torch stands for a machine with GPUs: the process that counts them asks
+# nothing else, and the scorer of tests/fake_app.py asks nothing.
+MACHINE = Machine([Gpu("GPU-00"), Gpu("GPU-1c"), Gpu("GPU-7c")])
 
 
 @pytest.fixture
 def gpus(tmp_path: Path) -> str:
-    (tmp_path / "torch.py").write_text(TORCH)
+    (tmp_path / "torch.py").write_text(MACHINE.module())
     return f"{tmp_path}:{ROOT}"
 
 
@@ -272,5 +292,5 @@ def test_both_generations_of_a_rolling_restart_have_a_worker_on_every_gpu(start:
 
 
 def test_real_workers_share_out_the_gpus_that_the_operator_chose(start: Start, gpus: str) -> None:
-    server = start(command=FAKE, WORKERS="auto", PYTHONPATH=gpus, CUDA_VISIBLE_DEVICES="5,GPU-7c")
-    assert workers_by_gpu(server, 2) == {"5": 1, "GPU-7c": 1}
+    server = start(command=FAKE, WORKERS="auto", PYTHONPATH=gpus, CUDA_VISIBLE_DEVICES="GPU-7c,GPU-1c")
+    assert workers_by_gpu(server, 2) == {"GPU-7c": 1, "GPU-1c": 1}
