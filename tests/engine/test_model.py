@@ -100,22 +100,6 @@ def test_the_error_names_an_official_model_that_fits(model_path: Path, monkeypat
     assert message.endswith("or use a smaller model, such as Qwen3-Reranker-4B in int8 (4.54 GiB)")
 
 
-def test_what_failed_before_the_memory_ended_is_in_the_error(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """bfloat16 fits and cannot be computed, float32 does not fit."""
-    forward = Model.forward
-
-    def fail(model: Model, batch: PackedBatch) -> torch.Tensor:
-        if model.dtype is torch.bfloat16:
-            raise RuntimeError("no such product")
-        return forward(model, batch)
-
-    monkeypatch.setattr(Model, "forward", fail)
-    limit_memory(monkeypatch, needs(model_path, "bfloat16").needed)
-    message = refused(model_path, precision="bfloat16")
-    assert "in float32, but only" in message
-    assert message.endswith("(tried before: bfloat16: warm-up failed: no such product)")
-
-
 def test_a_gpu_with_little_memory_takes_8_bits(
     model_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -207,7 +191,7 @@ def test_the_last_precision_that_fails_does_not_hide_why_the_first_did(
     monkeypatch.setattr(devices, "memory", lambda *_: Memory(total=16 * gib, allowed=needed, used=0))
     monkeypatch.setattr(Model, "forward", lambda model, batch: torch.full((batch.shape.documents,), torch.nan))
     message = refused(model_path, precision="float16")
-    assert re.match(r"float16: a warm-up score is not a number; float32: the weights take .* GiB in float32", message)
+    assert re.match(r"float16: a warm-up score is not a number; float32: the model needs .* in float32", message)
 
 
 def test_the_allocators_own_error_is_out_of_memory() -> None:
