@@ -74,7 +74,7 @@ def test_other_formats_are_refused_with_the_way_out(tmp_path: Path, settings: di
     message = refusal(tmp_path, settings)
     assert re.search(r"is a quantised checkpoint \(.*\), which is not read: use the original weights", message)
     assert words in message
-    assert "MODEL_PRECISION=int8 on a CPU or float8 on a GPU" in message
+    assert "MODEL_PRECISION=int8" in message
     assert "\n" not in message
 
 

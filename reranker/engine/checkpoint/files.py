@@ -10,7 +10,7 @@ from reranker.errors import ModelLoadError
 
 AGAIN = "download the checkpoint again"
 ORIGINAL = "use the original weights"
-UNQUANTIZED = f"{ORIGINAL}, and MODEL_PRECISION=int8 on a CPU or float8 on a GPU"
+UNQUANTIZED = f"{ORIGINAL}, and MODEL_PRECISION=int8"
 RERANKER = "gives no relevance: use a reranker (docs/models.md)"
 _BYTE_ORDER_MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
 

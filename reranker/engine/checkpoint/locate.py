@@ -37,7 +37,7 @@ _DOWNLOAD = (
 _SAFETENSORS = "use a checkpoint with *.safetensors, such as Qwen/Qwen3-Reranker-4B"
 _PICKLE = f"pickles are not read, because loading one runs code: {_SAFETENSORS}, or convert it with save_pretrained"
 _OTHER_FORMATS = {
-    "*.gguf": f"GGUF is not read: {_SAFETENSORS} and MODEL_PRECISION=int8 on a CPU or float8 on a GPU",
+    "*.gguf": f"GGUF is not read: {_SAFETENSORS} and MODEL_PRECISION=int8",
     "*.onnx": f"ONNX is not read: {_SAFETENSORS}",
     "onnx/*.onnx": f"ONNX is not read: {_SAFETENSORS}",
     "openvino*.xml": f"OpenVINO is not read: {_SAFETENSORS}",
