@@ -8,12 +8,15 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from reranker.errors import InputError
 from reranker.evaluate.bm25 import candidates, words
+from reranker.evaluate.measures import measure, parse_measures
 from tests.cli.command import cli, write_lines
 from tests.cli.test_rank import FAKE, url
 from tests.conftest import Server, Start
@@ -169,6 +172,30 @@ def test_a_wrong_split_or_measure_is_named(tmp_path: Path) -> None:
     )
     err = cli("evaluate", "--beir", ".", "--measures", "nDCG@10 foo", cwd=tmp_path, code=2).stderr
     assert "--measures: measure not found: foo" in err
+
+
+@pytest.mark.parametrize("name", ["P", "R", "RBP", "ERR@10", "Accuracy", "nDCG@10 AP_IA"])
+def test_a_measure_that_cannot_be_computed_is_one_line(name: str) -> None:
+    with pytest.raises(InputError, match=r"^ir-measures cannot compute .*") as error:
+        measure(parse_measures(name), {"q": {"d": 1}}, {"q": {"d": 1.0}})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(shutil.which("perl") is None, reason="ir-measures computes ERR with perl")
+def test_only_the_reciprocal_rank_is_called_mrr() -> None:
+    """ERR is another measure."""
+    ranking = {"1": {"d": 1.0}}
+    values = measure(parse_measures("RR@10 MRR@5 RR ERR@10"), {"1": {"d": 1}}, ranking)
+    assert list(values) == ["MRR@10", "MRR@5", "RR", "ERR@10"]
+
+
+def test_ids_with_blanks_are_refused_before_a_run_is_lost(tmp_path: Path) -> None:
+    beir(tmp_path)
+    lines = [{"_id": i.replace("d3", "d 3"), "text": t} for i, t in CORPUS.items()]
+    write_lines(tmp_path / "corpus.jsonl", lines)
+    args = ["evaluate", "--beir", ".", "--save-run", "new.txt", "--url", "http://127.0.0.1:9"]
+    err = cli(*args, cwd=tmp_path, code=2).stderr
+    assert "error: --save-run: the id 'd 3' has a blank, which a TREC run cannot hold; rename it\n" in err
 
 
 OUTPUTS = ("--per-query", "--plot", "--save-run")
