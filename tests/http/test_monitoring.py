@@ -231,6 +231,7 @@ QUIET = {
     "reranker_workers": "2x300",
     "reranker_ready_workers": "2x300",
     "reranker_worker_restarts_total": "0x8 1x40 2x300",
+    "reranker_start_time_seconds": "1x8 2x40 3x300",
     "reranker_demo_model_workers": "0x300",
     "reranker_self_check_failed_workers": "0x300",
     'reranker_errors_total{error_type="unauthorized"}': "0+10x300",
@@ -265,7 +266,9 @@ def test_every_alert_fires_when_it_must_and_only_then(tmp_path: Path) -> None:
             "promql_expr_test": [{"expr": query, "eval_time": at, "exp_samples": found}],
         }
 
-    cases = [case(series, at, name) for name, (series, at) in SCENARIOS.items()] + [case(QUIET, "65m", None)]
+    cases = [case(series, at, name) for name, (series, at) in SCENARIOS.items()]
+    ended = {"reranker_start_time_seconds": "1x8 2x8 3x8 4x60", "reranker_worker_restarts_total": "0x90"}  # containers
+    cases += [case(ended, "10m", "RerankerRestarts"), case(QUIET, "65m", None)]
     test = {"rule_files": [str(ALERTS)], "evaluation_interval": "15s", "tests": cases}
     (tmp_path / "test.yml").write_text(yaml.safe_dump(test))
     ran = subprocess.run(
