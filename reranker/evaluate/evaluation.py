@@ -210,6 +210,8 @@ def _check_outputs(job: Job, systems: Sequence[System]) -> None:
             raise InputError(f"{option}={name!r} names no file")
         if not path.parent.is_dir():
             raise InputError(f"{option}={name}: the folder {path.parent} does not exist")
+        if path.suffix.lower() == ".gz":
+            raise InputError(f"{option}={name}: outputs are not compressed; leave out {path.suffix}")
         if not os.access(path if path.exists() else path.parent, os.W_OK):
             raise FailedError(f"cannot write {name} ({option}): Permission denied")
         if path.exists() and not path.is_file():  # a device or a pipe has no content to replace

@@ -226,6 +226,7 @@ def test_two_outputs_of_one_name_are_refused(pair: tuple[str, str], tmp_path: Pa
     [
         *((f"{option} nowhere/a.png", "the folder nowhere does not exist") for option in OUTPUTS),
         *((f"{option} .", "names no file") for option in OUTPUTS),
+        ("--save-run new.txt.gz", "outputs are not compressed; leave out .gz"),
         ("--plot a.docx", "docx is no format of a picture"),
         ("--split dev", "--split has no effect"),
         ("--split test", "--split has no effect"),
