@@ -9,6 +9,7 @@ import csv
 import json
 import math
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 from reranker.errors import InputError
 from reranker.evaluate.bm25 import candidates, words
 from reranker.evaluate.measures import measure, parse_measures
-from tests.cli.command import cli, write_lines
+from tests.cli.command import COMMAND, cli, environment, write_lines
 from tests.cli.test_rank import FAKE, url
 from tests.conftest import Server, Start
 
@@ -253,6 +254,17 @@ def test_the_result_is_printed_even_where_a_file_cannot_be_written(service: Serv
     done = cli("evaluate", *args, cwd=tmp_path, code=1)
     assert json.loads(done.stdout)["queries"] == 3
     assert done.stderr.endswith("error: cannot write /dev/full: No space left on device\n")
+
+
+def test_the_files_are_written_even_where_the_result_cannot_be_printed(service: Server, tmp_path: Path) -> None:
+    args = [*COMMAND, "evaluate", *trec(tmp_path), "--save-run", "new.txt", "--url", url(service)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            args, cwd=tmp_path, env=environment(), stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    assert done.returncode == 1
+    assert done.stderr.endswith("error: cannot write standard output: No space left on device\n")
+    assert len((tmp_path / "new.txt").read_text().splitlines()) == 6
 
 
 def test_a_folder_with_a_part_in_two_forms_says_which_is_read(service: Server, tmp_path: Path) -> None:
