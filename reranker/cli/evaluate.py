@@ -31,7 +31,7 @@ _MAX_SHOWN = 300
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Measure the gain and print it; the files come last, so that a full disk does not lose the report."""
+    """Measure the gain and print it; a failure to print does not lose the files, nor one to write them the report."""
     systems = _systems(args)
     has_bm25 = args.run is None and any(system.source for system in systems)
     needed = ["ir_measures", "scipy", *(["bm25s"] if has_bm25 else []), *(["matplotlib"] if args.plot else [])]
@@ -39,12 +39,14 @@ def evaluate(args: argparse.Namespace) -> None:
         raise FailedError(f"{' and '.join(missing)} missing; pip install -r requirements-eval.txt")
     job = _job(args)
     report = run(job, systems)
-    if args.output == "markdown":
-        with printing():
-            print("\n".join(_markdown(report)))
-    else:
-        print_result(report.json(), lambda: _print(report), args.output)
-    write_files(job, report)
+    try:
+        if args.output == "markdown":
+            with printing():
+                print("\n".join(_markdown(report)))
+        else:
+            print_result(report.json(), lambda: _print(report), args.output)
+    finally:
+        write_files(job, report)
 
 
 def _systems(args: argparse.Namespace) -> list[System]:

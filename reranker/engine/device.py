@@ -110,8 +110,12 @@ def memory_held(device: torch.device) -> int:
 
 
 def cap_memory(device: torch.device, percentage: float) -> None:
-    """Make CUDA's allocator refuse more than `percentage` of the memory; the CPU's has no such limit."""
+    """Make CUDA's allocator refuse more than `percentage` of the memory; the CPU's has no such limit.
+
+    What an earlier model of this process left in the allocator is given back, or `memory` would count it as in use.
+    """
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(percentage / 100, device)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, groupby, islice
 from pathlib import Path
@@ -210,6 +210,8 @@ def _check_outputs(job: Job, systems: Sequence[System]) -> None:
             raise InputError(f"{option}={name!r} names no file")
         if not path.parent.is_dir():
             raise InputError(f"{option}={name}: the folder {path.parent} does not exist")
+        if path.suffix.lower() == ".gz":
+            raise InputError(f"{option}={name}: outputs are not compressed; leave out {path.suffix}")
         if not os.access(path if path.exists() else path.parent, os.W_OK):
             raise FailedError(f"cannot write {name} ({option}): Permission denied")
         if path.exists() and not path.is_file():  # a device or a pipe has no content to replace
@@ -248,7 +250,10 @@ def _read(job: Job, systems: Sequence[System]) -> _Data:
     _require_texts(grades, queries, paths.queries, "query")
     queries = {query: text for query, text in queries.items() if query in grades}
     judged = dict.fromkeys(chain(*grades.values()))
-    runs = [_read_run(job, system.run, grades) for system in systems if system.run]
+    names = [system.run for system in systems if system.run]
+    runs = [_read_run(job, name, grades) for name in names]
+    for name, ranking in zip(names, runs, strict=True):
+        _note_absent(name, ranking, grades)
     first: Ranking = {}
     if job.run:
         full = _read_run(job, job.run, grades)
@@ -261,6 +266,8 @@ def _read(job: Job, systems: Sequence[System]) -> _Data:
     _check_judged(judged, corpus, paths.corpus)
     if by_bm25:
         first = candidates(corpus, queries, job.candidates)
+    if job.save_run is not None:
+        _require_words(chain(first, *first.values()), "--save-run")
     return _Data(grades, queries, corpus, first, runs)
 
 
@@ -273,6 +280,13 @@ def _read_run(job: Job, name: str, grades: Grades) -> Ranking:
     return ranking
 
 
+def _note_absent(name: str, ranking: Ranking, grades: Grades) -> None:
+    """Note the judged queries that a saved run lacks: an unfinished run looks like a bad one."""
+    if absent := [query for query in grades if query not in ranking]:
+        count = f"{len(absent)} of {plural(len(grades), 'judged query', 'judged queries')}"
+        note(f"{name} ranks nothing for {count}, the first is {absent[0]!r}; each counts as 0")
+
+
 def _require_texts(ids: Collection[str], texts: Mapping[str, str], path: Path, noun: str) -> None:
     missing = [name for name in ids if name not in texts]
     if missing:
@@ -280,6 +294,12 @@ def _require_texts(ids: Collection[str], texts: Mapping[str, str], path: Path, n
         raise InputError(
             f"{path} has no text for {len(missing)} of {len(ids)}, the first is {noun} {missing[0]!r}{own}"
         )
+
+
+def _require_words(ids: Iterable[str], option: str) -> None:
+    """Refuse ids that a TREC run, whose columns are separated by blanks, cannot hold."""
+    if (name := next((name for name in ids if name.split() != [name]), None)) is not None:
+        raise InputError(f"{option}: the id {name!r} has a blank, which a TREC run cannot hold; rename it")
 
 
 def _check_judged(judged: Collection[str], corpus: Mapping[str, str], path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from subprocess import SubprocessError
 from typing import Any
 
 from reranker.errors import InputError
@@ -38,14 +39,23 @@ def parse_measures(names: str) -> list[Any]:
 
 
 def measure(measures: Sequence[Any], grades: Grades, ranking: Ranking) -> Values:
-    """Return each measure of every judged query; a query without documents counts as 0."""
+    """Return each measure of every judged query; a query without documents counts as 0.
+
+    Raises:
+        InputError: a measure needs a cutoff or another parameter, a package that is missing, or other data.
+    """
     import ir_measures
 
     # Positions instead of scores: trec_eval reads 32-bit floats, in which high scores tie, and orders ties by id.
     runs = {q: {d: float(len(found) - i) for i, d in enumerate(found)} for q, found in ranking.items() if found}
-    names = {str(m): str(m).replace("RR@", "MRR@") for m in measures}
+    names = {str(m): re.sub(r"^RR@", "MRR@", str(m)) for m in measures}
     values: Values = {name: dict.fromkeys(grades, 0.0) for name in names.values()}
-    if runs:
-        for metric in ir_measures.iter_calc(measures, grades, runs):
+    try:
+        for metric in ir_measures.iter_calc(measures, grades, runs) if runs else ():
             values[names[str(metric.measure)]][metric.query_id] = float(metric.value)
+    except (ArithmeticError, AssertionError, OSError, ValueError, SubprocessError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"ir-measures cannot compute {' '.join(names)}: {reason}; add the cutoff (P@10), or name other --measures"
+        ) from None
     return values

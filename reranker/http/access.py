@@ -139,5 +139,5 @@ def new_id() -> str:
 
 
 def printable(path: str) -> str:
-    """Return a path for a log line: one line, of limited length, without a token."""
-    return repr(_MISPLACED.sub(r"\1***", path)[:200])[1:-1]
+    """Return a path for a log line: one word, so that it cannot pose as fields; of limited length, without a token."""
+    return repr(_MISPLACED.sub(r"\1***", path)[:200])[1:-1].replace(" ", "%20")

@@ -171,6 +171,8 @@ def test_ports_and_probes(start: Start) -> None:
     probes = {kind: main[kind]["httpGet"] for kind in ("startupProbe", "readinessProbe", "livenessProbe")}
     [scrape] = one("ServiceMonitor")["spec"]["endpoints"]
     assert {allowed["port"], scrape["port"], *(probe["port"] for probe in probes.values())} == {port["name"]}
+    [kept] = scrape["relabelings"]  # a pod that pulls or downloads would fire RerankerDown
+    assert (kept["action"], kept["sourceLabels"], kept["regex"]) == ("keep", ["__meta_kubernetes_pod_phase"], "Running")
 
     env = {name: value for name, value in environment(main).items() if name not in ("HOST", "PORT", "LOG_FORMAT")}
     server = start(command=FAKE, token="ACCESS_TOKEN", wait=None, FAKE_LOAD_SECONDS="3", **env)

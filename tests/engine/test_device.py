@@ -106,6 +106,18 @@ def test_workers_that_share_a_gpu_fit_beside_each_other(monkeypatch: pytest.Monk
         assert sum(held) <= total
 
 
+def test_a_second_model_of_a_process_finds_the_memory_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`evaluate --model A --model B`: else B is refused, or takes 8 bits, because of what A left in the allocator."""
+    left = [60]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100 - sum(left), 100))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: sum(left))
+    monkeypatch.setattr(torch.cuda, "empty_cache", left.clear)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: None)
+    assert devices.memory(CUDA, 90).available == 30
+    devices.cap_memory(CUDA, 90)
+    assert devices.memory(CUDA, 90).available == 90
+
+
 def test_memory_of_the_cpu_is_capped_by_percentage_and_container(monkeypatch: pytest.MonkeyPatch) -> None:
     gib = 1 << 30
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=16 * gib, available=10 * gib))

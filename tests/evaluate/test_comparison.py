@@ -163,6 +163,9 @@ def test_a_run_of_other_documents_is_said(tmp_path: Path) -> None:
     done = cli("evaluate", *args, "--compare", "other.txt", cwd=tmp_path)
     assert "note: other.txt ranks no judged document; are its ids those of qrels.txt?\n" in done.stderr
     assert means(json.loads(done.stdout), "R@10")["other.txt"] == 0
+    assert (
+        "note: other.txt ranks nothing for 2 of 3 judged queries, the first is 'q2'; each counts as 0\n" in done.stderr
+    )
 
 
 def test_the_function_with_a_local_model_and_with_a_service(service: Server, tmp_path: Path) -> None:

@@ -8,13 +8,17 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from reranker.errors import InputError
 from reranker.evaluate.bm25 import candidates, words
-from tests.cli.command import cli, write_lines
+from reranker.evaluate.measures import measure, parse_measures
+from tests.cli.command import COMMAND, cli, environment, write_lines
 from tests.cli.test_rank import FAKE, url
 from tests.conftest import Server, Start
 
@@ -171,6 +175,30 @@ def test_a_wrong_split_or_measure_is_named(tmp_path: Path) -> None:
     assert "--measures: measure not found: foo" in err
 
 
+@pytest.mark.parametrize("name", ["P", "R", "RBP", "ERR@10", "Accuracy", "nDCG@10 AP_IA"])
+def test_a_measure_that_cannot_be_computed_is_one_line(name: str) -> None:
+    with pytest.raises(InputError, match=r"^ir-measures cannot compute .*") as error:
+        measure(parse_measures(name), {"q": {"d": 1}}, {"q": {"d": 1.0}})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(shutil.which("perl") is None, reason="ir-measures computes ERR with perl")
+def test_only_the_reciprocal_rank_is_called_mrr() -> None:
+    """ERR is another measure."""
+    ranking = {"1": {"d": 1.0}}
+    values = measure(parse_measures("RR@10 MRR@5 RR ERR@10"), {"1": {"d": 1}}, ranking)
+    assert list(values) == ["MRR@10", "MRR@5", "RR", "ERR@10"]
+
+
+def test_ids_with_blanks_are_refused_before_a_run_is_lost(tmp_path: Path) -> None:
+    beir(tmp_path)
+    lines = [{"_id": i.replace("d3", "d 3"), "text": t} for i, t in CORPUS.items()]
+    write_lines(tmp_path / "corpus.jsonl", lines)
+    args = ["evaluate", "--beir", ".", "--save-run", "new.txt", "--url", "http://127.0.0.1:9"]
+    err = cli(*args, cwd=tmp_path, code=2).stderr
+    assert "error: --save-run: the id 'd 3' has a blank, which a TREC run cannot hold; rename it\n" in err
+
+
 OUTPUTS = ("--per-query", "--plot", "--save-run")
 INPUTS = ("corpus.tsv", "queries.tsv", "qrels.txt", "run.txt")
 
@@ -199,6 +227,7 @@ def test_two_outputs_of_one_name_are_refused(pair: tuple[str, str], tmp_path: Pa
     [
         *((f"{option} nowhere/a.png", "the folder nowhere does not exist") for option in OUTPUTS),
         *((f"{option} .", "names no file") for option in OUTPUTS),
+        ("--save-run new.txt.gz", "outputs are not compressed; leave out .gz"),
         ("--plot a.docx", "docx is no format of a picture"),
         ("--split dev", "--split has no effect"),
         ("--split test", "--split has no effect"),
@@ -225,6 +254,17 @@ def test_the_result_is_printed_even_where_a_file_cannot_be_written(service: Serv
     done = cli("evaluate", *args, cwd=tmp_path, code=1)
     assert json.loads(done.stdout)["queries"] == 3
     assert done.stderr.endswith("error: cannot write /dev/full: No space left on device\n")
+
+
+def test_the_files_are_written_even_where_the_result_cannot_be_printed(service: Server, tmp_path: Path) -> None:
+    args = [*COMMAND, "evaluate", *trec(tmp_path), "--save-run", "new.txt", "--url", url(service)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            args, cwd=tmp_path, env=environment(), stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    assert done.returncode == 1
+    assert done.stderr.endswith("error: cannot write standard output: No space left on device\n")
+    assert len((tmp_path / "new.txt").read_text().splitlines()) == 6
 
 
 def test_a_folder_with_a_part_in_two_forms_says_which_is_read(service: Server, tmp_path: Path) -> None:

@@ -23,8 +23,9 @@ def test_a_token_that_became_a_part_of_the_path_is_not_printed(token: str) -> No
     assert printable(f"/health/ACCESS_TOKEN={token}/more") == "/health/ACCESS_TOKEN=***"
 
 
-def test_a_path_is_one_short_line() -> None:
-    assert printable("/a\r\nGET /b \x1b[31m\u2028") == r"/a\r\nGET /b \x1b[31m\u2028"
+def test_a_path_is_one_short_word() -> None:
+    assert printable("/a\r\nGET /b \x1b[31m\u2028") == r"/a\r\nGET%20/b%20\x1b[31m\u2028"
+    assert printable("/a 200 1.0 ms id=1 caller=ops\u3000") == r"/a%20200%201.0%20ms%20id=1%20caller=ops\u3000"
     assert len(printable("/" + "x" * 100_000)) == 200
 
 

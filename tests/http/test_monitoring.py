@@ -14,10 +14,14 @@ from typing import Any
 import httpx
 import pytest
 import yaml  # type: ignore[import-untyped]
+from fastapi.routing import iter_route_contexts
 from prometheus_client import values
 
+from app import create_app
+from config import Settings
 from reranker.http.metrics import TABLE, Metrics
 from tests.conftest import GUNICORN, ROOT, Start, free_port
+from tests.fake import FakeScorer
 
 DEPLOY = ROOT / "deploy"
 FAKE = [*GUNICORN[:-1], "tests.fake_app:app"]
@@ -89,6 +93,22 @@ def test_labels_and_their_values_exist(exported: dict[str, set[str]]) -> None:
             assert label in exported[name] | {"instance"}, (name, label)
             if label == "error_type":
                 assert set(value.split("|")) <= kinds
+
+
+@pytest.mark.usefixtures("exported")  # restores what `Metrics` sets
+def test_what_counts_as_a_rerank_is_every_route_that_ranks_and_no_other() -> None:
+    """Probes among them would hide errors, and fire at 503s of a load; a dialect outside would have no alert."""
+    app = create_app(Settings(), FakeScorer)
+    routes = {str(route.path): route.methods or set() for route in iter_route_contexts(app.routes)}
+    texts = [text for _, text in expressions() + marks()] + [rule["expr"] for rule in rules()]
+    found = [re.findall(r'route=~"([^"]*)"', text) for text in texts]
+    [pattern] = {one for group in found for one in group}
+    ranking = {path for path in routes if re.fullmatch(pattern, path)}
+    assert ranking == {path for path, methods in routes.items() if "POST" in methods}
+    assert len(ranking) > 10
+    for text in texts:
+        for selector in re.findall(r"reranker_request(?:s_total|_duration_seconds_bucket)(\{[^}]*\}|)", text):
+            assert "route=~" in selector or 'status="429"' in selector, text  # a refused connection has no route
 
 
 def test_the_queries_of_the_documentation_are_accepted(exported: dict[str, set[str]], tmp_path: Path) -> None:
@@ -211,6 +231,7 @@ QUIET = {
     "reranker_workers": "2x300",
     "reranker_ready_workers": "2x300",
     "reranker_worker_restarts_total": "0x8 1x40 2x300",
+    "reranker_start_time_seconds": "1x8 2x40 3x300",
     "reranker_demo_model_workers": "0x300",
     "reranker_self_check_failed_workers": "0x300",
     'reranker_errors_total{error_type="unauthorized"}': "0+10x300",
@@ -218,6 +239,7 @@ QUIET = {
     "reranker_documents_total": "0+100x300",
     'reranker_errors_total{error_type="scoring_failed"}': "3x300",
     'reranker_requests_total{route="/v1/rerank",status="200"}': "0+100x300",
+    'reranker_requests_total{route="/readyz",status="503"}': "0+3x300",  # a load
     'reranker_requests_total{route="/v1/rerank",status="422"}': "0+50x300",
     'reranker_requests_total{route="/v1/rerank",status="499"}': "0+50x300",
     'reranker_request_duration_seconds_bucket{route="/v1/rerank",le="0.1"}': "0+100x300",
@@ -244,7 +266,9 @@ def test_every_alert_fires_when_it_must_and_only_then(tmp_path: Path) -> None:
             "promql_expr_test": [{"expr": query, "eval_time": at, "exp_samples": found}],
         }
 
-    cases = [case(series, at, name) for name, (series, at) in SCENARIOS.items()] + [case(QUIET, "65m", None)]
+    cases = [case(series, at, name) for name, (series, at) in SCENARIOS.items()]
+    ended = {"reranker_start_time_seconds": "1x8 2x8 3x8 4x60", "reranker_worker_restarts_total": "0x90"}  # containers
+    cases += [case(ended, "10m", "RerankerRestarts"), case(QUIET, "65m", None)]
     test = {"rule_files": [str(ALERTS)], "evaluation_interval": "15s", "tests": cases}
     (tmp_path / "test.yml").write_text(yaml.safe_dump(test))
     ran = subprocess.run(
