@@ -75,7 +75,7 @@ def _set_up(name: str, set_up: Callable[[Model], str], model: Model) -> None:
     try:
         reason = set_up(model)
     except Exception as error:  # of a compiler or a driver; the eager path needs neither
-        if devices.lost(error):
+        if devices.lost(error) and not devices.works(model.device):
             raise
         reason = f"{type(error).__name__}: {first_line(error)}"
         if devices.out_of_memory(error):
@@ -199,5 +199,5 @@ def _run_within(seconds: float, work: Callable[[], object]) -> str:
     if thread.is_alive():
         return f"not ready within {seconds:.0f} s"
     if errors:
-        raise errors[0]
+        raise errors.pop()  # a list that held it would be held by its own traceback, and with it the pass's tensors
     return ""

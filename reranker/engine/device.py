@@ -137,6 +137,15 @@ def lost(error: BaseException) -> bool:
     )
 
 
+def works(device: torch.device) -> bool:
+    """Whether a GPU still computes after an error: after that of a pass that cannot be recorded, for example."""
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:  # an error that is there to stay is raised by every call
+        return False
+    return True
+
+
 @contextmanager
 def load_errors() -> Iterator[None]:
     """Raise ModelLoadError, one line, for memory that ends and a device that fails at any stage of a load."""

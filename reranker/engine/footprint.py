@@ -20,8 +20,10 @@ _SCALE_BYTES = 16
 """Of a quantised projection for each output: scale, zero point and the kernel's own sum."""
 _QUANTIZING_BYTES = {torch.int8: 9, FLOAT8: 10}
 """For each weight of a projection while it is quantised: as stored, scaled in float32, and rounded (quantized.py)."""
+_COMPARING_BYTES = 6
+"""For each weight of a projection that is taken as stored: widened on the device, and in float32 (quantized.py)."""
 _WIDENING_BYTES = 8
-"""For each weight while it is widened on the CPU: in float32, and a scale for each."""
+"""For each weight while it is widened, or an adapter merged, on the CPU: in float32, and a scale or the sum."""
 _QUANTIZED_BYTES = 4
 """For each number of a token between quantised products: those are float32 before they are rounded or scaled."""
 
@@ -49,7 +51,12 @@ class Footprint(NamedTuple):
 
 
 def footprint(
-    weights: Weights, widths: Widths, precision: torch.dtype, between: torch.dtype, prefix_tokens: int
+    weights: Weights,
+    widths: Widths,
+    precision: torch.dtype,
+    between: torch.dtype,
+    prefix_tokens: int,
+    on_cpu: bool = True,
 ) -> Footprint:
     """Return the memory of a model.
 
@@ -59,26 +66,31 @@ def footprint(
         precision: of the products of the layers.
         between: of everything else (`precision.between`).
         prefix_tokens: the length of the static prefix.
+        on_cpu: whether weights are widened and merged in the memory that is counted.
     """
-    held, loading = weight_bytes(weights, precision, between)
+    held, loading = weight_bytes(weights, precision, between, on_cpu)
     size = _QUANTIZED_BYTES if precision in QUANTIZED else between.itemsize
     batch = MIN_BATCH_TOKENS * widths.activation * size
     return Footprint(held, loading, batch, prefix_tokens * widths.cached * between.itemsize)
 
 
-def weight_bytes(weights: Weights, precision: torch.dtype, between: torch.dtype) -> tuple[int, int]:
+def weight_bytes(
+    weights: Weights, precision: torch.dtype, between: torch.dtype, on_cpu: bool = True
+) -> tuple[int, int]:
     """Return the bytes of the loaded weights, and those of the largest weight in work while they are loaded.
 
-    Weights are in work if they are quantised here or widened from a quantised checkpoint. q, k, v and gate, up are in
-    work together.
+    Weights are in work if they are quantised here, compared with what a quantised checkpoint stores, or, on the CPU,
+    widened or merged with an adapter. q, k, v and gate, up are in work together.
     """
     as_stored = weights.precision is precision
     kept = {_joined(name) for name in weights.stored if as_stored and weights.is_wide(name)}
+    merged = {} if weights.adapter is None else weights.adapter.pairs
     held, work = 0, Counter[str]()
     for name, stored in weights.stored.items():
-        quantized = name.endswith("_proj.weight") and precision in QUANTIZED and _joined(name) not in kept
-        rounding = _QUANTIZING_BYTES[precision] if quantized and not as_stored else 0
-        widening = 0 if weights.is_wide(name) else _WIDENING_BYTES
+        projection = name.endswith("_proj.weight") and precision in QUANTIZED
+        quantized = projection and _joined(name) not in kept
+        rounding = (_COMPARING_BYTES if as_stored else _QUANTIZING_BYTES[precision]) if projection else 0
+        widening = 0 if not on_cpu or (weights.is_wide(name) and name not in merged) else _WIDENING_BYTES
         work[_joined(name)] += stored.numel * max(rounding, widening)
         if quantized:
             held += stored.numel * precision.itemsize + stored.shape[0] * _SCALE_BYTES

@@ -129,7 +129,8 @@ def needed_memory(
     family: Family, weights: Weights, device: torch.device, precision: torch.dtype, *, prefix_tokens: int
 ) -> Footprint:
     """Return what a model needs on a device in a precision; no weight is read."""
-    return footprint(weights, family.widths, precision, between(precision, device), prefix_tokens)
+    on_cpu = device.type == "cpu"
+    return footprint(weights, family.widths, precision, between(precision, device), prefix_tokens, on_cpu)
 
 
 def _check_memory(

@@ -21,9 +21,9 @@ _TOLERANCE = 0.08
 """Of a product, as a share of its norm. Rounding to 8 bits explains 2 % for int8 and 4 % for float8 on normally
 distributed numbers; the error of a wrong kernel, or of sums that overflow, is far larger."""
 _MIN_SCALE = 1e-20
-_MIN_ROWS, _PADDED_ROWS = 17, 32
-"""Of the activations in cuBLAS's int8 product (aten/src/ATen/native/cuda/Blas.cpp, `_int_mm_out_cuda`), which also
-needs multiples of 8 as inputs and outputs."""
+_MIN_ROWS = 32
+"""Of the activations in cuBLAS's int8 product, which needs more than 16 and multiples of 8 as inputs and outputs
+(aten/src/ATen/native/cuda/Blas.cpp, `_int_mm_out_cuda`); fewer are padded to those of the product proved at load."""
 
 
 class Int8Linear(nn.Module):
@@ -146,7 +146,7 @@ def difference(quantized: nn.Module, linear: nn.Linear) -> float:
     """Return the error of quantised products as a share of the exact ones' norm, on normally distributed inputs."""
     weight = linear.weight.detach()
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(32, weight.shape[1], generator=generator).bfloat16().to(weight.device)
+    x = torch.randn(_MIN_ROWS, weight.shape[1], generator=generator).bfloat16().to(weight.device)
     exact = F.linear(x.float(), weight.float(), None if linear.bias is None else linear.bias.float())
     inputs = x.float() if isinstance(quantized, Int8Linear) else x  # in the type of the layers, not of the weights
     error = ((quantized(inputs).float() - exact).norm() / exact.norm().clamp_min(_MIN_SCALE)).item()
@@ -161,7 +161,7 @@ def _int8_product(x: Tensor, weight: Tensor) -> Tensor:
 def _product(x: Tensor, weight: Tensor) -> Tensor:
     rows = x.shape[0]
     if rows < _MIN_ROWS:
-        x = F.pad(x, (0, 0, 0, _PADDED_ROWS - rows))
+        x = F.pad(x, (0, 0, 0, _MIN_ROWS - rows))
     return torch._int_mm(x, weight.t())[:rows]
 
 

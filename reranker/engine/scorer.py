@@ -117,8 +117,11 @@ class Scorer:
         weights = Weights(family.checkpoint.path, family.checkpoint.adapter, family.checkpoint.scheme)
 
         def fits(dtype: torch.dtype) -> bool:
+            # Not by what is free now: a worker beside others, or after a restart, must not score in another precision.
             need = needed_memory(family, weights, target.value, dtype, prefix_tokens=len(prompt.static_prefix))
-            return need.needed <= devices.memory(target.value, max_memory_percentage).available
+            return (
+                need.needed <= devices.memory(target.value, max_memory_percentage).total * max_memory_percentage / 100
+            )
 
         choices = choose_precisions(precision, target.value, weights.precision, fits)
         scorer, rate = _first_usable(weights, target.value, precision, choices, start)

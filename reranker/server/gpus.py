@@ -11,6 +11,7 @@ from pathlib import Path
 logger = logging.getLogger("gunicorn.error")
 
 _ALL_WORKERS = 90.0
+_SECONDS = 300
 _ROOT = Path(__file__).parents[2]
 _COUNT = "from reranker.engine.driver import usable_gpus; print(*usable_gpus())"
 
@@ -21,9 +22,13 @@ def usable_names() -> list[str]:
     Asked in a separate process, because the master must never hold a GPU. A process sees only the first of several MIG
     devices, so the others are taken as the operator names them.
     """
-    ran = subprocess.run(
-        [sys.executable, "-c", _COUNT], cwd=_ROOT, capture_output=True, text=True, timeout=300, check=False
-    )
+    try:
+        ran = subprocess.run(
+            [sys.executable, "-c", _COUNT], cwd=_ROOT, capture_output=True, text=True, timeout=_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        logger.warning("the GPUs were not counted: no answer of the driver within %d s", _SECONDS)
+        return []
     if ran.returncode != 0:
         logger.warning("the GPUs were not counted: %s", (ran.stderr.strip().splitlines() or ["no output"])[-1])
         return []

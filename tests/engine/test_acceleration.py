@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 import logging
 import random
 import shutil
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -119,9 +122,42 @@ def test_a_path_that_fails_its_checks_is_logged_and_not_used(
 def test_a_device_that_is_lost_ends_the_load(model: Model, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
     """The eager path would fail too, with an error that says less."""
     broken = fail(torch.AcceleratorError("CUDA error: an illegal memory access was encountered"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: broken(model))
     paths(monkeypatch, *((broken, lambda model: "") if path == "graphs" else (lambda model: "", broken)))
     with pytest.raises(torch.AcceleratorError):
         accelerate(cuda(model, monkeypatch), 60)
+
+
+def test_a_pass_that_cannot_be_recorded_does_not_end_the_load(
+    model: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its error is of the same class as a lost device's, but the device works afterwards."""
+    error = torch.AcceleratorError("CUDA error: operation not permitted when stream is capturing\nand more")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    paths(monkeypatch, fail(error), lambda model: "")
+    with caplog.at_level(logging.INFO):
+        accelerate(cuda(model, monkeypatch), 60)
+    assert "CUDA graphs: not used (AcceleratorError: CUDA error: operation not permitted when stream" in caplog.text
+    assert "compiled layers: used" in caplog.text
+
+
+def test_what_failed_in_the_compilers_thread_holds_no_tensors() -> None:
+    """Without the garbage collector: the memory that was missing must be free for what follows."""
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def work() -> None:
+        activations = torch.ones(1)
+        held.append(weakref.ref(activations))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    gc.collect()
+    gc.disable()
+    try:
+        with contextlib.suppress(torch.OutOfMemoryError):
+            acceleration._run_within(60, work)
+        assert held[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_the_error_of_the_compilers_thread_is_raised() -> None:

@@ -333,6 +333,21 @@ def test_memory_is_counted_for_what_is_held_and_one_weight_in_work(
     assert live.peak + packed - frequencies - 8 * 128 <= needed < 1.3 * (live.peak + packed)
 
 
+@pytest.mark.parametrize(
+    ("name", "precision", "bytes_per_weight"),
+    [("W8A8", torch.int8, 6), ("FP8 dynamic", FLOAT8, 6), ("FP8 dynamic", torch.int8, 9), ("W8A8", torch.bfloat16, 0)],
+)
+def test_on_a_gpu_only_what_it_holds_itself_is_counted(
+    tmp_path: Path, name: str, precision: torch.dtype, bytes_per_weight: int
+) -> None:
+    """Weights are widened on the CPU; on the GPU stored ones are compared with the widened ones."""
+    base = small_model(tmp_path / "base", layers=1, tied=False, hidden_size=128, intermediate_size=384)
+    path = quantize(base, tmp_path / "m", BY_NAME[name])
+    weights = Weights(path, scheme=open_checkpoint(Located(path)).checkpoint.scheme)
+    _, loading = weight_bytes(weights, precision, torch.bfloat16, on_cpu=False)
+    assert loading == bytes_per_weight * 2 * 384 * 128
+
+
 def test_damaged_scales_are_named(int8: Path, tmp_path: Path) -> None:
     path = tmp_path / "m"
     path.mkdir()

@@ -12,16 +12,18 @@ from reranker import ModelLoadError, Scorer
 from reranker.engine import device as devices
 from reranker.engine import model, scorer
 from reranker.engine.batch import PackedBatch
+from reranker.engine.checkpoint.adapter import Adapter
 from reranker.engine.checkpoint.locate import Located
 from reranker.engine.checkpoint.weights import Weights
 from reranker.engine.device import Choice, Memory
 from reranker.engine.families import decoder, open_checkpoint
-from reranker.engine.footprint import Footprint
+from reranker.engine.footprint import Footprint, weight_bytes
 from reranker.engine.model import Model, needed_memory
 from reranker.engine.precision import PRECISIONS, choose_precisions
 from reranker.engine.prompt import Prompt
 from reranker.errors import ScoringError
 from tests.conftest import make_model
+from tests.engine.adapters import factors, write_adapter
 from tests.engine.checkpoints import config, tensors
 
 CPU, GIB = torch.device("cpu"), 1 << 30
@@ -112,11 +114,39 @@ def test_a_gpu_with_little_memory_takes_8_bits(
         return choose_precisions(wanted, torch.device("cuda", 0), fits=lambda dtype: dtype is torch.int8)
 
     monkeypatch.setattr("reranker.engine.scorer.choose_precisions", choose)
-    limit_memory(monkeypatch, needs(model_path, "int8").needed)
+    small = 1 + needs(model_path, "int8").needed
+    monkeypatch.setattr(devices, "memory", lambda *_: Memory(total=small * 10 // 9, allowed=small, used=0))
     with caplog.at_level(logging.INFO):
         assert Scorer.load(model_path, device="cpu").info.precision == "int8"
     assert "precision: int8 (auto: the model does not fit into the memory in bfloat16, but in int8)" in caplog.text
     assert seen == [needs(model_path, "bfloat16").needed <= needs(model_path, "int8").needed, True]
+
+
+def test_what_others_hold_of_a_gpu_changes_no_precision(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rolling restart: the old generation holds the memory, and the new one must not score in 8 bits therefore."""
+    seen: list[bool] = []
+
+    def choose(wanted: str, device: torch.device, stored: object, fits: Any) -> list[Choice[torch.dtype]]:
+        seen.extend(map(fits, (torch.bfloat16, torch.float32)))
+        return [Choice(torch.bfloat16, "auto")]
+
+    monkeypatch.setattr("reranker.engine.scorer.choose_precisions", choose)
+    need = needs(model_path, "bfloat16")
+    limit_memory(monkeypatch, need.needed - 1)
+    assert f"the model needs {need} in bfloat16, but only" in refused(model_path, precision="auto")
+    assert seen == [True, True]
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_an_adapter_is_merged_on_the_cpu_and_counted_there(tmp_path: Path, precision: torch.dtype) -> None:
+    base = make_model(tmp_path / "m", layers=1)
+    adapter = Adapter.read(write_adapter(tmp_path / "a", factors(base)))
+    plain, merged = Weights(base), Weights(base, adapter)
+    held = weight_bytes(plain, precision, precision)[0]
+    gate_up = 2 * plain.stored["model.layers.0.mlp.gate_proj.weight"].numel
+    assert weight_bytes(plain, precision, precision) == (held, 0)
+    assert weight_bytes(merged, precision, precision) == (held, 8 * gate_up)
+    assert weight_bytes(merged, precision, precision, on_cpu=False) == (held, 0)
 
 
 OUT_OF_MEMORY = [

@@ -124,6 +124,22 @@ def test_cuda_takes_the_shapes_of_the_official_models(monkeypatch: pytest.Monkey
                 assert (out.shape, out.dtype) == ((rows, outputs), dtype)
 
 
+def test_no_product_has_fewer_rows_than_the_one_that_is_proved_at_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def multiply(a: Tensor, b: Tensor) -> Tensor:
+        seen.append(len(a))
+        return INT_MM(a, b)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(torch, "_int_mm", multiply)
+    exact = linear(128, 64).bfloat16()
+    layer = Int8GpuLinear(exact)
+    difference(layer, exact)
+    for rows in (1, 17, 31, 32, 33):
+        assert len(layer(torch.ones(rows, 128, dtype=torch.bfloat16))) == rows
+    assert seen == [32, 32, 32, 32, 32, 33]
+
+
 def test_a_width_that_cuda_does_not_take_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "_int_mm", as_cuda_multiplies)
     with pytest.raises(AssertionError, match="multiple of 8"):

@@ -95,3 +95,13 @@ def test_the_service_loads_with_its_share_of_the_gpu_and_its_time(
     assert (
         "2 workers share this GPU: each takes at most 45 % of its memory, not MAX_MEMORY_PERCENTAGE=90" in caplog.text
     )
+
+
+def test_a_driver_that_hangs_is_a_warning(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def run(command: list[str], **options: Any) -> SimpleNamespace:
+        raise subprocess.TimeoutExpired(command, options["timeout"])
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with caplog.at_level(logging.WARNING):
+        assert gpus.usable_names() == []
+    assert "the GPUs were not counted: no answer of the driver within 300 s" in caplog.text

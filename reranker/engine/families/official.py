@@ -37,8 +37,8 @@ class Described(NamedTuple):
     prefix_tokens: int
 
     def needs(self, precision: torch.dtype, between: torch.dtype) -> Footprint:
-        """See `footprint`."""
-        return footprint(self.weights, self.widths, precision, between, self.prefix_tokens)
+        """See `footprint`; on a GPU."""
+        return footprint(self.weights, self.widths, precision, between, self.prefix_tokens, on_cpu=False)
 
 
 class _Headers(Weights):
