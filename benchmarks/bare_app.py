@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request
 from starlette.responses import Response
 
 from config import load_settings, log_config
+from reranker.http.client_address import ClientAddress
 
 logging.config.dictConfig(log_config(load_settings()))
 app = FastAPI()
@@ -18,6 +19,7 @@ app.state.service = SimpleNamespace(
     batcher=SimpleNamespace(status="ok", drain=lambda: None),
     metrics=SimpleNamespace(refused=lambda status, error_type: None),
     body_timeout=20.0,
+    client_address=ClientAddress("none"),
 )
 
 

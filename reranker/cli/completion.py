@@ -19,7 +19,7 @@ from reranker.terminal import printing
 _ROOT = Path(__file__).parents[2]
 
 _SCRIPT = """\
-# Completion for `reranker`, which is `python -m reranker`:  eval "$(python -m reranker completion {shell})"
+# Completion for `reranker`, which is `python -m reranker`:  eval "$(python -m reranker completion {target})"
 {prelude}if ! command -v reranker >/dev/null 2>&1; then
   reranker() {{ PYTHONPATH={root}"${{PYTHONPATH:+:$PYTHONPATH}}" {python} -m reranker "$@"; }}
 fi
@@ -64,7 +64,7 @@ def script(shell: str, commands: dict[str, argparse.ArgumentParser]) -> str:
             if not action.option_strings and action.choices:
                 options.append(f'        "{name} "*) words={_quoted(list(map(str, action.choices)))} ;;')
     return _SCRIPT.format(
-        shell=shell,
+        target=shell,
         prelude=_ZSH if shell == "zsh" else "",
         root=shlex.quote(str(_ROOT)),
         python=shlex.quote(sys.executable),

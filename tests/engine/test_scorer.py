@@ -270,7 +270,10 @@ def test_an_instruction_without_room_is_a_start_up_error(model_path: Path) -> No
 def test_a_prompt_without_room_is_a_start_up_error(tmp_path: Path) -> None:
     static = "".join(map(chr, range(ord("a"), ord("z"))))
     sentence_transformers(template="{{ '" + f"{static} " * 50 + "' }}" + ZERANK_TEMPLATE)(small_model(tmp_path / "m"))
-    with pytest.raises(ModelLoadError, match=r"the prompt with its default instruction leaves no room .* in MAX_SEQ_LENGTH=128: raise it"):
+    with pytest.raises(
+        ModelLoadError,
+        match=r"the prompt with its default instruction leaves no room .* in MAX_SEQ_LENGTH=128: raise it",
+    ):
         Scorer.load(tmp_path / "m", device="cpu", max_seq_length=128)
 
 
