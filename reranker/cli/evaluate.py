@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import sys
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -36,7 +37,7 @@ def evaluate(args: argparse.Namespace) -> None:
     has_bm25 = args.run is None and any(system.source for system in systems)
     needed = ["ir_measures", "scipy", *(["bm25s"] if has_bm25 else []), *(["matplotlib"] if args.plot else [])]
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
-        raise FailedError(f"{' and '.join(missing)} missing; pip install -r requirements-eval.txt")
+        raise FailedError(f"{' and '.join(missing)} missing: {sys.executable} -m pip install -r requirements-eval.txt")
     job = _job(args)
     report = run(job, systems)
     try:

@@ -200,7 +200,7 @@ class Input:
 
     def _parquet(self) -> Iterator[Record]:
         if importlib.util.find_spec("pyarrow") is None:
-            raise FailedError(f"{self.name} needs pyarrow: pip install -r requirements-eval.txt")
+            raise FailedError(f"{self.name} needs pyarrow: {sys.executable} -m pip install -r requirements-eval.txt")
         import pyarrow
         import pyarrow.parquet
 

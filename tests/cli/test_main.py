@@ -227,7 +227,7 @@ def test_a_missing_evaluation_package_is_named_with_its_cure(tmp_path: Path, mon
     find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "ir_measures" else find(name))
     err = cli("evaluate", "--beir", "x", cwd=tmp_path, code=1).stderr
-    assert err == "error: ir_measures missing; pip install -r requirements-eval.txt\n"
+    assert err == f"error: ir_measures missing: {sys.executable} -m pip install -r requirements-eval.txt\n"
 
 
 def test_check_says_what_was_chosen(model_path: Path, tmp_path: Path) -> None:

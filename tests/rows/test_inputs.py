@@ -283,7 +283,7 @@ def test_parquet_without_pyarrow_names_the_cure(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     (tmp_path / "a.parquet").write_bytes(parquet({"text": ["a"]}))
-    with pytest.raises(CommandError, match=r"needs pyarrow: pip install -r requirements-eval\.txt"):
+    with pytest.raises(CommandError, match=r"needs pyarrow: .*python.* -m pip install -r requirements-eval\.txt"):
         documents.read(str(tmp_path / "a.parquet"), None, None, None)
 
 

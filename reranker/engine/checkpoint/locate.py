@@ -144,17 +144,17 @@ def _find_base(adapter: Adapter) -> tuple[Path, str]:
                 logger.warning("%s asks for the revision %s of its base, and %s has none", file, adapter.revision, path)
             return _find(str(path), adapter.revision if in_cache else None)
     refuse_if(not _HUB_NAME.fullmatch(name), f"{file} names {name[:200]}, which does not exist here: {write}")
-    return _find(name, adapter.revision)
+    return _download(name, adapter.revision, f"base_model_name_or_path in {file}")
 
 
-def _download(name: str, revision: str | None) -> tuple[Path, str]:
+def _download(name: str, revision: str | None, setting: str = "MODEL_NAME_OR_PATH") -> tuple[Path, str]:
     try:
         path = Path(snapshot_download(name, revision=revision, allow_patterns=FILES))
     except Exception as error:  # the hub's client raises many types, and each means that there is no model
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelLoadError(
             f"cannot download {name}: {reason[0]} (behind a firewall set HF_ENDPOINT to a mirror, "
-            f"or download it elsewhere and set MODEL_NAME_OR_PATH to the folder)"
+            f"or download it elsewhere and write its folder into {setting})"
         ) from error
     advice = f"download the whole repository, `hf download {name}`"
     if constants.HF_HUB_OFFLINE:
