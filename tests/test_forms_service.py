@@ -109,7 +109,7 @@ BUILD: dict[str, Callable[[Path], Form]] = {
 }
 
 
-FORMS = [pytest.param(name, marks=[pytest.mark.slow] * (i >= 3)) for i, name in enumerate(BUILD)]
+FORMS = [pytest.param(name, marks=[pytest.mark.slow] * (i >= 1)) for i, name in enumerate(BUILD)]
 each_form = pytest.mark.parametrize("form", FORMS, indirect=True)
 
 

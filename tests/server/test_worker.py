@@ -107,6 +107,8 @@ def test_every_response_after_the_port_is_closed_tells_that_the_connection_close
         server.should_exit = True  # as SIGTERM does
         await serving
         writer.close()
+        asyncio.get_running_loop().remove_reader(siblings._socket)
+        siblings._socket.close()  # the end of the process closes a worker's
         assert [b"connection: close" in response for response in responses] == [False, True]
 
     asyncio.run(main())
