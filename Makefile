@@ -63,7 +63,7 @@ bench: $(VENV)/.bench
 
 # Needs a GPU, torch and transformers, and no network. Uses the environment if it exists, else $(PYTHON) as it is.
 bench-gpu:
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu --results benchmarks/RESULTS.md
 
 # Each exits with 1 when a promise of the README is broken. ARGS="--minutes 60" runs a longer soak.
 overhead: $(VENV)/.bench

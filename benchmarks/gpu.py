@@ -4,11 +4,11 @@
 
 Needs torch, transformers and their dependencies, no network and no checkpoint: the model has random weights, made on
 the device. Without Qwen3's own tokenizer (`make tokenizer`), the demo's tokens are truncated or repeated to its counts
-(tokens.json). Prints a section for RESULTS.md; a part that failed or ran out of time is named as not measured. Runs the
-tests marked `cuda` first where pytest and the tests' packages are installed; scores are compared with the card's
-computation in any case. Exit status 1 where tests or scores are wrong, a section was not measured, or the GPU was left
-without compiled layers or graphs. With `--device cpu --shape tiny` it runs anywhere, which tests/benchmarks/test_gpu.py
-does.
+(tokens.json). Prints a section for RESULTS.md, and with --results writes it there; a part that failed or ran out of time
+is named as not measured. Runs the tests marked `cuda` first where pytest and the tests' packages are installed; scores
+are compared with the card's computation in any case. Exit status 1 where tests or scores are wrong, a section was not
+measured, or the GPU was left without compiled layers or graphs. With `--device cpu --shape tiny` it runs anywhere, which
+tests/benchmarks/test_gpu.py does.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.models import CACHE, SHAPES, RandomWeights
-from benchmarks.report import header, table
+from benchmarks.report import header, table, write_section
 from benchmarks.workloads import TOKENS, read, ten_documents
 from reranker import Scorer
 from reranker.engine import device as devices
@@ -445,11 +445,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=430)
     parser.add_argument("--skip-tests", action="store_true")
+    parser.add_argument("--results", type=Path, metavar="FILE.md", help="write the section into this file as well")
     a = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")  # the paths' own lines, on stderr
     bench = Bench(a.shape, devices.choose_device(a.device).value, a.requests, a.rounds)
     tokens = "the true tokenizer" if bench.true else "the demo's tokenizer, its tokens as many as the true one's"
-    print(f"## On a GPU\n\n{header()}\n\nModel {a.shape} (random weights), {tokens}.\n", flush=True)
+    section: list[str] = []
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+        section.append(text)
+
+    say(f"## On a GPU\n\n{header()}\n\nModel {a.shape} (random weights), {tokens}.\n")
     sections: dict[str, Callable[[], str]] = {
         "tests": lambda: _tests(max(30.0, a.seconds / 3)),
         "matrix product": bench.matmul,
@@ -483,19 +490,21 @@ def main() -> None:
         try:
             if start - begun > a.seconds:
                 raise TimeoutError("no time left")
-            print(f"- {run()}", flush=True)
+            say(f"- {run()}")
         except Exception as error:  # the next section may still tell something
             failed = True
             logging.exception("%s failed", name)
             lines = str(error).strip().splitlines() or [type(error).__name__]
-            print(f"- {name}: {'WRONG' if isinstance(error, WrongError) else 'not measured'} ({lines[0]})", flush=True)
+            say(f"- {name}: {'WRONG' if isinstance(error, WrongError) else 'not measured'} ({lines[0]})")
         waiting.remove(name)
         rows.append([name, f"{time.perf_counter() - start:.0f}"])
         gc.collect()
         if bench.device.type == "cuda":
             torch.cuda.empty_cache()
     done.set()
-    print("".join(f"- NOT TAKEN: {lost}\n" for lost in bench.lost) + "\n" + table(["section", "took, s"], rows))
+    say("".join(f"- NOT TAKEN: {lost}\n" for lost in bench.lost) + "\n" + table(["section", "took, s"], rows))
+    if a.results:
+        write_section(a.results, "\n".join(section))
     sys.exit(failed or bool(bench.lost))
 
 

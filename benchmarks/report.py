@@ -39,6 +39,20 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def write_section(file: Path, text: str) -> None:
+    """Write a section into a Markdown file, in place of the one with the same heading, or at the end.
+
+    Args:
+        file: with sections that begin with `## `.
+        text: begins with the heading.
+    """
+    heading = text.partition("\n")[0]
+    before, found, old = file.read_text(encoding="utf-8").partition(f"{heading}\n")
+    after = old.partition("\n## ") if found else ("", "", "")
+    rest = f"\n{after[1].lstrip()}{after[2]}" if after[1] else ""
+    file.write_text(f"{before.rstrip()}\n\n{text.strip()}\n{rest}", encoding="utf-8")
+
+
 def percentile(values: Sequence[float], percent: float) -> float:
     """The value that `percent` percent of the values do not exceed; NaN without values."""
     ordered = sorted(values)

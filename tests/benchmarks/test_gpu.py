@@ -54,7 +54,9 @@ def test_every_section_of_the_gpu_benchmark_runs_with_torch_and_transformers_alo
     names = installed(tmp_path, "torch", "transformers", "psutil")
     assert {"torch", "transformers", "numpy", "tokenizers"} <= names
     assert not {"cachetools", "fastapi", "accelerate", "pytest"} & names
-    arguments = "--device cpu --shape tiny --requests 1 --rounds 1"
+    results = tmp_path / "RESULTS.md"
+    results.write_text("# Results\n\n## Before\n\nold\n\n## On a GPU\n\nNot measured.\n\n## After\n\nkept\n")
+    arguments = f"--device cpu --shape tiny --requests 1 --rounds 1 --results {results}"
     ran = subprocess.run(
         [sys.executable, "-S", "-c", RUN, *arguments.split()],
         cwd=ROOT,
@@ -81,6 +83,10 @@ def test_every_section_of_the_gpu_benchmark_runs_with_torch_and_transformers_alo
         r"Memory.*: float32 .* planned\).*; float8 .*; int8 -?[\d.]+ GiB of weights \([\d.]+ planned\), \d+ KiB",
     ):
         assert re.search(figure, ran.stdout), f"{figure}\n{ran.stdout}\n{ran.stderr[-3000:]}"
+    before, _, after = results.read_text().partition("## On a GPU\n")
+    assert (before, after.partition("\n## ")[2]) == ("# Results\n\n## Before\n\nold\n\n", "After\n\nkept\n")
+    assert ran.stdout.strip() in results.read_text()
+    assert "Not measured.\n" not in results.read_text()
 
 
 def test_the_demos_tokens_are_as_many_as_the_true_ones() -> None:
