@@ -3,12 +3,12 @@
     python -m benchmarks.gpu [--shape 4b] [--device cuda] [--seconds 430] [--skip-tests]
 
 Needs torch, transformers and their dependencies, no network and no checkpoint: the model has random weights, made on
-the device. Without Qwen3's own tokenizer (`make tokenizer`), the demo's tokens are truncated or repeated to its counts
-(tokens.json). Prints a section for RESULTS.md, and writes it there with --results; a part that failed, or ran out of
-time, is named as not measured. Runs the tests marked `cuda` first where pytest and the tests' packages are installed; scores
-are compared with the card's computation in any case. Exit status 1 where tests or scores are wrong, a section was not
-measured, or the GPU was left without compiled layers or graphs. With `--device cpu --shape tiny` it runs anywhere, which
-tests/benchmarks/test_gpu.py does.
+the device. Without Qwen3's own tokenizer (`make tokenizer`), the demo's tokens are truncated or repeated to its
+counts (tokens.json). Prints a section for RESULTS.md, and writes it there with --results; a part that failed, or ran
+out of time, is named as not measured. Runs the tests marked `cuda` first where pytest and the tests' packages are
+installed; scores are compared with the card's computation in any case. Exit status 1 where tests or scores are wrong,
+a section was not measured, or the GPU was left without compiled layers or graphs. With `--device cpu --shape tiny` it
+runs anywhere, which tests/benchmarks/test_gpu.py does.
 """
 
 from __future__ import annotations
