@@ -37,7 +37,7 @@ def booted(server: Server) -> list[int]:
 def times(server: Server, text: str) -> list[datetime]:
     """The times of the log lines with this text."""
     lines = [line for line in server.log.splitlines() if text in line]
-    return [datetime.strptime(line[:23], "%Y-%m-%d %H:%M:%S,%f") for line in lines]
+    return [datetime.strptime(line[:23], "%Y-%m-%d %H:%M:%S.%f") for line in lines]
 
 
 def gone(pid: int) -> bool:
