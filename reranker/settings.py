@@ -87,7 +87,9 @@ class ModelSettings(BaseModel):
     max_batch_tokens: AutoInt = Field(
         None, ge=256, le=4_194_304, description="Max tokens in one forward pass; auto: measured at start"
     )
-    default_instruction: str = Field("", max_length=4096, description="Default instruction; empty: the checkpoint's own")
+    default_instruction: str = Field(
+        "", max_length=4096, description="Default instruction; empty: the checkpoint's own"
+    )
 
     def load_options(self) -> dict[str, Any]:
         """Return the keywords of `Scorer.load`; empty ones are absent, so that its defaults apply."""
