@@ -7,15 +7,16 @@ head dimension; T tokens, N documents, P cached keys of the static prefix, K gat
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection
-from typing import Any, Protocol
+from collections.abc import Collection, Iterator
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from reranker.engine.batch import PackedBatch
-from reranker.engine.grouped import MAX_MASK, GroupedAttention, shifted_causal
+from reranker.engine.grouped import GroupedAttention, shifted_causal
 
 try:
     from torch.nn.attention.varlen import varlen_attn as varlen_attn
@@ -38,6 +39,10 @@ def varlen_options(parameters: Collection[str]) -> dict[str, Any] | None:
 _OPTIONS = None if varlen_attn is None else varlen_options(inspect.signature(varlen_attn).parameters)
 # Queries of a segment in the last layer: 1 for a document, at most 64 for the padding of a recorded batch (graphs.py).
 MAX_LAST_QUERIES = 64
+_BLOCK = 32
+"""Queries of a call for each thread: those the CPU kernel multiplies at a time (torch: FlashAttentionKernel.cpp)."""
+MAX_MASKED_KEYS = 1024
+"""Of a segment on a CPU. In a longer one, the kernel's causal mode skips about as much work, and reads no mask."""
 
 
 class Attention(Protocol):
@@ -66,70 +71,99 @@ def choose_kernel(device: torch.device, dtype: torch.dtype) -> tuple[type[Attent
         return VarlenAttention, "varlen_attn (one call per layer)"
     if device.type == "cuda":
         return GroupedAttention, f"scaled_dot_product_attention per group of lengths ({missing})"
-    return SdpaAttention, f"scaled_dot_product_attention per segment ({missing})"
+    return SdpaAttention, f"scaled_dot_product_attention per block of queries ({missing})"
+
+
+class _Segment(NamedTuple):
+    """A prefix or a document, and how its queries are divided into calls."""
+
+    rows: Tensor
+    """[keys - kept] rows of k and v"""
+    kept: int
+    """Keys at the start that are those of the segment before it."""
+    keys: int
+    blocks: list[tuple[int, int, int]]
+    """Of each call: first query, last query + 1, keys that the last query sees"""
 
 
 class SdpaAttention:
-    """`scaled_dot_product_attention` segment by segment: for a CPU.
+    """`scaled_dot_product_attention` block by block of a segment's queries: for a CPU.
 
-    A segment's queries also see the keys shared before it, so the causal diagonal is shifted. A segment longer than
-    its shared keys gets that number of zero queries in front, and their outputs are dropped: the kernel's causal mode
-    skips more work than they add, and no mask of the document's length squared is built. Shorter segments use a mask.
+    torch's kernel computes all weights of a call up to 512 keys, also those that a mask hides. A block of few queries
+    is called with the keys that its last query sees, so that few are hidden, and the kernel multiplies as many rows at
+    a time as in a longer call. Documents share no call: their products take the time, and to pad and copy their queries
+    takes longer than calls.
+
+    Keys and values are copied to one buffer of the longest segment, where those of a prefix stay for all documents of
+    its request: a copy of the whole batch would be new memory in every layer, whose page faults take longer than the
+    copy.
     """
 
     def __init__(self, batch: PackedBatch) -> None:
-        self.kv_index = batch.kv_index
         self.first_document = batch.prefixes
-        self.segments: list[tuple[int, int, int, int, Tensor | None]] = []
-        """(query start, query stop, key start, key stop, mask)"""
-        masks: dict[int, Tensor] = {}
-        start = key = 0
-        for queries, keys in zip(batch.lengths_q, batch.lengths_k, strict=True):
+        self.longest = batch.shape.longest_k
+        self.buffers: list[Tensor] = []
+        """Keys and values of a segment: [longest, G, D] each, allocated by the first call"""
+        size = _BLOCK * torch.get_num_threads()  # a call is divided among them
+        firsts = {*range(batch.prefixes), *accumulate((s.stop - s.start for s in batch.slices), initial=batch.prefixes)}
+        self.segments: list[_Segment] = []
+        self.shared = start = key = 0
+        for i, (queries, keys) in enumerate(zip(batch.lengths_q, batch.lengths_k, strict=True)):
             shared = keys - queries
-            mask = None
-            if queries < shared and queries * keys <= MAX_MASK:
-                if shared not in masks:
-                    longest = min(shared, MAX_MASK // shared)
-                    masks[shared] = shifted_causal(longest, shared, batch.input_ids.device)
-                mask = masks[shared][:queries, :keys]
-            self.segments.append((start, start + queries, key, key + keys, mask))
+            count = 1 if keys > MAX_MASKED_KEYS else max(1, -(-queries // size))
+            bounds = [queries * j // count for j in range(count + 1)]
+            blocks = [(start + first, start + last, shared + last) for first, last in pairwise(bounds)]
+            if keys <= MAX_MASKED_KEYS:
+                self.shared = max(self.shared, shared + bounds[-2])
+            kept = 0 if i in firsts else shared
+            self.segments.append(_Segment(batch.kv_index[key + kept : key + keys], kept, keys, blocks))
             start, key = start + queries, key + keys
+        self.mask = shifted_causal(size, self.shared, batch.index.device)
+        """Of every block: its last columns, and those of the keys before the block"""
 
     def attend_all(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """See `Attention.attend_all`."""
-        heads, keys, values = q.transpose(0, 1)[None], *self._gather(k, v)
-        out = torch.empty_like(q)
-        for start, stop, k0, k1, mask in self.segments:
-            queries = heads[:, :, start:stop]
-            if mask is None:
-                queries = F.pad(queries, (0, 0, k1 - k0 - (stop - start), 0))
-            attended = F.scaled_dot_product_attention(
-                queries,
-                keys[:, :, k0:k1],
-                values[:, :, k0:k1],
-                attn_mask=None if mask is None else mask.to(q.dtype),
-                is_causal=mask is None,
-                scale=scale,
-                enable_gqa=True,
-            )
-            out[start:stop] = attended[0, :, start - stop :].transpose(0, 1)
+        heads, out = q.transpose(0, 1)[None], torch.empty_like(q)
+        self.mask = self.mask.to(q.dtype)
+        for segment, keys, values in self._gather(self.segments, k, v):
+            for start, stop, seen in segment.blocks:
+                queries, mask, lead = heads[:, :, start:stop], None, 0
+                if segment.keys > MAX_MASKED_KEYS:
+                    lead = seen - (stop - start)  # the causal diagonal starts at the first key
+                    queries = F.pad(queries, (0, 0, lead, 0))
+                else:
+                    after = self.shared + stop - start
+                    mask = self.mask[: stop - start, after - seen : after]
+                attended = F.scaled_dot_product_attention(
+                    queries,
+                    keys[:, :, :seen],
+                    values[:, :, :seen],
+                    attn_mask=mask,
+                    is_causal=mask is None,
+                    scale=scale,
+                    enable_gqa=True,
+                )
+                out[start:stop] = attended[0, :, lead:].transpose(0, 1)
         return out
 
     def attend_last(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """See `Attention.attend_last`."""
-        keys, values = self._gather(k, v)
-        out = torch.empty_like(q)
-        for i, (_, _, k0, k1, _) in enumerate(self.segments[self.first_document :]):
-            attended = F.scaled_dot_product_attention(
-                q[i][None, :, None], keys[:, :, k0:k1], values[:, :, k0:k1], scale=scale, enable_gqa=True
-            )
-            out[i] = attended[0, :, 0]
-        return out
+        heads = q.unflatten(
+            1, (k.shape[1], -1)
+        )  # heads of the same keys as queries of one head: fewer, larger products
+        out = torch.empty_like(heads)
+        for i, (_, keys, values) in enumerate(self._gather(self.segments[self.first_document :], k, v)):
+            out[i] = F.scaled_dot_product_attention(heads[i, None], keys, values, scale=scale)[0]
+        return out.flatten(1, 2)
 
-    def _gather(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """[P + T, G, D] -> [1, G, K, D], contiguous per segment"""
-        k, v = k[self.kv_index], v[self.kv_index]
-        return k.transpose(0, 1)[None], v.transpose(0, 1)[None]
+    def _gather(self, segments: list[_Segment], k: Tensor, v: Tensor) -> Iterator[tuple[_Segment, Tensor, Tensor]]:
+        """Yield each segment with its keys and values, [1, G, keys, D] each, valid until the next one."""
+        self.buffers = self.buffers or [x.new_empty(self.longest, *x.shape[1:]) for x in (k, v)]
+        for segment in segments:
+            for buffer, x in zip(self.buffers, (k, v), strict=True):
+                torch.index_select(x, 0, segment.rows, out=buffer[segment.kept : segment.keys])
+            keys, values = (buffer[: segment.keys].transpose(0, 1)[None] for buffer in self.buffers)
+            yield segment, keys, values
 
 
 class VarlenAttention:

@@ -34,8 +34,9 @@ class GroupedAttention:
     """`scaled_dot_product_attention` group by group, for a GPU without the varlen kernel, where launches take the time.
 
     Segments of similar lengths are padded at their end, and no query sees the padding of its keys: it comes after the
-    query. As in SdpaAttention, a segment longer than its shared keys gets queries in front, without a mask. What a
-    segment is padded to depends on its own lengths alone, so that a score does not depend on the rest of the batch.
+    query. A segment longer than its shared keys gets queries in front, whose outputs are dropped: the kernel's causal
+    mode then needs no mask. What a segment is padded to depends on its own lengths alone, so that a score does not
+    depend on the rest of the batch.
     """
 
     def __init__(self, batch: PackedBatch) -> None:

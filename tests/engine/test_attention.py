@@ -75,7 +75,7 @@ def test_scaled_dot_product_attention_equals_the_definition(kernel: type[Attenti
 
 @SDPA
 def test_it_does_without_any_mask(kernel: type[Attention], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "MAX_MASK", 0)
+    monkeypatch.setattr(attention, "MAX_MASKED_KEYS", 0)
     monkeypatch.setattr(grouped, "MAX_MASK", 0)
     check_against_definition(kernel, "cpu", torch.float32, 1e-5)
 
@@ -100,19 +100,68 @@ def test_documents_of_similar_lengths_are_one_call(monkeypatch: pytest.MonkeyPat
     assert len(calls) <= 10
 
 
-def test_a_document_is_computed_alone_as_beside_others() -> None:
-    """What it is padded to depends on its own length: other documents change the rounding of a sum at most."""
+@SDPA
+def test_a_document_is_computed_alone_as_beside_others(kernel: type[Attention]) -> None:
+    """Its calls depend on its own length: other documents change the rounding of a sum at most."""
     torch.manual_seed(6)
     documents = [[1] * length for length in (30, 64, 65, 130, 30)]
     together = pack([Slice(EncodedRequest([1] * 40, documents), 0, 5)])
     q, k, v = (torch.randn(together.tokens, heads, 32) for heads in (4, 2, 2))
-    expected = GroupedAttention(together).attend_all(q, k, v, SCALE)
+    expected = kernel(together).attend_all(q, k, v, SCALE)
     starts = together.cu_seqlens[0].tolist()
     for i in range(5):
         alone = pack([Slice(EncodedRequest([1] * 40, documents[i : i + 1]), 0, 1)])
         rows = torch.tensor([*range(40), *range(starts[1 + i], starts[2 + i])])
-        actual = GroupedAttention(alone).attend_all(q[rows], k[rows], v[rows], SCALE)
+        actual = kernel(alone).attend_all(q[rows], k[rows], v[rows], SCALE)
         torch.testing.assert_close(actual, expected[rows], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("heads", "groups"), [(3, 3), (4, 2), (8, 1)])
+def test_blocks_of_queries_equal_the_definition(
+    heads: int, groups: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Documents of many blocks and of one query, prefixes longer and shorter than they; some longer than the limit."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(attention, "MAX_MASKED_KEYS", 400)
+    rng = random.Random(threads)
+    torch.manual_seed(threads)
+    slices = []
+    for prefix in (1, 33, 250):
+        documents = [[1] * length for length in (rng.randrange(1, 400), 1, 33, rng.randrange(1, 100))]
+        request = EncodedRequest([1] * prefix, documents, cached_prefix_len=min(prefix - 1, STATIC_PREFIX))
+        slices.append(Slice(request, 0, len(documents)))
+    batch = pack(slices, static_prefix_len=STATIC_PREFIX)
+    q = torch.randn(batch.tokens, heads, 16)
+    k, v = (torch.randn(STATIC_PREFIX + batch.tokens, groups, 16) for _ in range(2))
+    kernel = SdpaAttention(batch)
+    gathered = k[batch.kv_index], v[batch.kv_index]
+    cu_q, cu_k, _ = batch.cu_seqlens
+    expected = by_the_book(q, *gathered, cu_q, cu_k, max(batch.lengths_q), max(batch.lengths_k), scale=SCALE)
+    for _ in range(2):  # as in two layers: the second finds the buffers of the first
+        torch.testing.assert_close(kernel.attend_all(q, k, v, SCALE), expected, atol=1e-5, rtol=0)
+    last = kernel.attend_last(q[batch.last], k, v, SCALE)
+    torch.testing.assert_close(last, expected[batch.last], atol=1e-5, rtol=0)
+
+
+def test_few_hidden_weights_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU kernel computes a call's rectangle of queries and keys, whatever its mask hides."""
+    calls: list[int] = []
+    attend: Callable[..., Tensor] = F.scaled_dot_product_attention
+
+    def counted(q: Tensor, k: Tensor, *others: Tensor, **options: Any) -> Tensor:
+        calls.append(q.shape[2] * k.shape[2])
+        return attend(q, k, *others, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    batch = pack([Slice(EncodedRequest([1] * 80, [[1] * 100, [1] * 500]), 0, 2)])
+    q, k, v = (torch.randn(batch.tokens, heads, 16) for heads in (4, 2, 2))
+    SdpaAttention(batch).attend_all(q, k, v, SCALE)
+    seen = sum(
+        keys - own for queries, keys in zip(batch.lengths_q, batch.lengths_k, strict=True) for own in range(queries)
+    )
+    assert sum(calls) < 1.1 * seen
 
 
 def test_segment_wise_attention_in_bfloat16() -> None:
