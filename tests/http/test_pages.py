@@ -630,7 +630,11 @@ def test_a_link_restores_the_inputs_without_the_token(fake_server: Server, visit
     body = page.evaluate("requests()[0]")
 
     page = visit(fake_server)
-    page.fill("#query", "my own")
+    page.evaluate("$('documents').value = 'w'.repeat(MAX_ADDRESS)")
+    page.click("#share")
+    expect(page.locator("#status")).to_contain_text("too long for a link")
+    assert page.evaluate("location.hash") == ""
+    fill(page, "my own", ["text"])
     page.goto("about:blank")
     page.goto(link)
     expect(page.locator("#status")).to_contain_text("come from the link")
@@ -714,11 +718,23 @@ def test_everything_has_a_name_and_is_reached_by_keyboard(fake_server: Server, v
     for _ in range(20):
         page.keyboard.press("Tab")
         reached.append(page.evaluate("document.activeElement.id"))
-    fields = ["query", "split", "documents", "file", "instruction", "top_k", "compare", "token", "rank", "share"]
+    fields = [
+        "query",
+        "split",
+        "documents",
+        "file",
+        "instruction",
+        "top_k",
+        "compare",
+        "token",
+        "rank",
+        "clear",
+        "share",
+    ]
     assert [name for name in reached if name in fields] == fields
 
 
-@pytest.mark.parametrize("width", [320, 768, 1440])
+@pytest.mark.parametrize("width", [320, pytest.param(768, marks=pytest.mark.slow), 1440])
 def test_it_fits_the_screen(fake_server: Server, visit: Open, width: int) -> None:
     page = visit(fake_server, viewport={"width": width, "height": 800})
     fill(page, "a", ["a" * 300, "b c " * 300, MARKUP], instruction="i" * 200)
@@ -784,6 +800,7 @@ def test_the_docs_ask_for_the_token_or_take_that_of_the_page(guarded: Server, vi
     assert TOKEN not in guarded.log
 
 
+@pytest.mark.slow
 def test_the_docs_without_a_token(server: Server, visit: Open) -> None:
     page = visit(server, "/docs")
     routes = server.client.get("/openapi.json").json()["paths"]
