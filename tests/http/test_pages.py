@@ -327,6 +327,8 @@ def test_a_ranking_leaves_the_error_of_a_file_that_was_dropped_meanwhile(fake_se
     page.click("#rank")
     page.evaluate(DROP, ["picture.png", [1]])
     expect(page.locator("#status")).to_contain_text("picture.png: unknown file type")
+    while not held:
+        page.wait_for_timeout(10)
     held[0].continue_()
     expect(page.locator("#ranking p")).to_have_text(["a b", "a"])
     expect(page.locator("#status")).to_be_visible()
@@ -433,7 +435,8 @@ def test_it_says_that_no_instruction_is_read(fake_server: Server, visit: Open) -
 
 def test_it_says_what_was_cut(server: Server, visit: Open) -> None:
     page = visit(server)
-    fill(page, "cats", ["a cat", "cats and dogs " * 3000])
+    page.click("#options summary")
+    fill(page, "cats", ["a cat", "cats and dogs " * 30], max_tokens_per_doc="20")
     with page.expect_response("**/v1/rerank") as caught:
         page.click("#rank")
     assert caught.value.headers["x-truncated-documents"] == "1"
@@ -630,12 +633,12 @@ def test_a_link_restores_the_inputs_without_the_token(fake_server: Server, visit
     body = page.evaluate("requests()[0]")
 
     page = visit(fake_server)
-    page.evaluate("$('documents').value = 'w'.repeat(MAX_ADDRESS)")
+    page.evaluate("added = [{name: 'a', encoding: 'UTF-8', columns: [], documents: ['w'.repeat(MAX_ADDRESS)]}]")
     page.click("#share")
     expect(page.locator("#status")).to_contain_text("too long for a link")
     assert page.evaluate("location.hash") == ""
     fill(page, "my own", ["text"])
-    page.goto("about:blank")
+    page.goto("about:blank")  # the files of a page are not remembered
     page.goto(link)
     expect(page.locator("#status")).to_contain_text("come from the link")
     assert page.evaluate("requests()[0]") == body
