@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from reranker.errors import UnauthorizedError
 from reranker.http.callers import Entry
 from reranker.http.errors import error_response
+from reranker.http.pages import unauthorized
 from reranker.http.state import context_of
 
 OPEN = frozenset({"/", "/livez", "/readyz"})
@@ -51,7 +52,7 @@ class TokenAuth:
             try:
                 context_of(scope).caller = self._caller(_credentials(headers, parameters))
             except UnauthorizedError as error:
-                await error_response(error)(scope, receive, send)
+                await unauthorized(error_response(error), scope)(scope, receive, send)
                 return
         await self.app(scope, receive, send)
 

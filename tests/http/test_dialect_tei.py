@@ -41,6 +41,7 @@ def test_info_is_what_difys_plugin_accepts(fake_server: Server) -> None:
     assert (info["max_input_length"], info["max_client_batch_size"]) == (8192, 2048)
     assert (info["model_id"], info["model_dtype"], info["version"]) == ("fake", "float32", __version__)
     assert info["max_batch_tokens"] == 1000
+    assert (info["device"], info["demo"]) == ("cpu", False)
 
 
 def test_nothing_is_said_of_a_model_that_is_still_loading(start: Start) -> None:

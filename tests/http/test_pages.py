@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
 import os
 import re
@@ -12,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Dialog, Page, Route, expect
@@ -110,6 +113,23 @@ def test_the_docs_are_strict_too(guarded: Server) -> None:
     assert answer.headers["referrer-policy"] == "no-referrer"
 
 
+def test_without_a_token_the_docs_are_a_401_that_asks_for_it(guarded: Server) -> None:
+    browser = {"Authorization": "", "Accept": "text/html,*/*;q=0.8"}
+    answer = guarded.client.get("/docs", headers=browser)
+    assert (answer.status_code, answer.headers["content-type"]) == (401, "text/html; charset=utf-8")
+    assert answer.headers["www-authenticate"] == "Bearer"
+    assert "etag" not in answer.headers
+    assert "swagger" not in answer.text.lower()
+    policy = answer.headers["content-security-policy"]
+    assert "unsafe" not in policy
+    assert set(re.findall("'sha256-.*?'", guarded.client.get("/docs").headers["content-security-policy"])) < set(
+        re.findall("'sha256-.*?'", policy)
+    )
+    for path, accept in (("/docs", "*/*"), ("/openapi.json", "text/html")):
+        answer = guarded.client.get(path, headers={"Authorization": "", "Accept": accept})
+        assert (answer.status_code, answer.json()["error_type"]) == (401, "unauthorized")
+
+
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH"])
 def test_the_page_can_only_be_read(guarded: Server, method: str) -> None:
     assert guarded.client.request(method, "/", headers={"Authorization": ""}).status_code == 405
@@ -154,9 +174,9 @@ def test_instruction_and_top_k_are_sent_only_when_given(fake_server: Server, vis
         page.keyboard.press("Control+Enter")
     assert plain.value.post_data_json == {"query": "a b", "documents": ["a", "a b", "c"]}
     assert len(ranking(page)) == 3  # until then another request would not be sent
-    fill(page, "a b", ["a", "a b", "c"], instruction="find letters", top="2")
+    fill(page, "a b", ["a", "a b", "c"], instruction="find letters", top_k="2")
     with page.expect_request("**/v1/rerank") as full:
-        page.press("#top", "Enter")
+        page.press("#top_k", "Enter")
     extra = {"top_k": 2, "instruction": "find letters"}
     assert full.value.post_data_json == {"query": "a b", "documents": ["a", "a b", "c"], **extra}
     expect(page.locator("#ranking p")).to_have_text(["a b", "a"])
@@ -207,7 +227,7 @@ def test_the_token_is_asked_for_sent_and_kept_nowhere(guarded: Server, visit: Op
 def test_the_code_to_copy_gives_the_ranking_that_is_shown(guarded: Server, visit: Open) -> None:
     page = visit(guarded, permissions=["clipboard-read", "clipboard-write"])
     awkward = ["it's $HOME `id` \\n a", 'a "b" \\ 中文 😀', "JSON", "null"]
-    fill(page, "a b 中文 it's", awkward, instruction="don't $(exit 1)", top="3", token=TOKEN)
+    fill(page, "a b 中文 it's", awkward, instruction="don't $(exit 1)", top_k="3", token=TOKEN)
     page.click("#rank")
     shown = ranking(page)
     page.click("#code summary")
@@ -251,6 +271,7 @@ def test_files_are_dropped_and_chosen(fake_server: Server, visit: Open, tmp_path
         "excel.csv": "编号,内容\n1,第一个\n2,第二个\n".encode("gb18030"),
         "array.json.gz": gzip.compress(b'["one of an array"]'),
     }
+    page.click("#clear")
     for name, content in files.items():
         page.evaluate(DROP, [name, list(content)])
     captions = page.locator("#files li span")
@@ -259,8 +280,7 @@ def test_files_are_dropped_and_chosen(fake_server: Server, visit: Open, tmp_path
     )
     shown = page.locator("#files select").evaluate_all("(all) => all.map((one) => one.selectedOptions[0].textContent)")
     assert shown == ["text", "Text", "内容"]
-    page.fill("#query", "text")
-    page.fill("#documents", "typed")
+    fill(page, "text", ["typed"])
     with page.expect_request("**/v1/rerank") as sent:
         page.click("#rank")
     assert json.loads(sent.value.post_data or "")["documents"] == [
@@ -307,6 +327,8 @@ def test_a_ranking_leaves_the_error_of_a_file_that_was_dropped_meanwhile(fake_se
     page.click("#rank")
     page.evaluate(DROP, ["picture.png", [1]])
     expect(page.locator("#status")).to_contain_text("picture.png: unknown file type")
+    while not held:
+        page.wait_for_timeout(10)
     held[0].continue_()
     expect(page.locator("#ranking p")).to_have_text(["a b", "a"])
     expect(page.locator("#status")).to_be_visible()
@@ -315,7 +337,7 @@ def test_a_ranking_leaves_the_error_of_a_file_that_was_dropped_meanwhile(fake_se
 
 def test_the_column_is_chosen_by_the_user_where_it_cannot_be_told(fake_server: Server, visit: Open) -> None:
     page = visit(fake_server, locale="zh-CN")
-    page.fill("#query", "text")
+    fill(page, "text", [])
     page.evaluate(DROP, ["t.csv", list("编号,标题,摘要\n1,甲,乙\n2,丙,丁\n".encode())])
     choice = page.get_by_label("t.csv 中文档所在的列")
     expect(choice.locator("option")).to_have_text(["选择列", "编号", "标题", "摘要"])
@@ -395,46 +417,51 @@ def test_files_are_refused_as_on_the_command_line(fake_server: Server, visit: Op
 def test_it_says_that_no_instruction_is_read(fake_server: Server, visit: Open) -> None:
     page = visit(fake_server)
 
+    warnings = "topk is not read | instruction is not read: the prompt of the served model has none"
+
     def unread(route: Route) -> None:
         response = route.fetch()
-        route.fulfill(response=response, headers=response.headers | {"x-ignored-fields": "topk, instruction"})
+        route.fulfill(response=response, headers=response.headers | {"x-warnings": warnings})
 
     page.route("**/v1/rerank", unread)
     fill(page, "cats", ["a cat"], instruction="Find code")
     page.click("#rank")
-    expect(page.locator("#cut")).to_have_text("The served model reads no instruction, so it was ignored.")
+    said = "topk is not read\nThe served model reads no instruction, so it was ignored."
+    expect(page.locator("#warnings")).to_have_text(said)
     page.unroute("**/v1/rerank")
     page.click("#rank")
-    expect(page.locator("#cut")).to_be_hidden()
+    expect(page.locator("#warnings")).to_be_hidden()
 
 
 def test_it_says_what_was_cut(server: Server, visit: Open) -> None:
     page = visit(server)
-    fill(page, "cats", ["a cat", "cats and dogs " * 3000])
+    page.click("#options summary")
+    fill(page, "cats", ["a cat", "cats and dogs " * 30], max_tokens_per_doc="20")
     with page.expect_response("**/v1/rerank") as caught:
         page.click("#rank")
     assert caught.value.headers["x-truncated-documents"] == "1"
-    expect(page.locator("#cut")).to_be_visible()
-    expect(page.locator("#cut")).to_have_text("Truncated documents: 1. Only the beginning of each was scored.")
+    expect(page.locator("#warnings")).to_be_visible()
+    expect(page.locator("#warnings")).to_contain_text("Truncated documents: 1. Only the beginning of each was scored;")
     fill(page, "cats", ["a cat"])
     page.click("#rank")
-    expect(page.locator("#cut")).to_be_hidden()
+    expect(page.locator("#warnings")).to_be_hidden()
 
 
 def test_what_is_missing_is_said_before_anything_is_sent(fake_server: Server, visit: Open) -> None:
     page = visit(fake_server)
     sent: list[str] = []
     page.on("request", lambda request: sent.append(request.url))
+    page.click("#clear")
     for field, message in (("query", "Enter a query."), ("documents", "Enter at least one document.")):
         page.click("#rank")
         expect(page.locator("#status")).to_have_text(message)
         expect(page.locator(f"#{field}")).to_be_focused()
         page.fill(f"#{field}", "a")
     for top in ("0", "1.5", "x"):
-        page.fill("#top", top)
+        page.fill("#top_k", top)
         page.click("#rank")
         expect(page.locator("#status")).to_contain_text("top_k")
-    page.fill("#top", "")
+    page.fill("#top_k", "")
     page.fill("#token", "schlüssel")
     page.click("#rank")
     expect(page.locator("#status")).to_contain_text("access token is wrong")
@@ -450,9 +477,22 @@ def test_errors_are_shown_with_their_request_id(fake_server: Server, visit: Open
     with page.expect_response("**/v1/rerank") as caught:
         page.click("#rank")
     expect(page.locator("#status")).to_have_text(
+        "The service cannot rank this request. Correct it and try again.\n"
         f"Error 422: {caught.value.json()['detail']} (request {caught.value.headers['x-request-id']})"
     )
     expect(page.locator("#ranking li")).to_have_count(0)  # nothing stale beside an error
+    body = json.dumps({"detail": "too busy"})
+    answers: list[tuple[dict[str, Any], str]] = [
+        ({"status": 429, "body": body, "headers": {"retry-after": "7"}}, "The service is busy. Try again in 7 s."),
+        ({"status": 500, "body": body}, "The service failed. Try again;"),
+        ({"status": 413, "body": "<html>"}, "The response (status 413) is not from the service."),
+        ({"status": 200, "body": "{}"}, "The response (status 200) is not from the service."),
+    ]
+    page.route("**/v1/rerank", lambda route: route.fulfill(**answers[0][0]))
+    while answers:
+        page.click("#rank")
+        expect(page.locator("#status")).to_contain_text(answers[0][1])
+        del answers[0]
 
 
 def test_it_waits_for_the_model_and_sends_then(start: Start, visit: Open) -> None:
@@ -479,32 +519,192 @@ def test_a_request_can_be_stopped_and_a_silent_service_is_noticed(start: Start, 
     expect(page.locator("#status")).to_have_text("The service does not respond. Is it running?")
 
 
+def test_it_names_the_model_and_marks_the_demo(server: Server, guarded: Server, visit: Open) -> None:
+    page = visit(server)
+    info = server.client.get("/info").json()
+    facts = [info["model_id"], info["device"], info["model_dtype"], f"{info['max_input_length']} tokens per prompt"]
+    expect(page.locator("#model span")).to_have_text([*facts, re.compile("Demo model: for trying the API only")])
+    page = visit(guarded)
+    expect(page.locator("#model")).to_have_text("Enter the access token to see the model.")
+    page.fill("#token", TOKEN)
+    page.press("#token", "Tab")
+    expect(page.locator("#model span").first).to_have_text("fake")
+    expect(page.locator("#model .warn")).to_have_count(0)
+
+
+def test_two_queries_are_compared_and_exported(fake_server: Server, visit: Open) -> None:
+    page = visit(fake_server)
+    fill(page, "a b c", ["c", "b c", "a b c", "=d"], top_k="3")
+    page.check("#compare")
+    fill(page, "a b c", ["c", "b c", "a b c", "=d"], query2="a b c", instruction2="")
+    page.click("#rank")
+    expect(page.locator("#status")).to_contain_text("Query B and instruction B are the same")
+    fill(page, "a b c", ["c", "b c", "a b c", "=d"], query2="=d c", instruction2="other")
+    page.click("#rank")
+    expect(page.locator("#ranking p")).to_have_text(["a b c", "b c", "c"])
+    expect(page.locator("#ranking .moved")).to_have_count(0)
+    expect(page.locator("#ranking2 p")).to_have_text(["c", "b c", "a b c"])
+    expect(page.locator("#ranking2 .moved")).to_have_text(["▲ 2", "=", "▼ 2"])
+    expect(page.locator("#ranking2 .moved").first).to_have_attribute("title", "up by 2 from ranking A")
+    expect(page.locator("#summary")).to_have_text("2 of 3 documents moved")
+    expect(page.locator("#title2")).to_have_text("B · =d c\nother")
+
+    page.uncheck("#compare")
+    expect(page.locator("#stale")).to_have_text("The inputs have changed since this ranking. Rank again.")
+    exported = {}
+    for name in ("csv", "json"):
+        with page.expect_download() as download:
+            page.click(f"#{name}")
+        exported[name] = download.value.path().read_bytes()
+    rankings = json.loads(exported["json"])["rankings"]
+    assert [[r["document"] for r in one["results"]] for one in rankings] == [
+        ["a b c", "b c", "c"],
+        ["c", "b c", "a b c"],
+    ]
+    assert rankings[1]["request"] == {"query": "=d c", "top_k": 3, "instruction": "other"}
+    table = list(csv.DictReader(io.StringIO(exported["csv"].decode("utf-8-sig"))))
+    assert [(row["ranking"], row["rank"], row["document"]) for row in table[3:]] == [
+        ("B", "1", "c"), ("B", "2", "b c"), ("B", "3", "a b c")
+    ]  # fmt: skip
+    page.check("#compare")
+    expect(page.locator("#stale")).to_be_hidden()
+    page.uncheck("#compare")
+    page.fill("#top_k", "")
+    page.click("#rank")
+    expect(page.locator("#ranking .moved")).to_have_text(["▲ 2", "=", "▼ 2", "="])
+    assert "'=d" in page.evaluate("toCsv()")  # no spreadsheet takes it for a formula
+
+
+def test_the_best_chunk_is_marked(server: Server, visit: Open) -> None:
+    page = visit(server)
+    parts = ["The harbour was quiet. " * 8, "Plants make food from sunlight. " * 6, "The harbour was quiet. " * 8]
+    fill(page, "How do plants make food from sunlight?", ["".join(parts).strip(), "short"])
+    page.click("#options summary")
+    fields = {"max_chunks_per_doc": "8", "max_tokens_per_doc": "40"}
+    for name, value in fields.items():
+        page.fill(f"#{name}", value)
+    page.check("#raw_scores")
+    page.click("#code summary")
+    with page.expect_response("**/v1/rerank") as caught:
+        page.click("#rank")
+    best = next(result for result in caught.value.json()["results"] if "best_chunk" in result)
+    assert "Plants make" in best["best_chunk"]["text"]
+    expect(page.locator("#ranking mark")).to_have_count(1)
+    assert page.locator("#ranking mark").text_content() == best["best_chunk"]["text"]
+    assert page.locator("#ranking .score").all_inner_texts() == [
+        f"{result['relevance_score']:.4f}" for result in caught.value.json()["results"]
+    ]
+    page.click("[data-language=python]")
+    assert '"raw_scores": True' in page.locator("#snippet").inner_text()
+    more = page.get_by_text("Show all")
+    before = page.locator("#ranking p", has=page.locator("mark")).bounding_box()
+    more.click()
+    after = page.locator("#ranking p", has=page.locator("mark")).bounding_box()
+    assert before
+    assert after
+    assert after["height"] > before["height"]
+
+
+def test_paragraphs_are_documents(fake_server: Server, visit: Open) -> None:
+    page = visit(fake_server)
+    fill(page, "a", ["one", "of two", "", " \t", "second"])
+    page.evaluate(DROP, ["a.txt", list(b"three\r\nlines\r\n\r\nfour\r\n")])
+    expect(page.locator("#count")).to_have_text("6")
+    page.select_option("#split", "paragraphs")
+    expect(page.locator("#count")).to_have_text("4")
+    expect(page.locator("#files li span")).to_have_text("a.txt · 2")
+    with page.expect_request("**/v1/rerank") as sent:
+        page.click("#rank")
+    assert (sent.value.post_data_json or {})["documents"] == ["one\nof two", "second", "three\nlines", "four"]
+
+
+def test_a_link_restores_the_inputs_without_the_token(fake_server: Server, visit: Open) -> None:
+    page = visit(fake_server, permissions=["clipboard-read", "clipboard-write"])
+    fill(page, MARKUP, ["甲 & 乙 +", "b"], instruction="find #1", token=TOKEN)
+    page.evaluate(DROP, ["rows.jsonl", list(b'"two\\nlines"')])
+    page.click("#options summary")
+    page.select_option("#truncate", "true")
+    page.check("#raw_scores")
+    expect(page.locator("#count")).to_have_text("3")
+    page.click("#share")
+    expect(page.locator("#status")).to_contain_text("the token is not in it")
+    link = page.evaluate("navigator.clipboard.readText()")
+    assert TOKEN not in link
+    body = page.evaluate("requests()[0]")
+
+    page = visit(fake_server)
+    page.evaluate("added = [{name: 'a', encoding: 'UTF-8', columns: [], documents: ['w'.repeat(MAX_ADDRESS)]}]")
+    page.click("#share")
+    expect(page.locator("#status")).to_contain_text("too long for a link")
+    assert page.evaluate("location.hash") == ""
+    fill(page, "my own", ["text"])
+    page.goto("about:blank")  # the files of a page are not remembered
+    page.goto(link)
+    expect(page.locator("#status")).to_contain_text("come from the link")
+    assert page.evaluate("requests()[0]") == body
+    assert page.input_value("#token") == ""
+    assert page.locator("#injected, main img").count() == 0
+    page.goto(f"http://127.0.0.1:{fake_server.port}/")  # a link that was not edited replaces nothing
+    assert page.input_value("#query") == "my own"
+    hash_of = "location.hash = new URLSearchParams({query: 'x', truncate: 'no', token: 'y', files: '[[1,[{}]]]'})"
+    page.evaluate(hash_of)
+    expect(page.locator("#status")).to_contain_text("The files in this link cannot be read.")
+    assert page.evaluate("requests()[0]") == {"query": "x", "documents": []}
+    assert page.input_value("#token") == ""
+    page.fill("#documents", "edited")
+    assert page.evaluate("location.hash") == ""
+    page.reload()
+    assert (page.input_value("#query"), page.input_value("#documents")) == ("x", "edited")
+    page.click("#clear")
+    page.reload()
+    assert page.input_value("#query") == "How do plants make food from sunlight?"  # the example of a first visit
+
+
+def test_a_phone_shows_the_ranking_after_a_request(fake_server: Server, visit: Open) -> None:
+    page = visit(fake_server, viewport={"width": 390, "height": 800}, reduced_motion="reduce")
+    page.click("#rank")
+    page.locator("#ranking li").first.wait_for()
+    expect(page.locator("#heading")).to_be_in_viewport()
+    fill(page, "", ["a"])
+    page.click("#rank")
+    expect(page.locator("#query")).to_be_in_viewport()
+    expect(page.locator("#status")).to_be_in_viewport()
+    expect(page.locator("#status")).to_have_text("Enter a query.")
+
+
 def background(page: Page) -> str:
     return str(page.evaluate("getComputedStyle(document.body).backgroundColor"))
 
 
 def test_light_and_dark(fake_server: Server, visit: Open) -> None:
-    light, dark = visit(fake_server, color_scheme="light"), visit(fake_server, color_scheme="dark")
-    colours = background(light), background(dark)
-    assert colours == ("rgb(245, 246, 248)", "rgb(15, 18, 22)")
-    for page, other in ((light, colours[1]), (dark, colours[0])):
-        before = background(page)
-        page.click("#theme")
-        assert background(page) == other
-        page.click("#theme")
-        assert background(page) == before
+    page = visit(fake_server, color_scheme="dark")
+    light, dark = "rgb(245, 246, 248)", "rgb(15, 18, 22)"
+    assert background(page) == dark
+    for theme, colour in (("light", light), ("dark", dark), ("", dark), ("light", light)):
+        page.select_option("#theme", theme)
+        assert background(page) == colour
+    page.reload()
+    assert (background(page), page.input_value("#theme")) == (light, "light")
+    page.select_option("#theme", "")
+    page.emulate_media(color_scheme="light")
+    assert background(page) == light
 
 
 def test_english_and_chinese(fake_server: Server, visit: Open) -> None:
     page = visit(fake_server, locale="zh-CN")
     assert page.evaluate("document.documentElement.lang") == "zh-CN"
     expect(page.locator("#rank")).to_have_text("排序")
+    page.click("#language")
+    assert page.input_value("#query") == "How do plants make food from sunlight?"  # the example, while it is untouched
+    page.fill("#query", "")
     page.click("#rank")
+    expect(page.locator("#status")).to_have_text("Enter a query.")
+    page.click("#language")
     expect(page.locator("#status")).to_have_text("请输入查询。")
     page.click("#language")
+    page.reload()
     assert page.evaluate("document.documentElement.lang") == "en"
     expect(page.locator("#rank")).to_have_text("Rank")
-    expect(page.locator("#status")).to_have_text("Enter a query.")
     keys = page.evaluate("Object.values(TEXTS).map((texts) => Object.keys(texts))")
     assert keys[0] == keys[1]
     holes = "Object.values(TEXTS).map((t) => Object.values(t).map((s) => (s.match(/\\{\\d\\}/g) ?? []).sort().join()))"
@@ -514,21 +714,35 @@ def test_english_and_chinese(fake_server: Server, visit: Open) -> None:
 
 def test_everything_has_a_name_and_is_reached_by_keyboard(fake_server: Server, visit: Open) -> None:
     page = visit(fake_server)
-    nameless = """[...document.querySelectorAll("input, textarea, button")].filter(
+    nameless = """[...document.querySelectorAll("input, textarea, select, button")].filter(
         (node) => !(node.labels?.[0] ?? node).textContent.trim() && !node.ariaLabel).map((n) => n.id)"""
     assert page.evaluate(nameless) == []
     reached = []
-    for _ in range(15):
+    for _ in range(20):
         page.keyboard.press("Tab")
         reached.append(page.evaluate("document.activeElement.id"))
-    fields = ["query", "documents", "file", "instruction", "top", "token", "rank"]
+    fields = [
+        "query",
+        "split",
+        "documents",
+        "file",
+        "instruction",
+        "top_k",
+        "compare",
+        "token",
+        "rank",
+        "clear",
+        "share",
+    ]
     assert [name for name in reached if name in fields] == fields
 
 
-@pytest.mark.parametrize("width", [320, 390, 768, 1440])
+@pytest.mark.parametrize("width", [320, pytest.param(768, marks=pytest.mark.slow), 1440])
 def test_it_fits_the_screen(fake_server: Server, visit: Open, width: int) -> None:
     page = visit(fake_server, viewport={"width": width, "height": 800})
-    fill(page, "a", ["a" * 300, "b c " * 300, MARKUP])
+    fill(page, "a", ["a" * 300, "b c " * 300, MARKUP], instruction="i" * 200)
+    page.click("#options summary")
+    page.check("#compare")
     page.click("#rank")
     page.click("#code summary")
     assert len(ranking(page)) == 3
@@ -547,6 +761,7 @@ def test_the_docs_need_no_internet_and_work_with_a_token_in_the_address(guarded:
     with page.expect_response("**/v1/rerank") as caught:
         operation.get_by_text("Execute").click()
     assert caught.value.status == 200
+    assert page.evaluate("location.pathname + location.search") == "/docs"  # no token in the address bar
     assert [result["index"] for result in caught.value.json()] == [1, 0]
     assert "referer" not in caught.value.request.all_headers()
     operation.locator(".live-responses-table").wait_for()
@@ -554,22 +769,41 @@ def test_the_docs_need_no_internet_and_work_with_a_token_in_the_address(guarded:
     assert TOKEN not in guarded.log
 
 
-def test_the_docs_take_a_token_by_their_authorize_button(guarded: Server, visit: Open) -> None:
-    page = visit(guarded, f"/docs?access_token={TOKEN}")
-    page.locator(".auth-wrapper .authorize").click()
-    dialog = page.locator(".auth-container", has_text="bearer")
-    dialog.locator("input").fill("another-one")
-    dialog.locator("button.authorize").click()
-    page.locator("button.btn-done").first.click()
-    operation = page.locator(".opblock", has_text="/health").first
+def test_the_docs_ask_for_the_token_or_take_that_of_the_page(guarded: Server, visit: Open) -> None:
+    page = visit(guarded)
+    page.click("nav a")
+    docs = page.context.pages[-1]
+    docs.fill("#token", "wrong")
+    docs.keyboard.press("Enter")
+    expect(docs.locator("#status")).to_contain_text("The access token is wrong.")
+    docs.close()
+    page.fill("#token", TOKEN)
+    page.click("nav a")
+    docs = page.context.pages[-1]
+    operation = docs.locator(".opblock", has_text="/health").first
     operation.locator(".opblock-summary").click()
     operation.get_by_text("Try it out").click()
-    with page.expect_response("**/health") as caught:
+    with docs.expect_response("**/health") as caught:
+        operation.get_by_text("Execute").click()
+    assert caught.value.status == 200
+    assert TOKEN not in docs.evaluate("location.href")
+    kept = "[document.cookie, JSON.stringify({...localStorage, ...sessionStorage, ...history.state})].join()"
+    assert TOKEN not in docs.evaluate(kept)
+    assert TOKEN not in docs.content()
+
+    docs.locator(".auth-wrapper .authorize").click()
+    dialog = docs.locator(".auth-container", has_text="bearer")
+    dialog.locator("input").fill("another-one")
+    dialog.locator("button.authorize").click()
+    docs.locator("button.btn-done").first.click()
+    with docs.expect_response("**/health") as caught:
         operation.get_by_text("Execute").click()
     assert caught.value.request.all_headers()["authorization"] == "Bearer another-one"
     assert caught.value.status == 401
+    assert TOKEN not in guarded.log
 
 
+@pytest.mark.slow
 def test_the_docs_without_a_token(server: Server, visit: Open) -> None:
     page = visit(server, "/docs")
     routes = server.client.get("/openapi.json").json()["paths"]

@@ -48,6 +48,9 @@ class Info(BaseModel):
     tokenization_workers: int
     version: str
     sha: str | None
+    device: str
+    demo: bool
+    """Whether it is the bundled demo model, which is for trying the API only."""
     self_check: str
     """`passed`, or `failed: ` and the languages whose obvious pair the model ranked wrong at the start."""
     family: str
@@ -82,6 +85,8 @@ async def info(request: Request) -> Info:
         tokenization_workers=1,
         version=__version__,
         sha=None,
+        device=model.device,
+        demo=model.demo,
         self_check=model.self_check,
         family=model.family,
         score=model.score,
