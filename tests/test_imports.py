@@ -57,15 +57,16 @@ ALLOWED: dict[str, str] = {
     "cgroup": "",
     "notes": "",
     "environment": "",
+    "root": "",
     "settings": "environment",
     "terminal": "errors",
     "request": "errors text types",
-    "engine": "cgroup errors request text types",
+    "engine": "cgroup errors request root text types",
     "rankers": "engine errors notes settings terminal types",
-    "rows": "errors notes request terminal types",
+    "rows": "errors notes request root terminal types",
     "batch": "engine errors notes rankers request rows settings terminal types",
     "evaluate": "errors rankers request rows terminal types",
-    "cli": "batch environment errors evaluate rankers request rows settings terminal types",
+    "cli": "batch environment errors evaluate rankers request root rows settings terminal types",
     "scheduler": "errors types",
     "http": "errors notes request scheduler types",
     "server": "cgroup errors http",
@@ -74,7 +75,7 @@ ALLOWED: dict[str, str] = {
 FREE_OF_TORCH = {"reranker.engine.budget", "reranker.engine.scores"}
 """The modules of the engine that every package may import."""
 LIBRARIES: dict[str, set[str]] = {
-    **{name: set() for name in ("types", "errors", "text", "cgroup", "notes", "request", "scheduler")},
+    **{name: set() for name in ("types", "errors", "text", "cgroup", "notes", "root", "request", "scheduler")},
     "engine": COMPUTE | {"huggingface_hub", "psutil"},
 }
 """The libraries that a package imports, where it is not free to import any."""
