@@ -12,16 +12,19 @@ RUN groupadd --gid 10001 reranker \
 ENV PATH=/opt/venv/bin:$PATH
 WORKDIR /app
 
-# Two layers that are rebuilt only when a pin changes. torch is installed first, by its exact pin, as in the Makefile, so
-# that packages which depend on it do not choose another build.
-COPY requirements.txt ./
+# Layers that are rebuilt only when a pin changes. Every file has its hash of requirements.lock (make lock), which holds
+# those of PyPI. Another index has other files of PyTorch and CUDA, such as torch 2.13.0+cpu, and other packages of CUDA:
+# from there torch is installed first, by its exact pin and without a hash, and everything else by hash.
+COPY requirements.txt requirements.lock ./
 ARG TORCH_INDEX=""
 # On a GPU the layers are compiled at start-up, which needs a C compiler; without one they run uncompiled.
 RUN case "$TORCH_INDEX" in */cpu|*/cpu/) ;; *) apt-get update \
     && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/* ;; esac
-RUN pip install --no-cache-dir ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} \
-    "$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)"
-RUN pip install --no-cache-dir -r requirements.txt
+RUN if [ -n "$TORCH_INDEX" ]; then pip install --no-cache-dir --index-url "$TORCH_INDEX" \
+    "$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)"; fi
+RUN awk -v other="$TORCH_INDEX" \
+    '/^[a-z]/ {keep = !(other && /^(torch|triton|cuda-[a-z]+|nvidia-[a-z0-9-]+)==/)} keep' requirements.lock >/tmp/lock \
+    && pip install --no-cache-dir --no-deps --require-hashes -r /tmp/lock && rm /tmp/lock && pip check
 
 # The home is the volume: libraries store models and compiled kernels there; the rest may be read-only.
 ENV HOME=/cache \

@@ -1,6 +1,6 @@
 # Targets for people, commit hooks and CI:
 #   make serve | restart | test | test-slow | test-clients | test-ray | test-references | tokenizer | check | format
-#   make bench | bench-gpu | overhead | overload | soak | audit | sbom | clean
+#   make bench | bench-gpu | overhead | overload | soak | audit | sbom | lock | wheel | clean
 #
 #   PYTHON=python3.12        another interpreter (3.11 or newer)
 #   TORCH_INDEX=<address>    another package index for torch: PyTorch's CPU index gives a build without CUDA
@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SITE_PACKAGES = $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
-.PHONY: serve restart test test-slow test-clients test-ray test-references tokenizer check format bench bench-gpu overhead overload soak audit sbom clean
+.PHONY: serve restart test test-slow test-clients test-ray test-references tokenizer check format bench bench-gpu overhead overload soak audit sbom lock wheel clean
 
 serve: $(VENV)/.serve
 	$(BIN)/gunicorn -c gunicorn.conf.py --pid $(VENV)/gunicorn.pid app:app
@@ -84,6 +84,15 @@ sbom: $(VENV)/.supply
 	@set -e; whole=$$(mktemp); trap 'rm -f "$$whole"' EXIT; \
 	$(VENV)/supply/bin/cyclonedx-py environment --spec-version 1.6 $(BIN)/python >"$$whole"; \
 	$(VENV)/supply/bin/python deploy/supply/sbom.py $(SITE_PACKAGES) requirements.txt sbom.json <"$$whole"
+
+# The packages of the image, each file by its hash. ARGS=--upgrade takes the newest versions that requirements.txt admits.
+lock: $(VENV)/.supply
+	$(VENV)/supply/bin/uv pip compile requirements.txt --output-file requirements.lock --custom-compile-command "make lock" \
+		--quiet --universal --python-version 3.11 --generate-hashes $(ARGS)
+
+# The wheel and the source archive of a release, in dist/.
+wheel: $(VENV)/.dev
+	$(BIN)/python -m hatchling build
 
 $(VENV)/.python:
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or newer, or set PYTHON=..."; exit 1; }

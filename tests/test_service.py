@@ -292,6 +292,7 @@ def test_many_clients_at_once_get_the_scores_they_get_alone(server: Server) -> N
         assert other == pytest.approx(one, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_start_with_everything_in_the_legacy_file(start: Start) -> None:
     """The .env of existing deployments with another model path, and without CUDA another device."""
     import torch
@@ -327,7 +328,7 @@ def test_the_log_tells_the_choices_and_how_to_try(server: Server) -> None:
     ("env", "words"),
     [
         ({"MODEL_NAME_OR_PATH": "./models/none"}, "the model folder models/none does not exist: download it first"),
-        ({"MODEL_DEVICE": "cuda:77"}, "MODEL_DEVICE=cuda:77"),
+        pytest.param({"MODEL_DEVICE": "cuda:77"}, "MODEL_DEVICE=cuda:77", marks=pytest.mark.slow),
         ({"LOAD_TIMEOUT": "1", "FAKE_LOAD_SECONDS": "60"}, "LOAD_TIMEOUT=1"),
     ],
 )

@@ -20,6 +20,7 @@ from reranker.evaluate import evaluate as run
 from reranker.evaluate.collection import Paths
 from reranker.evaluate.comparison import Example
 from reranker.rankers.source import Source
+from reranker.root import INSTALL_EVAL
 from reranker.rows.forms import structured_kind
 from reranker.terminal import harmless, print_result, printing
 
@@ -37,7 +38,7 @@ def evaluate(args: argparse.Namespace) -> None:
     has_bm25 = args.run is None and any(system.source for system in systems)
     needed = ["ir_measures", "scipy", *(["bm25s"] if has_bm25 else []), *(["matplotlib"] if args.plot else [])]
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
-        raise FailedError(f"{' and '.join(missing)} missing: {sys.executable} -m pip install -r requirements-eval.txt")
+        raise FailedError(f"{' and '.join(missing)} missing: {sys.executable} {INSTALL_EVAL}")
     job = _job(args)
     report = run(job, systems)
     try:

@@ -1,6 +1,6 @@
 """The commands and their arguments, and the only place where an error becomes a line and an exit code.
 
-argparse, because the standard library has it and four commands with flat options need no more.
+argparse, because the standard library has it and commands with flat options need no more.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 from reranker import __version__
@@ -144,6 +145,13 @@ def _completion(add: argparse.ArgumentParser) -> None:
     add.add_argument("shell", choices=("bash", "zsh"))
 
 
+def _serve(add: argparse.ArgumentParser) -> None:
+    add.description = (
+        "Serve HTTP under gunicorn, with the demo model where none is set. All settings are variables of the "
+        "environment or lines of .env in this folder, as in: PORT=8000 reranker serve"
+    )
+
+
 def _check(add: argparse.ArgumentParser) -> None:
     add.add_argument(
         "--plan",
@@ -154,18 +162,25 @@ def _check(add: argparse.ArgumentParser) -> None:
 
 
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
+    "serve": ("the HTTP service; settings come from the environment and .env", _serve),
     "rank": ("one query: a table in a terminal, JSON in a pipe", _rank),
     "batch": ("many queries, JSON lines out; continues after an interruption", _batch),
-    "evaluate": ("measure the gain on your own data (needs requirements-eval.txt)", _evaluate),
+    "evaluate": ("measure the gain on your own data (needs the packages of the extra eval)", _evaluate),
     "check": ("load, score one pair, print the choices; exit code 0 or 1", _check),
-    "completion": ('complete in a shell: eval "$(python -m reranker completion bash)"', _completion),
+    "completion": ('complete in a shell: eval "$(%(prog)s completion bash)"', _completion),
 }
 """Name -> help and arguments. `reranker.cli.NAME` has a function NAME that runs it, and is imported only then."""
+_WITHOUT_MODEL = {"serve", "completion"}
+
+
+def program() -> str:
+    """Return the command as it was started: the script of an installed package, or the module."""
+    return "reranker" if Path(sys.argv[0]).name == "reranker" else "python -m reranker"
 
 
 def parser(words: Sequence[str]) -> argparse.ArgumentParser:
     """Return the parser of all commands, with the arguments of those in `words`: the settings take long to import."""
-    top = Parser(prog="python -m reranker", description="Rank documents by relevance to a query, without a server.")
+    top = Parser(prog=program(), description="Rank documents by relevance to a query, with or without a server.")
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     needed = COMMANDS if "completion" in words else words
@@ -174,7 +189,7 @@ def parser(words: Sequence[str]) -> argparse.ArgumentParser:
         if name not in needed:
             continue
         add_arguments(add)
-        if name == "completion":
+        if name in _WITHOUT_MODEL:
             add.set_defaults(verbose=False, commands=commands.choices)
         else:
             from reranker.cli.options import add_model_options
@@ -205,15 +220,15 @@ def main(argv: list[str] | None = None) -> None:
     args, rest = parser(words).parse_known_args(words)
     from reranker.cli.options import load_env_file
 
-    if sys.stdout is None and args.command != "batch":
+    if sys.stdout is None and args.command not in ("batch", "serve"):
         raise FailedError("standard output is closed; the result has no place to go")
     if args.command == "rank" and not any(word.startswith("-") for word in rest):
         args.document += rest  # argparse takes positionals up to the first option only
     elif rest:
-        raise InputError(f"unknown arguments: {' '.join(rest)} (see python -m reranker {args.command} --help)")
+        raise InputError(f"unknown arguments: {' '.join(rest)} (see {program()} {args.command} --help)")
     logging.basicConfig(format="%(message)s", level=logging.INFO if args.verbose else logging.WARNING)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    for warning in load_env_file():
+    for warning in [] if args.command == "serve" else load_env_file():  # the service reads `.env` itself
         print(f"warning: {warning}", file=sys.stderr)
     command = getattr(importlib.import_module(f"reranker.cli.{args.command}"), args.command)
     if sys.stderr.isatty() and args.command != "completion":

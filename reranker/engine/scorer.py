@@ -30,6 +30,7 @@ from reranker.engine.scores import sigmoid
 from reranker.engine.self_check import self_check
 from reranker.engine.warmup import Rate, choose_budget, warm_up
 from reranker.errors import DeviceLostError, InvalidRequestError, ModelLoadError, OutOfMemoryError, ScoringError
+from reranker.root import ROOT
 from reranker.types import EncodedRequest, ModelInfo, RerankRequest, Slice
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ Batch = PackedBatch | DealtBatch
 """The result of `pack` and the argument of `score`."""
 
 NOT_A_NUMBER = "the model gave a score that is not a number; set MODEL_PRECISION=float32"
-DEMO = Path(__file__).resolve().parents[2] / "models" / "demo"
+DEMO = ROOT / "models" / "demo"
 
 
 class Scorer:

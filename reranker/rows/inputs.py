@@ -15,6 +15,7 @@ from itertools import chain
 from typing import IO, Any
 
 from reranker.errors import FailedError, InputError
+from reranker.root import INSTALL_EVAL
 from reranker.rows.encodings import advice, encoding_name, encoding_of, is_wide
 from reranker.rows.forms import HEAD, KINDS, Form, check_bytes, check_text, form_of
 from reranker.rows.lines import decode, parse
@@ -200,7 +201,7 @@ class Input:
 
     def _parquet(self) -> Iterator[Record]:
         if importlib.util.find_spec("pyarrow") is None:
-            raise FailedError(f"{self.name} needs pyarrow: {sys.executable} -m pip install -r requirements-eval.txt")
+            raise FailedError(f"{self.name} needs pyarrow: {sys.executable} {INSTALL_EVAL}")
         import pyarrow
         import pyarrow.parquet
 

@@ -140,7 +140,7 @@ def test_an_argument_outside_the_encoding_of_the_locale_is_refused(tmp_path: Pat
     assert done.stderr.startswith("error: argument 2 is not ASCII, the encoding of this locale; set LC_ALL=C.UTF-8")
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("unbuffered", ["", pytest.param("1", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("args", "redirect", "code", "says"),
     [

@@ -132,7 +132,7 @@ def test_code_is_copied_behind_the_packages() -> None:
     names = [name for name, _ in instructions()]
     installs = [i for i, (_, rest) in enumerate(instructions()) if "pip install" in rest]
     copies = [i for i, name in enumerate(names) if name == "COPY"]
-    assert instructions()[copies[0]] == ("COPY", "requirements.txt ./")
+    assert instructions()[copies[0]] == ("COPY", "requirements.txt requirements.lock ./")
     assert copies[0] < min(installs) < max(installs) < copies[1]
 
 
@@ -144,10 +144,47 @@ def test_torch_is_installed_by_the_pin_that_the_makefile_takes() -> None:
     assert re.fullmatch(r"torch==[\d.]+\n", pin)
 
 
+@pytest.mark.parametrize(
+    "index", ["", "https://download.pytorch.org/whl/cpu", "https://download.pytorch.org/whl/cu126"]
+)
+def test_everything_is_installed_by_its_hash_but_torch_of_another_index(index: str, tmp_path: Path) -> None:
+    """The shell of both RUN lines, with a pip that copies the file it is given, without comments."""
+    pip = 'echo "$@" >> called; for file; do [ ! -f "$file" ] || grep -o "^[a-z][^ ]*" "$file" > installed; done'
+    (tmp_path / "pip").write_text(f"#!/bin/sh\n{pip}\n")
+    (tmp_path / "pip").chmod(0o755)
+    for name in ("requirements.txt", "requirements.lock"):
+        shutil.copy(ROOT / name, tmp_path)
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "TORCH_INDEX": index}
+    for run in (line for line in every("RUN") if "pip install" in line):
+        subprocess.run(
+            ["/bin/sh", "-c", run.replace("/tmp/lock", f"{tmp_path}/lock")], env=env, cwd=tmp_path, check=True
+        )
+    called = (tmp_path / "called").read_text().splitlines()
+    locked = re.findall(r"^[a-z]\S*", (ROOT / "requirements.lock").read_text(), re.M)
+    cuda = [line for line in locked if line.startswith(("torch=", "triton=", "nvidia-", "cuda-"))]
+    assert len(cuda) > 10
+    assert (tmp_path / "installed").read_text().split() == [line for line in locked if not index or line not in cuda]
+    [torch] = [line for line in cuda if line.startswith("torch=")]
+    assert called == [
+        *([f"install --no-cache-dir --index-url {index} {torch}"] if index else []),
+        f"install --no-cache-dir --no-deps --require-hashes -r {tmp_path}/lock",
+        "check",
+    ]
+
+
 def test_the_image_holds_what_the_service_needs_and_no_more() -> None:
     copied = {source.rstrip("/") for copy in every("COPY") for source in copy.split()[:-1]}
     assert copied == {
-        *("requirements.txt", "app.py", "config.py", "gunicorn.conf.py", "LICENSE", "reranker", "models/demo")
+        *(
+            "requirements.txt",
+            "requirements.lock",
+            "app.py",
+            "config.py",
+            "gunicorn.conf.py",
+            "LICENSE",
+            "reranker",
+            "models/demo",
+        )
     }
     lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and line[0] != "#"]
     assert lines[0] == "*"

@@ -53,6 +53,19 @@ def test_everything_is_pinned_and_says_why_it_is_there() -> None:
             assert line.startswith("#") or re.fullmatch(r"[\w-]+==[\w.]+ +# \S.*", line), line
 
 
+def test_the_lock_has_every_pin_and_a_hash_for_every_package() -> None:
+    """`make lock` writes it after each change of requirements.txt."""
+    text = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+    blocks = re.split(r"^(?=[a-z])", text, flags=re.M)[1:]
+    locked = {canonicalize_name(block.partition("==")[0]): re.split(r"==|[ ;]", block)[1] for block in blocks}
+    assert {name: locked.get(canonicalize_name(name)) for name in PINS} == {n: pin.version for n, pin in PINS.items()}
+    for block in blocks:
+        assert re.match(r"[\w-]+==[\w.]+ ;[^\\]*( \\\n    --hash=sha256:[0-9a-f]{64})+\n", block), block.partition(" ")[
+            0
+        ]
+    assert not re.search(r"^ *--(?!hash)|://", text, re.M), "no index and no address: the hashes tell the files"
+
+
 # No pickle, in the source
 
 SOURCES = [ROOT / n for n in ("app.py", "config.py", "gunicorn.conf.py")] + [

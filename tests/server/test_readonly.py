@@ -92,6 +92,7 @@ def processes(server: Server) -> list[int]:
     return [server.process.pid, *map(int, re.findall(r"Booting worker with pid: (\d+)", server.log))]
 
 
+@pytest.mark.slow
 def test_it_serves_without_rights_and_without_a_place_to_write(box: Server) -> None:
     body = {"query": "how to compress files", "documents": ["a game of chess", "gzip compresses files"]}
     assert box.client.post("/v1/rerank", json=body).json()[0]["index"] == 1
@@ -112,6 +113,7 @@ def test_it_serves_without_rights_and_without_a_place_to_write(box: Server) -> N
         assert os.access(inside / "mnt" / "cache", os.W_OK)
 
 
+@pytest.mark.slow
 def test_it_stops_cleanly(box: Server) -> None:
     box.client.close()
     assert box.stop() == 0
