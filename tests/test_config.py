@@ -289,9 +289,10 @@ def shown(value: object) -> str:
     return {None: "auto", "": ""}.get(value, str(value))  # type: ignore[call-overload,no-any-return]
 
 
-@pytest.mark.parametrize("readme", ["README.md", "README.zh-CN.md"])
-def test_the_readmes_list_every_setting_with_its_default(readme: str) -> None:
-    rows = re.findall(r"^\| `([A-Z_]+)` \|\s*`?([^|`]*)`?\s*\|", (ROOT / readme).read_text(encoding="utf-8"), re.M)
+@pytest.mark.parametrize("page", ["settings.md", "settings.zh-CN.md"])
+def test_the_documents_list_every_setting_with_its_default(page: str) -> None:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([A-Z_]+)` \|\s*`?([^|`]*)`?\s*\|", text, re.M)
     table = {name.lower(): default.strip() for name, default in rows}
     assert set(table) == set(DEFAULTS)
     for name, default in DEFAULTS.items():

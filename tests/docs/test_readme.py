@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from config import load_settings
 from reranker.environment import read_env_file
+from tests.cli.command import cli, read_lines, write_lines
 from tests.conftest import ROOT, Server
 
 READMES = ["README.md", "README.zh-CN.md"]
@@ -59,12 +61,47 @@ def test_the_curl_commands_answer_what_is_said(server: Server, name: str) -> Non
     assert [best["score"], first["relevance_score"]] == pytest.approx(shown, abs=0.01)
 
 
+def test_the_python_client_prints_a_ranking(server: Server) -> None:
+    code = blocks(READMES[0], "python")[0]  # the same in both
+    code = code.replace("127.0.0.1:6006", f"127.0.0.1:{server.port}")
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert [line.split()[0] for line in out.stdout.splitlines()] == ["1", "0"]
+
+
 def test_the_library_example_runs() -> None:
-    [code] = blocks(READMES[0], "python")  # the same in both
+    code = blocks(READMES[0], "python")[1]
     with redirect_stdout(StringIO()) as out:
         exec(code, {})  # in this process, which has torch already
     chess, gzip = json.loads(out.getvalue())
     assert gzip > chess
+
+
+def test_the_sample_of_settings_is_read_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    [sample] = blocks(READMES[0], "ini")
+    assert blocks(READMES[1], "ini") == [sample]
+    file = tmp_path / ".env"
+    for written in (sample, sample.replace("# HF_ENDPOINT", "HF_ENDPOINT")):
+        file.write_text(written)
+        with monkeypatch.context() as patch:
+            for name in read_env_file(file):
+                patch.setenv(name, "")  # blank counts as not set; what load_settings exports ends with the context
+            settings = load_settings(file)
+        assert settings.model_name_or_path == "Qwen/Qwen3-Reranker-4B"
+        assert settings.access_token
+        assert settings.workers == 1
+
+
+@pytest.mark.parametrize("verb", ["rank", "batch", "check"])
+def test_the_commands_run(verb: str, tmp_path: Path) -> None:
+    [line] = re.findall(rf"^    \.venv/bin/python -m reranker ({verb} .*?|{verb})(?:\s+#.*)?$", text(READMES[0]), re.M)
+    write_lines(tmp_path / "in.jsonl", [{"id": 1, "query": "cats", "documents": ["a cat", "bread"]}])
+    out = cli(*shlex.split(line), cwd=tmp_path)
+    if verb == "rank":
+        assert "gzip" in out.stdout.splitlines()[0]
+    elif verb == "batch":
+        assert [row["id"] for row in read_lines(tmp_path / "out.jsonl")] == [1]
+    else:
+        assert json.loads(out.stdout)["self_check"] == "passed"
 
 
 def test_a_sample_that_needs_a_token_makes_one_and_fails_without() -> None:
