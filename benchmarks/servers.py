@@ -85,7 +85,7 @@ def main() -> None:
             _measure(a, path, workload, running)
         peaks = [f"{s.name} {s.service.peak_memory() / 2**30:.1f} GiB" for s in started if s.service]
         print(f"\nPeak memory: {', '.join(peaks)} (the peaks of all processes, added up).")
-    print("Ratios to this service are medians of the rounds' ratios. Apart: see benchmarks.engine.")
+    print("Ratios: medians over rounds. FEWER: below 85% of its cores. Apart: as in benchmarks.engine.")
 
 
 def _measure(a: argparse.Namespace, path: Path, workload: str, running: list[Running]) -> None:

@@ -126,7 +126,9 @@ def _exported(path: str) -> Path:
     if not (folder / "openvino_model.xml").exists():
         from optimum.exporters.openvino import main_export
 
-        main_export(path, output=folder, task="text-classification", ov_config=None)
+        partial = folder.with_name("openvino.partial")
+        main_export(path, output=partial, task="text-classification", ov_config=None)
+        partial.rename(folder)
     return folder
 
 

