@@ -119,7 +119,7 @@ class Contestant:
     def leave(self) -> int:
         """End the process; its peak memory in bytes: resident on a CPU, allocated on a GPU."""
         peak: int = self._ask(None)
-        self.process.wait()
+        self.process.communicate()
         return peak
 
     def _ask(self, command: Any) -> Any:
