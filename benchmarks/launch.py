@@ -49,6 +49,14 @@ class Service:
         """Resident bytes of all processes."""
         return sum(p.memory_info().rss for p in self.processes)
 
+    def peak_memory(self) -> int:
+        """Peak resident bytes of every process since its start, added up (Linux)."""
+        peaks = 0
+        for process in self.processes:
+            lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+            peaks += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+        return peaks
+
     def pause(self, paused: bool) -> None:
         """Stop or continue all processes, because an idle server may use processor time too."""
         for process in self.processes:

@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassification
 
+from benchmarks.encoder_models import ENCODERS, encoder
 from reranker.engine.checkpoint.tensors import Stored
 from reranker.engine.checkpoint.weights import Weights
 
@@ -36,6 +37,7 @@ SHAPES = {  # hidden, intermediate, layers, heads, kv heads, head dim, tied
     "4b": (2560, 9728, 36, 32, 8, 128, True),
     "8b": (4096, 12288, 36, 32, 8, 128, False),
 }
+MODELS = (*SHAPES, *ENCODERS)
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -73,12 +75,16 @@ def model(shape: str, *, std: float = 0.05, dtype: torch.dtype = torch.float32) 
     """The folder of a random-weight model; made on the first call, in seconds for `mid`.
 
     Args:
-        shape: a key of SHAPES.
-        std: standard deviation of the weights.
+        shape: one of MODELS.
+        std: standard deviation of the weights; of SHAPES only, as `dtype` is.
         dtype: how the weights are stored.
     """
-    folder = CACHE / f"{shape}-{std}-{str(dtype).removeprefix('torch.')}"
+    folder = CACHE / (shape if shape in ENCODERS else f"{shape}-{std}-{str(dtype).removeprefix('torch.')}")
     if (folder / "done").is_file():
+        return folder
+    if shape in ENCODERS:
+        encoder(shape, folder)
+        (folder / "done").touch()
         return folder
     hidden, intermediate, layers, heads, kv_heads, head_dim, tied = SHAPES[shape]
     shutil.rmtree(folder, ignore_errors=True)
@@ -107,6 +113,28 @@ def model(shape: str, *, std: float = 0.05, dtype: torch.dtype = torch.float32) 
             weight.fill_(1.0) if "norm" in name else weight.normal_(0, std)
     made.tie_weights()
     made.save_pretrained(str(folder))
+    (folder / "done").touch()
+    return folder
+
+
+def classifier(path: Path) -> Path:
+    """The folder of the same decoder with one output, logit(yes) - logit(no): the form that OpenVINO exports."""
+    folder = path / "classifier"
+    if (folder / "done").is_file():
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(tokenizer(), folder)
+    causal: Any = Qwen3ForCausalLM.from_pretrained(str(path), dtype=torch.float32)
+    causal.config.num_labels, causal.config.pad_token_id = 1, 151_643
+    made: Any = Qwen3ForSequenceClassification(causal.config)
+    made.model = causal.model
+    vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    yes, no = (causal.lm_head.weight[vocabulary.token_to_id(word)] for word in ("yes", "no"))
+    made.score.weight.data = (yes - no).detach()[None]
+    made.save_pretrained(str(folder))
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_theta"] = config["rope_parameters"]["rope_theta"]  # where transformers 4 reads it
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
     (folder / "done").touch()
     return folder
 

@@ -13,10 +13,14 @@ OWN = {"GOMP_SPINCOUNT": "300000"}
 
 
 @contextmanager
-def environment(**changes: str) -> Iterator[None]:
-    """These variables for the processes that are started meanwhile."""
+def environment(**changes: str | None) -> Iterator[None]:
+    """These variables for the processes that are started meanwhile; those that are None are unset."""
     before = dict(os.environ)
-    os.environ.update(changes)
+    for name, value in changes.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
     try:
         yield
     finally:

@@ -15,6 +15,9 @@ from pathlib import Path
 import torch
 import transformers
 
+FEWER = 0.85
+"""Below this share of its cores a contestant is marked."""
+
 
 def header() -> str:
     """Markdown lines with the command, the commit, the machine and the versions."""
@@ -37,6 +40,11 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def fewer_cores(used: float, allowed: int) -> str:
+    """Cores used, marked where a contestant leaves a part of those that it may use: a setting may be wrong."""
+    return f"{used:.2f} of {allowed}: FEWER" if used < FEWER * allowed else f"{used:.2f}"
 
 
 def write_section(file: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""The two workloads, short.json and long.json, and the token counts of their texts.
+"""The workloads: short.json, long.json and `drawn`, which a seed draws from short.json; token counts of both files.
 
     python -m benchmarks.workloads     count tokens and bytes of both files and write tokens.json
 
@@ -9,6 +9,7 @@ benchmark needs that tokenizer.
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,12 +24,39 @@ MAX_TOKENS = 8192
 
 Requests = list[dict[str, Any]]
 """Bodies of POST /v1/rerank: {"query": text, "documents": texts}."""
+NAMES = ("short", "long", "drawn")
+CHARACTERS = (60, 1500)
+"""The length of a drawn document."""
 
 
-def read(name: str, requests: int | None = None, documents: int | None = None) -> Requests:
-    """The first `requests` requests of short.json or long.json, with the first `documents` documents of each."""
+def read(name: str, requests: int | None = None, documents: int | None = None, seed: int = 0) -> Requests:
+    """The first `requests` requests of a workload of NAMES, with the first `documents` documents of each.
+
+    `drawn` has 8 requests of 1 to 50 documents unless other limits are given, and is another one with every seed.
+    """
+    if name == "drawn":
+        return drawn(seed, 8 if requests is None else requests, 50 if documents is None else documents)
     rows = json.loads((_HERE / f"{name}.json").read_text(encoding="utf-8"))[:requests]
     return [{"query": row["query"], "documents": row["documents"][:documents]} for row in rows]
+
+
+def drawn(seed: int, requests: int, documents: int) -> Requests:
+    """Requests of 1 to `documents` documents of CHARACTERS, cut out of the texts of short.json; a pure function."""
+    source = random.Random(seed)
+    words = " ".join(" ".join(row["documents"]) for row in read("short")).split()
+    endless = words * 2
+
+    def text(characters: int) -> str:
+        at = source.randrange(len(words))
+        return " ".join(endless[at : at + characters])[:characters].strip()
+
+    return [
+        {
+            "query": " ".join(source.choices(words, k=source.randint(3, 12))),
+            "documents": [text(source.randint(*CHARACTERS)) for _ in range(source.randint(1, documents))],
+        }
+        for _ in range(requests)
+    ]
 
 
 @dataclass(frozen=True, slots=True)
