@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,13 @@ from reranker.errors import ModelLoadError
 
 Tensors = dict[str, Tensor]
 WIDTH = 16
-SIZES = {"vocab_size": 9, "hidden_size": WIDTH, "intermediate_size": 8, "num_attention_heads": 2, "num_labels": 1}
+SIZES: dict[str, Any] = {
+    "vocab_size": 9,
+    "hidden_size": WIDTH,
+    "intermediate_size": 8,
+    "num_attention_heads": 2,
+    "num_labels": 1,
+}
 BERT = BertConfig(num_hidden_layers=2, max_position_embeddings=8, **SIZES)
 XLM_R = XLMRobertaConfig(num_hidden_layers=2, max_position_embeddings=8, **SIZES)
 
