@@ -1,7 +1,8 @@
 """The settings of the service: name, default, bounds and one line of description each.
 
 Values come from the environment, then from `.env` in the working directory. `reranker/settings.py` declares the
-settings of the model. docs/settings.md, its Chinese version and .env.example list all of them; tests/test_config.py compares.
+settings of the model. docs/settings.md, its Chinese version and .env.example list all of them, and
+tests/test_config.py compares.
 """
 
 from __future__ import annotations
