@@ -148,4 +148,5 @@ def _check_extra(
         cause = next(cause for condition, cause in causes if condition)
         raise ModelLoadError(f"{len(extra)} weights in {path} would be ignored, the first is {first}: {cause}")
     if extra:
-        logger.warning("%d weights in %s are not part of the model and are ignored: %s", len(extra), path, extra[0])
+        level = logging.INFO if all(map(_HARMLESS.search, extra)) else logging.WARNING
+        logger.log(level, "%d weights in %s are not part of the model and are ignored: %s", len(extra), path, extra[0])
