@@ -1,6 +1,7 @@
-"""Pack requests into one padding-free sequence that holds each request's prefix once. Pure: no model, no device.
+"""Pack requests into one padding-free sequence that holds each prefix once. Pure: no model, no device.
 
-Layout of a batch of R requests and N documents: all prefixes, then all documents in order. A segment is one prefix or
+Layout of a batch of R different prefixes and N documents: all prefixes, then all documents in order. Requests with the
+same prefix share it, such as those among which a client divides the documents of one query. A segment is one prefix or
 one document; there are S = R + N segments and T tokens. The model has cached the keys and values of the static prefix
 (P rows), the common start of all prompts: the batch holds only the rest of each prefix.
 
@@ -47,16 +48,13 @@ class PackedBatch:
     """[S] tokens of each segment, on the host"""
     lengths_k: tuple[int, ...]
     """[S] keys of each segment, on the host"""
+    prefixes: int
+    """R: the first R segments are prefixes."""
 
     @property
     def tokens(self) -> int:
         """T"""
         return self.shape.tokens
-
-    @property
-    def prefixes(self) -> int:
-        """R: the first R segments are prefixes."""
-        return len(self.slices)
 
     @property
     def input_ids(self) -> Tensor:
@@ -101,34 +99,39 @@ def pack(slices: Sequence[Slice], *, static_prefix_len: int = 0, pinned: bool = 
         static_prefix_len: P, the rows that the model has cached; no request uses more.
         pinned: for a copy to a GPU.
     """
-    cached = [range(s.request.cached_prefix_len) for s in slices]
+    different: dict[tuple[int, tuple[int, ...]], int] = {}
+    places = [
+        different.setdefault((s.request.cached_prefix_len, tuple(s.request.prefix)), len(different)) for s in slices
+    ]
+    cached = [range(length) for length, _ in different]
     groups = [s.documents for s in slices]
-    segments = [*(s.request.prefix[s.request.cached_prefix_len :] for s in slices), *chain(*groups)]
+    segments = [*(prefix[length:] for length, prefix in different), *chain(*groups)]
     lengths_q = [len(segment) for segment in segments]
     cu_q = [*accumulate(lengths_q, initial=0)]
     own = [range(static_prefix_len + start, static_prefix_len + stop) for start, stop in pairwise(cu_q)]
     prefixes = [*zip(cached, own, strict=False)]
-    prefix_of_document = chain(*([prefix] * len(group) for prefix, group in zip(prefixes, groups, strict=True)))
-    documents = zip(prefix_of_document, own[len(slices) :], strict=True)
+    prefix_of_document = chain(*([prefixes[i]] * len(group) for i, group in zip(places, groups, strict=True)))
+    documents = zip(prefix_of_document, own[len(prefixes) :], strict=True)
     keys = [*prefixes, *((*prefix, document) for prefix, document in documents)]
     lengths_k = [sum(map(len, ranges)) for ranges in keys]
     cu_k = [*accumulate(lengths_k, initial=0)]
 
     index = array("q", chain(*segments))
     index.extend(chain(*(range(k - q, k) for q, k in zip(lengths_q, lengths_k, strict=True))))  # positions
-    index.extend(stop - 1 for stop in cu_q[len(slices) + 1 :])  # last
+    index.extend(stop - 1 for stop in cu_q[len(prefixes) + 1 :])  # last
     index.extend(chain(*chain(*keys)))
     index.extend(cu_q)
     index.extend(cu_k)
-    index.extend([0] * len(slices))  # in the last layer a document has one query, a prefix none
-    index.extend(range(len(segments) - len(slices) + 1))
+    index.extend([0] * len(prefixes))  # in the last layer a document has one query, a prefix none
+    index.extend(range(len(segments) - len(prefixes) + 1))
     tensor = torch.frombuffer(index, dtype=torch.int64)
     return PackedBatch(
         slices=tuple(slices),
-        shape=Shape(cu_q[-1], len(segments) - len(slices), cu_k[-1], len(segments), max(lengths_q), max(lengths_k)),
+        shape=Shape(cu_q[-1], len(segments) - len(prefixes), cu_k[-1], len(segments), max(lengths_q), max(lengths_k)),
         index=tensor.pin_memory() if pinned else tensor,
         lengths_q=tuple(lengths_q),
         lengths_k=tuple(lengths_k),
+        prefixes=len(prefixes),
     )
 
 

@@ -539,7 +539,7 @@ RIGHT = [
     Variant("a prefix before the first word", tokenizer_config(add_prefix_space=True)),
     Variant("files of a training", both(write("optimizer.pt", b"x"), write("checkpoint-9/config.json", "{}"))),
     Variant("a value head", and_tensor("v_head.summary.weight"), warned="v_head.summary.weight"),
-    Variant("a stored frequency", and_tensor("model.layers.0.self_attn.rotary_emb.inv_freq"), warned="inv_freq"),
+    Variant("a stored frequency", and_tensor("model.layers.0.self_attn.rotary_emb.inv_freq")),
     Variant("an adapter in its own folder", write("adapter/adapter_config.json", _ADAPTER), warned="LoRA adapter"),
     Variant("few positions", settings(max_position_embeddings=4096), warned="max_position_embeddings"),
 ]

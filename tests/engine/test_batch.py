@@ -53,3 +53,18 @@ def test_every_segment_holds_its_tokens_positions_and_keys() -> None:
         assert batch.prefixes == len(slices)
         assert cu_last.tolist() == [0] * len(slices) + list(range(len(documents) + 1))
         assert cu_q.dtype == cu_k.dtype == cu_last.dtype == torch.int32
+
+
+def test_requests_with_the_same_prefix_share_it() -> None:
+    rng = random.Random(2)
+    first, other = request(rng, 8, [3, 2]), request(rng, 8, [4])
+    same = EncodedRequest([*first.prefix], [[5] * 6], cached_prefix_len=first.cached_prefix_len)
+    batch = pack([Slice(first, 0, 2), Slice(other, 0, 1), Slice(same, 0, 1)], static_prefix_len=STATIC_PREFIX)
+    alone = pack([Slice(same, 0, 1)], static_prefix_len=STATIC_PREFIX)
+    own = len(first.prefix) - first.cached_prefix_len
+    assert batch.prefixes == 2
+    assert batch.tokens == own + len(other.prefix) - other.cached_prefix_len + 3 + 2 + 4 + 6
+    assert batch.position_ids[-6:].tolist() == alone.position_ids[-6:].tolist()
+    keys = batch.kv_index[-batch.lengths_k[-1] :].tolist()
+    assert keys[: len(first.prefix)] == batch.kv_index[: len(first.prefix)].tolist()
+    assert len(keys) == alone.lengths_k[-1]

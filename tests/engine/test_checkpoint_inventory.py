@@ -59,6 +59,7 @@ def renamed(old: str, new: str) -> Callable[[Tensors], Tensors]:
 def test_tensors_without_a_part_in_the_score_are_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, config: BertConfig | XLMRobertaConfig, extra: Tensors
 ) -> None:
+    caplog.set_level("INFO")
     check(tmp_path, added(**extra), config)
     assert f"{len(extra)} weights in {tmp_path} are not part of the model and are ignored" in caplog.text
 

@@ -96,6 +96,17 @@ def test_the_static_prefix_is_computed_once(scorer: Scorer, card: Card) -> None:
     assert worst(packed(scorer, group), [expected(card, r) for r in group]) < 1e-4
 
 
+def test_requests_of_one_query_share_its_prefix(scorer: Scorer, card: Card) -> None:
+    documents = ["a cat", "压缩 文件 " * 30, "", "bread"]
+    parts = [RerankRequest("what is it?", documents[i::2], "Find the code") for i in range(2)]
+    group = [parts[0], RerankRequest("what is it?", ["a dog"]), parts[1]]
+    encoded = [scorer.encode(request) for request in group]
+    batch = scorer.pack([Slice(e, 0, len(e.documents)) for e in encoded])
+    twice = len(encoded[2].prefix) - encoded[2].cached_prefix_len
+    assert batch.tokens == sum(Slice(e, 0, len(e.documents)).tokens for e in encoded) - twice
+    assert worst(packed(scorer, group), [expected(card, r) for r in group]) < 1e-4
+
+
 def test_long_documents_and_long_queries_equal_the_card(scorer: Scorer, card: Card) -> None:
     rng = random.Random(12)
     group = [
