@@ -112,25 +112,18 @@ def _automatic(
 
 
 def _automatic_on_cpu(stored: torch.dtype | None, fits: Callable[[torch.dtype], bool]) -> Choice[torch.dtype]:
-    """Return bfloat16 where it is fast and stored in 16 bits, else float32, with 16-bit weights in little memory."""
-    halves, hardware = stored in _HALVES, bfloat16_hardware()
-    if halves and hardware:
-        exact = "MODEL_PRECISION=float32 gives exact scores more slowly"
-        return Choice(torch.bfloat16, f"auto: the processor multiplies bfloat16 in hardware ({hardware}); {exact}")
-    if halves and not fits(torch.float32):
-        cost = "scores are float32's, passes take up to a sixth longer, those of few tokens up to twice"
-        return Choice(WIDENED, f"auto: float32 needs too much of the memory; the weights stay in 16 bits: {cost}")
-    if hardware:
-        why = "the weights are not stored in 16 bits; MODEL_PRECISION=bfloat16 rounds them and is faster"
-        return Choice(torch.float32, f"auto: {why} ({hardware})")
-    return Choice(torch.float32, "auto: the processor does not multiply bfloat16 in hardware (no AMX, no AVX512_BF16)")
-
-
-def bfloat16_hardware() -> str:
-    """Return the instructions by which this processor multiplies bfloat16 faster than float32, or ''."""
+    """Return bfloat16 with AMX, else float32; with 16-bit weights where float32 needs too much of the memory."""
     if torch.cpu._is_amx_tile_supported():
-        return "AMX"
-    return "AVX512_BF16" if torch.cpu._is_avx512_bf16_supported() else ""
+        return Choice(torch.bfloat16, "auto: the processor multiplies bfloat16 in hardware (AMX)")
+    if stored in _HALVES and not fits(torch.float32):
+        cost = "the scores are float32's, and passes take longer, those of few tokens most"
+        return Choice(
+            WIDENED, f"auto: float32 would take too much of the memory, so the weights stay in 16 bits: {cost}"
+        )
+    if torch.cpu._is_avx512_bf16_supported():
+        faster = "MODEL_PRECISION=bfloat16 is faster on this processor (AVX512_BF16), and less exact"
+        return Choice(torch.float32, f"auto: exact scores; {faster}")
+    return Choice(torch.float32, "auto: the processor has no bfloat16 products (no AMX, no AVX512_BF16)")
 
 
 def _widest(device: torch.device) -> Choice[torch.dtype]:
