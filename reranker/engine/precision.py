@@ -59,7 +59,7 @@ def choose_precisions(
     best = automatic[0]
     if wanted == "auto":
         first = _stored(stored, device, best) if stored in _NARROW else best
-    elif reason := _unsupported(PRECISIONS[wanted], device, stored):
+    elif reason := _refused(PRECISIONS[wanted], device, stored):
         first = Choice(best.value, f"{wanted} {reason}; {best.reason}")
     else:
         first = Choice(PRECISIONS[wanted], "requested")
@@ -86,7 +86,7 @@ def computable(device: torch.device, stored: torch.dtype | None = None) -> list[
     `stored` is that of `choose_precisions`.
     """
     wide = torch.bfloat16 if device.type == "cpu" else _widest(device).value
-    others = (dtype for dtype in (WIDENED, wide, *_NARROW) if not _unsupported(dtype, device, stored))
+    others = (dtype for dtype in (WIDENED, wide, *_NARROW) if not _refused(dtype, device, stored))
     return [torch.float32, *others]
 
 
@@ -143,11 +143,17 @@ def _stored(stored: torch.dtype, device: torch.device, best: Choice[torch.dtype]
     return Choice(stored, "auto: the weights are stored so")
 
 
-def _unsupported(dtype: torch.dtype, device: torch.device, stored: torch.dtype | None = None) -> str:
+def _refused(dtype: torch.dtype, device: torch.device, stored: torch.dtype | None) -> str:
+    """Return why a device cannot compute a checkpoint in a precision, or ''."""
+    if dtype is not WIDENED:
+        return _unsupported(dtype, device)
+    if device.type != "cpu":
+        return "is for CPUs only"
+    return "" if stored in _HALVES else "is for weights that are all stored in bfloat16, or all in float16"
+
+
+def _unsupported(dtype: torch.dtype, device: torch.device) -> str:
     """Return why a device cannot compute a precision, or ''. The proof at load (quantized.py) has the last word."""
-    if dtype is WIDENED:
-        reason = "" if stored in _HALVES else "is for weights that are all stored in bfloat16, or all in float16"
-        return reason if device.type == "cpu" else "is for CPUs only"
     if device.type != "cuda":
         return "is for NVIDIA GPUs only" if dtype is FLOAT8 else ""
     major, minor, names = _MIN_CAPABILITY.get(dtype, (0, 0, ""))
