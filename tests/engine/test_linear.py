@@ -74,14 +74,14 @@ def test_widened_products_are_those_of_float32_to_the_last_bit(
 def test_the_faster_product_is_used_for_all(
     timed: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    layers = [CpuLinear(projection(96, 160, bias=False)), WideningLinear(projection(96, 64, True, torch.bfloat16))]
+    wide, half = CpuLinear(projection(96, 160, bias=False)), WideningLinear(projection(96, 64, True, torch.bfloat16))
     with caplog.at_level(logging.INFO):
-        choose_product(layers)
-    used = isinstance(layers[0], CpuLinear) and layers[0].packed is not None
+        choose_product([wide, half])
+    used = wide.packed is not None
     assert [record.getMessage().partition(" (")[0] for record in caplog.records] == [
         "products: oneDNN's" if used else "products: torch's own"
     ]
-    assert (layers[1].product is not F.linear) is used  # type: ignore[union-attr]
+    assert (half.product is not F.linear) is used
     assert ("1.11 times" in caplog.text) is used
 
 
