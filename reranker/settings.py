@@ -56,7 +56,9 @@ def _auto_is_none(value: Any) -> Any:
     return None if str(value).lower() == "auto" else value
 
 
-Precision = Literal["auto", "bfloat16", "float16", "float32", "int8", "float8", "bf16", "fp16", "fp32", "fp8"]
+Precision = Literal[
+    "auto", "bfloat16", "float16", "float32", "int8", "float8", "bf16", "fp16", "fp32", "fp8", "float32-w16"
+]
 AutoInt = Annotated[int | None, BeforeValidator(_auto_is_none)]
 
 
@@ -73,7 +75,7 @@ class ModelSettings(BaseModel):
         "auto", description="auto, cpu, cuda or cuda:N"
     )
     model_precision: Annotated[Precision, BeforeValidator(str.lower)] = Field(
-        "auto", description="auto, bfloat16, float16, float32, int8 or float8 (bf16, fp16, fp32, fp8)"
+        "auto", description="auto, bfloat16, float16, float32, float32-w16, int8 or float8 (bf16, fp16, fp32, fp8)"
     )
     max_memory_percentage: float = Field(
         90, ge=1, le=100, description="Max share of the device's memory that a process takes"

@@ -13,9 +13,12 @@ import torch
 from reranker.engine.budget import MIN_BATCH_TOKENS
 from reranker.engine.checkpoint.weights import DECODER, HEAD, Names, Weights
 from reranker.engine.families.base import Widths
-from reranker.engine.precision import FLOAT8, QUANTIZED
+from reranker.engine.precision import FLOAT8, QUANTIZED, WIDENED
 
 _GIB = 1 << 30
+COMFORTABLE = {"cpu": 0.75, "cuda": 1.0}
+"""Share of the memory that MAX_MEMORY_PERCENTAGE allows, up to which `auto` takes the wider precision: a CPU's memory
+also holds larger batches, the caches of requests and of files, and other programs."""
 _SCALE_BYTES = 16
 """Of a quantised projection for each output: scale, zero point and the kernel's own sum."""
 _QUANTIZING_BYTES = {torch.int8: 9, FLOAT8: 10}
@@ -80,22 +83,27 @@ def weight_bytes(
     """Return the bytes of the loaded weights, and those of the largest weight in work while they are loaded.
 
     Weights are in work if they are quantised here, compared with what a quantised checkpoint stores, or, on the CPU,
-    widened or merged with an adapter. Joined projections are in work together.
+    widened, merged with an adapter, or brought into oneDNN's layout. Joined projections are in work together.
     """
     as_stored = weights.precision is precision
+    packing = between.itemsize if on_cpu and precision is torch.float32 else 0  # linear.py
     joined = {name: _joined(name, names.projections) for name in weights.stored}
     kept = {joined[name] for name in weights.stored if as_stored and weights.is_wide(name)}
     embeddings = {weights.source(name) for name in names.embeddings}
     merged = {} if weights.adapter is None else weights.adapter.pairs
     held, work = 0, Counter[str]()
     for name, stored in weights.stored.items():
-        projection = joined[name] != name and precision in QUANTIZED
-        quantized = projection and joined[name] not in kept
-        rounding = (_COMPARING_BYTES if as_stored else _QUANTIZING_BYTES[precision]) if projection else 0
+        projection = joined[name] != name
+        quantized = projection and precision in QUANTIZED and joined[name] not in kept
+        rounding = packing if projection else 0
+        if projection and precision in QUANTIZED:
+            rounding = _COMPARING_BYTES if as_stored else _QUANTIZING_BYTES[precision]
         widening = 0 if not on_cpu or (weights.is_wide(name) and name not in merged) else _WIDENING_BYTES
         work[joined[name]] += stored.numel * max(rounding, widening)
         if quantized:
             held += stored.numel * precision.itemsize + stored.shape[0] * _SCALE_BYTES
+        elif projection and precision is WIDENED:
+            held += stored.numel * stored.itemsize
         elif name in embeddings:
             held += stored.numel * min(stored.itemsize, between.itemsize)
         elif name != HEAD:

@@ -23,7 +23,8 @@ from reranker.engine.families.base import Backbone, Family, Head, LayerFns
 from reranker.engine.families.official import largest_official
 from reranker.engine.footprint import Footprint, footprint
 from reranker.engine.graphs import Graphs
-from reranker.engine.precision import QUANTIZED, between, computable, short
+from reranker.engine.linear import CpuLinear, WideningLinear, choose_product
+from reranker.engine.precision import QUANTIZED, WIDENED, between, computable, short
 from reranker.engine.quantized import quantize
 from reranker.errors import ModelLoadError, ScoringError
 
@@ -108,7 +109,7 @@ def load(
     weights = Weights(family.checkpoint.path, family.checkpoint.adapter, family.checkpoint.scheme)
     check_weights(weights, family.checkpoint.config, family.auto_class)
     needs = partial(needed_memory, family, weights, device, prefix_tokens=prefix_tokens)
-    _check_memory(needs, dtype, device, max_memory_percentage)
+    _check_memory(needs, dtype, device, max_memory_percentage, weights.half)
     if family.checkpoint.scheme is not None:
         _log_quantized(weights, family.checkpoint.scheme, dtype, needs(dtype))
     head = family.head(weights)
@@ -136,14 +137,18 @@ def needed_memory(
 
 
 def _check_memory(
-    needs: Callable[[torch.dtype], Footprint], precision: torch.dtype, device: torch.device, percentage: float
+    needs: Callable[[torch.dtype], Footprint],
+    precision: torch.dtype,
+    device: torch.device,
+    percentage: float,
+    stored: torch.dtype | None,
 ) -> None:
     memory, need = devices.memory(device, percentage), needs(precision)
     if need.needed <= memory.available:
         return
     limit = f"MAX_MEMORY_PERCENTAGE={percentage:g} of {memory.total / _GIB:.1f} GiB"
     problem = f"the model needs {need} in {short(precision)}, but only {memory} on {device} ({limit})"
-    sizes = {other: needs(other).needed for other in computable(device)}
+    sizes = {other: needs(other).needed for other in computable(device, stored)}
     for other, size in sizes.items():
         if size <= memory.available:
             fix = f"MODEL_PRECISION={short(other)} needs {size / _GIB:.2f} GiB; or raise it, or free memory"
@@ -166,11 +171,26 @@ def _log_quantized(weights: Weights, scheme: Scheme, precision: torch.dtype, nee
         logger.info(unused, len(layout.unused), layout.unused[0], rounding)
 
 
-def _backbone(family: Family, weights: Weights, device: torch.device, precision: torch.dtype) -> Backbone:
-    if precision not in QUANTIZED:
-        return family.backbone(weights, device, precision, precision, lambda linear, names: linear)
+def _cpu_backbone(family: Family, weights: Weights, device: torch.device, precision: torch.dtype) -> Backbone:
+    linears: list[CpuLinear | WideningLinear] = []
+    kind, stored = (WideningLinear, weights.dtype) if precision is WIDENED else (CpuLinear, precision)
 
+    def wrap(linear: nn.Linear, names: Sequence[str]) -> nn.Module:
+        linears.append(kind(linear))
+        return linears[-1]
+
+    backbone = family.backbone(weights, device, stored, between(precision, device), wrap)
+    if precision is not torch.bfloat16:
+        choose_product(linears)
+    return backbone
+
+
+def _backbone(family: Family, weights: Weights, device: torch.device, precision: torch.dtype) -> Backbone:
     compute = between(precision, device)
+    if device.type == "cpu" and precision in (torch.float32, torch.bfloat16, WIDENED):
+        return _cpu_backbone(family, weights, device, precision)
+    if precision not in QUANTIZED:
+        return family.backbone(weights, device, precision, compute, lambda linear, names: linear)
 
     def wrap(linear: nn.Linear, names: Sequence[str]) -> nn.Module:
         if weights.precision is not precision:

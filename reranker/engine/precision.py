@@ -9,12 +9,15 @@ import torch
 from reranker.engine.device import Choice
 
 FLOAT8 = torch.float8_e4m3fn
+WIDENED = torch.bits16
+"""Stands for float32 with 16-bit weights, as they are stored, each widened before its product; no tensor has it."""
 PRECISIONS = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "float32": torch.float32,
     "int8": torch.int8,
     "float8": FLOAT8,
+    "float32-w16": WIDENED,
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
     "fp32": torch.float32,
@@ -29,6 +32,7 @@ _MIN_CAPABILITY = {
     FLOAT8: (8, 9, "Ada, Hopper"),
 }
 """Compute capabilities. Emulated bfloat16 is slower than float16; `_scaled_mm` takes a scale per row from 8.9 on."""
+_HALVES = (torch.bfloat16, torch.float16)
 _NARROW = (FLOAT8, torch.int8)
 """Of 8 bits, the preferred one first. Without outliers int8 is the more exact one (1.2 % against 3.7 % of a product's
 norm; also for the logits of the demo), but its error grows with the largest activation of a token: above 20 standard
@@ -47,14 +51,15 @@ def choose_precisions(
     Args:
         wanted: `auto` or a key of PRECISIONS.
         device: where the model will run.
-        stored: int8 or float8, if the checkpoint's weights can be multiplied as they are stored.
-        fits: whether the model fits into the device's memory in a precision.
+        stored: int8 or float8, if the checkpoint's weights can be multiplied as they are stored; bfloat16 or float16,
+            if all are stored so.
+        fits: whether the model fits into the device's memory in a precision; on a CPU, comfortably.
     """
-    automatic = _automatic(device, fits)
+    automatic = _automatic(device, stored, fits)
     best = automatic[0]
     if wanted == "auto":
-        first = best if stored is None else _stored(stored, device, best)
-    elif reason := _unsupported(PRECISIONS[wanted], device):
+        first = _stored(stored, device, best) if stored in _NARROW else best
+    elif reason := _refused(PRECISIONS[wanted], device, stored):
         first = Choice(best.value, f"{wanted} {reason}; {best.reason}")
     else:
         first = Choice(PRECISIONS[wanted], "requested")
@@ -70,32 +75,55 @@ def between(precision: torch.dtype, device: torch.device) -> torch.dtype:
     """Return the precision of everything between the products of the layers."""
     if precision is torch.int8 and device.type == "cuda":
         return _widest(device).value
+    if precision is WIDENED:
+        return torch.float32
     return QUANTIZED.get(precision, precision)
 
 
-def computable(device: torch.device) -> list[torch.dtype]:
-    """Return the precisions that a device computes and that are worth their memory, the most exact ones first."""
+def computable(device: torch.device, stored: torch.dtype | None = None) -> list[torch.dtype]:
+    """Return the precisions that a device computes and that are worth their memory, the most exact ones first.
+
+    `stored` is that of `choose_precisions`.
+    """
     wide = torch.bfloat16 if device.type == "cpu" else _widest(device).value
-    return [torch.float32, wide, *(dtype for dtype in _NARROW if not _unsupported(dtype, device))]
+    others = (dtype for dtype in (WIDENED, wide, *_NARROW) if not _refused(dtype, device, stored))
+    return [torch.float32, *others]
 
 
 def short(dtype: torch.dtype) -> str:
-    """torch.bfloat16 -> 'bfloat16'; torch.float8_e4m3fn -> 'float8'"""
+    """torch.bfloat16 -> 'bfloat16'; torch.float8_e4m3fn -> 'float8'; WIDENED -> 'float32-w16'"""
+    if dtype is WIDENED:
+        return "float32-w16"
     return str(dtype).removeprefix("torch.").removesuffix("_e4m3fn")
 
 
-def _automatic(device: torch.device, fits: Callable[[torch.dtype], bool]) -> list[Choice[torch.dtype]]:
+def _automatic(
+    device: torch.device, stored: torch.dtype | None, fits: Callable[[torch.dtype], bool]
+) -> list[Choice[torch.dtype]]:
     """Return what `auto` takes, the best first: on a GPU whose memory is too small for 16 bits, 8 bits."""
     if device.type == "cpu":
-        if torch.cpu._is_amx_tile_supported():
-            return [Choice(torch.bfloat16, "auto: the processor multiplies bfloat16 in hardware (AMX)")]
-        return [Choice(torch.float32, "auto: fastest on this processor (no AMX)")]
+        return [_automatic_on_cpu(stored, fits)]
     wide = _widest(device)
     if fits(wide.value):
         return [wide]
     reason = f"auto: the model does not fit into the memory in {short(wide.value)}, but in"
     narrow = [dtype for dtype in _NARROW if not _unsupported(dtype, device) and fits(dtype)]
     return [*(Choice(dtype, f"{reason} {short(dtype)}") for dtype in narrow), wide]
+
+
+def _automatic_on_cpu(stored: torch.dtype | None, fits: Callable[[torch.dtype], bool]) -> Choice[torch.dtype]:
+    """Return bfloat16 with AMX, else float32; with 16-bit weights where float32 needs too much of the memory."""
+    if torch.cpu._is_amx_tile_supported():
+        return Choice(torch.bfloat16, "auto: the processor multiplies bfloat16 in hardware (AMX)")
+    if stored in _HALVES and not fits(torch.float32):
+        cost = "the scores are float32's, and passes take longer, those of few tokens most"
+        return Choice(
+            WIDENED, f"auto: float32 would take too much of the memory, so the weights stay in 16 bits: {cost}"
+        )
+    if torch.cpu._is_avx512_bf16_supported():
+        faster = "MODEL_PRECISION=bfloat16 is faster on this processor (AVX512_BF16), and less exact"
+        return Choice(torch.float32, f"auto: exact scores; {faster}")
+    return Choice(torch.float32, "auto: the processor has no bfloat16 products (no AMX, no AVX512_BF16)")
 
 
 def _widest(device: torch.device) -> Choice[torch.dtype]:
@@ -113,6 +141,15 @@ def _stored(stored: torch.dtype, device: torch.device, best: Choice[torch.dtype]
         gain = "int8, as the weights are stored, has 7-bit activations without VNNI, and gains little"
         return Choice(best.value, f"{best.reason}; {gain}")
     return Choice(stored, "auto: the weights are stored so")
+
+
+def _refused(dtype: torch.dtype, device: torch.device, stored: torch.dtype | None) -> str:
+    """Return why a device cannot compute a checkpoint in a precision, or ''."""
+    if dtype is not WIDENED:
+        return _unsupported(dtype, device)
+    if device.type != "cpu":
+        return "is for CPUs only"
+    return "" if stored in _HALVES else "is for weights that are all stored in bfloat16, or all in float16"
 
 
 def _unsupported(dtype: torch.dtype, device: torch.device) -> str:

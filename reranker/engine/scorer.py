@@ -22,6 +22,7 @@ from reranker.engine.checkpoint.locate import locate
 from reranker.engine.checkpoint.weights import Weights
 from reranker.engine.families import open_checkpoint
 from reranker.engine.families.base import Family
+from reranker.engine.footprint import COMFORTABLE
 from reranker.engine.lanes import DealtBatch, Lanes, deal
 from reranker.engine.model import Model, load, needed_memory
 from reranker.engine.precision import PRECISIONS, choose_precisions, short
@@ -121,11 +122,10 @@ class Scorer:
         def fits(dtype: torch.dtype) -> bool:
             # Not by what is free now: a worker beside others, or after a restart, must not score in another precision.
             need = needed_memory(family, weights, target.value, dtype, prefix_tokens=len(prompt.static_prefix))
-            return (
-                need.needed <= devices.memory(target.value, max_memory_percentage).total * max_memory_percentage / 100
-            )
+            total = devices.memory(target.value, max_memory_percentage).total
+            return need.needed <= total * max_memory_percentage / 100 * COMFORTABLE[target.value.type]
 
-        choices = choose_precisions(precision, target.value, weights.precision, fits)
+        choices = choose_precisions(precision, target.value, weights.precision or weights.half, fits)
         scorer, rate = _first_usable(weights, target.value, precision, choices, start)
         memory = devices.memory(target.value, max_memory_percentage)
         scorer.max_batch_tokens = choose_budget(rate, memory, max_batch_tokens)

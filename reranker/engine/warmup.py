@@ -17,7 +17,7 @@ from reranker.engine import device as devices
 from reranker.engine.acceleration import accelerate
 from reranker.engine.budget import MIN_BATCH_TOKENS
 from reranker.engine.lanes import MIN_TOKENS, Lanes
-from reranker.engine.precision import QUANTIZED
+from reranker.engine.precision import QUANTIZED, between
 from reranker.errors import ScoringError
 from reranker.types import RerankRequest, Slice
 
@@ -120,7 +120,8 @@ def measure(scorer: Scorer, batch: Batch) -> Rate:
     seconds = time.perf_counter() - start
     if not all(map(math.isfinite, logits)):
         raise ScoringError("a warm-up score is not a number")
-    width, dtype = model.backbone.activation_width, QUANTIZED.get(model.dtype, model.dtype)
+    width = model.backbone.activation_width
+    dtype = QUANTIZED.get(model.dtype, between(model.dtype, model.device))
     bytes_per_token = float(width * dtype.itemsize)
     if model.device.type == "cuda":  # a recorded pass allocates nothing, so the estimate is the lower bound
         measured = (torch.cuda.max_memory_allocated(model.device) - before) / batch.tokens

@@ -8,7 +8,7 @@ from reranker.engine.budget import MIN_BATCH_TOKENS
 from reranker.engine.families.official import OFFICIAL, official
 from reranker.engine.plan import CARDS, PRECISIONS, allowed, describe
 from reranker.engine.precision import PRECISIONS as NAMES
-from reranker.engine.precision import short
+from reranker.engine.precision import WIDENED, short
 from reranker.settings import ModelSettings
 
 
@@ -21,6 +21,7 @@ def memory_plan(settings: ModelSettings) -> dict[str, Any]:
     name, percentage = settings.model_name_or_path, settings.max_memory_percentage
     models = [describe(name, settings.model_revision or None)] if name else list(map(official, OFFICIAL))
     wanted = NAMES.get(settings.model_precision)
+    wanted = None if wanted is WIDENED else wanted  # a GPU takes what `auto` takes
     rows = []
     for model in models:
         for precision, between in PRECISIONS.items():

@@ -17,7 +17,7 @@ from reranker.engine.checkpoint.locate import Located
 from reranker.engine.checkpoint.weights import Weights
 from reranker.engine.device import Choice, Memory
 from reranker.engine.families import decoder, open_checkpoint
-from reranker.engine.footprint import Footprint, weight_bytes
+from reranker.engine.footprint import COMFORTABLE, Footprint, weight_bytes
 from reranker.engine.model import Model, needed_memory
 from reranker.engine.precision import PRECISIONS, choose_precisions
 from reranker.engine.prompt import Prompt
@@ -114,6 +114,7 @@ def test_a_gpu_with_little_memory_takes_8_bits(
         return choose_precisions(wanted, torch.device("cuda", 0), fits=lambda dtype: dtype is torch.int8)
 
     monkeypatch.setattr("reranker.engine.scorer.choose_precisions", choose)
+    monkeypatch.setitem(COMFORTABLE, "cpu", 1.0)
     small = 1 + needs(model_path, "int8").needed
     monkeypatch.setattr(devices, "memory", lambda *_: Memory(total=small * 10 // 9, allowed=small, used=0))
     with caplog.at_level(logging.INFO):
@@ -144,7 +145,8 @@ def test_an_adapter_is_merged_on_the_cpu_and_counted_there(tmp_path: Path, preci
     plain, merged = Weights(base), Weights(base, adapter)
     held = weight_bytes(plain, precision, precision)[0]
     gate_up = 2 * plain.stored["model.layers.0.mlp.gate_proj.weight"].numel
-    assert weight_bytes(plain, precision, precision) == (held, 0)
+    packing = 4 * gate_up if precision is torch.float32 else 0
+    assert weight_bytes(plain, precision, precision) == (held, packing)
     assert weight_bytes(merged, precision, precision) == (held, 8 * gate_up)
     assert weight_bytes(merged, precision, precision, on_cpu=False) == (held, 0)
 

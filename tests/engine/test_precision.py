@@ -9,6 +9,11 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 AMX, NO_AMX, VNNI = True, False, True
 
 
+@pytest.fixture(autouse=True)
+def _without_avx512_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+
+
 @pytest.mark.parametrize(
     ("wanted", "device", "hardware", "expected", "reason"),
     [
@@ -65,7 +70,7 @@ def test_precisions_by_setting_and_hardware(
         ("auto", CUDA, (7, 5), torch.int8, ["int8", "float16", "float32"], "auto: the weights are stored so"),
         ("auto", CUDA, (7, 0), torch.int8, ["float16", "float32"], "int8, as the weights are stored, needs compute"),
         ("auto", CPU, VNNI, torch.int8, ["int8", "float32"], "auto: the weights are stored so"),
-        ("auto", CPU, not VNNI, torch.int8, ["float32"], "(no AMX); int8, as the weights are stored, has 7-bit"),
+        ("auto", CPU, not VNNI, torch.int8, ["float32"], "AVX512_BF16); int8, as the weights are stored, has 7-bit"),
         ("auto", CPU, VNNI, FLOAT8, ["float32"], "float8, as the weights are stored, is for NVIDIA GPUs only"),
         ("int8", CPU, not VNNI, torch.int8, ["int8", "float32"], "requested"),
         ("int8", CPU, VNNI, FLOAT8, ["int8", "float32"], "requested"),
@@ -142,10 +147,40 @@ def test_8_bits_are_taken_where_16_do_not_fit_into_the_memory_of_a_gpu(
     assert reason in choices[0].reason
 
 
-@pytest.mark.parametrize("hardware", [AMX, NO_AMX])
-def test_on_a_cpu_the_memory_changes_no_choice(monkeypatch: pytest.MonkeyPatch, hardware: bool) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: hardware)
-    assert choose_precisions("auto", CPU, fits=lambda dtype: False) == choose_precisions("auto", CPU)
+@pytest.mark.parametrize("stored", [None, torch.bfloat16, torch.float16, FLOAT8])
+@pytest.mark.parametrize(("amx", "avx"), [(True, True), (False, True), (False, False)])
+def test_on_a_cpu_with_little_memory_16_bit_weights_stay_as_they_are(
+    monkeypatch: pytest.MonkeyPatch, amx: bool, avx: bool, stored: torch.dtype | None
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx)
+    roomy = choose_precisions("auto", CPU, stored, lambda dtype: True)[0]
+    tight = choose_precisions("auto", CPU, stored, lambda dtype: False)[0]
+    assert short(roomy.value) == ("bfloat16" if amx else "float32")
+    assert ("MODEL_PRECISION=bfloat16 is faster" in roomy.reason) is (avx and not amx)
+    widened = stored in (torch.bfloat16, torch.float16) and not amx
+    assert short(tight.value) == ("float32-w16" if widened else short(roomy.value))
+    assert ("the weights stay in 16 bits" in tight.reason) is widened
+
+
+@pytest.mark.parametrize(
+    ("device", "stored", "expected", "reason"),
+    [
+        (CPU, torch.bfloat16, ["float32-w16", "float32"], "requested"),
+        (CPU, torch.float16, ["float32-w16", "float32"], "requested"),
+        (CPU, None, ["float32"], "float32-w16 is for weights that are all stored in bfloat16, or all in float16; auto"),
+        (CPU, torch.int8, ["float32"], "float32-w16 is for weights that"),
+        (CUDA, torch.bfloat16, ["bfloat16", "float32"], "float32-w16 is for CPUs only; auto: the GPU has bfloat16"),
+    ],
+)
+def test_widened_weights_need_a_cpu_and_16_bits(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device, stored: torch.dtype, expected: list[str], reason: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    choices = choose_precisions("float32-w16", device, stored)
+    assert [short(choice.value) for choice in choices] == expected
+    assert reason in choices[0].reason
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,13 @@ class Weights:
         """int8 or float8, if the projections can be multiplied as they are stored; None otherwise."""
         return None if self.layout is None or self.adapter is not None else self.layout.precision
 
+    @property
+    def half(self) -> torch.dtype | None:
+        """bfloat16 or float16, if every weight is stored so, and no adapter is merged; None otherwise."""
+        found = {FLOATS[stored.dtype] for stored in self.stored.values() if stored.dtype in FLOATS}
+        alone = found in ({torch.bfloat16}, {torch.float16}) and self.adapter is None and self.layout is None
+        return found.pop() if alone else None
+
     def source(self, name: str) -> str:
         """Return the name under which a tensor is stored: of a tied pair, the other one's if only that is."""
         twin = {EMBEDDING: HEAD, HEAD: EMBEDDING}.get(name, name)

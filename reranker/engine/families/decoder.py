@@ -3,9 +3,9 @@
 The modules are transformers' own; the forward pass is not. Only the last token of each document is read, so the last
 layer computes queries, keys and values for T tokens and everything else for N; projections of the same input are one
 matrix; norms, rotary embedding and SwiGLU run fused or in place (in eager transformers they take a third of the time on
-a CPU). tests/engine/test_scorer.py compares it with `Qwen3ForCausalLM.forward`, one pair at a time, and
-tests/engine/test_decoder.py with `Qwen2ForCausalLM.forward`. Source of the formulas: transformers' modeling_qwen3.py
-and modeling_qwen2.py.
+a CPU), there in blocks of tokens. tests/engine/test_scorer.py compares it with `Qwen3ForCausalLM.forward`, one pair at
+a time, and tests/engine/test_decoder.py with `Qwen2ForCausalLM.forward`. Source of the formulas: transformers'
+modeling_qwen3.py and modeling_qwen2.py.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from reranker.engine.batch import PackedBatch, pack
 from reranker.engine.checkpoint.files import ORIGINAL, refuse_if
 from reranker.engine.checkpoint.weights import EMBEDDING, Weights
 from reranker.engine.families.base import Backbone, LayerFns, Widths, Wrap
+from reranker.engine.linear import row_blocks
 from reranker.errors import ModelLoadError
 from reranker.types import EncodedRequest, Slice
 
@@ -32,23 +33,15 @@ from reranker.types import EncodedRequest, Slice
 def before_attention(layer: Any, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """See `LayerFns.before`; cos [T, 1, D], sin [T, 1, D / 2]; `layer` is a decoder layer with joined projections."""
     attn = layer.self_attn
-    heads = attn.qkv_proj(_norm(layer.input_layernorm, x)).unflatten(-1, (-1, attn.head_dim))
-    groups = attn.config.num_key_value_heads
-    q, k, v = heads.split([attn.config.num_attention_heads, groups, groups], dim=1)
-    if attn.q_norm is not None:
-        q, k = _norm(attn.q_norm, q), _norm(attn.k_norm, k)
-    q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+    q, k, v = zip(*(_project(layer, *block) for block in row_blocks(x, cos, sin)), strict=True)
     if attn.cached_k is None:
-        return q, k, v
-    return q, torch.cat([attn.cached_k, k]), torch.cat([attn.cached_v, v])
+        return _cat(*q), _cat(*k), _cat(*v)
+    return _cat(*q), _cat(attn.cached_k, *k), _cat(attn.cached_v, *v)
 
 
 def after_attention(layer: Any, x: Tensor, attended: Tensor) -> Tensor:
     """See `LayerFns.after`."""
-    x = x + layer.self_attn.o_proj(attended.flatten(1))
-    gate, up = layer.mlp.gate_up_proj(_norm(layer.post_attention_layernorm, x)).chunk(2, dim=-1)
-    out: Tensor = x + layer.mlp.down_proj(F.silu(gate).mul_(up))
-    return out
+    return _cat(*(_feed_forward(layer, *block) for block in row_blocks(x, attended)))
 
 
 def widths(config: PretrainedConfig) -> Widths:
@@ -200,6 +193,29 @@ def _refuse_unread(decoder: nn.Module) -> None:
     if unread:
         problem = f"{type(decoder).__name__} of the installed transformers has {unread}, which is not computed"
         raise ModelLoadError(f"{problem}: install the version in requirements.txt")
+
+
+def _project(layer: Any, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the queries, keys and values of some tokens."""
+    attn = layer.self_attn
+    heads = attn.qkv_proj(_norm(layer.input_layernorm, x)).unflatten(-1, (-1, attn.head_dim))
+    groups = attn.config.num_key_value_heads
+    q, k, v = heads.split([attn.config.num_attention_heads, groups, groups], dim=1)
+    if attn.q_norm is not None:
+        q, k = _norm(attn.q_norm, q), _norm(attn.k_norm, k)
+    return _rotate(q, cos, sin), _rotate(k, cos, sin), v
+
+
+def _feed_forward(layer: Any, x: Tensor, attended: Tensor) -> Tensor:
+    """Return the output of a layer for some tokens."""
+    x = x + layer.self_attn.o_proj(attended.flatten(1))
+    gate, up = layer.mlp.gate_up_proj(_norm(layer.post_attention_layernorm, x)).chunk(2, dim=-1)
+    out: Tensor = x + layer.mlp.down_proj(F.silu(gate).mul_(up))
+    return out
+
+
+def _cat(*parts: Tensor) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _norm(norm: Any, x: Tensor) -> Tensor:
