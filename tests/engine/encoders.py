@@ -27,12 +27,12 @@ from transformers import (
 STD = {"bert": 0.2, "xlm-roberta": 0.17, "modernbert": 0.12}
 """Deviation of the weights: the logits of two texts then differ by about 1, and float32 computes them to 5e-6."""
 POSITIONS = 256
-"""Tokens of a pair, of every model here."""
+"""Tokens of the longest pair, unless a test sets another length."""
 LOCAL = 8
 """Tokens in the window of a local layer of ModernBERT: half of them are on each side."""
 WORDS = (
     "the a of to and how files file compress compressed gzip chess game library cat is what code find text short long "
-    "ends begins naive http x y z query document number in it about with"
+    "ends begins naive http b c d e x y z query document number in it about with"
 ).split()
 CHINESE = "如何压缩文件可以中文今天下雨国际象棋是的。，"
 _PIECES = ("com", "press", "ing", "ed", "er", "es", "zip", "lib", "ary", "un", "re", "th", "in", "on", "at", "ou")
@@ -47,30 +47,30 @@ SPECIAL = {
 _SHAPE: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 2}
 
 
-def bert(folder: Path, **changes: Any) -> Path:
+def bert(folder: Path, *, length: int = POSITIONS, **changes: Any) -> Path:
     """Save a BERT reranker (ms-marco-MiniLM): WordPiece, two token types, pooler and classifier."""
-    tokenizer = BertTokenizer(vocab=_wordpieces(), model_max_length=POSITIONS)
-    shape = _SHAPE | {"vocab_size": len(tokenizer), "max_position_embeddings": POSITIONS, "num_labels": 1}
+    tokenizer = BertTokenizer(vocab=_wordpieces(), model_max_length=length)
+    shape = _SHAPE | {"vocab_size": len(tokenizer), "max_position_embeddings": length, "num_labels": 1}
     return _save(folder, BertForSequenceClassification(BertConfig(**shape | changes)), tokenizer)
 
 
-def xlm_roberta(folder: Path, **changes: Any) -> Path:
+def xlm_roberta(folder: Path, *, length: int = POSITIONS, **changes: Any) -> Path:
     """Save an XLM-RoBERTa reranker (bge-reranker): Unigram, positions that start after the padding's, its head."""
     charsmap: Any = _charsmap(_FOLDED)
     tokenizer = XLMRobertaTokenizer(
-        vocab=list(_unigrams()), _spm_precompiled_charsmap=charsmap, model_max_length=POSITIONS
+        vocab=list(_unigrams()), _spm_precompiled_charsmap=charsmap, model_max_length=length
     )
-    shape = _SHAPE | {"vocab_size": len(tokenizer), "max_position_embeddings": POSITIONS + 2, "num_labels": 1}
+    shape = _SHAPE | {"vocab_size": len(tokenizer), "max_position_embeddings": length + 2, "num_labels": 1}
     shape |= {"type_vocab_size": 1, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "layer_norm_eps": 1e-5}
     return _save(folder, XLMRobertaForSequenceClassification(XLMRobertaConfig(**shape | changes)), tokenizer)
 
 
-def modernbert(folder: Path, pooling: str = "cls", **changes: Any) -> Path:
+def modernbert(folder: Path, pooling: str = "cls", *, length: int = POSITIONS, **changes: Any) -> Path:
     """Save a ModernBERT reranker (gte-reranker-modernbert, granite): byte-level BPE, local layers, cls or mean."""
-    tokenizer = _modernbert_tokenizer()
+    tokenizer = _modernbert_tokenizer(length)
     ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"[{name.upper()}]") for name in ("cls", "sep", "pad")}
     ids |= {"bos_token_id": ids["cls_token_id"], "eos_token_id": ids["sep_token_id"]}
-    shape = _SHAPE | {"vocab_size": len(tokenizer) + 3, "max_position_embeddings": POSITIONS, "num_labels": 1}
+    shape = _SHAPE | {"vocab_size": len(tokenizer) + 3, "max_position_embeddings": length, "num_labels": 1}
     shape |= {"num_hidden_layers": 5, "local_attention": LOCAL, "classifier_pooling": pooling} | ids
     return _save(folder, ModernBertForSequenceClassification(ModernBertConfig(**shape | changes)), tokenizer)
 
@@ -128,8 +128,7 @@ def _unigrams() -> tuple[tuple[str, float], ...]:
     return tuple(pieces)
 
 
-@cache
-def _modernbert_tokenizer() -> PreTrainedTokenizerFast:
+def _modernbert_tokenizer(length: int) -> PreTrainedTokenizerFast:
     """OLMo's tokenizer with BERT's control tokens: runs of spaces are added tokens that are no control tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<|endoftext|>": 0, "<|padding|>": 1} | {c: i + 2 for i, c in enumerate(alphabet)}
@@ -155,7 +154,7 @@ def _modernbert_tokenizer() -> PreTrainedTokenizerFast:
     names = {f"{name}_token": f"[{name.upper()}]" for name in ("cls", "sep", "pad", "unk", "mask")}
     inputs = ["input_ids", "attention_mask"]
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, **names, model_input_names=inputs, model_max_length=POSITIONS
+        tokenizer_object=tokenizer, **names, model_input_names=inputs, model_max_length=length
     )
 
 
