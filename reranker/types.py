@@ -52,6 +52,7 @@ class EncodedRequest:
     """A tokenised request: one prefix, and each document followed by the suffix."""
 
     prefix: list[int]
+    """Tokens before every document, computed once; empty where each document holds the whole prompt."""
     documents: list[list[int]]
     """In order, one logit each: the documents, or their chunks where `chunks` is set."""
     truncated: frozenset[int] = frozenset()
@@ -192,8 +193,8 @@ class ModelInfo:
     """Where the prompt is written down."""
     reads_instruction: bool = True
     """Whether the prompt has an instruction."""
-    document_first: bool = False
-    """Whether the document is before the query, so that the tokens of every document hold the query."""
+    repeats_query: bool = False
+    """Whether the tokens of every document hold the query: the document is before it, or an encoder reads both."""
     adapter: str = ""
     """The LoRA adapter that is merged into the weights: folder, rank, base; empty: none."""
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
+from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
@@ -30,12 +32,28 @@ def text_tokenizer(tokenizer: PreTrainedTokenizerBase, control_tokens: frozenset
         token["special"] = token not in words  # `encode_special_tokens` makes special ones, and only those, text
     if not words:
         description["added_tokens"] = []
+    model = description["model"]
+    hidden = _hide_pieces(model, control) if model["type"] == "Unigram" else []
     copy = Tokenizer.from_str(json.dumps(description))
     copy.encode_special_tokens = True
-    parsed = sorted(text for text, i in control.items() if i in copy.encode(text, add_special_tokens=False).ids)
+    unknown = model.get("unk_token") or str(tokenizer.unk_token)  # any text may have unknown characters
+    texts = [(text, i) for text, i in [*control.items(), *hidden] if text != unknown]
+    parsed = sorted(text for text, i in texts if i in copy.encode(text, add_special_tokens=False).ids)
     if parsed:
         raise ModelLoadError(f"control tokens are ordinary vocabulary here and could be forged: {parsed[:3]}")
     return copy
+
+
+def _hide_pieces(model: dict[str, Any], control: Mapping[str, int]) -> list[tuple[str, int]]:
+    """Rename the control tokens among the pieces of a Unigram model, which would find them inside a text.
+
+    Returns:
+        Their new names: with a space, which the pre-tokenizers of such models replace in every text.
+    """
+    places = [(text, i) for text, i in control.items() if i < len(model["vocab"]) and model["vocab"][i][0] == text]
+    for text, i in places:
+        model["vocab"][i][0] = f" {text}"
+    return [(f" {text}", i) for text, i in places if i != model.get("unk_id")]
 
 
 def control_ids(tokenizer: PreTrainedTokenizerBase, template: Template) -> dict[str, int]:

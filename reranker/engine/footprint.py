@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from reranker.engine.budget import MIN_BATCH_TOKENS
-from reranker.engine.checkpoint.weights import EMBEDDING, HEAD, Weights
+from reranker.engine.checkpoint.weights import DECODER, HEAD, Names, Weights
 from reranker.engine.families.base import Widths
 from reranker.engine.precision import FLOAT8, QUANTIZED
 
@@ -68,40 +68,44 @@ def footprint(
         prefix_tokens: the length of the static prefix.
         on_cpu: whether weights are widened and merged in the memory that is counted.
     """
-    held, loading = weight_bytes(weights, precision, between, on_cpu)
+    held, loading = weight_bytes(weights, precision, between, on_cpu, widths.names)
     size = _QUANTIZED_BYTES if precision in QUANTIZED else between.itemsize
     batch = MIN_BATCH_TOKENS * widths.activation * size
     return Footprint(held, loading, batch, prefix_tokens * widths.cached * between.itemsize)
 
 
 def weight_bytes(
-    weights: Weights, precision: torch.dtype, between: torch.dtype, on_cpu: bool = True
+    weights: Weights, precision: torch.dtype, between: torch.dtype, on_cpu: bool = True, names: Names = DECODER
 ) -> tuple[int, int]:
     """Return the bytes of the loaded weights, and those of the largest weight in work while they are loaded.
 
     Weights are in work if they are quantised here, compared with what a quantised checkpoint stores, or, on the CPU,
-    widened or merged with an adapter. q, k, v and gate, up are in work together.
+    widened or merged with an adapter. Joined projections are in work together.
     """
     as_stored = weights.precision is precision
-    kept = {_joined(name) for name in weights.stored if as_stored and weights.is_wide(name)}
+    joined = {name: _joined(name, names.projections) for name in weights.stored}
+    kept = {joined[name] for name in weights.stored if as_stored and weights.is_wide(name)}
+    embeddings = {weights.source(name) for name in names.embeddings}
     merged = {} if weights.adapter is None else weights.adapter.pairs
     held, work = 0, Counter[str]()
     for name, stored in weights.stored.items():
-        projection = name.endswith("_proj.weight") and precision in QUANTIZED
-        quantized = projection and _joined(name) not in kept
+        projection = joined[name] != name and precision in QUANTIZED
+        quantized = projection and joined[name] not in kept
         rounding = (_COMPARING_BYTES if as_stored else _QUANTIZING_BYTES[precision]) if projection else 0
         widening = 0 if not on_cpu or (weights.is_wide(name) and name not in merged) else _WIDENING_BYTES
-        work[_joined(name)] += stored.numel * max(rounding, widening)
+        work[joined[name]] += stored.numel * max(rounding, widening)
         if quantized:
             held += stored.numel * precision.itemsize + stored.shape[0] * _SCALE_BYTES
-        elif name == weights.source(EMBEDDING):
+        elif name in embeddings:
             held += stored.numel * min(stored.itemsize, between.itemsize)
         elif name != HEAD:
             held += stored.numel * between.itemsize
     return held, max(work.values(), default=0)
 
 
-def _joined(name: str) -> str:
-    """Return the same for weights that are joined into one projection."""
-    parts = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")
-    return name.rsplit(".", 2)[0] if name.endswith(parts) else name
+def _joined(name: str, projections: tuple[tuple[str, ...], ...]) -> str:
+    """Return the same for weights that are joined into one projection; other tensors keep their name."""
+    for parts in projections:
+        if part := next((part for part in parts if name.endswith(f".{part}.weight")), None):
+            return name.removesuffix(f"{part}.weight") + parts[0]
+    return name

@@ -15,6 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 from reranker.engine import device as devices
 from reranker.engine.attention import Attention, choose_kernel
 from reranker.engine.batch import PackedBatch
+from reranker.engine.bidirectional import choose_pair_kernel
 from reranker.engine.checkpoint.inventory import check_weights
 from reranker.engine.checkpoint.scales import Layout, Scheme
 from reranker.engine.checkpoint.weights import Weights
@@ -119,7 +120,8 @@ def load(
             raise
         problem = f"the weights do not fit in the free memory of {device}"
         raise ModelLoadError(f"{problem}: {devices.MORE_MEMORY}") from error
-    kernel, reason = choose_kernel(device, between(dtype, device))
+    choose = choose_kernel if backbone.causal else choose_pair_kernel
+    kernel, reason = choose(device, between(dtype, device))
     logger.info("model: %s; score: %s; prompt: %s", family.name, head.name, family.template.source)
     logger.info("attention: %s", reason)
     return Model(backbone, head, device, dtype, kernel, family=family.name)

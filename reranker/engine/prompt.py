@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 
 from tokenizers import Encoding
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 _CHARACTERS_PER_TOKEN = 4
 # Tokens near the end of a shortened text may differ from those of the whole text; the last 32 are not trusted.
 _UNSURE_TOKENS = 32
+# Of a pair: WordPiece replaces a word of more than 100 characters by one token, and its start may become as many.
+_UNSURE_PAIR_TOKENS = 128
 # Limit for a default instruction of many pages: the cache of a 4B model takes 0.3 MB a token in float32.
 _MAX_STATIC_PREFIX = 512
 # Tokens of a truncated query; an instruction that leaves room for fewer is too long itself.
@@ -91,12 +94,16 @@ class Prompt:
             for parts in (template.instructed, template.plain)
             if parts is not None
         }
-        self.max_token_characters = max(map(len, self.text_tokenizer.get_vocab()))
-        """Upper bound of the characters that one token stands for (byte-level entries: at most one per byte)."""
-        frame = self._frames[template.parts(self.instruction)]
-        start = frame.static_start(self._encode_text, printable(self.instruction or ""))
-        self.static_prefix = start[:_MAX_STATIC_PREFIX]
+        self.max_token_characters = max(map(len, self.text_tokenizer.get_vocab())) if not template.pair else math.inf
+        """Upper bound of the characters that one token stands for (byte-level entries: at most one per byte). There is
+        none for tokenizers of encoders: they drop spaces, and have one token for many unknown characters."""
+        self._unsure_tokens = _UNSURE_PAIR_TOKENS if template.pair else _UNSURE_TOKENS
+        self.static_prefix: list[int] = []
         """Start of every prompt with the default instruction; a prompt with another one shares the first tokens."""
+        if not template.pair:
+            frame = self._frames[template.parts(self.instruction)]
+            start = frame.static_start(self._encode_text, printable(self.instruction or ""))
+            self.static_prefix = start[:_MAX_STATIC_PREFIX]
 
     def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Refuse a tokenizer that gives the parts of a prompt other tokens than the whole.
@@ -104,15 +111,19 @@ class Prompt:
         Raises:
             ModelLoadError: its normalizer or pre-tokenizer merges text across the end of a part.
         """
-        encode = self.text_tokenizer.encode
-        if encode(" x\n", add_special_tokens=False).ids == encode("x", add_special_tokens=False).ids:
+        encode, pair = self.text_tokenizer.encode, self.template.pair
+        if not pair and encode(" x\n", add_special_tokens=False).ids == encode("x", add_special_tokens=False).ids:
             raise ModelLoadError(_OTHER_TOKENS)
         instructions = {"", self.instruction or "x"} if self.template.instructed is not None else {""}
         for query, document in (("how to compress files", " gzip\n"), ("如何压缩文件", "Ａ gzip"), ("x", "x")):
             for instruction in instructions:
                 encoded = self.encode(RerankRequest(query, [document], instruction))
-                text = self.template.render(instruction, query, document)
-                if encoded.prefix + encoded.documents[0] != tokenizer.encode(text, add_special_tokens=False):
+                if pair:
+                    expected = tokenizer.encode(query, document)
+                else:
+                    text = self.template.render(instruction, query, document)
+                    expected = tokenizer.encode(text, add_special_tokens=False)
+                if encoded.prefix + encoded.documents[0] != expected:
                     raise ModelLoadError(_OTHER_TOKENS)
 
     def encode(self, request: RerankRequest, cached_prefix: Sequence[int] = ()) -> EncodedRequest:
@@ -169,6 +180,9 @@ class Prompt:
                 chunks.append([0, *(_character(encoding, start, lead) for start in later), end])
         if filled.tail:
             self._join_tail(documents, {place: texts[i] for i, place in whole.items()}, filled)
+        if self.template.pair:
+            documents = [filled.prefix + document for document in documents]
+            filled = replace(filled, prefix=[])
         common = takewhile(lambda pair: pair[0] == pair[1], zip(cached_prefix, filled.prefix[:-1], strict=False))
         cached = sum(1 for _ in common)
         return EncodedRequest(
@@ -254,7 +268,9 @@ class Prompt:
             encodings |= zip(pending, encode(shortened, add_special_tokens=False), strict=True)
             if limit >= enough:
                 break
-            pending = [i for i in pending if len(texts[i]) > limit and len(encodings[i]) - _UNSURE_TOKENS <= wanted]
+            pending = [
+                i for i in pending if len(texts[i]) > limit and len(encodings[i]) - self._unsure_tokens <= wanted
+            ]
             limit *= 2
         return [encodings[i] for i in range(len(texts))]
 

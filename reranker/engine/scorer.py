@@ -101,6 +101,7 @@ class Scorer:
         logger.info("device: %s (%s)", target.value, target.reason)
         devices.cap_memory(target.value, max_memory_percentage)
         family = open_checkpoint(locate(str(name), revision))
+        max_seq_length = _within_positions(family, max_seq_length)
         prompt = _checked_prompt(family, max_seq_length, instruction)
         _warn_about_length(family, max_seq_length)
 
@@ -144,7 +145,7 @@ class Scorer:
             score=self.model.head.name,
             prompt=self.prompt.template.source,
             reads_instruction=self.prompt.template.instructed is not None,
-            document_first=self.prompt.template.document_first,
+            repeats_query=self.prompt.template.repeats_query,
             adapter=self.adapter,
         )
 
@@ -262,12 +263,25 @@ def _checked_prompt(family: Family, max_seq_length: int, requested: str | None) 
     return prompt
 
 
+def _within_positions(family: Family, max_seq_length: int) -> int:
+    """Return the limit of a prompt, lowered to the longest one that the model computes."""
+    if family.max_positions is None or max_seq_length <= family.max_positions:
+        return max_seq_length
+    lowered = (
+        "MAX_SEQ_LENGTH=%d is lowered to %d tokens, the longest pair of this model: longer documents are truncated"
+    )
+    logger.info(lowered, max_seq_length, family.max_positions)
+    return family.max_positions
+
+
 def _warn_about_length(family: Family, max_seq_length: int) -> None:
     """Warn if prompts may have more tokens than the model has positions, or than its files allow."""
     if family.max_length is not None and max_seq_length > family.max_length:
         problem = "MAX_SEQ_LENGTH=%d is above %d, where the files of the checkpoint truncate prompts"
         logger.warning(problem + ": longer ones are scored whole", max_seq_length, family.max_length)
     config = family.checkpoint.config
+    if family.max_positions is not None:
+        return  # MAX_SEQ_LENGTH is at most that
     rope, positions = config.rope_parameters or {}, config.max_position_embeddings
     original = rope.get("original_max_position_embeddings") or positions
     positions = max(positions, int(original * (rope.get("factor") or 1.0)))

@@ -33,6 +33,9 @@ class Template:
     """Added tokens of the tokenizer; they are plain text in instructions, queries and documents."""
     source: str = "the model card"
     """Where the prompt is written down."""
+    pair: bool = False
+    """Whether query and document are the two sequences of an encoder, which sees both from every token: documents share
+    no prefix, so each holds the whole prompt."""
 
     def parts(self, instruction: str | None) -> Parts:
         """Return the prompt for an instruction, which may be none; an empty one counts as none if there is a choice."""
@@ -41,10 +44,10 @@ class Template:
         return form
 
     @property
-    def document_first(self) -> bool:
-        """Whether the document is before the query."""
+    def repeats_query(self) -> bool:
+        """Whether the tokens of every document hold the query."""
         parts = self.parts(self.instruction)
-        return parts.index(Slot.DOCUMENT) < parts.index(Slot.QUERY)
+        return self.pair or parts.index(Slot.DOCUMENT) < parts.index(Slot.QUERY)
 
     @property
     def own_tokens(self) -> list[str]:

@@ -245,7 +245,7 @@ class Admission:
 
 def _queries(request: RerankRequest, info: ModelInfo) -> int:
     """How many times the query is computed."""
-    return max(1, len(request.documents)) if info.document_first else 1
+    return max(1, len(request.documents)) if info.repeats_query else 1
 
 
 def _prompt_characters(request: RerankRequest) -> int:

@@ -157,8 +157,8 @@ OUT_OF_MEMORY = [
 LOST = torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device\nand more")
 STAGES: dict[str, tuple[Any, str, str]] = {
     "memory": (devices, "memory", "out of memory while the model was loaded"),
-    "projections": (decoder._Loader, "projection", "the weights do not fit in the free memory of cpu"),
-    "second layer": (decoder._Loader, "layer", "the weights do not fit in the free memory of cpu"),
+    "projections": (decoder.Loader, "projection", "the weights do not fit in the free memory of cpu"),
+    "second layer": (decoder.Loader, "layer", "the weights do not fit in the free memory of cpu"),
     "quantised": (model, "quantize", "the weights do not fit in the free memory of cpu"),
     "prefix": (decoder.Decoder, "cache_prefix", "the weights fit, but not the "),
     "first pass": (Model, "forward", "the weights fit, but no forward pass beside them"),

@@ -268,7 +268,7 @@ def test_short_texts_do_not_raise_the_estimate_for_long_ones(
 
 
 def test_a_query_after_the_document_counts_for_every_document(queue: TokenQueue) -> None:
-    last = replace(INFO, document_first=True)
+    last = replace(INFO, repeats_query=True)
     many = RerankRequest("a query " * 100, ["d"] * 50)
     admission = Admission(queue, 100_000, 1000)
     tokens = admission.estimate(many, last)

@@ -27,12 +27,14 @@ _QUANTIZED = re.compile(
     r"biases|absmax|quant_map|quant_state)(\.|_|$)"
 )
 _ADAPTER = re.compile(r"(lora_|ia3_|prompt_encoder|base_layer|modules_to_save)", re.IGNORECASE)
-_VALUE_HEAD = re.compile(r"(v_head|value_head)")
-_MODEL = ("lm_head.", "score.", "classifier.", "model.")
-"""A tensor with one of these prefixes that the model does not have would have changed the scores, except _HARMLESS."""
-_HARMLESS = re.compile(r"\.rotary_emb\.inv_freq$")
+_OTHER_HEAD = re.compile(r"(v_head|value_head|^cls\.)")
+"""Heads of reinforcement learning, and those of BERT's training."""
+_HEADS = ("lm_head.", "score.", "classifier.")
+"""A tensor inside the model or one of these that it does not have would have changed the scores, except _HARMLESS."""
+_HARMLESS = re.compile(r"\.(rotary_emb\.inv_freq|embeddings\.(position_ids|token_type_ids))$")
 _OTHER_SIZE = "config.json belongs to a model of another size"
-_LAYER = re.compile(r"^model\.layers\.(\d+)\.")
+_LAYER = re.compile(r"^[\w.]+\.layers?\.(\d+)\.")
+_CLASSIFIER = re.compile(r"^(classifier|head|\w+\.pooler)\.")
 
 
 def check_weights(weights: Weights, config: PretrainedConfig, auto_class: Any) -> None:
@@ -56,14 +58,14 @@ def check_weights(weights: Weights, config: PretrainedConfig, auto_class: Any) -
     _refuse_forms(path, stored, needed, extra)
     if missing:
         problem = f"{len(missing)} of the {len(needed)} weights that the model needs are not in {path}"
-        cause = _cause(missing, set(stored), config.num_hidden_layers)
+        cause = _cause(missing, needed, set(stored), config.num_hidden_layers)
         raise ModelLoadError(f"{problem}, the first is {missing[0]}: {cause}")
     for name, shape in needed.items():
         if name in stored and stored[name].shape != shape:
             fields = "hidden_size, head_dim, intermediate_size and vocab_size"
             problem = f"{name} is {list(stored[name].shape)} in {path}, and {list(shape)} by config.json"
             raise ModelLoadError(f"{problem}: they do not belong to one model (look at {fields})")
-    _check_extra(path, stored, extra, config)
+    _check_extra(path, stored, needed, extra, config)
     both = config.tie_word_embeddings and all(weights.source(name) == name for name in (EMBEDDING, HEAD))
     if both and not torch.equal(weights.unmerged(EMBEDDING), weights.unmerged(HEAD)):
         problem = "config.json ties %s to %s, but %s holds both with different values, so we will NOT tie them"
@@ -80,52 +82,67 @@ def _needed(path: Path, config: PretrainedConfig, auto_class: Any) -> dict[str, 
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
+def _inside(needed: Iterable[str]) -> tuple[str, ...]:
+    """Return the prefixes of all tensors that would have a meaning for the model."""
+    return (*_HEADS, *{f"{name.partition('.')[0]}." for name in needed})
+
+
 def _refuse_forms(path: Path, stored: Mapping[str, Stored], needed: Iterable[str], extra: Iterable[str]) -> None:
     """Refuse the weights of an adapter, and quantised weights whose settings config.json has lost."""
     adapter = next(filter(_ADAPTER.search, extra), None)
     problem = f"{path} holds weights of an adapter that was not merged ({adapter})"
     refuse_if(adapter, f"{problem}: save the model after merge_and_unload()")
-    quantized = [name for name in extra if name.startswith(_MODEL) and _QUANTIZED.search(name)]
+    quantized = [name for name in extra if name.startswith(_inside(needed)) and _QUANTIZED.search(name)]
     quantized += [name for name in needed if name in stored and stored[name].dtype not in FLOATS]
     for name in quantized[:1]:
         problem = f"{path} holds quantised weights ({name}, {stored[name].dtype})"
         raise ModelLoadError(f"{problem}, and config.json has lost its quantization_config: {UNQUANTIZED}")
 
 
-def _cause(missing: list[str], names: set[str], layers: int) -> str:
+def _cause(missing: list[str], needed: Iterable[str], names: set[str], layers: int) -> str:
     """Return the likely cause of missing weights; `names` are in the files, `layers` is config.json's number."""
     first = missing[0]
+    root, _, rest = first.partition(".")
     for name in names:
         if name.endswith(first):
             wrappers = "(PEFT: merge_and_unload(), torch.compile: _orig_mod, DataParallel: module)"
             prefix = name.removesuffix(first)
             return f"the names begin with {prefix!r}: remove it, or save the model without its wrapper {wrappers}"
-    if first.removeprefix("model.") in names:
-        return "the names lack 'model.', as in an embedding model: use a reranker, or save the model with its head"
+    if rest in names:
+        return f"the names lack '{root}.', as in an embedding model: use a reranker, or save the model with its head"
     if missing == [SCORE_HEAD]:
         return "save the head with the model, or set architectures in config.json to the causal model that it is"
+    if all(map(_CLASSIFIER.match, missing)):
+        return "the head was not saved, as in an embedding model: use a reranker, or save the model with its head"
+    if any(name.endswith((".gamma", ".beta")) for name in names):
+        return "norms have their old names, gamma and beta: load and save it with transformers (save_pretrained)"
     if missing == [HEAD]:
         return 'save the head with the model, or write "tie_word_embeddings": true in config.json if it is tied'
     stored = {int(match[1]) for name in names if (match := _LAYER.match(name))}
     absent = [int(match[1]) for name in missing if (match := _LAYER.match(name))]
     if stored and len(absent) == len(missing) and min(absent) > max(stored):
         return f"the files hold {1 + max(stored)} layers and config.json has {layers}: {_OTHER_SIZE}"
-    if names.isdisjoint({EMBEDDING, HEAD}):
+    if names.isdisjoint({EMBEDDING, HEAD} if EMBEDDING in needed else needed):
         return f"the names, such as {min(names, default='')[:80]}, are another program's: convert with save_pretrained"
     return f"a part of the model was not saved or not downloaded: {AGAIN}"
 
 
-def _check_extra(path: Path, stored: Mapping[str, Stored], extra: list[str], config: PretrainedConfig) -> None:
+def _check_extra(
+    path: Path, stored: Mapping[str, Stored], needed: Iterable[str], extra: list[str], config: PretrainedConfig
+) -> None:
     """Refuse tensors that would have changed the scores, and log the others."""
-    inside = [name for name in extra if name.startswith(_MODEL) and not _HARMLESS.search(name)]
+    inside = [name for name in extra if name.startswith(_inside(needed)) and not _HARMLESS.search(name)]
     logits = [(1, config.hidden_size), (2, config.hidden_size)]
-    heads = [name for name in extra if stored[name].shape in logits and not _VALUE_HEAD.search(name)]
+    heads = [name for name in extra if stored[name].shape in logits and not _OTHER_HEAD.search(name)]
     for first in inside + heads:
         layer, layers = _LAYER.match(first), config.num_hidden_layers
         causes = (
             (layer and int(layer[1]) >= layers, f"config.json has {layers} layers only: {_OTHER_SIZE}"),
             (re.search(r"self_attn.*\.bias$", first), "the model has no biases by config.json (attention_bias)"),
-            (not first.startswith("model."), "config.json describes a model without this head (architectures)"),
+            (
+                first.startswith(_HEADS) or first in heads,
+                "config.json describes a model without this head (architectures)",
+            ),
             (True, "config.json does not describe them"),
         )
         cause = next(cause for condition, cause in causes if condition)

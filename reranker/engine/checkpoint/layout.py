@@ -46,13 +46,16 @@ class Layout(NamedTuple):
     """Tokens at which sentence-transformers truncates a prompt."""
 
 
-def read_layout(folders: Sequence[Path], tokenizer: PreTrainedTokenizerBase, control_tokens: frozenset[str]) -> Layout:
+def read_layout(
+    folders: Sequence[Path], tokenizer: PreTrainedTokenizerBase, control_tokens: frozenset[str], *, pairs: bool = False
+) -> Layout:
     """Read the layout of a checkpoint.
 
     Args:
         folders: its folders; a file of the first is read in place of one of the second.
         tokenizer: its tokenizer, with its chat template.
         control_tokens: the added tokens of the model family.
+        pairs: whether the model reads pairs of texts, and no prompt.
 
     Raises:
         ModelLoadError: the folder describes a score or a prompt that is not computed here.
@@ -73,7 +76,7 @@ def read_layout(folders: Sequence[Path], tokenizer: PreTrainedTokenizerBase, con
     refuse_if(options.get("do_lower_case"), f"{transformer} sets do_lower_case, which is not supported: remove it")
     bare = options.get("modality_config") and "message" not in options["modality_config"]
     problem = f"{transformer} scores texts without a prompt (no message in modality_config), which is not served"
-    refuse_if(bare, f"{problem}: add the entry, and the prompt as chat_template.jinja")
+    refuse_if(bare and not pairs, f"{problem}: add the entry, and the prompt as chat_template.jinja")
     own = Path(tokenizer.name_or_path)
     template = read_template(own, tokenizer, control_tokens, options, required=answers is not None)
     length = _max_length(tokenizer, options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,25 @@ if TYPE_CHECKING:
     from reranker.engine.checkpoint.adapter import Adapter
 
 EMBEDDING, HEAD, SCORE_HEAD = "model.embed_tokens.weight", "lm_head.weight", "score.weight"
+
+
+class Names(NamedTuple):
+    """The weights of a model that are quantised, and those that stay as narrow as they are stored."""
+
+    projections: tuple[tuple[str, ...], ...]
+    """Last parts of the names of a layer's projections; those in one tuple are joined."""
+    embeddings: tuple[str, ...]
+
+
+DECODER = Names(
+    (
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.o_proj",),
+        ("mlp.gate_proj", "mlp.up_proj"),
+        ("mlp.down_proj",),
+    ),
+    (EMBEDDING,),
+)
 
 
 class Weights:

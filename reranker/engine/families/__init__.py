@@ -9,6 +9,8 @@ from typing import Any
 from reranker.engine.checkpoint.config import read, read_settings
 from reranker.engine.checkpoint.locate import Located
 from reranker.engine.families.base import Family
+from reranker.engine.families.bert import Bert, XlmRoberta
+from reranker.engine.families.modernbert import ModernBert
 from reranker.engine.families.qwen2 import Qwen2
 from reranker.engine.families.qwen3 import Qwen3
 from reranker.errors import ModelLoadError
@@ -20,6 +22,9 @@ FAMILIES: dict[tuple[str, str], type[Family]] = {
     ("qwen3", "Qwen3ForSequenceClassification"): Qwen3,
     ("qwen2", "Qwen2ForCausalLM"): Qwen2,
     ("qwen2", "Qwen2ForSequenceClassification"): Qwen2,
+    ("bert", "BertForSequenceClassification"): Bert,
+    ("xlm-roberta", "XLMRobertaForSequenceClassification"): XlmRoberta,
+    ("modernbert", "ModernBertForSequenceClassification"): ModernBert,
 }
 """By model_type and architecture; a config.json without architectures gets the first of its model_type."""
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from reranker.engine.attention import Attention
 from reranker.engine.batch import PackedBatch
 from reranker.engine.checkpoint.config import Checkpoint
-from reranker.engine.checkpoint.weights import Weights
+from reranker.engine.checkpoint.weights import DECODER, Names, Weights
 from reranker.engine.template import Template
 
 Wrap = Callable[[nn.Linear, Sequence[str]], nn.Module]
@@ -51,12 +51,13 @@ class LayerFns(NamedTuple):
 
 
 class Widths(NamedTuple):
-    """Numbers per token, from config.json."""
+    """Numbers per token, from config.json, and which weights are projections."""
 
     activation: int
     """Upper bound of those that a layer holds at the same time."""
     cached: int
     """Those of the cached prefix, in all layers."""
+    names: Names = DECODER
 
 
 class Backbone(ABC):
@@ -96,6 +97,8 @@ class Family(ABC):
     """The family's prompt, or the checkpoint's own."""
     max_length: int | None = None
     """Tokens at which the checkpoint's own files truncate a prompt; None: they do not say."""
+    max_positions: int | None = None
+    """Tokens of the longest prompt that can be computed; None: there is no such limit."""
     auto_class: Any
     """transformers' class that describes the whole model."""
 

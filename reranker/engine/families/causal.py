@@ -23,6 +23,7 @@ from reranker.engine.checkpoint.tokenizer import check_tokenizer
 from reranker.engine.checkpoint.weights import HEAD, SCORE_HEAD, Weights
 from reranker.engine.families.base import Backbone, Family, Head, Widths, Wrap
 from reranker.engine.families.decoder import Decoder, widths
+from reranker.engine.families.labels import check_labels, label_head
 from reranker.engine.template import Template, text_of
 from reranker.errors import ModelLoadError
 
@@ -35,8 +36,6 @@ _COMPUTED: dict[str, tuple[Any, ...]] = {
     "use_bidirectional_attention": (False, None),
 }
 """Fields that change the computation, with the values that are computed here. Null counts as absent."""
-_RELEVANT = ("yes", "true", "1", "relevant", "positive")
-"""Names of the label for a relevant document."""
 
 
 class CausalFamily(Family):
@@ -69,11 +68,7 @@ class CausalFamily(Family):
 
     def _check_score_head(self) -> None:
         path, config, tokenizer, _, _ = self.checkpoint
-        file, count, labels = path / "config.json", config.num_labels, [*(config.id2label or {}).values()]
-        problem = f"{file} has {count} labels"
-        refuse_if(count not in (1, 2), f"{problem}: a reranker has 1, or 2 of which the second is relevant")
-        reversed_order = count == 2 and str(labels[0]).lower() in _RELEVANT
-        refuse_if(reversed_order, f"{problem}, the first is {labels[0]!r}: the second one must be that of relevance")
+        check_labels(path / "config.json", config)
         if config.pad_token_id is None:
             return
         padding = str(tokenizer.convert_ids_to_tokens(config.pad_token_id))
@@ -105,16 +100,11 @@ class CausalFamily(Family):
     def head(self, weights: Weights) -> Head:
         """See `Family.head`: the softmax over two logits is the sigmoid of their difference."""
         if self.answers is None:
-            rows, name = weights.tensor(SCORE_HEAD).to(torch.float32, copy=True), "score head"
-        else:
-            tokens = [token for token in self.answers if token is not None]
-            rows = weights.tensor(HEAD)[tokens].float()
-            name = " - ".join(f"logit({self._word(token)})" for token in tokens)
-        weight = rows[0]
-        if len(rows) == 2 and self.answers is None:
-            weight, name = rows[1] - rows[0], "score head, second label - first"
-        elif len(rows) == 2:
-            weight = rows[0] - rows[1]
+            return label_head(self.checkpoint.path, weights.tensor(SCORE_HEAD))
+        tokens = [token for token in self.answers if token is not None]
+        rows = weights.tensor(HEAD)[tokens].float()
+        name = " - ".join(f"logit({self._word(token)})" for token in tokens)
+        weight = rows[0] - rows[1] if len(rows) == 2 else rows[0]
         problem = f"{name} in {self.checkpoint.path} is the same for every document"
         refuse_if(not weight.any(), f"{problem}: the head was not saved with the model")
         if (divisor := self._divisor()) != 1:

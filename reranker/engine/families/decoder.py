@@ -93,7 +93,7 @@ class Decoder(Backbone):
         self.decoder: Any = decoder
         self.vocab_size: int = config.vocab_size
         self.activation_width = widths(config).activation
-        loader = _Loader(weights, device, stored_dtype, compute_dtype, wrap)
+        loader = Loader(weights, device, stored_dtype, compute_dtype, wrap)
         decoder.rotary_emb = type(decoder.rotary_emb)(config).to(device)  # its buffers are computed, and not stored
         rows = weights.tensor(EMBEDDING)
         dtype = min(rows.dtype, compute_dtype, key=lambda dtype: dtype.itemsize)
@@ -140,7 +140,7 @@ class Decoder(Backbone):
 
 
 @dataclass(frozen=True, slots=True)
-class _Loader:
+class Loader:
     """Replaces the parameters of modules on the meta device by those of a checkpoint; see `Family.backbone`."""
 
     weights: Weights

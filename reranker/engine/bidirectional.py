@@ -1,0 +1,131 @@
+"""Bidirectional attention over a packed batch of pairs: each token sees its whole pair, or a window around itself.
+
+Pairs share no prefix, so the keys are the batch's tokens. Shapes as in attention.py, with P = 0 and K = T.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from reranker.engine.attention import Attention, VarlenAttention, choose_kernel, varlen_attn, varlen_options
+from reranker.engine.batch import PackedBatch
+
+_OPTIONS = None if varlen_attn is None else varlen_options(inspect.signature(varlen_attn).parameters)
+# Lengths are padded to multiples of it: by 8 tokens on average, and few calls.
+_STEP = 16
+_BLOCK = 128
+"""Queries of a call with a window, which sees as many keys and the window on both sides."""
+
+
+class PairAttention(Attention, Protocol):
+    """Attention of one batch of pairs; `attend_last` is that of each pair's one scored token, without a window."""
+
+    def __init__(self, batch: PackedBatch, window: int | None = None) -> None:
+        """`window`: a token sees those at most so far away; None: its whole pair."""
+
+
+def choose_pair_kernel(device: torch.device, dtype: torch.dtype) -> tuple[type[PairAttention], str]:
+    """Return the kernel for a device and precision, and the reason, for the log."""
+    kernel, reason = choose_kernel(device, dtype)
+    if kernel is VarlenAttention:
+        return VarlenPairs, reason
+    return GroupedPairs, f"scaled_dot_product_attention per group of lengths {reason[reason.find('(') :]}"
+
+
+class _Call(NamedTuple):
+    """Segments or blocks of one call, n of them, padded to Q queries and K keys."""
+
+    queries: Tensor
+    """[n, Q] rows of q"""
+    keys: Tensor
+    """[n, K] rows of k and v"""
+    mask: Tensor | None
+    """[n, 1, 1 or Q, K], additive; None: nothing is padded"""
+
+
+class GroupedPairs:
+    """`scaled_dot_product_attention` for pairs of similar lengths in one call each; longer windows in blocks.
+
+    Padding is masked. The length to which a pair is padded depends on its own length alone, so that its score does not
+    depend on the rest of the batch.
+    """
+
+    def __init__(self, batch: PackedBatch, window: int | None = None) -> None:
+        lengths = torch.tensor(batch.lengths_q[batch.prefixes :])
+        starts = lengths.cumsum(0) - lengths
+        device = batch.index.device
+        whole: dict[int, list[int]] = {}
+        blocks: list[tuple[int, int]] = []
+        """(pair, first query)"""
+        for pair, length in enumerate(batch.lengths_q[batch.prefixes :]):
+            if window is None or length <= window + 1:
+                whole.setdefault(-(-length // _STEP) * _STEP, []).append(pair)
+            else:
+                blocks += [(pair, first) for first in range(0, length, _BLOCK)]
+        self.all: list[_Call] = []
+        self.last: list[_Call] = []
+        outputs, rows = torch.empty(batch.tokens, dtype=torch.int64), 0  # of each token, among those of the calls
+        for size, pairs in whole.items():
+            n, first, places = lengths[pairs][:, None], starts[pairs][:, None], torch.arange(size)
+            keys = first + places.minimum(n - 1)
+            own = places < n
+            outputs[keys[own]] = rows + own.flatten().nonzero()[:, 0]
+            rows += own.numel()
+            mask = None if own.all() else _additive(own)[:, None, None].to(device)
+            self.all.append(_Call(keys.to(device), keys.to(device), mask))
+            self.last.append(_Call(torch.tensor(pairs)[:, None].to(device), keys.to(device), mask))
+        if blocks and window is not None:
+            pairs, firsts = (list(column) for column in zip(*blocks, strict=True))
+            n, start, first = lengths[pairs][:, None], starts[pairs][:, None], torch.tensor(firsts)[:, None]
+            q, k = first + torch.arange(_BLOCK), first + torch.arange(-window, _BLOCK + window)
+            inside, own = (k >= 0) & (k < n), q < n
+            queries = start + q.minimum(n - 1)
+            outputs[queries[own]] = rows + own.flatten().nonzero()[:, 0]
+            near = (q[:, :, None] - k[:, None]).abs() <= window
+            mask = _additive(inside[:, None] & near)[:, None].to(device)
+            self.all.append(_Call(queries.to(device), (start + k.clamp(min=0).minimum(n - 1)).to(device), mask))
+        self.outputs = outputs.to(device)
+        self.last_outputs = torch.tensor([pair for pairs in whole.values() for pair in pairs]).argsort().to(device)
+
+    def attend_all(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """See `Attention.attend_all`."""
+        return torch.cat([_attend(call, q, k, v, scale) for call in self.all])[self.outputs]
+
+    def attend_last(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """See `Attention.attend_last`."""
+        return torch.cat([_attend(call, q, k, v, scale) for call in self.last])[self.last_outputs]
+
+
+def _additive(seen: Tensor) -> Tensor:
+    return torch.zeros(seen.shape).masked_fill_(~seen, float("-inf"))
+
+
+def _attend(call: _Call, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """q [rows, H, D], k and v [T, H, D] -> [n * Q, H, D]"""
+    attended = F.scaled_dot_product_attention(
+        q[call.queries].transpose(1, 2),
+        k[call.keys].transpose(1, 2),
+        v[call.keys].transpose(1, 2),
+        attn_mask=None if call.mask is None else call.mask.to(q.dtype),
+        scale=scale,
+    )
+    return attended.transpose(1, 2).flatten(0, 1)
+
+
+class VarlenPairs(VarlenAttention):
+    """One `varlen_attn` call for the whole batch; see VarlenAttention."""
+
+    def __init__(self, batch: PackedBatch, window: int | None = None) -> None:
+        super().__init__(batch)
+        assert _OPTIONS is not None  # choose_kernel
+        self.options = _OPTIONS | {"window_size": (-1, -1) if window is None else (window, window)}
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, max_q: int, scale: float) -> Tensor:
+        out = varlen_attn(q, k, v, cu_q, self.cu_q, max_q, self.max_q, scale=scale, **self.options)
+        assert isinstance(out, Tensor)  # a tuple only if auxiliary outputs are requested
+        return out
