@@ -17,7 +17,10 @@ from tests.conftest import Server, Start
 from tests.engine.encoders import KINDS, POSITIONS, SPECIAL, texts_with
 from tests.engine.pairs import Pairs
 from tests.evaluate.test_evaluation import CORPUS, QUERIES, RUN, trec
+from tests.http.conftest import browser
 from tests.http.test_metrics import samples, stop, value
+
+__all__ = ["browser"]  # the fixture
 
 FAMILIES = {
     "xlm-roberta": "XLM-RoBERTa",
@@ -70,7 +73,7 @@ def check_the_limits_are_the_models(form: Encoder, server: Server) -> None:
 
 def check_a_request_of_several_passes(form: Encoder, server: Server) -> None:
     """Ten times the token budget."""
-    documents = [f"file {i} " + "gzip " * (i % 40) for i in range(200)]
+    documents = [f"file {i} " + "gzip " * (i % 40) for i in range(300)]
     before = value(samples(server), "reranker_prompt_tokens_total")
     response = forms.post(server, "/v1/rerank", query=forms.QUERY, documents=documents, raw_scores=True)
     expected = [form.logit(forms.QUERY, document) for document in documents]
