@@ -109,7 +109,7 @@ def compile_layer_fns(eager: LayerFns) -> LayerFns:
 
 def record_passes(model: Model) -> str:
     """Use the recorded passes that are not slower; return the reason if there are none, or if one fails its check."""
-    if model.kernel is not VarlenAttention:
+    if not issubclass(model.kernel, VarlenAttention):
         return "attention runs segment by segment here"
     graphs = Graphs(lambda batch: model.hidden(batch, model.compiled), model.device)
     start, skipped = time.perf_counter(), []
@@ -138,8 +138,13 @@ def sample(tokens: int, model: Model) -> PackedBatch:
     """Return a batch of about `tokens` (128 or more) random tokens: two requests of three documents each.
 
     One of them begins with the static prefix, or with 64 tokens of a longer one, so that the batch fits its bucket.
+    For a model of pairs it is one request of documents with at most 128 tokens, as few positions as any model has.
     """
     generator = torch.Generator().manual_seed(tokens)
+    if not model.backbone.causal:
+        lengths = [32, 96, 128] * (tokens // 256) + [tokens % 256 // 2] * 2
+        pairs = [torch.randint(model.backbone.vocab_size, (n,), generator=generator).tolist() for n in lengths if n]
+        return pack([Slice(EncodedRequest([], pairs), 0, len(pairs))])
     unit, slices = tokens // 16, []
     for cached in (min(len(model.static_prefix), 64), 0):
         prefix, *documents = (

@@ -617,7 +617,7 @@ WRONG = [
     ),
     Variant("a score head and words", both(score_head(torch.ones(1, WIDTH)), sentence_transformers()), "remove the"),
     Variant("listwise", settings(architectures=["JinaForRanking"]), "JinaForRanking"),
-    Variant("another model", settings(model_type="bert"), "model_type is 'bert'"),
+    Variant("another model", settings(model_type="gemma"), "model_type is 'gemma'"),
     Variant("Qwen2 without a prompt", qwen2, "does not say what its prompt is"),
     Variant("no model_type", settings(model_type=None), "model_type is None"),
     # Quantised checkpoints and adapters.

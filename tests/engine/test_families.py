@@ -43,9 +43,23 @@ def test_the_family_is_chosen_by_config_json(architectures: list[str] | None) ->
         ),
         (
             {"model_type": "bert", "architectures": ["BertModel"]},
-            "model_type is 'bert', not 'qwen2' or 'qwen3': this model is not served",
+            "the architecture BertModel of {} is saved without its head",
         ),
-        ({}, "model_type is None, not 'qwen2' or 'qwen3'"),
+        ({"model_type": "new"}, "{} (new) is gte-multilingual-reranker or a model like it, which is computed by code"),
+        (
+            {"model_type": "xlm-roberta", "architectures": ["XLMRobertaForSequenceClassification"], "auto_map": {}},
+            "{} is jina-reranker-v2 or a model like it, which is computed by code",
+        ),
+        (
+            {"model_type": "qwen3", "architectures": ["JinaForRanking"]},
+            "{} (JinaForRanking) is jina-reranker-v3 or a model like it, which reads all documents",
+        ),
+        (
+            {"model_type": "llama_bidirec", "architectures": ["LlamaBidirectionalForSequenceClassification"]},
+            "{} (llama_bidirec) is llama-nemotron-rerank or a model like it, which is computed by code",
+        ),
+        ({"model_type": "gemma"}, "model_type is 'gemma', not 'bert' or 'modernbert' or 'qwen2' or "),
+        ({}, "model_type is None, not 'bert' or 'modernbert' or 'qwen2' or 'qwen3' or 'xlm-roberta'"),
     ],
 )
 def test_a_model_of_no_family_is_refused_in_one_line(settings: dict[str, object], message: str) -> None:

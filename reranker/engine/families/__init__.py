@@ -27,6 +27,17 @@ FAMILIES: dict[tuple[str, str], type[Family]] = {
     ("modernbert", "ModernBertForSequenceClassification"): ModernBert,
 }
 """By model_type and architecture; a config.json without architectures gets the first of its model_type."""
+_OWN_CODE = "is computed by code in its checkpoint, which is never run"
+_UNSERVED = {
+    "new": ("gte-multilingual-reranker", _OWN_CODE),
+    "xlm-roberta-flash": ("jina-reranker-v2", _OWN_CODE),
+    "llama_bidirec": ("llama-nemotron-rerank", _OWN_CODE),
+    "NewForSequenceClassification": ("gte-multilingual-reranker", _OWN_CODE),
+    "LlamaBidirectionalForSequenceClassification": ("llama-nemotron-rerank", _OWN_CODE),
+    "JinaForRanking": ("jina-reranker-v3", "reads all documents of a request in one prompt"),
+}
+"""Rerankers that people try, by model_type or architecture: their name, and why they are not served."""
+_INSTEAD = "use a model such as BAAI/bge-reranker-v2-m3 or Qwen/Qwen3-Reranker-0.6B (docs/models.md)"
 
 
 def open_checkpoint(located: Located) -> Family:
@@ -54,6 +65,12 @@ def family_of(path: Path, settings: dict[str, Any]) -> type[Family]:
         ModelLoadError: there is none.
     """
     kind, names = settings.get("model_type"), settings.get("architectures") or []
+    for key in (kind, *(names if isinstance(names, list) else [names])):
+        if isinstance(key, str) and key in _UNSERVED:
+            name, why = _UNSERVED[key]
+            raise ModelLoadError(f"{path} ({key}) is {name} or a model like it, which {why}: {_INSTEAD}")
+    if kind == "xlm-roberta" and "auto_map" in settings:
+        raise ModelLoadError(f"{path} is jina-reranker-v2 or a model like it, which {_OWN_CODE}: {_INSTEAD}")
     families = {architecture: family for (model_type, architecture), family in FAMILIES.items() if model_type == kind}
     if not families:
         kinds = " or ".join(sorted({repr(model_type) for model_type, _ in FAMILIES}))

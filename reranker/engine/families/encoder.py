@@ -80,11 +80,12 @@ class Encoder(Backbone):
         delattr(model.get_submodule(parent), leaf)
         loader = Loader(weights, device, stored_dtype, compute_dtype, wrap)
         self.layers: list[Any] = list(self.base.get_submodule(self.layers_name))
+        prefix = f"{model.base_model_prefix}.{self.layers_name}"
+        joined = {f"{prefix}.{i}.{p}" for i in range(len(self.layers)) for parts in self.projections for p in parts}
+        for name in [name for name, _ in model.named_parameters() if name.rpartition(".")[0] not in joined]:
+            self._read(loader, name)
         for i, layer in enumerate(self.layers):
-            self._join(loader, layer, f"{model.base_model_prefix}.{self.layers_name}.{i}")
-        for name, parameter in [*model.named_parameters()]:
-            if parameter.is_meta:
-                self._read(loader, name)
+            self._join(loader, layer, f"{prefix}.{i}")
 
     @classmethod
     def activation(cls, config: PretrainedConfig) -> int:
