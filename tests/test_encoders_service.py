@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from playwright.sync_api import Browser, expect
 
+from app import create_app
+from config import Settings
+from reranker import Scorer
 from reranker.engine.scores import sigmoid
+from reranker.http.state import service_of
 from tests import test_forms_service as forms
 from tests.cli.command import cli
 from tests.conftest import Server, Start
@@ -31,6 +38,7 @@ FAMILIES = {
 OPTIONS = {"MODEL_DEVICE": "cpu", "MODEL_PRECISION": "float32", "MAX_BATCH_TOKENS": "600"}
 """MAX_SEQ_LENGTH is not set, so the model's own length holds."""
 assert POSITIONS == forms.LENGTH
+JSON = {"Content-Type": "application/json"}
 
 
 @dataclass(frozen=True)
@@ -120,13 +128,31 @@ def test_it_is_served(form: Encoder, start: Start) -> None:
     stop(server)
 
 
-def test_an_encoder_is_served(tmp_path: Path, start: Start) -> None:
-    """The quick one of the default suite."""
+def test_an_encoder_is_served(tmp_path: Path) -> None:
+    """The quick one of the default suite: the whole application in this process."""
     form = build("xlm-roberta", tmp_path / "model")
-    server = start(MODEL_NAME_OR_PATH=str(form.folder), **OPTIONS)
-    forms.check_an_instruction_is_read_or_reported(form, server)
-    check_control_tokens_of_the_model_are_text(form, server)
-    check_the_limits_are_the_models(form, server)
+    options: dict[str, Any] = {"device": "cpu", "precision": "float32", "max_batch_tokens": 600}
+    app = create_app(Settings(_env_file=None), lambda: Scorer.load(form.folder, **options))
+    body = {"query": forms.QUERY, "documents": forms.TEXTS, "instruction": "Find code", "raw_scores": True}
+
+    async def main() -> httpx.Response:
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://h") as client,
+        ):
+            await service_of(app).batcher.wait_until_loaded()
+            assert (await client.get("/info")).json()["max_input_length"] == POSITIONS
+            return await client.post("/v1/rerank", content=json.dumps(body), headers=JSON)
+
+    threshold = gc.get_threshold()
+    try:
+        response = asyncio.run(main())
+    finally:
+        gc.unfreeze()
+        gc.set_threshold(*threshold)
+    expected = [form.logit(forms.QUERY, text) for text in forms.TEXTS]
+    assert forms.logits(response) == pytest.approx(expected, abs=1e-5)
+    assert response.headers["x-ignored-fields"] == "instruction"
 
 
 @pytest.mark.slow

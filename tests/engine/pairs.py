@@ -26,6 +26,8 @@ class Pairs:
         auto: Any = AutoModelForSequenceClassification
         self.model = auto.from_pretrained(str(path), dtype=torch.float32, **changes).eval()
         self.text_tokenizer = _without_control_tokens(self.tokenizer)
+        self.token_types = self.model.config.model_type == "bert"
+        """Whether the document's tokens are of another type than the query's."""
         self.cls, self.sep = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
         self.separators = [self.sep] * (2 if self.model.config.model_type == "xlm-roberta" else 1)
 
@@ -64,7 +66,7 @@ class Pairs:
     def labels(self, ids: Sequence[int]) -> Tensor:
         """Return the logits of all labels, float64."""
         inputs: dict[str, Any] = {"input_ids": torch.tensor([ids])}
-        if self.model.config.model_type == "bert":
+        if self.token_types:
             first = ids.index(self.sep) + 1
             inputs["token_type_ids"] = torch.tensor([[0] * first + [1] * (len(ids) - first)])
         logits: Tensor = self.model(**inputs).logits[0]
@@ -74,6 +76,7 @@ class Pairs:
 def _without_control_tokens(tokenizer: Any) -> Tokenizer:
     description = json.loads(tokenizer.backend_tokenizer.to_str())
     special = {token["content"]: token["id"] for token in description["added_tokens"] if token["special"]}
+    description |= {"truncation": None, "padding": None}
     description["added_tokens"] = [token for token in description["added_tokens"] if not token["special"]]
     if description["model"]["type"] == "Unigram":
         # They are pieces of the vocabulary here, which the model itself would find in a text.
