@@ -70,9 +70,7 @@ def read_layout(
     options = read_json(transformer) if transformer.is_file() else {}
     embedding = settings.get("model_type") == "SentenceTransformer" or settings.get("similarity_fn_name")
     refuse_if(embedding, f"{file.parent} is an embedding model ({file.name}), which {RERANKER}")
-    activation = str(settings.get("activation_fn") or "Sigmoid").rpartition(".")[2]
-    if activation not in ("Sigmoid", "Identity"):
-        logger.warning("the activation %s of %s is ignored: scores are sigmoid(logit)", activation[:40], file.parent)
+    warn_of_activation(file.parent, settings.get("activation_fn"))
     refuse_if(options.get("do_lower_case"), f"{transformer} sets do_lower_case, which is not supported: remove it")
     bare = options.get("modality_config") and "message" not in options["modality_config"]
     problem = f"{transformer} scores texts without a prompt (no message in modality_config), which is not served"
@@ -81,6 +79,13 @@ def read_layout(
     template = read_template(own, tokenizer, control_tokens, options, required=answers is not None)
     length = _max_length(tokenizer, options)
     return Layout(path, answers, template, _default_prompt(file, settings), length)
+
+
+def warn_of_activation(folder: Path, name: object) -> None:
+    """Warn of an activation that sentence-transformers would apply to a logit, if it is neither of the usual two."""
+    activation = str(name or "Sigmoid").rpartition(".")[2]
+    if activation not in ("Sigmoid", "Identity"):
+        logger.warning("the activation %s of %s is ignored: scores are sigmoid(logit)", activation[:40], folder)
 
 
 def _max_length(tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> int | None:

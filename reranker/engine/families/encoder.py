@@ -22,7 +22,7 @@ from reranker.engine.batch import PackedBatch
 from reranker.engine.bidirectional import PairAttention
 from reranker.engine.checkpoint.config import Checkpoint
 from reranker.engine.checkpoint.files import refuse_if
-from reranker.engine.checkpoint.layout import read_layout
+from reranker.engine.checkpoint.layout import read_layout, warn_of_activation
 from reranker.engine.checkpoint.tokenizer import check_tokenizer
 from reranker.engine.checkpoint.weights import Names, Weights
 from reranker.engine.families.base import Backbone, Family, Head, LayerFns, Widths, Wrap
@@ -176,6 +176,9 @@ class EncoderFamily(Family):
         advice = "merge it into its base with merge_and_unload(), and save that"
         refuse_if(adapter, f"LoRA adapters of encoders are not merged here ({adapter}): {advice}")
         check_labels(path / "config.json", config)
+        saved = getattr(config, "sentence_transformers", None)  # by its releases 4 and 5, and by those before
+        name = saved.get("activation_fn") if isinstance(saved, dict) else None
+        warn_of_activation(path, name or getattr(config, "sbert_ce_default_activation_function", None))
         special = frozenset(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
         layout = read_layout(checkpoint.folders, tokenizer, special, pairs=True)
         prompted = layout.template is not None or layout.instruction is not None or layout.answers is not None
