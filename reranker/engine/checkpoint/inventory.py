@@ -31,7 +31,7 @@ _OTHER_HEAD = re.compile(r"(v_head|value_head|^cls\.)")
 """Heads of reinforcement learning, and those of BERT's training."""
 _HEADS = ("lm_head.", "score.", "classifier.")
 """A tensor inside the model or one of these that it does not have would have changed the scores, except _HARMLESS."""
-_HARMLESS = re.compile(r"\.(rotary_emb\.inv_freq|embeddings\.(position_ids|token_type_ids))$")
+_HARMLESS = re.compile(r"\.(rotary_emb\.inv_freq|embeddings\.(position_ids|token_type_ids)|pooler\.dense\.\w+)$")
 _OTHER_SIZE = "config.json belongs to a model of another size"
 _LAYER = re.compile(r"^[\w.]+\.layers?\.(\d+)\.")
 _CLASSIFIER = re.compile(r"^(classifier|head|\w+\.pooler)\.")
