@@ -102,6 +102,7 @@ SERVED = [
     Served("old buffers", "bert", old_buffers("bert")),
     Served("old buffers", "xlm-roberta", old_buffers("roberta")),
     Served("heads of BERT's training", "bert", and_tensor("cls.predictions.bias", 32)),
+    Served("a pooler that is not used", "xlm-roberta", and_tensor("roberta.pooler.dense.weight", 32, 32)),
     *(Served("float16", kind, as_type(torch.float16)) for kind in KINDS),
     Served("bfloat16", "modernbert-cls", as_type(torch.bfloat16)),
     Served("shards", "bert", shards),
