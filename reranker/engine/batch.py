@@ -97,7 +97,7 @@ def pack(slices: Sequence[Slice], *, static_prefix_len: int = 0, pinned: bool = 
     With lists of integers: for a short request, thirty small tensor operations take three times as long.
 
     Args:
-        slices: each has at least one document, and a prefix that is not wholly cached.
+        slices: each has at least one document, and a prefix that is not wholly cached, or none at all.
         static_prefix_len: P, the rows that the model has cached; no request uses more.
         pinned: for a copy to a GPU.
     """

@@ -49,7 +49,7 @@ class _Call(NamedTuple):
 
 
 class GroupedPairs:
-    """`scaled_dot_product_attention` for pairs of similar lengths in one call each; longer windows in blocks.
+    """`scaled_dot_product_attention` for pairs of similar lengths in one call each; long ones with a window in blocks.
 
     Padding is masked. The length to which a pair is padded depends on its own length alone, so that its score does not
     depend on the rest of the batch.
@@ -63,7 +63,7 @@ class GroupedPairs:
         blocks: list[tuple[int, int]] = []
         """(pair, first query)"""
         for pair, length in enumerate(batch.lengths_q[batch.prefixes :]):
-            if window is None or length <= window + 1:
+            if window is None or length <= _BLOCK + 2 * window:  # no more work than in blocks
                 whole.setdefault(-(-length // _STEP) * _STEP, []).append(pair)
             else:
                 blocks += [(pair, first) for first in range(0, length, _BLOCK)]
@@ -76,7 +76,10 @@ class GroupedPairs:
             own = places < n
             outputs[keys[own]] = rows + own.flatten().nonzero()[:, 0]
             rows += own.numel()
-            mask = None if own.all() else _additive(own)[:, None, None].to(device)
+            seen = own[:, None, None]
+            if window is not None:
+                seen = seen & ((places[:, None] - places).abs() <= window)
+            mask = None if seen.all() else _additive(seen).to(device)
             self.all.append(_Call(keys.to(device), keys.to(device), mask))
             self.last.append(_Call(torch.tensor(pairs)[:, None].to(device), keys.to(device), mask))
         if blocks and window is not None:

@@ -36,8 +36,8 @@ def text_tokenizer(tokenizer: PreTrainedTokenizerBase, control_tokens: frozenset
     hidden = _hide_pieces(model, control) if model["type"] == "Unigram" else []
     copy = Tokenizer.from_str(json.dumps(description))
     copy.encode_special_tokens = True
-    unknown = model.get("unk_token") or str(tokenizer.unk_token)  # any text may have unknown characters
-    texts = [(text, i) for text, i in [*control.items(), *hidden] if text != unknown]
+    unknown = tokenizer.unk_token_id if model["type"] in ("WordPiece", "Unigram") else None  # any text may hold it
+    texts = [(text, i) for text, i in [*control.items(), *hidden] if i != unknown]
     parsed = sorted(text for text, i in texts if i in copy.encode(text, add_special_tokens=False).ids)
     if parsed:
         raise ModelLoadError(f"control tokens are ordinary vocabulary here and could be forged: {parsed[:3]}")
@@ -53,7 +53,7 @@ def _hide_pieces(model: dict[str, Any], control: Mapping[str, int]) -> list[tupl
     places = [(text, i) for text, i in control.items() if i < len(model["vocab"]) and model["vocab"][i][0] == text]
     for text, i in places:
         model["vocab"][i][0] = f" {text}"
-    return [(f" {text}", i) for text, i in places if i != model.get("unk_id")]
+    return [(f" {text}", i) for text, i in places]
 
 
 def control_ids(tokenizer: PreTrainedTokenizerBase, template: Template) -> dict[str, int]:

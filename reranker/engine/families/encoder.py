@@ -8,7 +8,6 @@ tokens that are read are computed. tests/engine/test_encoders.py compares it wit
 from __future__ import annotations
 
 import copy
-import logging
 from abc import abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -29,8 +28,6 @@ from reranker.engine.families.base import Backbone, Family, Head, LayerFns, Widt
 from reranker.engine.families.decoder import Loader
 from reranker.engine.families.labels import check_labels, label_head
 from reranker.engine.template import Slot, Template
-
-logger = logging.getLogger(__name__)
 
 
 class Place(NamedTuple):
@@ -139,7 +136,7 @@ class Encoder(Backbone):
         create: type[PairAttention] = kernel
         attentions = {window: create(batch, window) for window in {place.window for place in places}}
         first = batch.last - batch.position_ids[batch.last]  # positions start at 0
-        scale = self.head_size**-0.5
+        scale = (self.config.hidden_size // self.config.num_attention_heads) ** -0.5
         only_first = not self.mean and places[-1].window is None
         for layer, place in zip(self.layers[: -1 if only_first else None], places, strict=False):
             q, k, v = layer_fns.before(layer, x, place.cos, place.sin)
@@ -153,11 +150,6 @@ class Encoder(Backbone):
         starts, _, _ = batch.cu_seqlens
         means = torch.segment_reduce(self.finish(x), "mean", offsets=starts.long(), unsafe=True)
         return self.transform(means[torch.searchsorted(starts, batch.last.int(), right=True) - 1])
-
-    @property
-    def head_size(self) -> int:
-        """Numbers of an attention head."""
-        return int(self.config.hidden_size // self.config.num_attention_heads)
 
     def cache_prefix(self, tokens: list[int], kernel: type[Attention]) -> None:
         """Pairs share no prefix: there is nothing to cache."""
