@@ -53,7 +53,7 @@ class Encoder(forms.Form):
 
 def build(kind: str, folder: Path, **changes: Any) -> Encoder:
     KINDS[kind](folder, **changes)
-    facts = {"family": FAMILIES[kind], "adapter": None}
+    facts = {"family": FAMILIES[kind], "score": "score head", "prompt": "the tokenizer's pair", "adapter": None}
     return Encoder(folder, Pairs(folder), reads_instruction=False, facts=facts)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +17,7 @@ from tokenizers import Tokenizer, normalizers, pre_tokenizers
 
 from reranker import ModelLoadError
 from reranker.engine.families import family_of
-from reranker.types import RerankRequest
+from reranker.types import RerankRequest, Slice
 from tests.engine.checkpoints import (
     ZERANK_TEMPLATE,
     Edit,
@@ -38,6 +40,7 @@ from tests.engine.checkpoints import (
 )
 from tests.engine.encoders import KINDS, POSITIONS, texts_with
 from tests.engine.pairs import Pairs
+from tests.engine.quantization import ALL, FORMS, Form, plain_twin, quantize
 from tests.engine.test_encoders import Loaded, check, load, requests
 
 
@@ -263,3 +266,31 @@ def test_code_of_a_checkpoint_is_never_run(config: tuple[str, str], words: str, 
 def test_another_encoder_is_refused_with_the_list(kind: str, tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError, match=f"model_type is '{kind}', not .*'bert'.*'modernbert'.*'xlm-roberta'"):
         family_of(tmp_path, {"model_type": kind})
+
+
+ROUNDED = [form for form in FORMS if form.kinds in ALL.values() and not form.cached]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ROUNDED, ids=lambda form: form.name)
+@pytest.mark.parametrize("kind", ["xlm-roberta", "modernbert-mean"])
+def test_8_bit_checkpoints_are_scored_as_their_wide_weights(form: Form, kind: str, tmp_path: Path) -> None:
+    [number] = form.kinds.values()
+    form = replace(form, kinds={"layer.": number, "layers.": number})
+    folder = quantize(KINDS[kind](tmp_path / "wide"), tmp_path / "m", form)
+    loaded = Loaded(folder, load(folder), Pairs(plain_twin(folder)))
+    check(loaded, requests(random.Random(form.name), 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_w8a8_is_taken_as_it_is_stored(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    form = replace(FORMS[0], kinds={"layer.": "int", "layers.": "int"})
+    folder = quantize(KINDS[kind](tmp_path / "wide"), tmp_path / "m", form)
+    with caplog.at_level(logging.INFO):
+        scorer = load(folder, precision="int8")
+    assert "taken as they are stored, in int8" in caplog.text
+    reference, documents = Pairs(plain_twin(folder)), ["gzip", "a game of chess", "如何压缩文件", ""]
+    encoded = scorer.encode(RerankRequest("how to compress files", documents))
+    found = scorer.score(scorer.pack([Slice(encoded, 0, 4)]))
+    assert found == pytest.approx([reference.logit("how to compress files", text) for text in documents], abs=0.3)
