@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -21,10 +20,12 @@ from reranker.engine.families.encoder import Encoder, EncoderFamily, Place
 
 
 def before_attention(layer: Any, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """See `LayerFns.before`; cos and sin [T, 1, 1, D]"""
+    """See `LayerFns.before`; cos [T, 1, 1, D], sin [T, 1, 1, D / 2]"""
     heads = layer.attn.Wqkv(layer.attn_norm(x)).unflatten(-1, (3, -1, layer.attn.head_dim))
-    left, right = heads[:, :2].float().chunk(2, dim=-1)
-    rotated = heads[:, :2] * cos + torch.cat([-right, left], dim=-1) * sin
+    rotated = heads[:, :2] * cos
+    (first, second), (left, right) = heads[:, :2].chunk(2, dim=-1), rotated.chunk(2, dim=-1)
+    left.addcmul_(second, sin, value=-1)
+    right.addcmul_(first, sin)
     q, k = rotated.to(x.dtype).unbind(1)
     return q, k, heads[:, 2]
 
@@ -68,7 +69,7 @@ class ModernBertEncoder(Encoder):
         kinds: dict[str, Place] = {}
         for kind in set(self.config.layer_types):
             cos, sin = self.base.rotary_emb(x.float(), batch.position_ids[None], kind)
-            kinds[kind] = Place(windows[kind], cos[0, :, None, None], sin[0, :, None, None])
+            kinds[kind] = Place(windows[kind], cos[0, :, None, None], sin[0, :, None, None, : sin.shape[-1] // 2])
         return [kinds[kind] for kind in self.config.layer_types]
 
     def finish(self, x: Tensor) -> Tensor:
