@@ -120,7 +120,7 @@ SERVED = [
     Served("no length in the tokenizer", "xlm-roberta", tokenizer_config(model_max_length=10**30)),
     Served("no length in the tokenizer", "bert", tokenizer_config(model_max_length=None)),
     Served("a length above the positions", "modernbert-cls", tokenizer_config(model_max_length=8192)),
-    Served("a shorter length in the tokenizer", "modernbert-cls", tokenizer_config(model_max_length=90), 90),
+    Served("a shorter length in the tokenizer", "bert", tokenizer_config(model_max_length=90), 90),
     Served("one label named", "bert", settings(id2label={"0": "relevance"}, label2id={"relevance": 0})),
     Served("another activation", "bert", settings(hidden_act="relu")),
     Served("another activation", "modernbert-cls", settings(hidden_activation="silu", classifier_activation="relu")),
@@ -128,12 +128,12 @@ SERVED = [
 ]
 
 
+QUICK = ("old buffers", "a shorter length in the tokenizer")
+
+
 @pytest.mark.parametrize(
     "variant",
-    [
-        pytest.param(v, id=f"{v.kind}: {v.name}", marks=[pytest.mark.slow] * (i not in (3, 13)))
-        for i, v in enumerate(SERVED)
-    ],
+    [pytest.param(v, id=f"{v.kind}: {v.name}", marks=[] if v.name in QUICK else pytest.mark.slow) for v in SERVED],
 )
 def test_it_is_scored_as_transformers_does(variant: Served, tmp_path: Path) -> None:
     folder = KINDS[variant.kind](tmp_path / "m")

@@ -172,6 +172,13 @@ def test_tokens_that_stand_for_many_characters(loaded: Loaded) -> None:
         assert encoded.truncated == set(range(4)) - set(whole)
 
 
+def test_a_text_that_is_shortened_inside_a_long_word(loaded: Loaded) -> None:
+    """Only its start is tokenised; the start of a word may have more tokens than the word, which WordPiece drops."""
+    documents = ["x " * n + f"{'y' * 150} " * 30 for n in range(225, 250, 3)]
+    found = pairs(loaded.scorer.encode(RerankRequest("x", documents)))
+    assert found == [loaded.reference.plain("x", document, POSITIONS) for document in documents]
+
+
 def test_a_document_that_fits_exactly_is_whole(loaded: Loaded) -> None:
     room = POSITIONS - len(loaded.reference.ids("x", ""))
     encoded = loaded.scorer.encode(RerankRequest("x", [" x" * room, " x" * (room + 1)]))
