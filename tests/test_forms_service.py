@@ -303,6 +303,10 @@ def test_it_is_served(form: Form, start: Start) -> None:
 
 @each_form
 def test_the_command_line(form: Form, tmp_path: Path) -> None:
+    check_the_command_line(form, tmp_path)
+
+
+def check_the_command_line(form: Form, tmp_path: Path) -> None:
     env = OPTIONS | {"MODEL_NAME_OR_PATH": str(form.folder)}
     checked = cli("check", cwd=tmp_path, env=env)
     assert "not read" not in checked.stderr

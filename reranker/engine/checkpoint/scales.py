@@ -26,6 +26,8 @@ VALUES = {"I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn}
 """Types of quantised weights in safetensors' notation."""
 _SCALES = ("F64", "F32", "F16", "BF16", "U8", "F8_E8M0")
 """Types of scales; the last two hold the exponent of a power of two."""
+_IN_LAYER = re.compile(r"(^|\.)layers?\.\d+\.")
+"""Projections, in contrast to heads and embeddings."""
 _UNUSED = re.compile(r"\.(input|output|activation|q|k|v|kv)_(scale|zero_point)$")
 _OTHER = re.compile(
     r"\.(weight_(packed|shape|scale|scale_inv|zero_point|global_scale|g_idx)|(input|output)_global_scale)$"
@@ -82,7 +84,7 @@ class Layout(NamedTuple):
     @property
     def precision(self) -> torch.dtype | None:
         """int8 or float8, if all quantised projections can be multiplied as they are stored; None otherwise."""
-        projections = [parts for name, parts in self.weights.items() if name.endswith("_proj.weight")]
+        projections = [parts for name, parts in self.weights.items() if _IN_LAYER.search(name)]
         dtypes = {parts.dtype for parts in projections if parts.per_output}
         return dtypes.pop() if len(dtypes) == 1 and all(parts.per_output for parts in projections) else None
 
