@@ -29,7 +29,9 @@ _PAIRS = {
 
 
 def self_check(scorer: Scorer, instruction: str) -> str:
-    """Rank the pair of each language; return `passed`, `failed: ` with the wrong languages, or `not run: ` with why.
+    """Rank the pair of each language; return `passed`, `failed`, or `not run`, with the languages or the reason.
+
+    One language is enough to pass: many encoders are trained on English alone.
 
     `instruction` is the checkpoint's, not the operator's, because a custom one may ask for the opposite.
     """
@@ -44,6 +46,10 @@ def self_check(scorer: Scorer, instruction: str) -> str:
             wrong.append(language)
     if not wrong:
         return "passed"
+    if right := [language for language in _PAIRS if language not in wrong]:
+        problem = "self-check: this model ranks an obvious pair right in %s, but not in %s: use it for %s only"
+        logger.warning(problem, right[0], wrong[0], right[0])
+        return f"passed: {right[0]} only"
     logger.warning(
         "self-check failed (%s): an obviously relevant text does not get a higher score than an unrelated one; this "
         "checkpoint does not behave like a reranker: check the source of its weights",

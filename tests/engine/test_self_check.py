@@ -79,6 +79,19 @@ def test_only_a_higher_finite_score_passes(logits: list[float]) -> None:
     assert check(Stub(logits)) == "failed: English, Chinese"
 
 
+@pytest.mark.parametrize(("right", "wrong"), [("English", "Chinese"), ("Chinese", "English")])
+def test_a_model_of_one_language_passes_for_it(right: str, wrong: str, caplog: pytest.LogCaptureFixture) -> None:
+    answers = {"English": [1.0, 0.0], "Chinese": [1.0, 0.0]} | {wrong: [0.0, 1.0]}
+    stub = Stub([])
+
+    def score(_: object) -> list[float]:
+        return answers["English" if stub.requests[-1].query.isascii() else "Chinese"]
+
+    stub.score = score  # type: ignore[method-assign]
+    assert check(stub) == f"passed: {right} only"
+    assert f"right in {right}, but not in {wrong}" in caplog.text
+
+
 def test_without_room_it_is_not_run_and_the_start_goes_on() -> None:
     assert check(Stub([], InvalidRequestError("no room"))).startswith("not run")
     assert Scorer.load(device="cpu", max_seq_length=76).info.self_check.startswith("not run")
