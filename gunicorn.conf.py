@@ -8,6 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+if sys.flags.safe_path and Path.cwd() != Path(__file__).resolve().parent:  # as `reranker serve` starts it
+    # gunicorn has put the working directory first, and does not again while it is on the path: modules there must not
+    # replace the service's.
+    sys.path[:] = [path for path in sys.path if path != os.getcwd()] + [os.getcwd()]
+
 from config import OWN_WORKER_CLASS, SettingsError, load_settings, log_config
 from reranker.cgroup import allowed, cores
 from reranker.environment import shorten

@@ -12,16 +12,14 @@ from reranker.root import ROOT
 def serve(args: argparse.Namespace) -> None:
     """Replace this process: signals, process id and exit code are gunicorn's; settings are read by the service."""
     command = [sys.executable, "-m", "gunicorn", "-c", str(ROOT / "gunicorn.conf.py"), "app:app"]
-    sys.stdout.flush()
-    sys.stderr.flush()
     os.execve(sys.executable, command, os.environ | _search_path())
 
 
 def _search_path() -> dict[str, str]:
     """Return the variables under which `app` and `config` are the service's.
 
-    The working directory often has modules of these names. Python and gunicorn would put it first on the path; gunicorn
-    does not where it is on the path already.
+    The working directory often has modules of these names. Python would put it first on the path, and so would
+    gunicorn, whose configuration moves it to the end.
     """
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", ""), os.getcwd()]
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     return {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONSAFEPATH": "1"}

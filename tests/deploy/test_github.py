@@ -93,7 +93,8 @@ def test_actions_are_pinned_by_major_version() -> None:
 def test_a_release_is_tested_and_has_the_version_of_its_tag() -> None:
     release = jobs()
     assert release["test"]["uses"] == "./.github/workflows/ci.yml"
-    assert release["pypi"]["needs"] == release["image"]["needs"] == ["test", "build"]
+    assert release["image"]["needs"] == ["test", "build"]
+    assert release["pypi"]["needs"] == ["test", "build", "image"], "a release there cannot be taken back"
     [check] = [step["run"] for step in release["build"]["steps"] if "GITHUB_REF_NAME" in step.get("run", "")]
     assert "reranker.__version__" in check
     variants = {row["suffix"]: row["torch_index"] for row in release["image"]["strategy"]["matrix"]["include"]}

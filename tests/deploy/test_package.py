@@ -129,7 +129,7 @@ def test_the_commands_of_a_wheel_work_in_an_empty_folder(command: str, tmp_path:
 def test_serve_of_a_wheel_reads_the_settings_of_its_folder(command: str, tmp_path: Path) -> None:
     port = free_port()
     (tmp_path / ".env").write_text(f"HOST=127.0.0.1\nPORT={port}\nACCESS_TOKEN=s3cret\n")
-    for name in ("app", "config"):  # another project's
+    for name in ("app", "config", "reranker", "queue"):  # another project's, or those of a checkout
         (tmp_path / f"{name}.py").write_text("raise SystemExit('not the service')\n")
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(

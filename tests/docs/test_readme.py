@@ -79,7 +79,8 @@ def test_the_library_example_runs() -> None:
 
 def test_the_sample_of_settings_is_read_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [sample] = blocks(READMES[0], "ini")
-    assert blocks(READMES[1], "ini") == [sample]
+    translated = blocks(READMES[1], "ini")
+    assert [re.sub(r"\s+#.*", "", block) for block in translated] == [re.sub(r"\s+#.*", "", sample)]
     file = tmp_path / ".env"
     for written in (sample, sample.replace("# HF_ENDPOINT", "HF_ENDPOINT")):
         file.write_text(written)
