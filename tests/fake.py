@@ -21,6 +21,7 @@ class FakeScorer:
         self.seconds = seconds
         self.max_batch_tokens = max_batch_tokens
         self.max_batch_documents = max_batch_documents
+        self.max_passes = 1
         self.passes: list[list[Slice]] = []
         self.words: dict[str, int] = {}
         self.threads: set[str] = set()

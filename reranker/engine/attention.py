@@ -42,7 +42,8 @@ MAX_LAST_QUERIES = 64
 _BLOCK = 32
 """Queries of a call for each thread: those the CPU kernel multiplies at a time (torch: FlashAttentionKernel.cpp)."""
 MAX_MASKED_KEYS = 1024
-"""Of a segment on a CPU. In a longer one, the kernel's causal mode skips about as much work, and reads no mask."""
+"""Limit for masks on a CPU. In a longer segment that is mostly its own, the kernel's causal mode skips about as much work
+and reads no mask."""
 
 
 class Attention(Protocol):
@@ -82,6 +83,8 @@ class _Segment(NamedTuple):
     kept: int
     """Keys at the start that are those of the segment before it."""
     keys: int
+    masked: bool
+    """Whether its calls have a mask; otherwise one call is causal, with padding in front of the queries."""
     blocks: list[tuple[int, int, int]]
     """Of each call: first query, last query + 1, keys that the last query sees"""
 
@@ -91,8 +94,8 @@ class SdpaAttention:
 
     torch's kernel computes all weights of a call up to 512 keys, also those that a mask hides. A block of few queries
     is called with the keys that its last query sees, so that few are hidden, and the kernel multiplies as many rows at
-    a time as in a longer call. Documents share no call: their products take the time, and to pad and copy their queries
-    takes longer than calls.
+    a time as in a longer call. Documents share no call, because padding and copying their queries takes longer than the
+    calls.
 
     Keys and values are copied to one buffer of the longest segment, where those of a prefix stay for all documents of
     its request: a copy of the whole batch would be new memory in every layer, whose page faults take longer than the
@@ -107,18 +110,20 @@ class SdpaAttention:
         size = _BLOCK * torch.get_num_threads()  # a call is divided among them
         firsts = {*range(batch.prefixes), *accumulate((s.stop - s.start for s in batch.slices), initial=batch.prefixes)}
         self.segments: list[_Segment] = []
-        self.shared = start = key = 0
+        self.shared = start = key = rows = 0
         for i, (queries, keys) in enumerate(zip(batch.lengths_q, batch.lengths_k, strict=True)):
             shared = keys - queries
-            count = 1 if keys > MAX_MASKED_KEYS else max(1, -(-queries // size))
+            masked = keys <= MAX_MASKED_KEYS or queries < shared
+            count = max(1, -(-queries // size)) if masked else 1
             bounds = [queries * j // count for j in range(count + 1)]
             blocks = [(start + first, start + last, shared + last) for first, last in pairwise(bounds)]
-            if keys <= MAX_MASKED_KEYS:
+            if masked:
                 self.shared = max(self.shared, shared + bounds[-2])
+                rows = max(rows, min(queries, size))
             kept = 0 if i in firsts else shared
-            self.segments.append(_Segment(batch.kv_index[key + kept : key + keys], kept, keys, blocks))
+            self.segments.append(_Segment(batch.kv_index[key + kept : key + keys], kept, keys, masked, blocks))
             start, key = start + queries, key + keys
-        self.mask = shifted_causal(size, self.shared, batch.index.device)
+        self.mask = shifted_causal(rows, self.shared, batch.index.device)
         """Of every block: its last columns, and those of the keys before the block"""
 
     def attend_all(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -128,12 +133,12 @@ class SdpaAttention:
         for segment, keys, values in self._gather(self.segments, k, v):
             for start, stop, seen in segment.blocks:
                 queries, mask, lead = heads[:, :, start:stop], None, 0
-                if segment.keys > MAX_MASKED_KEYS:
-                    lead = seen - (stop - start)  # the causal diagonal starts at the first key
-                    queries = F.pad(queries, (0, 0, lead, 0))
-                else:
+                if segment.masked:
                     after = self.shared + stop - start
                     mask = self.mask[: stop - start, after - seen : after]
+                else:
+                    lead = seen - (stop - start)  # the causal diagonal starts at the first key
+                    queries = F.pad(queries, (0, 0, lead, 0))
                 attended = F.scaled_dot_product_attention(
                     queries,
                     keys[:, :, :seen],
@@ -148,9 +153,8 @@ class SdpaAttention:
 
     def attend_last(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """See `Attention.attend_last`."""
-        heads = q.unflatten(
-            1, (k.shape[1], -1)
-        )  # heads of the same keys as queries of one head: fewer, larger products
+        # Heads of the same keys become queries of one head: fewer, larger products.
+        heads = q.unflatten(1, (k.shape[1], -1))
         out = torch.empty_like(heads)
         for i, (_, keys, values) in enumerate(self._gather(self.segments[self.first_document :], k, v)):
             out[i] = F.scaled_dot_product_attention(heads[i, None], keys, values, scale=scale)[0]

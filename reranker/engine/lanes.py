@@ -135,7 +135,6 @@ class Lanes:
                 pass.
         """
         width = max(1, self.cores // len(batch.parts))
-        threads = torch.get_num_threads()
         lanes: list[Future[list[float]]] = [self._pool.submit(_run, width, forward, part) for part in batch.parts]
         try:
             wait(lanes)
@@ -143,7 +142,11 @@ class Lanes:
             return [logits[position] for position in range(len(logits))]
         finally:
             lanes.clear()  # an error refers to this frame, and would keep the tensors of its pass through the list
-            torch.set_num_threads(threads)  # a lane's number is the default of every thread that starts later
+            self.use_all_cores()  # a lane's number is the default of every thread that starts later
+
+    def use_all_cores(self) -> None:
+        """Let the calling thread use all cores, for a pass without lanes."""
+        torch.set_num_threads(self.cores)
 
     def close(self) -> None:
         """End the threads."""

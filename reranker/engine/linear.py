@@ -18,13 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from reranker.engine.checkpoint.files import first_line
+
 logger = logging.getLogger(__name__)
 
 BLOCK_ROWS = 512
 """Tokens that a layer's half computes at a time: their activations stay in the caches of a core."""
-_ROW_STEP = 16
-"""Rows are padded to a multiple of it: oneDNN generates and caches code for every shape (0.3 to 0.5 MB, 0.3 to 0.9 ms;
-up to 1,024 of them), and the number of tokens differs in every pass."""
+_FEW_ROWS, _ROW_STEPS = 128, (16, 32)
+"""Rows are padded to a multiple of the first step up to _FEW_ROWS, of the second above. oneDNN generates and caches code
+for every shape and number of threads (about 1 MB and 1 ms each, 28 numbers of rows for each matrix), and the number of
+tokens differs in every pass."""
 _WIDENED_BYTES = 2 << 20
 """Of a matrix that is widened at a time: it is multiplied before it leaves the caches, whatever a matrix's size."""
 _TOLERANCE = 1e-5
@@ -105,10 +108,10 @@ def row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _padded(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Compute [T, in] -> [T, out] in blocks whose rows are padded to a multiple of the row step."""
+    """Compute [T, in] -> [T, out] in blocks whose rows are padded to a multiple of a row step."""
     outs = []
     for (block,) in row_blocks(x):
-        missing = -len(block) % _ROW_STEP
+        missing = -len(block) % _ROW_STEPS[len(block) > _FEW_ROWS]
         outs.append(product(F.pad(block, (0, 0, 0, missing)))[: len(block)] if missing else product(block))
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
@@ -126,7 +129,7 @@ def choose_product(linears: Sequence[CpuLinear | WideningLinear]) -> None:
         with _one_thread(), torch.inference_mode():
             compared = [_compare(linear) for linear in shapes.values()]
     except (RuntimeError, AttributeError, NotImplementedError, TypeError) as error:
-        logger.info("products: torch's own (oneDNN: %s)", str(error).splitlines()[0])
+        logger.info("products: torch's own (oneDNN: %s)", first_line(error))
         return
     gain = sum(seconds for seconds, _ in compared) / sum(seconds for _, seconds in compared)
     used = gain >= _MIN_GAIN
@@ -147,7 +150,9 @@ def _compare(linear: CpuLinear | WideningLinear) -> tuple[float, float]:
     outputs = max(64, _COMPARED_WEIGHTS // linear.weight.shape[1])
     weight, bias = linear.weight.detach()[:outputs].float(), cast("Tensor | None", linear.bias)
     bias = None if bias is None else bias[:outputs]
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, BLOCK_ROWS)
+    packed = weight  # as a widened part of a matrix is
+    if isinstance(linear, CpuLinear):
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, BLOCK_ROWS)
     generator, seconds = torch.Generator().manual_seed(0), [0.0, 0.0]
     for rows in _COMPARED_ROWS:
         x = torch.randn(rows, weight.shape[1], generator=generator)

@@ -1,4 +1,4 @@
-"""Scorer = prompt + packing + model: texts in, logits out. One per process; synchronous; one thread at a time.
+"""Scorer = prompt + packing + model: texts in, logits out. One per process; synchronous; `max_passes` at a time.
 
 from reranker import Scorer
 scorer = Scorer.load("Qwen/Qwen3-Reranker-0.6B")
@@ -151,6 +151,11 @@ class Scorer:
         )
 
     @property
+    def max_passes(self) -> int:
+        """Calls of `score` that may run at a time: 2 with lanes, which are not all busy at the end of a batch."""
+        return 1 if self.lanes is None else 2
+
+    @property
     def memory(self) -> int:
         """Bytes of the device's memory that this process holds."""
         return devices.memory_held(self.model.device)
@@ -186,6 +191,8 @@ class Scorer:
             if isinstance(batch, DealtBatch):
                 assert self.lanes is not None  # `pack` creates a DealtBatch for lanes only
                 return self.lanes.run(self.model.forward, batch)
+            if self.lanes is not None:
+                self.lanes.use_all_cores()
             logits: list[float] = self.model.forward(batch).tolist()
             return logits
         except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""The compute thread: loads the scorer, then runs its forward passes, each within a timeout.
+"""The compute threads: they load the scorer, then run its forward passes, each within a timeout.
 
 Python cannot stop a hung thread, so every timeout here is fatal: the worker exits.
 """
@@ -23,6 +23,10 @@ class ScorerLike(Protocol):
 
     max_batch_tokens: int
     max_batch_documents: int
+
+    @property
+    def max_passes(self) -> int:
+        """Passes that may run at a time: 2 if one leaves cores idle before its end, else 1."""
 
     @property
     def info(self) -> ModelInfo:
@@ -61,7 +65,7 @@ def catch_panics(function: Callable[P, T]) -> Callable[P, T]:
 
 
 class ComputeThread:
-    """Loads a scorer and scores with it.
+    """Loads a scorer and scores with it; a second thread is used while a pass runs in the first.
 
     Args:
         load: makes the scorer, within `load_timeout` seconds.
@@ -72,13 +76,15 @@ class ComputeThread:
         self._load = load
         self._load_timeout = load_timeout
         self._pass_timeout = pass_timeout
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="device")
+        # Two pools, not one of two threads: a device whose passes run one at a time must see a single thread.
+        self._pools = [ThreadPoolExecutor(1, thread_name_prefix=name) for name in ("device", "device-2")]
+        self._busy = [False, False]
         self._hangs = False
 
     async def load(self) -> ScorerLike:
         """Load the scorer; raises TimeoutError after `load_timeout`, and any error of `load`."""
         text = f"the model was not loaded within LOAD_TIMEOUT={self._load_timeout:g} s"
-        return await self._run(self._load_timeout, lambda: TimeoutError(text), self._load)
+        return await self._run(0, self._load_timeout, lambda: TimeoutError(text), self._load)
 
     async def score(self, scorer: ScorerLike, slices: Sequence[Slice], packed: Any) -> list[float]:
         """Return the logits of the slices' documents; `packed` is the result of `pack`, or None to pack here.
@@ -87,19 +93,23 @@ class ComputeThread:
         """
         if self._hangs:  # a batch packed during the hung pass would wait for the timeout again
             raise self._lost()
-        return await self._run(self._pass_timeout, self._lost, _score, scorer, slices, packed)
+        return await self._run(int(self._busy[0]), self._pass_timeout, self._lost, _score, scorer, slices, packed)
 
     def close(self) -> None:
         """Start no further work; a running pass is abandoned."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in self._pools:
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _lost(self) -> DeviceLostError:
         text = f"a forward pass did not end within {self._pass_timeout:g} s and the worker restarts; try again"
         return DeviceLostError(text, retry_after=10)
 
-    async def _run(self, seconds: float, error: Callable[[], Exception], function: Callable[..., T], *args: Any) -> T:
-        """Call a function in the thread; raise `error()` if it does not return within `seconds`."""
-        work = asyncio.get_running_loop().run_in_executor(self._pool, catch_panics(function), *args)
+    async def _run(
+        self, thread: int, seconds: float, error: Callable[[], Exception], function: Callable[..., T], *args: Any
+    ) -> T:
+        """Call a function in a thread; raise `error()` if it does not return within `seconds`."""
+        work = asyncio.get_running_loop().run_in_executor(self._pools[thread], catch_panics(function), *args)
+        self._busy[thread] = True
         try:
             return await asyncio.wait_for(work, seconds)
         except TimeoutError:
@@ -107,6 +117,8 @@ class ComputeThread:
                 raise  # of the function itself: of a download, for example
             self._hangs = True
             raise error() from None
+        finally:
+            self._busy[thread] = False
 
 
 def _score(scorer: ScorerLike, slices: Sequence[Slice], packed: Any) -> list[float]:

@@ -1,7 +1,8 @@
 """The batch loop: forward passes over the queue, one after another, each shared by all pending jobs.
 
 There is no wait window: a batch is all that is pending when the device becomes idle. During a pass, the next batch
-gathers; once it is full and half of the pass is over, it is packed in another thread. The event loop never computes.
+gathers; once it is full and half of the pass is over, it is packed in another thread. It starts when the pass ends or,
+where a pass is dealt to lanes, as soon as one of them is idle. The event loop never computes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -52,7 +54,8 @@ class Passes:
         self._jobs: set[Job] = set()  # unresolved: in the queue, in a batch, or in parts of both
         self._packer = ThreadPoolExecutor(1, thread_name_prefix="packer")  # tokenising must not delay it
         self._changed = asyncio.Event()  # set by a new job and at the end of a pass
-        self._half_over = math.nan  # when half of the running pass will be over; NaN if the speed is unknown
+        self._half_over = math.nan  # when half of the newest pass will be over; NaN if the speed is unknown
+        self._over = math.nan  # when all of it will be
 
     async def score(self, requests: Sequence[EncodedRequest], counted: bool) -> list[Job]:
         """Queue the requests of one client and wait until all are scored.
@@ -99,6 +102,7 @@ class Passes:
         """Gather, take, pack, score, forever; at most one batch ahead of the device."""
         running: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         running.set_result(None)
+        before = running
         while True:
             await self._gather(scorer, running)
             batch = self._queue.take(scorer.max_batch_tokens, scorer.max_batch_documents)
@@ -110,12 +114,13 @@ class Passes:
                 slices, pack = [part for _, part in batch], catch_panics(scorer.pack)
                 with suppress(Exception):  # the compute thread will raise it again
                     packed = await asyncio.get_running_loop().run_in_executor(self._packer, pack, slices)
-            await running
+            await (running if scorer.max_passes == 1 else before)
             if all(job.done.done() for job, _ in batch):  # all clients disconnected while it was packed
                 continue
-            tokens = sum(part.tokens for _, part in batch)
-            self._half_over = time.monotonic() + tokens / self._admission.tokens_per_second / 2
-            running = asyncio.create_task(self._score_batch(scorer, batch, packed))
+            seconds = sum(part.tokens for _, part in batch) / self._admission.tokens_per_second
+            start = time.monotonic() if running.done() else max(time.monotonic(), self._over)
+            self._half_over, self._over = start + seconds / 2, start + seconds
+            before, running = running, asyncio.create_task(self._score_batch(scorer, batch, packed, running))
             running.add_done_callback(lambda _: self._changed.set())
 
     async def _gather(self, scorer: ScorerLike, running: asyncio.Future[None]) -> None:
@@ -135,17 +140,29 @@ class Passes:
                 async with asyncio.timeout(remaining if full else None):
                     await self._changed.wait()
 
-    async def _score_batch(self, scorer: ScorerLike, batch: Batch, packed: Any) -> None:
-        """Score a batch. After an error its requests are scored one by one, and only the one that causes it fails."""
-        start = time.monotonic()
+    async def _score_batch(
+        self, scorer: ScorerLike, batch: Batch, packed: Any, before: asyncio.Future[None] | None = None
+    ) -> None:
+        """Score a batch. After an error its requests are scored one by one, and only the one that causes it fails.
+
+        If the pass `before` still runs, this one counts from its end: until then it fills the cores that are idle.
+        """
         budget = scorer.max_batch_tokens  # lower after a pass that ran out of memory
+        start, timed = time.monotonic(), True
+        score = partial(self._compute.score, scorer, [part for _, part in batch], packed)
+        early: asyncio.Task[list[float]] | None = None
+        if before is not None and not before.done():
+            early = asyncio.create_task(score())
+            await asyncio.wait({before})
+            if timed := not early.done():
+                start = time.monotonic()
         for job, _ in batch:
             if math.isnan(job.started_at):
                 job.started_at = start
                 if job.counted:
                     self._observer.request_started(start - job.queued_at)
         try:
-            logits = await self._compute.score(scorer, [part for _, part in batch], packed)
+            logits = await (early or score())
         except DeviceLostError as error:
             self._on_lost(error)
         except Exception as error:  # of any kind: the loop must not end
@@ -155,7 +172,7 @@ class Passes:
             rest = iter(logits)
             for job, part in batch:
                 job.fill(part, list(islice(rest, part.stop - part.start)))
-            self._report(scorer, batch, budget, time.monotonic() - start)
+            self._report(scorer, batch, budget, time.monotonic() - start, timed)
 
     async def _isolate(self, scorer: ScorerLike, batch: Batch, error: Exception) -> None:
         """Fail the only request of a failed batch, or score each unresolved one in its own batch."""
@@ -167,12 +184,12 @@ class Passes:
             if not job.done.done():
                 await self._score_batch(scorer, [(job, part)], None)
 
-    def _report(self, scorer: ScorerLike, batch: Batch, budget: int, seconds: float) -> None:
-        """Tell the observer of a pass, and the admission of its speed if it was at least half full."""
+    def _report(self, scorer: ScorerLike, batch: Batch, budget: int, seconds: float, timed: bool) -> None:
+        """Tell the observer of a pass, and the admission of its speed if it was at least half full and `timed`."""
         documents = sum(part.stop - part.start for _, part in batch)
         tokens = sum(part.tokens for _, part in batch)
         prompt_tokens = sum(part.prompt_tokens for _, part in batch)
         self._observer.pass_ended(ForwardPass(documents, tokens, prompt_tokens, budget, seconds, scorer.memory))
-        if tokens >= budget // 2 or documents >= scorer.max_batch_documents // 2:
+        if timed and (tokens >= budget // 2 or documents >= scorer.max_batch_documents // 2):
             self._admission.observe_speed(tokens, seconds)
             self._observer.queue_limit_changed(self._admission.limit(self._request_timeout))

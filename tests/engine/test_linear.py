@@ -89,7 +89,7 @@ def test_the_faster_product_is_used_for_all(
     ("error", "reason"),
     [
         (AttributeError("'_OpNamespace' 'mkldnn' object has no attribute '_linear_pointwise'"), "no attribute"),
-        (RuntimeError("mkldnn is not built\nand more"), "mkldnn is not built)"),
+        (RuntimeError("mkldnn is not built\nand more"), "mkldnn is not built"),
         (None, "its products differ by 1e+00 of their norm"),
     ],
 )

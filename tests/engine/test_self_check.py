@@ -87,7 +87,7 @@ def test_a_model_of_one_language_passes_for_it(right: str, wrong: str, caplog: p
     def score(_: object) -> list[float]:
         return answers["English" if stub.requests[-1].query.isascii() else "Chinese"]
 
-    stub.score = score  # type: ignore[method-assign]
+    stub.score = score  # type: ignore[method-assign, assignment]
     assert check(stub) == f"passed: {right} only"
     assert f"right in {right}, but not in {wrong}" in caplog.text
 

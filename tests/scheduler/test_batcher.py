@@ -881,3 +881,57 @@ def test_a_lost_device_fails_a_request_with_several_queries(caplog: pytest.LogCa
 
     run(test, Lost(max_batch_tokens=400))
     assert "never retrieved" not in caplog.text
+
+
+def test_a_pass_that_may_overlap_starts_before_the_one_before_it_ends() -> None:
+    """At most two run; the speed of overlapping passes is that of both together."""
+    scorer = FakeScorer(max_batch_tokens=PREFIX + 4)
+    scorer.max_passes = 2
+    score, running, most = scorer.score, 0, 0
+    lock = threading.Lock()
+
+    def count(batch: list[Slice]) -> list[float]:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        logits = score(batch)
+        with lock:
+            running -= 1
+        return logits
+
+    scorer.score = count  # type: ignore[method-assign]
+
+    async def test(batcher: Batcher) -> None:
+        first = await held(batcher, scorer, ask(4))
+        rest = [asyncio.create_task(batcher.rerank(ask(12), 30))]
+        while len(scorer.passes) < 2:  # the second one starts although the first one is held
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.02)
+        assert (len(scorer.passes), first.done()) == (2, False)
+        scorer.hold.set()
+        assert (await first).logits == [1.0] * 4
+        assert (await rest[0]).logits == [1.0] * 12
+        assert most == 2
+        assert batcher.admission.tokens_per_second > 0
+
+    run(test, scorer)
+
+
+def test_of_two_passes_that_overlap_one_may_fail() -> None:
+    scorer = FakeScorer(max_batch_tokens=PREFIX + 4)
+    scorer.max_passes = 2
+
+    async def test(batcher: Batcher) -> None:
+        first = await held(batcher, scorer, ask(4))
+        requests = RerankRequest("red fish", ["poison a b c"]), ask(4)
+        tasks = [asyncio.create_task(batcher.rerank(request, 30)) for request in requests]
+        while len(scorer.passes) < 2:
+            await asyncio.sleep(0.001)
+        scorer.hold.set()
+        assert (await first).logits == [1.0] * 4
+        with pytest.raises(ScoringError):
+            await tasks[0]
+        assert (await tasks[1]).logits == [1.0] * 4
+
+    run(test, scorer)
