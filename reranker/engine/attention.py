@@ -42,8 +42,8 @@ MAX_LAST_QUERIES = 64
 _BLOCK = 32
 """Queries of a call for each thread: those the CPU kernel multiplies at a time (torch: FlashAttentionKernel.cpp)."""
 MAX_MASKED_KEYS = 1024
-"""Limit for masks on a CPU. In a longer segment that is mostly its own, the kernel's causal mode skips about as much work
-and reads no mask."""
+"""Limit for masks on a CPU. In a longer segment that is mostly its own, the kernel's causal mode skips about as much
+work and reads no mask."""
 
 
 class Attention(Protocol):

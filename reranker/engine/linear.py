@@ -25,9 +25,9 @@ logger = logging.getLogger(__name__)
 BLOCK_ROWS = 512
 """Tokens that a layer's half computes at a time: their activations stay in the caches of a core."""
 _FEW_ROWS, _ROW_STEPS = 128, (16, 32)
-"""Rows are padded to a multiple of the first step up to _FEW_ROWS, of the second above. oneDNN generates and caches code
-for every shape and number of threads (about 1 MB and 1 ms each, 28 numbers of rows for each matrix), and the number of
-tokens differs in every pass."""
+"""Rows are padded to a multiple of the first step up to _FEW_ROWS, of the second above. oneDNN generates and caches
+code for every shape and number of threads (about 1 MB and 1 ms each, 28 numbers of rows for each matrix), and the number
+of tokens differs in every pass."""
 _WIDENED_BYTES = 2 << 20
 """Of a matrix that is widened at a time: it is multiplied before it leaves the caches, whatever a matrix's size."""
 _TOLERANCE = 1e-5
