@@ -104,13 +104,24 @@ def row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(tensor.split(sizes) for tensor in tensors), strict=True)
 
 
+def in_blocks(work: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """Return `work(*tensors)`, [T, ...], computed block by block of their rows."""
+    return cat(*(work(*block) for block in row_blocks(*tensors)))
+
+
+def cat(*parts: Tensor) -> Tensor:
+    """Join parts, [rows, ...] each; one alone is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def _padded(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Compute [T, in] -> [T, out] in blocks whose rows are padded to a multiple of the row step."""
-    outs = []
-    for (block,) in row_blocks(x):
+
+    def padded(block: Tensor) -> Tensor:
         missing = -len(block) % _ROW_STEP
-        outs.append(product(F.pad(block, (0, 0, 0, missing)))[: len(block)] if missing else product(block))
-    return outs[0] if len(outs) == 1 else torch.cat(outs)
+        return product(F.pad(block, (0, 0, 0, missing)))[: len(block)] if missing else product(block)
+
+    return in_blocks(padded, x)
 
 
 def choose_product(linears: Sequence[CpuLinear | WideningLinear]) -> None:
