@@ -192,7 +192,7 @@ class Bench:
             (lambda linear, names: quantize(linear, precision)) if quantized else (lambda linear, names: linear)
         )
         rows = self.weights.tensor(EMBEDDING)[self.answers].float()
-        kernel, _ = choose_kernel(self.device, self.dtype)
+        kernel, _ = choose_kernel(self.device, self.dtype, self.config.head_dim)
         gc.collect()
         before = self._held()
         backbone = Decoder(self.weights, self.config, self.device, self.dtype, self.dtype, wrap)

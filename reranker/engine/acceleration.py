@@ -138,11 +138,13 @@ def sample(tokens: int, model: Model) -> PackedBatch:
     """Return a batch of about `tokens` (128 or more) random tokens: two requests of three documents each.
 
     One of them begins with the static prefix, or with 64 tokens of a longer one, so that the batch fits its bucket.
-    For a model of pairs it is one request of documents with at most 128 tokens, as few positions as any model has.
+    For a model of pairs it is one request of documents with at most 128 tokens, and no more than it has positions.
     """
     generator = torch.Generator().manual_seed(tokens)
     if not model.backbone.causal:
-        lengths = [32, 96, 128] * (tokens // 256) + [tokens % 256 // 2] * 2
+        longest = min(128, model.backbone.positions or 128)
+        short, (count, rest) = longest // 4, divmod(tokens, 2 * longest)
+        lengths = [short, longest - short, longest] * count + [rest // 2, rest - rest // 2]
         pairs = [torch.randint(model.backbone.vocab_size, (n,), generator=generator).tolist() for n in lengths if n]
         return pack([Slice(EncodedRequest([], pairs), 0, len(pairs))])
     unit, slices = tokens // 16, []

@@ -58,8 +58,8 @@ class Attention(Protocol):
         """q [N, H, D] of the documents' last tokens, k and v [P + T, G, D] -> [N, H, D]"""
 
 
-def choose_kernel(device: torch.device, dtype: torch.dtype) -> tuple[type[Attention], str]:
-    """Return the kernel for a device and precision, and the reason, for the log."""
+def choose_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[type[Attention], str]:
+    """Return the kernel for a device, a precision and a head dimension, and the reason, for the log."""
     if device.type != "cuda":
         missing = "no varlen kernel on this device"
     elif _OPTIONS is None:
@@ -68,6 +68,8 @@ def choose_kernel(device: torch.device, dtype: torch.dtype) -> tuple[type[Attent
         missing = "the varlen kernel takes 16-bit types only"
     elif torch.cuda.get_device_capability(device) < (8, 0):
         missing = "the varlen kernel needs compute capability 8.0"
+    elif head_dim % 8:
+        missing = f"the varlen kernel takes head dimensions in multiples of 8, not {head_dim}"
     else:
         return VarlenAttention, "varlen_attn (one call per layer)"
     if device.type == "cuda":

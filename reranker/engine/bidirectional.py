@@ -29,9 +29,9 @@ class PairAttention(Attention, Protocol):
         """`window`: a token sees those at most so far away; None: its whole pair."""
 
 
-def choose_pair_kernel(device: torch.device, dtype: torch.dtype) -> tuple[type[PairAttention], str]:
-    """Return the kernel for a device and precision, and the reason, for the log."""
-    kernel, reason = choose_kernel(device, dtype)
+def choose_pair_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[type[PairAttention], str]:
+    """See `choose_kernel`."""
+    kernel, reason = choose_kernel(device, dtype, head_dim)
     if kernel is VarlenAttention:
         return VarlenPairs, reason
     return GroupedPairs, f"scaled_dot_product_attention per group of lengths {reason[reason.find('(') :]}"

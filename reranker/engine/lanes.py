@@ -8,8 +8,10 @@ lane. `benchmarks/lanes.py` measures the gain.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 from typing import NamedTuple
@@ -121,6 +123,9 @@ class Lanes:
         self.count = count
         self.cores = cores
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="lane")
+        self._changed = threading.Condition()
+        self._running = 0  # batches in lanes
+        self._wide = False  # a pass with all cores runs
 
     def count_for(self, slices: Sequence[Slice]) -> int:
         """Return the number of lanes for a batch: at most one per document and per MIN_TOKENS, at least one."""
@@ -128,12 +133,15 @@ class Lanes:
         return max(1, min(self.count, documents, sum(part.tokens for part in slices) // MIN_TOKENS))
 
     def run(self, forward: Callable[[PackedBatch], Tensor], batch: DealtBatch) -> list[float]:
-        """Return the logits of the batch's documents, in order.
+        """Return the logits of the batch's documents, in order; its lanes may start while those of another batch end.
 
         Raises:
             RuntimeError: of the first lane that failed, after all lanes have ended, so that none runs beside the next
                 pass.
         """
+        with self._changed:
+            self._changed.wait_for(lambda: not self._wide)
+            self._running += 1
         width = max(1, self.cores // len(batch.parts))
         lanes: list[Future[list[float]]] = [self._pool.submit(_run, width, forward, part) for part in batch.parts]
         try:
@@ -142,11 +150,25 @@ class Lanes:
             return [logits[position] for position in range(len(logits))]
         finally:
             lanes.clear()  # an error refers to this frame, and would keep the tensors of its pass through the list
-            self.use_all_cores()  # a lane's number is the default of every thread that starts later
+            with self._changed:
+                self._running -= 1
+                if not self._running:  # a lane's number is MKL's for all threads, and that of every thread that starts
+                    torch.set_num_threads(self.cores)
+                self._changed.notify_all()
 
-    def use_all_cores(self) -> None:
-        """Let the calling thread use all cores, for a pass without lanes."""
-        torch.set_num_threads(self.cores)
+    @contextmanager
+    def all_cores(self) -> Iterator[None]:
+        """Let the calling thread use all cores for a pass without lanes, once none of the lanes runs."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._running and not self._wide)
+            self._wide = True
+        try:
+            torch.set_num_threads(self.cores)
+            yield
+        finally:
+            with self._changed:
+                self._wide = False
+                self._changed.notify_all()
 
     def close(self) -> None:
         """End the threads."""

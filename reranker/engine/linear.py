@@ -26,8 +26,8 @@ BLOCK_ROWS = 512
 """Tokens that a layer's half computes at a time: their activations stay in the caches of a core."""
 _FEW_ROWS, _ROW_STEPS = 128, (16, 32)
 """Rows are padded to a multiple of the first step up to _FEW_ROWS, of the second above. oneDNN generates and caches
-code for every shape and number of threads (about 1 MB and 1 ms each, 28 numbers of rows for each matrix), and the number
-of tokens differs in every pass."""
+code for every shape and number of threads (about 1 MB and 1 ms each, 28 numbers of rows for each matrix), and the
+number of tokens differs in every pass."""
 _WIDENED_BYTES = 2 << 20
 """Of a matrix that is widened at a time: it is multiplied before it leaves the caches, whatever a matrix's size."""
 _TOLERANCE = 1e-5
@@ -107,13 +107,24 @@ def row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(tensor.split(sizes) for tensor in tensors), strict=True)
 
 
+def in_blocks(work: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """Return `work(*tensors)`, [T, ...], computed block by block of their rows."""
+    return cat(*(work(*block) for block in row_blocks(*tensors)))
+
+
+def cat(*parts: Tensor) -> Tensor:
+    """Join parts, [rows, ...] each; one alone is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def _padded(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Compute [T, in] -> [T, out] in blocks whose rows are padded to a multiple of a row step."""
-    outs = []
-    for (block,) in row_blocks(x):
+
+    def padded(block: Tensor) -> Tensor:
         missing = -len(block) % _ROW_STEPS[len(block) > _FEW_ROWS]
-        outs.append(product(F.pad(block, (0, 0, 0, missing)))[: len(block)] if missing else product(block))
-    return outs[0] if len(outs) == 1 else torch.cat(outs)
+        return product(F.pad(block, (0, 0, 0, missing)))[: len(block)] if missing else product(block)
+
+    return in_blocks(padded, x)
 
 
 def choose_product(linears: Sequence[CpuLinear | WideningLinear]) -> None:

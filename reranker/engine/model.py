@@ -122,7 +122,7 @@ def load(
         problem = f"the weights do not fit in the free memory of {device}"
         raise ModelLoadError(f"{problem}: {devices.MORE_MEMORY}") from error
     choose = choose_kernel if backbone.causal else choose_pair_kernel
-    kernel, reason = choose(device, between(dtype, device))
+    kernel, reason = choose(device, between(dtype, device), backbone.head_dim)
     logger.info("model: %s; score: %s; prompt: %s", family.name, head.name, family.template.source)
     logger.info("attention: %s", reason)
     return Model(backbone, head, device, dtype, kernel, family=family.name)

@@ -11,6 +11,7 @@ import gc
 import logging
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -191,9 +192,8 @@ class Scorer:
             if isinstance(batch, DealtBatch):
                 assert self.lanes is not None  # `pack` creates a DealtBatch for lanes only
                 return self.lanes.run(self.model.forward, batch)
-            if self.lanes is not None:
-                self.lanes.use_all_cores()
-            logits: list[float] = self.model.forward(batch).tolist()
+            with self.lanes.all_cores() if self.lanes else nullcontext():
+                logits: list[float] = self.model.forward(batch).tolist()
             return logits
         except RuntimeError as error:
             if not devices.out_of_memory(error):

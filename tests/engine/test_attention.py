@@ -263,7 +263,7 @@ def test_a_torch_without_these_options_is_not_used(monkeypatch: pytest.MonkeyPat
     assert varlen_options(signature("2.10").parameters) is None
     monkeypatch.setattr(attention, "_OPTIONS", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    kernel, reason = choose_kernel(torch.device("cuda"), torch.bfloat16)
+    kernel, reason = choose_kernel(torch.device("cuda"), torch.bfloat16, 128)
     assert kernel is GroupedAttention
     assert "older than 2.11" in reason
 
@@ -276,11 +276,15 @@ def test_the_installed_torch_has_the_recorded_signature() -> None:
 
 
 def test_the_choice_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose_kernel(torch.device("cpu"), torch.float32)[0] is SdpaAttention
+    assert choose_kernel(torch.device("cpu"), torch.float32, 128)[0] is SdpaAttention
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert choose_kernel(torch.device("cuda"), torch.bfloat16) == (VarlenAttention, "varlen_attn (one call per layer)")
-    kernel, reason = choose_kernel(torch.device("cuda"), torch.float32)
-    assert kernel is GroupedAttention
-    assert "16-bit" in reason
+    assert choose_kernel(torch.device("cuda"), torch.bfloat16, 128) == (
+        VarlenAttention,
+        "varlen_attn (one call per layer)",
+    )
+    for dtype, head_dim, why in ((torch.float32, 128, "16-bit"), (torch.float16, 12, "not 12")):
+        kernel, reason = choose_kernel(torch.device("cuda"), dtype, head_dim)
+        assert kernel is GroupedAttention
+        assert why in reason
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert choose_kernel(torch.device("cuda"), torch.float16)[0] is GroupedAttention
+    assert choose_kernel(torch.device("cuda"), torch.float16, 128)[0] is GroupedAttention

@@ -77,9 +77,9 @@ def test_a_pair_is_padded_by_its_own_length_alone() -> None:
 @pytest.mark.parametrize("kernel", [VarlenAttention, GroupedAttention, SdpaAttention])
 def test_the_kernel_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch, kernel: Any) -> None:
     monkeypatch.setattr(
-        "reranker.engine.bidirectional.choose_kernel", lambda device, dtype: (kernel, "calls (no varlen kernel)")
+        "reranker.engine.bidirectional.choose_kernel", lambda *args: (kernel, "calls (no varlen kernel)")
     )
-    chosen, reason = choose_pair_kernel(META, torch.float32)
+    chosen, reason = choose_pair_kernel(META, torch.float32, 8)
     assert chosen is (VarlenPairs if kernel is VarlenAttention else GroupedPairs)
     assert "no varlen kernel" in reason
 
@@ -113,10 +113,12 @@ def test_a_gpu_takes_every_call(name: str, kernel: type[PairAttention]) -> None:
         assert (logits.device, logits.dtype, len(logits)) == (META, torch.float32, packed.shape.documents)
 
 
-def test_samples_of_pairs_fit_their_recordings() -> None:
-    model: Any = SimpleNamespace(backbone=SimpleNamespace(causal=False, vocab_size=50), static_prefix=())
+@pytest.mark.parametrize(("positions", "longest"), [(None, 128), (512, 128), (90, 90)])
+def test_samples_of_pairs_fit_their_recordings(positions: int | None, longest: int) -> None:
+    backbone = SimpleNamespace(causal=False, vocab_size=50, positions=positions)
+    model: Any = SimpleNamespace(backbone=backbone, static_prefix=())
     for tokens in SIZES:
         for batch in (sample(tokens, model), sample(tokens - 16, model)):
             assert fits(batch, bucket(tokens))
-            assert batch.shape.longest_q <= 128
+            assert batch.shape.longest_q <= longest
         assert sample(tokens, model).tokens == tokens

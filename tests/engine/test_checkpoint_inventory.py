@@ -51,10 +51,16 @@ def renamed(old: str, new: str) -> Callable[[Tensors], Tensors]:
     ("config", "extra"),
     [
         (BERT, {"bert.embeddings.position_ids": torch.arange(8)}),
+        (BERT, {"bert.embeddings.position_ids": torch.arange(WIDTH)[None]}),  # in the shape of a head
         (BERT, {"cls.seq_relationship.weight": torch.ones(2, WIDTH), "cls.predictions.bias": torch.ones(9)}),
         (XLM_R, {"roberta.pooler.dense.weight": torch.ones(WIDTH, WIDTH)}),
     ],
-    ids=["positions as old versions save them", "heads of the training", "a pooler that the head does not read"],
+    ids=[
+        "positions as old versions save them",
+        "as many positions as hidden_size",
+        "heads of the training",
+        "a pooler that the head does not read",
+    ],
 )
 def test_tensors_without_a_part_in_the_score_are_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, config: BertConfig | XLMRobertaConfig, extra: Tensors
@@ -62,6 +68,7 @@ def test_tensors_without_a_part_in_the_score_are_logged(
     caplog.set_level("INFO")
     check(tmp_path, added(**extra), config)
     assert f"{len(extra)} weights in {tmp_path} are not part of the model and are ignored" in caplog.text
+    assert [record.levelname for record in caplog.records] == ["WARNING" if "cls" in str(extra) else "INFO"]
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
+from transformers import BertConfig
 
 from reranker import ModelLoadError
 from reranker.engine.families import family_of
+from reranker.engine.families.labels import check_labels
 from reranker.types import RerankRequest, Slice
 from tests.engine.checkpoints import (
     ZERANK_TEMPLATE,
@@ -119,6 +121,7 @@ SERVED = [
     Served("sentence-transformers, a shorter length", "xlm-roberta", st_layout(max_seq_length=100), 100),
     Served("no length in the tokenizer", "xlm-roberta", tokenizer_config(model_max_length=10**30)),
     Served("no length in the tokenizer", "bert", tokenizer_config(model_max_length=None)),
+    Served("a length with a point", "bert", tokenizer_config(model_max_length=90.0), 90),
     Served("a length above the positions", "modernbert-cls", tokenizer_config(model_max_length=8192)),
     Served("a shorter length in the tokenizer", "bert", tokenizer_config(model_max_length=90), 90),
     Served("one label named", "bert", settings(id2label={"0": "relevance"}, label2id={"relevance": 0})),
@@ -173,9 +176,17 @@ _POOLING: Any = [
     {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
 ]
 _ADAPTER = {"peft_type": "LORA", "base_model_name_or_path": "x", "r": 4, "target_modules": ["query"]}
+_MODULES: Any = [*_POOLING, {"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"}]
 REFUSED = [
     Refused("an embedding model's architecture", "bert", settings(architectures=["BertModel"]), "without its head"),
     Refused("an embedding model's layout", "xlm-roberta", write("modules.json", _POOLING), "embedding model (Pooling"),
+    Refused(
+        "ettin-reranker",
+        "modernbert-cls",
+        both(write("modules.json", _MODULES), settings(architectures=["ModernBertModel"])),
+        "a score head in these modules (ettin-reranker) is not read",
+    ),
+    Refused("a head in modules", "bert", write("modules.json", _MODULES), "Pooling and Dense in modules.json"),
     Refused("an embedding model's weights", "bert", without("classifier"), "embedding model: use a reranker"),
     Refused("another task", "bert", settings(architectures=["BertForMaskedLM"]), "BertForMaskedLM"),
     Refused("a lost pooler", "bert", without("pooler"), "bert.pooler.dense.weight: the head was not saved"),
@@ -187,6 +198,13 @@ REFUSED = [
         "xlm-roberta",
         settings(id2label={"0": "relevant", "1": "other"}),
         "the first is 'relevant'",
+        2,
+    ),
+    Refused(
+        "reversed labels in another order",
+        "bert",
+        settings(id2label={"1": "not_entailment", "0": "entailment"}),
+        "the first is 'entailment'",
         2,
     ),
     Refused("a head of zeros", "bert", classifier(torch.zeros_like), "the same for every document"),
@@ -209,13 +227,38 @@ REFUSED = [
     Refused("rounded weights", "bert", as_type(torch.int8, "query.weight"), "I8"),
     Refused("code in the folder", "bert", settings(auto_map={"AutoModel": "x.Model"}), "auto_map"),
     Refused("jina-reranker-v2", "xlm-roberta", settings(auto_map={"AutoModel": "x.Model"}), "code in its checkpoint"),
-    Refused("a prompt", "bert", template(ZERANK_TEMPLATE), "an encoder reads pairs"),
+    Refused(
+        "a prompt",
+        "bert",
+        template(ZERANK_TEMPLATE),
+        "m/chat_template.jinja has a prompt (chat_template), but an encoder reads pairs",
+    ),
+    Refused(
+        "a prompt in the tokenizer's file",
+        "bert",
+        tokenizer_config(chat_template=ZERANK_TEMPLATE),
+        "m/tokenizer_config.json has a prompt (chat_template)",
+    ),
+    Refused(
+        "an instruction",
+        "bert",
+        write("config_sentence_transformers.json", {"default_prompt_name": "x", "prompts": {"x": "Find it"}}),
+        "m/config_sentence_transformers.json has an instruction (default_prompt_name)",
+    ),
     Refused(
         "words to score",
         "bert",
         write("1_LogitScore/config.json", {"true_token_id": 9, "false_token_id": 8}),
-        "an encoder reads pairs",
+        "has words to score (true_token_id in the config.json of LogitScore), but an encoder reads pairs",
     ),
+    Refused(
+        "no padding token",
+        "xlm-roberta",
+        edit_json("config.json", lambda v: v.update(pad_token_id=None)),
+        "has pad_token_id=None: positions start after it",
+    ),
+    Refused("a length in words", "bert", tokenizer_config(model_max_length="512"), "model_max_length='512'"),
+    Refused("a length of true", "bert", tokenizer_config(model_max_length=True), "model_max_length='True'"),
     Refused("a tokenizer without pairs", "modernbert-cls", tokenizer(append_token), "no pair of query and document"),
     Refused(
         "no post-processor",
@@ -236,6 +279,11 @@ def test_it_is_refused(variant: Refused, tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError, match=re.escape(variant.words)) as caught:
         load(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_labels_are_read_by_their_keys() -> None:
+    for first, second in (("no", "yes"), ("not_entailment", "entailment")):
+        check_labels(Path("config.json"), BertConfig(id2label={"1": second, "0": first}))
 
 
 @pytest.mark.parametrize(

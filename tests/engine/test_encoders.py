@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from transformers.models.bert import modeling_bert
 
 from reranker import Scorer
 from reranker.engine import lanes as lanes_module
+from reranker.engine import linear as linear_module
 from reranker.engine.budget import split
 from reranker.engine.lanes import DealtBatch, Lanes
-from reranker.errors import InvalidRequestError
+from reranker.errors import InvalidRequestError, ModelLoadError
 from reranker.types import EncodedRequest, RerankRequest, Slice
 from tests.engine.encoders import CHINESE, KINDS, POSITIONS, SPECIAL, WORDS, modernbert, texts_with
 from tests.engine.pairs import Pairs
@@ -270,6 +272,37 @@ def test_lanes(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
         assert isinstance(batch, DealtBatch)
         expected = [loaded.reference.score(ids) for request in group for ids in pairs(request)]
         assert scorer.score(batch) == pytest.approx(expected, abs=TOLERANCE)
+
+
+def test_blocks_of_a_layers_tokens(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_module, "BLOCK_ROWS", 16)
+    backbone: Any = loaded.scorer.model.backbone
+    rows: list[int] = []
+    last = backbone.layers[0].get_submodule(backbone.projections[-1][0])
+    with last.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0]))):
+        check(loaded, requests(random.Random(13), 3))
+    assert 16 in rows
+    assert max(rows) <= 24
+
+
+@pytest.mark.parametrize(
+    ("parent", "part"),
+    [(modeling_bert.BertLayer, "gate"), (modeling_bert.BertEmbeddings, "gate"), (modeling_bert.BertSelfOutput, "norm")],
+)
+def test_a_parameter_that_is_not_computed_is_refused(
+    parent: Any, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a newer transformers may have it."""
+    init = parent.__init__
+
+    def changed(module: Any, *args: Any, **options: Any) -> None:
+        init(module, *args, **options)
+        module.register_module(part, torch.nn.Linear(4, 4))
+
+    monkeypatch.setattr(parent, "__init__", changed)
+    folder = KINDS["bert"](tmp_path / "m")
+    with pytest.raises(ModelLoadError, match=rf"\.{part}\.weight, which is not computed: install the version"):
+        load(folder)
 
 
 @pytest.mark.parametrize("kind", quick("bert"))

@@ -131,9 +131,10 @@ def _check_extra(
     path: Path, stored: Mapping[str, Stored], needed: Iterable[str], extra: list[str], config: PretrainedConfig
 ) -> None:
     """Refuse tensors that would have changed the scores, and log the others."""
-    inside = [name for name in extra if name.startswith(_inside(needed)) and not _HARMLESS.search(name)]
+    others = [name for name in extra if not _HARMLESS.search(name)]
+    inside = [name for name in others if name.startswith(_inside(needed))]
     logits = [(1, config.hidden_size), (2, config.hidden_size)]
-    heads = [name for name in extra if stored[name].shape in logits and not _OTHER_HEAD.search(name)]
+    heads = [name for name in others if stored[name].shape in logits and not _OTHER_HEAD.search(name)]
     for first in inside + heads:
         layer, layers = _LAYER.match(first), config.num_hidden_layers
         causes = (
@@ -146,7 +147,7 @@ def _check_extra(
             (True, "config.json does not describe them"),
         )
         cause = next(cause for condition, cause in causes if condition)
-        raise ModelLoadError(f"{len(extra)} weights in {path} would be ignored, the first is {first}: {cause}")
+        raise ModelLoadError(f"{len(others)} weights in {path} would be ignored, the first is {first}: {cause}")
     if extra:
-        level = logging.INFO if all(map(_HARMLESS.search, extra)) else logging.WARNING
-        logger.log(level, "%d weights in %s are not part of the model and are ignored: %s", len(extra), path, extra[0])
+        first, level = (others or extra)[0], logging.WARNING if others else logging.INFO
+        logger.log(level, "%d weights in %s are not part of the model and are ignored: %s", len(extra), path, first)

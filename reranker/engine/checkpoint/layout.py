@@ -58,7 +58,7 @@ def read_layout(
         pairs: whether the model reads pairs of texts, and no prompt.
 
     Raises:
-        ModelLoadError: the folder describes a score or a prompt that is not computed here.
+        ModelLoadError: the folder describes a score or a prompt that is not computed here; for pairs, any prompt.
     """
     path = next((folder for folder in folders if _has_modules(folder)), folders[-1])
     answers = _read_answers(path)
@@ -77,8 +77,27 @@ def read_layout(
     refuse_if(bare and not pairs, f"{problem}: add the entry, and the prompt as chat_template.jinja")
     own = Path(tokenizer.name_or_path)
     template = read_template(own, tokenizer, control_tokens, options, required=answers is not None)
-    length = _max_length(tokenizer, options)
-    return Layout(path, answers, template, _default_prompt(file, settings), length)
+    instruction = _default_prompt(file, settings)
+    if pairs:
+        given = section(options, "processing_kwargs", "chat_template").get("chat_template")
+        jinja = own / "chat_template.jinja"
+        source = transformer if given else jinja if jinja.is_file() else own / "tokenizer_config.json"
+        for part, what in (
+            (template, f"{source} has a prompt (chat_template)"),
+            (instruction, f"{file} has an instruction (default_prompt_name)"),
+            (answers, f"{path} has words to score (true_token_id in the config.json of LogitScore)"),
+        ):
+            refuse_if(part is not None, f"{what}, but an encoder reads pairs: remove it")
+    return Layout(path, answers, template, instruction, _max_length(tokenizer, options))
+
+
+def refuse_dense(path: Path) -> None:
+    """Refuse an embedding model, or a reranker like it, whose last layers are modules of sentence-transformers."""
+    dense = {"Pooling", "Dense"} <= {kind for kind, _ in _modules(path)}
+    problem = (
+        f"{path} has Pooling and Dense in modules.json: a score head in these modules (ettin-reranker) is not read"
+    )
+    refuse_if(dense, f"{problem}, and an embedding model {RERANKER}")
 
 
 def warn_of_activation(folder: Path, name: object) -> None:
@@ -91,7 +110,8 @@ def warn_of_activation(folder: Path, name: object) -> None:
 def _max_length(tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> int | None:
     given = [section(options, "processing_kwargs", name).get("max_length") for name in ("chat_template", "text")]
     limits = [*given, options.get("max_seq_length"), tokenizer.model_max_length]
-    return min((limit for limit in limits if type(limit) is int and 0 < limit < _NO_LIMIT), default=None)
+    numbers = [limit for limit in limits if isinstance(limit, int | float) and not isinstance(limit, bool)]
+    return min((int(limit) for limit in numbers if 0 < limit < _NO_LIMIT), default=None)
 
 
 def _default_prompt(file: Path, settings: dict[str, Any]) -> str | None:
@@ -115,6 +135,7 @@ def _read_answers(path: Path) -> Answers | None:
     refuse_if(above, f"{path} is a part of {path.parent}, whose modules.json says how it is scored: use that folder")
     modules = _modules(path)
     kinds = [kind for kind, _ in modules]
+    refuse_dense(path)
     embedding = next((kind for kind in _EMBEDDING if kind in kinds or any(path.glob(f"*_{kind}"))), None)
     refuse_if(embedding, f"{path} is an embedding model ({embedding} in modules.json or beside it), which {RERANKER}")
     files = sorted(path.glob("*_LogitScore/config.json"))

@@ -39,7 +39,9 @@ def load_tokenizer(path: Path, base: Path | None = None) -> PreTrainedTokenizerB
 def _load(path: Path) -> PreTrainedTokenizerBase:
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "added_tokens.json"):
         if (path / name).is_file():
-            read_json(path / name)
+            length = read_json(path / name).get("model_max_length")
+            wrong = name == "tokenizer_config.json" and type(length) not in (int, float, type(None))
+            refuse_if(wrong, f"{path / name} has model_max_length={str(length)[:40]!r}: it must be a number")
     if (path / "chat_template.jinja").is_file():
         read_text(path / "chat_template.jinja")
     if not (path / "tokenizer.json").is_file():

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from reranker.engine.checkpoint.config import read, read_settings
+from reranker.engine.checkpoint.layout import refuse_dense
 from reranker.engine.checkpoint.locate import Located
 from reranker.engine.families.base import Family
 from reranker.engine.families.bert import Bert, XlmRoberta
@@ -81,5 +82,6 @@ def family_of(path: Path, settings: dict[str, Any]) -> type[Family]:
     name = str(names[0] if isinstance(names, list) else names)[:60]
     why = f"is not served: only {', '.join(families)} are"
     if name.endswith("Model"):
+        refuse_dense(path)
         why = f"is saved without its head, as embedding models are: use a reranker ({', '.join(families)})"
     raise ModelLoadError(f"the architecture {name} of {path} {why}")

@@ -67,6 +67,10 @@ class Backbone(ABC):
     """Whether a prefix's keys and values do not depend on the document, so that they can be shared and cached."""
     eager: ClassVar[LayerFns]
     vocab_size: int
+    head_dim: int
+    """Of its queries and keys."""
+    positions: int | None = None
+    """Tokens of the longest pair; None: there is no such limit."""
     activation_width: int
     """Upper bound of the numbers per token that a layer holds at the same time."""
 

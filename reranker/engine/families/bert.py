@@ -5,17 +5,20 @@ Source of the formulas: transformers' modeling_bert.py and modeling_xlm_roberta.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from transformers import XLMRobertaConfig
 
 from reranker.engine.batch import PackedBatch
 from reranker.engine.checkpoint.config import Checkpoint, check_numbers
 from reranker.engine.checkpoint.files import refuse_if
 from reranker.engine.families.base import Backbone, LayerFns
 from reranker.engine.families.encoder import Encoder, EncoderFamily, Place
+from reranker.engine.linear import in_blocks
 
 _COMPUTED: dict[str, tuple[Any, ...]] = {
     "is_decoder": (False, None),
@@ -34,6 +37,11 @@ def before_attention(layer: Any, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[T
 
 def after_attention(layer: Any, x: Tensor, attended: Tensor) -> Tensor:
     """See `LayerFns.after`."""
+    return in_blocks(partial(_feed_forward, layer), x, attended)
+
+
+def _feed_forward(layer: Any, x: Tensor, attended: Tensor) -> Tensor:
+    """Return the output of a layer for some tokens."""
     output = layer.attention.output
     x = output.LayerNorm(output.dense(attended.flatten(1)) + x)
     inner = layer.intermediate.intermediate_act_fn(layer.intermediate.dense(x))
@@ -50,6 +58,10 @@ class BertEncoder(Encoder):
         ("attention.output.dense",),
         ("intermediate.dense",),
         ("output.dense",),
+    )
+    others = (
+        *(f"embeddings.{part}" for part in ("word_embeddings", "position_embeddings", "token_type_embeddings")),
+        *("embeddings.LayerNorm", "attention.output.LayerNorm", "output.LayerNorm", "pooler.dense"),
     )
     layers_name = "encoder.layer"
     classifier = "classifier"
@@ -90,6 +102,7 @@ class BertEncoder(Encoder):
 class XlmRobertaEncoder(BertEncoder):
     """BERT's layers; positions start after the padding's, and the dense layer is the classifier's."""
 
+    others = (*BertEncoder.others, "classifier.dense")
     classifier = "classifier.out_proj"
 
     @property
@@ -150,6 +163,14 @@ class XlmRoberta(Bert):
     name = "XLM-RoBERTa"
     encoder = XlmRobertaEncoder
     root = "roberta"
+
+    @staticmethod
+    def check_settings(file: Path, settings: dict[str, Any]) -> None:
+        """See `Family.check_settings`."""
+        Bert.check_settings(file, settings)
+        pad = settings.get("pad_token_id", XLMRobertaConfig.pad_token_id)
+        problem = f"{file} has pad_token_id={str(pad)[:40]}"
+        refuse_if(type(pad) is not int or pad < 0, f"{problem}: positions start after it (XLM-RoBERTa's is 1)")
 
     @property
     def positions(self) -> int:

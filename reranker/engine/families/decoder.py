@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -25,7 +26,7 @@ from reranker.engine.batch import PackedBatch, pack
 from reranker.engine.checkpoint.files import ORIGINAL, refuse_if
 from reranker.engine.checkpoint.weights import EMBEDDING, Weights
 from reranker.engine.families.base import Backbone, LayerFns, Widths, Wrap
-from reranker.engine.linear import row_blocks
+from reranker.engine.linear import cat, in_blocks, row_blocks
 from reranker.errors import ModelLoadError
 from reranker.types import EncodedRequest, Slice
 
@@ -35,13 +36,13 @@ def before_attention(layer: Any, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[T
     attn = layer.self_attn
     q, k, v = zip(*(_project(layer, *block) for block in row_blocks(x, cos, sin)), strict=True)
     if attn.cached_k is None:
-        return _cat(*q), _cat(*k), _cat(*v)
-    return _cat(*q), _cat(attn.cached_k, *k), _cat(attn.cached_v, *v)
+        return cat(*q), cat(*k), cat(*v)
+    return cat(*q), cat(attn.cached_k, *k), cat(attn.cached_v, *v)
 
 
 def after_attention(layer: Any, x: Tensor, attended: Tensor) -> Tensor:
     """See `LayerFns.after`."""
-    return _cat(*(_feed_forward(layer, *block) for block in row_blocks(x, attended)))
+    return in_blocks(partial(_feed_forward, layer), x, attended)
 
 
 def widths(config: PretrainedConfig) -> Widths:
@@ -86,6 +87,7 @@ class Decoder(Backbone):
         self.decoder: Any = decoder
         self.vocab_size: int = config.vocab_size
         self.activation_width = widths(config).activation
+        self.head_dim: int = decoder.layers[0].self_attn.head_dim
         loader = Loader(weights, device, stored_dtype, compute_dtype, wrap)
         decoder.rotary_emb = type(decoder.rotary_emb)(config).to(device)  # its buffers are computed, and not stored
         rows = weights.tensor(EMBEDDING)
@@ -186,13 +188,17 @@ class Loader:
         return nn.Parameter(joined, requires_grad=False)
 
 
+def refuse_unread(module: nn.Module, unread: Iterable[str]) -> None:
+    """Refuse a module of transformers for the first of its tensors that a pass does not read."""
+    for name in unread:
+        problem = f"{type(module).__name__} of the installed transformers has {name}, which is not computed"
+        raise ModelLoadError(f"{problem}: install the version in requirements.txt")
+
+
 def _refuse_unread(decoder: nn.Module) -> None:
     """Refuse a module of transformers with a parameter that the pass above does not compute."""
     tensors = (*decoder.named_parameters(), *decoder.named_buffers())
-    unread = next((name for name, tensor in tensors if tensor.is_meta), None)
-    if unread:
-        problem = f"{type(decoder).__name__} of the installed transformers has {unread}, which is not computed"
-        raise ModelLoadError(f"{problem}: install the version in requirements.txt")
+    refuse_unread(decoder, (name for name, tensor in tensors if tensor.is_meta))
 
 
 def _project(layer: Any, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -212,10 +218,6 @@ def _feed_forward(layer: Any, x: Tensor, attended: Tensor) -> Tensor:
     gate, up = layer.mlp.gate_up_proj(_norm(layer.post_attention_layernorm, x)).chunk(2, dim=-1)
     out: Tensor = x + layer.mlp.down_proj(F.silu(gate).mul_(up))
     return out
-
-
-def _cat(*parts: Tensor) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _norm(norm: Any, x: Tensor) -> Tensor:

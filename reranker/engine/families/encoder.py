@@ -8,6 +8,7 @@ tokens that are read are computed. tests/engine/test_encoders.py compares it wit
 from __future__ import annotations
 
 import copy
+import re
 from abc import abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -25,7 +26,7 @@ from reranker.engine.checkpoint.layout import read_layout, warn_of_activation
 from reranker.engine.checkpoint.tokenizer import check_tokenizer
 from reranker.engine.checkpoint.weights import Names, Weights
 from reranker.engine.families.base import Backbone, Family, Head, LayerFns, Widths, Wrap
-from reranker.engine.families.decoder import Loader
+from reranker.engine.families.decoder import Loader, refuse_unread
 from reranker.engine.families.labels import check_labels, label_head
 from reranker.engine.template import Slot, Template
 
@@ -46,6 +47,8 @@ class Encoder(Backbone):
     causal = False
     projections: ClassVar[tuple[tuple[str, ...], ...]]
     """See `Names.projections`."""
+    others: ClassVar[tuple[str, ...]]
+    """The other modules whose weights and biases are computed, beside the classifier: in a layer or in the model."""
     layers_name: ClassVar[str]
     """Of the list of layers, inside the base model."""
     classifier: ClassVar[str]
@@ -73,6 +76,8 @@ class Encoder(Backbone):
         self.dtype = compute_dtype
         self.vocab_size: int = config.vocab_size
         self.activation_width = self.activation(config)
+        self.head_dim: int = config.hidden_size // config.num_attention_heads
+        refuse_unread(model, self._unread())
         parent, _, leaf = self.classifier.rpartition(".")
         delattr(model.get_submodule(parent), leaf)
         loader = Loader(weights, device, stored_dtype, compute_dtype, wrap)
@@ -88,6 +93,14 @@ class Encoder(Backbone):
     def activation(cls, config: PretrainedConfig) -> int:
         """See `Widths.activation`."""
         return int(12 * config.hidden_size + cls.intermediate * config.intermediate_size)
+
+    def _unread(self) -> list[str]:
+        """Return the parameters of transformers' module that the pass does not compute."""
+        root = self.model.base_model_prefix
+        inside = re.compile(rf"^{root}\.(?:{re.escape(self.layers_name)}\.\d+\.)?")
+        computed = {*self.others, self.classifier, *(part for parts in self.projections for part in parts)}
+        known = {f"{module}.{kind}" for module in computed for kind in ("weight", "bias")}
+        return [name for name, _ in self.model.named_parameters() if inside.sub("", name) not in known]
 
     def _join(self, loader: Loader, layer: nn.Module, name: str) -> None:
         """Load the projections of a layer; the first of several becomes all of them."""
@@ -136,7 +149,7 @@ class Encoder(Backbone):
         create: type[PairAttention] = kernel
         attentions = {window: create(batch, window) for window in {place.window for place in places}}
         first = batch.last - batch.position_ids[batch.last]  # positions start at 0
-        scale = (self.config.hidden_size // self.config.num_attention_heads) ** -0.5
+        scale = self.head_dim**-0.5
         only_first = not self.mean and places[-1].window is None
         for layer, place in zip(self.layers[: -1 if only_first else None], places, strict=False):
             q, k, v = layer_fns.before(layer, x, place.cos, place.sin)
@@ -173,8 +186,6 @@ class EncoderFamily(Family):
         warn_of_activation(path, name or getattr(config, "sbert_ce_default_activation_function", None))
         special = frozenset(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
         layout = read_layout(checkpoint.folders, tokenizer, special, pairs=True)
-        prompted = layout.template is not None or layout.instruction is not None or layout.answers is not None
-        refuse_if(prompted, f"{path} has a prompt or words to score, but an encoder reads pairs: remove these files")
         self.template = pair_template(path, tokenizer, special)
         self.max_positions = min(self.positions, layout.max_length or self.positions)
         check_tokenizer(Path(tokenizer.name_or_path), tokenizer, config.vocab_size, self.template.own_tokens)
@@ -209,7 +220,9 @@ class EncoderFamily(Family):
         wrap: Wrap,
     ) -> Backbone:
         """See `Family.backbone`."""
-        return self.encoder(weights, self.checkpoint.config, device, stored_dtype, compute_dtype, wrap)
+        encoder = self.encoder(weights, self.checkpoint.config, device, stored_dtype, compute_dtype, wrap)
+        encoder.positions = self.positions
+        return encoder
 
 
 def pair_template(path: Path, tokenizer: Any, control_tokens: frozenset[str]) -> Template:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,17 +12,19 @@ from transformers import PretrainedConfig
 from reranker.engine.checkpoint.files import refuse_if
 from reranker.engine.families.base import Head
 
-_RELEVANT = ("yes", "true", "1", "relevant", "positive")
+_RELEVANT = ("yes", "true", "1", "relevant", "positive", "entailment")
 """Names of the label for a relevant document."""
 
 
 def check_labels(file: Path, config: PretrainedConfig) -> None:
     """Refuse a head with other labels; `file` is config.json."""
-    count, labels = config.num_labels, [*(config.id2label or {}).values()]
+    count = config.num_labels
     problem = f"{file} has {count} labels"
     refuse_if(count not in (1, 2), f"{problem}: a reranker has 1, or 2 of which the second is relevant")
-    reversed_order = count == 2 and str(labels[0]).lower() in _RELEVANT
-    refuse_if(reversed_order, f"{problem}, the first is {labels[0]!r}: the second one must be that of relevance")
+    labels: Any = config.id2label or {}  # keys are integers, which transformers' annotation denies
+    first = labels.get(0)  # by its row of the head: the JSON may have another order
+    reversed_order = count == 2 and str(first).lower() in _RELEVANT
+    refuse_if(reversed_order, f"{problem}, the first is {first!r}: the second one must be that of relevance")
 
 
 def label_head(path: Path, rows: Tensor, biases: Tensor | None = None) -> Head:

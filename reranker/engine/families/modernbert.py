@@ -6,6 +6,7 @@ position embedding. Source of the formulas: transformers' modeling_modernbert.py
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from reranker.engine.checkpoint.config import Checkpoint, check_numbers
 from reranker.engine.checkpoint.files import refuse_if
 from reranker.engine.families.base import LayerFns
 from reranker.engine.families.encoder import Encoder, EncoderFamily, Place
+from reranker.engine.linear import in_blocks
 
 
 def before_attention(layer: Any, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -32,6 +34,11 @@ def before_attention(layer: Any, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[T
 
 def after_attention(layer: Any, x: Tensor, attended: Tensor) -> Tensor:
     """See `LayerFns.after`."""
+    return in_blocks(partial(_feed_forward, layer), x, attended)
+
+
+def _feed_forward(layer: Any, x: Tensor, attended: Tensor) -> Tensor:
+    """Return the output of a layer for some tokens."""
     x = x + layer.attn.Wo(attended.flatten(1))
     inner, gate = layer.mlp.Wi(layer.mlp_norm(x)).chunk(2, dim=-1)
     out: Tensor = x + layer.mlp.Wo(layer.mlp.act(inner) * gate)
@@ -43,6 +50,10 @@ class ModernBertEncoder(Encoder):
 
     eager = LayerFns(before_attention, after_attention)
     projections = (("attn.Wqkv",), ("attn.Wo",), ("mlp.Wi",), ("mlp.Wo",))
+    others = (
+        *("embeddings.tok_embeddings", "embeddings.norm", "attn_norm", "mlp_norm", "final_norm"),
+        *("head.dense", "head.norm"),
+    )
     layers_name = "layers"
     classifier = "classifier"
     intermediate = 4
@@ -68,7 +79,7 @@ class ModernBertEncoder(Encoder):
         windows = {"full_attention": None, "sliding_attention": self.config.sliding_window}
         kinds: dict[str, Place] = {}
         for kind in set(self.config.layer_types):
-            cos, sin = self.base.rotary_emb(x.float(), batch.position_ids[None], kind)
+            cos, sin = self.base.rotary_emb(x[:0].float(), batch.position_ids[None], kind)
             kinds[kind] = Place(windows[kind], cos[0, :, None, None], sin[0, :, None, None, : sin.shape[-1] // 2])
         return [kinds[kind] for kind in self.config.layer_types]
 
