@@ -74,7 +74,8 @@ def _check_tokens(value: str) -> str:
     if any(len(token) > MAX_TOKEN_LENGTH for token in tokens):
         raise ValueError(f"a token has at most {MAX_TOKEN_LENGTH} characters: no request could carry it")
     if any(set(token) - set(string.printable) or re.search(r"\s", token) for token in tokens):
-        raise ValueError("tokens are printable ASCII without spaces, several separated by commas")
+        rule = "; in name=token the name is a-z, then at most 31 of a-z, 0-9, - and _" if "=" in value else ""
+        raise ValueError(f"tokens are printable ASCII without spaces, several separated by commas{rule}")
     if value.strip() and not any(tokens):  # the operator wants a token, and an empty list would open the service
         raise ValueError("there is no token between the commas; leave it empty to serve without a token")
     callers.entries(value)  # for its errors

@@ -142,7 +142,7 @@ def _evaluate(add: argparse.ArgumentParser) -> None:
 
 
 def _completion(add: argparse.ArgumentParser) -> None:
-    add.add_argument("shell", choices=("bash", "zsh"))
+    add.add_argument("shell", choices=("bash", "zsh"), metavar="bash|zsh")
 
 
 def _serve(add: argparse.ArgumentParser) -> None:
