@@ -1,7 +1,7 @@
 """The settings of the service: name, default, bounds and one line of description each.
 
 Values come from the environment, then from `.env` in the working directory. `reranker/settings.py` declares the
-settings of the model. docs/settings.md, its Chinese version and .env.example list all of them; tests/test_config.py compares.
+settings of the model. docs/settings.md, its Chinese version and .env.example list all of them; tests compare.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from reranker import environment
 from reranker.environment import SettingsError, shorten
 from reranker.http import callers, client_address
-from reranker.settings import AutoInt, ModelSettings, first_problem
+from reranker.settings import AutoInt, ModelSettings, problems
 
 __all__ = ["OWN_WORKER_CLASS", "Settings", "SettingsError", "load_settings", "log_config", "misspelt"]
 
@@ -227,20 +227,24 @@ def load_settings(env_file: str | Path = ".env") -> Settings:
     Every name in `.env` that is not set yet is exported, so that HF_ENDPOINT or HF_HOME work from there too.
 
     Raises:
-        SettingsError: `.env` cannot be read, a value cannot be used, or a name is close to an unset ACCESS_TOKEN.
+        SettingsError: `.env` cannot be read, values cannot be used, or names are close to an unset ACCESS_TOKEN.
     """
-    values = environment.load(env_file)
-    for miss in environment.near_misses(env_file):
+    lines: dict[str, str] = {}
+    values = environment.load(env_file, lines)
+    for miss in [] if lines else environment.near_misses(env_file):
         if miss.fatal:
-            raise SettingsError(f"{miss} The service would accept requests without a token; correct or remove it")
+            lines[miss.name] = f"{miss} The service would accept requests without a token; correct or remove it"
     texts: dict[str, Any] = {name.lower(): value.text for name, value in values.items()}
     try:
         settings = Settings(**texts)
     except ValidationError as error:
-        name, reason = first_problem(error, Settings.model_fields)
-        given = values.get(name.upper(), environment.Value("", "the default"))
-        value = "(hidden)" if name == "access_token" else shorten(given.text)
-        raise SettingsError(f"{name.upper()}={value} cannot be used; {reason} (set in {given.source})") from None
+        for field, reason in problems(error, Settings.model_fields).items():
+            name = field.upper()
+            given = values.get(name, environment.Value("", "the default"))
+            value = "(hidden)" if field == "access_token" else shorten(given.text)
+            lines.setdefault(name, f"{name}={value} cannot be used; {reason} (set in {given.source})")
+    if lines:
+        raise SettingsError("\n".join(lines.values()))
     settings._sources.update((name.lower(), value.source) for name, value in values.items())
     os.environ["TOKENIZERS_PARALLELISM"] = settings.tokenizers_parallelism
     if settings.log_format == "json":  # a download's progress bar is not JSON

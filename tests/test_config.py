@@ -196,6 +196,30 @@ def test_spellings_that_are_accepted(tmp_path: Path, line: str, name: str, value
     assert getattr(load(tmp_path, line), name) == value
 
 
+def test_all_wrong_values_are_reported_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODEL_DEVICE", '"cpu')
+    monkeypatch.setenv("HF_ENDPOINT", "mirror")
+    with pytest.raises(SettingsError) as caught:
+        load(tmp_path, "PORT=70000\nACCESS_TOKEN=two words secret\nBATCH_SIZE=few\nACCES_TOKEN=x\nLOG_LEVEL=INFO\n")
+    lines = caught.value.report.splitlines()
+    assert sorted(
+        line.removeprefix("error: ").partition(" cannot be used; ")[0].partition(" is ")[0] for line in lines
+    ) == [
+        "ACCESS_TOKEN=(hidden)",
+        "BATCH_SIZE='few'",
+        "HF_ENDPOINT='mirror'",
+        "MODEL_DEVICE in the environment",
+        "PORT='70000'",
+    ]
+    assert all(line.startswith("error: ") for line in lines)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_name_close_to_the_token_is_reported_with_wrong_values(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"^ACCES_TOKEN in .*\nPORT='x' cannot be used; [^\n]*$"):
+        load(tmp_path, "ACCES_TOKEN=s3cret\nPORT=x\n")
+
+
 def test_a_forwarded_address_needs_the_proxies_that_may_report_it(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"^TRUSTED_PROXIES='' cannot be used; ACCESS_LOG_CLIENT=forwarded needs"):
         load(tmp_path, "ACCESS_LOG_CLIENT=forwarded")

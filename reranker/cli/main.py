@@ -214,7 +214,7 @@ def _check_text(words: Sequence[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run one command; `run` prints its CommandError, ModelLoadError or RerankError as one line."""
+    """Run one command; `run` prints its CommandError, ModelLoadError or RerankError."""
     words = sys.argv[1:] if argv is None else argv
     _check_text(words)
     args, rest = parser(words).parse_known_args(words)
@@ -260,7 +260,8 @@ def run(command: Callable[[], None] = main) -> NoReturn:
             with printing():
                 pass
     except (CommandError, ModelLoadError, RerankError) as error:
-        print(f"error: {harmless(str(error))}", file=sys.stderr)  # the text may quote a file
+        for line in error.args if isinstance(error, CommandError) else [error]:
+            print(f"error: {harmless(str(line))}", file=sys.stderr)  # the text may quote a file
         code = error.code if isinstance(error, CommandError) else 2 if isinstance(error, InvalidRequestError) else 1
     except BrokenPipeError:  # such as `... | head`
         discard_output()

@@ -184,6 +184,8 @@ def test_the_environment_file_gives_defaults_and_the_command_line_overrides_them
     (tmp_path / ".env").write_text("BATCH_SIZE=none  # a comment\nMODEL_DEVICE=cpu  # a comment\n")
     assert "BATCH_SIZE='none' cannot be used" in cli("rank", "q", "d", cwd=tmp_path, code=2).stderr
     assert "--device='x'" in cli("rank", "q", "d", "--batch-size", "3", "--device", "x", cwd=tmp_path, code=2).stderr
+    both = cli("rank", "q", "d", "--device", "x", cwd=tmp_path, code=2).stderr.splitlines()
+    assert sorted(line.partition("=")[0] for line in both) == ["error: --device", "error: BATCH_SIZE"]
 
 
 @pytest.mark.parametrize(
