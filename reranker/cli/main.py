@@ -137,6 +137,7 @@ def _evaluate(add: argparse.ArgumentParser) -> None:
     add.add_argument("--per-query", metavar="FILE.csv", help="measures of every query and system")
     add.add_argument("--plot", metavar="FILE.png", help="every query: a system against the reference")
     add.add_argument("--save-run", metavar="FILE", help="candidates and scores of the reranker as a TREC run")
+    add.add_argument("--overwrite", action="store_true", help="replace existing files of these three names")
     add.add_argument("--output", choices=(*_OUTPUTS, "markdown"), default="auto")
     _add_concurrency(add)
 
