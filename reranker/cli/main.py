@@ -99,7 +99,8 @@ def _rank(add: argparse.ArgumentParser) -> None:
     add.add_argument("--file", help="documents in any form below; - is standard input; blank lines are skipped")
     _add_input_options(add, KINDS, "default: by the suffix of the name (also .gz); lines where it has none")
     add.add_argument("--top-k", type=count, metavar="N", help="only the best N")
-    add.add_argument("--output", choices=_OUTPUTS, default="auto")
+    text = "default: table in a terminal, json in a pipe; jsonl: an object a line; csv: index, score, text"
+    add.add_argument("--output", choices=(*_OUTPUTS, "jsonl", "csv"), default="auto", help=text)
 
 
 def _batch(add: argparse.ArgumentParser) -> None:
