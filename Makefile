@@ -1,5 +1,5 @@
 # Targets for people, commit hooks and CI:
-#   make serve | restart | test | test-slow | test-clients | test-ray | test-references | tokenizer | check | format
+#   make help | serve | restart | test | test-slow | test-clients | test-ray | test-references | tokenizer | check | format
 #   make bench | bench-gpu | overhead | overload | soak | audit | sbom | lock | wheel | clean
 #
 #   PYTHON=python3.12        another interpreter (3.11 or newer)
@@ -12,10 +12,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 SITE_PACKAGES = $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
-.PHONY: serve restart test test-slow test-clients test-ray test-references tokenizer check format bench bench-gpu overhead overload soak audit sbom lock wheel clean
+.PHONY: help serve restart test test-slow test-clients test-ray test-references tokenizer check format bench bench-gpu overhead overload soak audit sbom lock wheel clean
 
 serve: $(VENV)/.serve
 	$(BIN)/gunicorn -c gunicorn.conf.py --pid $(VENV)/gunicorn.pid app:app
+
+# This file's head. `make` alone serves.
+help:
+	@awk '/^$$/ { exit } { sub(/^# ?/, ""); print }' Makefile
 
 # Load new code, settings and model into the service that `make serve` started, without a failed request.
 restart:

@@ -190,4 +190,4 @@ try:
     for warning in misspelt():
         logger.warning(warning)
 except SettingsError as error:
-    sys.exit(f"error: {error}")  # one line, no traceback
+    sys.exit(error.report)  # a line for each setting, no traceback

@@ -1,8 +1,7 @@
 """The settings of the service: name, default, bounds and one line of description each.
 
 Values come from the environment, then from `.env` in the working directory. `reranker/settings.py` declares the
-settings of the model. docs/settings.md, its Chinese version and .env.example list all of them, and
-tests/test_config.py compares.
+settings of the model. docs/settings.md, its Chinese version and .env.example list all of them; tests compare.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from reranker import environment
 from reranker.environment import SettingsError, shorten
 from reranker.http import callers, client_address
-from reranker.settings import AutoInt, ModelSettings, first_problem
+from reranker.settings import AutoInt, ModelSettings, problems
 
 __all__ = ["OWN_WORKER_CLASS", "Settings", "SettingsError", "load_settings", "log_config", "misspelt"]
 
@@ -75,7 +74,8 @@ def _check_tokens(value: str) -> str:
     if any(len(token) > MAX_TOKEN_LENGTH for token in tokens):
         raise ValueError(f"a token has at most {MAX_TOKEN_LENGTH} characters: no request could carry it")
     if any(set(token) - set(string.printable) or re.search(r"\s", token) for token in tokens):
-        raise ValueError("tokens are printable ASCII without spaces, several separated by commas")
+        rule = "; in name=token the name is a-z, then at most 31 of a-z, 0-9, - and _" if "=" in value else ""
+        raise ValueError(f"tokens are printable ASCII without spaces, several separated by commas{rule}")
     if value.strip() and not any(tokens):  # the operator wants a token, and an empty list would open the service
         raise ValueError("there is no token between the commas; leave it empty to serve without a token")
     callers.entries(value)  # for its errors
@@ -227,20 +227,24 @@ def load_settings(env_file: str | Path = ".env") -> Settings:
     Every name in `.env` that is not set yet is exported, so that HF_ENDPOINT or HF_HOME work from there too.
 
     Raises:
-        SettingsError: `.env` cannot be read, a value cannot be used, or a name is close to an unset ACCESS_TOKEN.
+        SettingsError: `.env` cannot be read, values cannot be used, or names are close to an unset ACCESS_TOKEN.
     """
-    values = environment.load(env_file)
-    for miss in environment.near_misses(env_file):
+    lines: dict[str, str] = {}
+    values = environment.load(env_file, lines)
+    for miss in [] if lines else environment.near_misses(env_file):
         if miss.fatal:
-            raise SettingsError(f"{miss} The service would accept requests without a token; correct or remove it")
+            lines[miss.name] = f"{miss} The service would accept requests without a token; correct or remove it"
     texts: dict[str, Any] = {name.lower(): value.text for name, value in values.items()}
     try:
         settings = Settings(**texts)
     except ValidationError as error:
-        name, reason = first_problem(error, Settings.model_fields)
-        given = values.get(name.upper(), environment.Value("", "the default"))
-        value = "(hidden)" if name == "access_token" else shorten(given.text)
-        raise SettingsError(f"{name.upper()}={value} cannot be used; {reason} (set in {given.source})") from None
+        for field, reason in problems(error, Settings.model_fields).items():
+            name = field.upper()
+            given = values.get(name, environment.Value("", "the default"))
+            value = "(hidden)" if field == "access_token" else shorten(given.text)
+            lines.setdefault(name, f"{name}={value} cannot be used; {reason} (set in {given.source})")
+    if lines:
+        raise SettingsError("\n".join(lines.values()))
     settings._sources.update((name.lower(), value.source) for name, value in values.items())
     os.environ["TOKENIZERS_PARALLELISM"] = settings.tokenizers_parallelism
     if settings.log_format == "json":  # a download's progress bar is not JSON

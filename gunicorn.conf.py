@@ -21,7 +21,7 @@ from reranker.server import address, fleet, gpus
 try:
     _settings = load_settings()
 except SettingsError as error:
-    sys.exit(f"error: {error}")
+    sys.exit(error.report)
 
 
 # Slot i uses device i % len(_devices).

@@ -124,7 +124,9 @@ def classifier(path: Path) -> Path:
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(tokenizer(), folder)
-    causal: Any = Qwen3ForCausalLM.from_pretrained(str(path), dtype=torch.float32)
+    causal: Any = Qwen3ForCausalLM.from_pretrained(
+        str(path), dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+    )
     causal.config.num_labels, causal.config.pad_token_id = 1, 151_643
     made: Any = Qwen3ForSequenceClassification(causal.config)
     made.model = causal.model

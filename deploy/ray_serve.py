@@ -114,7 +114,7 @@ def app(arguments: dict[str, str]) -> serve.Application:
     except SettingsError as error:
         if ray.is_initialized():  # in a task: Ray would not explain an exit
             raise
-        sys.exit(f"error: {error}")
+        sys.exit(error.report)
 
 
 def environment() -> dict[str, str]:

@@ -49,7 +49,12 @@ def register(names: Iterable[str]) -> None:
 
 
 class SettingsError(Exception):
-    """A setting cannot be used; the message is one line that names it, its value and the allowed ones."""
+    """Settings cannot be used; the message has a line for each, with its name, its value and the allowed ones."""
+
+    @property
+    def report(self) -> str:
+        """The message for standard error."""
+        return "\n".join(f"error: {line}" for line in str(self).split("\n"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,35 +115,50 @@ def get(name: str) -> str:
         raise SettingsError(f"{name} in {ENVIRONMENT} cannot be used; {error}") from None
 
 
-def load(env_file: str | Path = ".env") -> dict[str, Value]:
+def load(env_file: str | Path = ".env", problems: dict[str, str] | None = None) -> dict[str, Value]:
     """Return the non-blank settings by name, and export them and all other names of `.env`.
 
     The environment wins over `.env`; a blank value counts as not set; names may be in lower case.
 
+    Args:
+        env_file: its path.
+        problems: receives the error of each value that cannot be read, by name, and the value counts as not set.
+
     Raises:
-        SettingsError: `.env` or a value of the environment cannot be read.
+        SettingsError: `.env` cannot be read, or a value cannot and `problems` is None.
     """
     file = read_env_file(env_file)
     values: dict[str, Value] = {}
+    unreadable: dict[str, str] = {} if problems is None else problems
     for name in SETTINGS:
         for other in [other for other in os.environ if other != name and other.upper() == name]:
             os.environ.setdefault(name, os.environ.pop(other))
-        text, line = get(name), file.get(name)
-        if line and text in ("", line.text.strip()):  # the parent process exported the same text
-            text, source = line.text.strip(), line.source
-        else:
-            source = ENVIRONMENT
-        if text:
-            _check_value(name, text, source)
-            values[name] = Value(text, source)
-            os.environ[name] = quote(text)
+        try:
+            value = _read(name, file.get(name))
+        except SettingsError as error:
+            unreadable[name] = str(error)
+            continue
+        if value.text:
+            values[name] = value
+            os.environ[name] = quote(value.text)
         else:
             os.environ.pop(name, None)
     _export_others(file)
     endpoint = os.environ.get("HF_ENDPOINT", "")
     if endpoint and not re.match(r"https?://[^/]", endpoint):
-        raise SettingsError(f"HF_ENDPOINT={shorten(endpoint)} is not a URL: write it like https://hf-mirror.com")
+        unreadable["HF_ENDPOINT"] = f"HF_ENDPOINT={shorten(endpoint)} is not a URL: write it like https://hf-mirror.com"
+    if problems is None and unreadable:
+        raise SettingsError("\n".join(unreadable.values()))
     return values
+
+
+def _read(name: str, line: Value | None) -> Value:
+    """Return the value of the environment, else that of a line of `.env`; raise SettingsError."""
+    value = Value(get(name), ENVIRONMENT)
+    if line and value.text in ("", line.text.strip()):  # the parent process exported the same text
+        value = Value(line.text.strip(), line.source)
+    _check_value(name, value.text, value.source)
+    return value
 
 
 def _check_value(name: str, text: str, source: str) -> None:

@@ -152,9 +152,13 @@ class ModelLoadError(Exception):
 
 
 class CommandError(Exception):
-    """A command or a batch failed; it prints one line on standard error and exits with `code`, without a traceback."""
+    """A command or a batch failed; each argument is a line on standard error. It exits with `code`, no traceback."""
 
     code: ClassVar[int] = 1
+
+    def __str__(self) -> str:
+        """Return the lines."""
+        return "\n".join(map(str, self.args))
 
 
 class InputError(CommandError):

@@ -114,24 +114,26 @@ def read(texts: Mapping[str, tuple[str, str]]) -> ModelSettings:
     """Return the settings of texts: field -> its name in an error text, and its value. The others have defaults.
 
     Raises:
-        SettingsError: a value cannot be used.
+        SettingsError: values cannot be used.
     """
     values: dict[str, Any] = {field: text for field, (_, text) in texts.items()}
     try:
         return ModelSettings(**values)
     except ValidationError as error:
-        field, reason = first_problem(error, ModelSettings.model_fields)
-        name, text = texts[field]
-        raise SettingsError(f"{name}={shorten(text)} cannot be used; {reason}") from None
+        reasons = problems(error, ModelSettings.model_fields).items()
+        lines = [f"{texts[field][0]}={shorten(texts[field][1])} cannot be used; {reason}" for field, reason in reasons]
+        raise SettingsError("\n".join(lines)) from None
 
 
-def first_problem(error: ValidationError, fields: Mapping[str, FieldInfo]) -> tuple[str, str]:
-    """Return the first field that cannot be used, and the reason: its validator's text or the allowed values."""
-    problem = error.errors(include_url=False)[0]
-    name = str(problem["loc"][0]) if problem["loc"] else "?"
-    if name not in fields or problem["type"] == "value_error":
-        return name, problem["msg"].removeprefix("Value error, ")
-    return name, f"allowed: {allowed(fields[name])}"
+def problems(error: ValidationError, fields: Mapping[str, FieldInfo]) -> dict[str, str]:
+    """Return each field that cannot be used, with the reason: its validator's text or the allowed values."""
+    found: dict[str, str] = {}
+    for problem in error.errors(include_url=False):
+        name = str(problem["loc"][0]) if problem["loc"] else "?"
+        own = name not in fields or problem["type"] == "value_error"
+        reason = problem["msg"].removeprefix("Value error, ") if own else f"allowed: {allowed(fields[name])}"
+        found.setdefault(name, reason)
+    return found
 
 
 def allowed(field: FieldInfo) -> str:

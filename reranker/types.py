@@ -185,11 +185,11 @@ class ModelInfo:
     demo: bool = False
     self_check: str = "passed"
     """Result of ranking obvious pairs at load: `passed`, or `failed: ` and the languages."""
-    family: str = "Qwen3"
+    family: str = ""
     """The architecture that is computed."""
-    score: str = "logit(yes) - logit(no)"
+    score: str = ""
     """The logit of a document, in words."""
-    prompt: str = "the model card"
+    prompt: str = ""
     """Where the prompt is written down."""
     reads_instruction: bool = True
     """Whether the prompt has an instruction."""

@@ -31,7 +31,9 @@ class FakeScorer:
 
     @property
     def info(self) -> ModelInfo:
-        return ModelInfo("fake", "cpu", "float32", 8192, self.max_batch_tokens)
+        return ModelInfo(
+            "fake", "cpu", "float32", 8192, self.max_batch_tokens, family="Qwen3", score="logit(yes) - logit(no)"
+        )
 
     @property
     def memory(self) -> int:

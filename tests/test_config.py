@@ -90,6 +90,7 @@ def test_the_file_of_existing_deployments_is_in_force(tmp_path: Path) -> None:
         ("ACCESS_TOKEN=$TOKEN", ["only a shell replaces $"]),
         ("ACCESS_TOKEN=a, schlüssel2=s3cr3t", ["(hidden)", "ASCII"]),
         ("ACCESS_TOKEN=a, two words2=s3cr3t", ["(hidden)", "without spaces"]),
+        (f"ACCESS_TOKEN=搜索={'x' * 16}", ["(hidden)", "ASCII", "in name=token the name is a-z"]),
         ("ACCESS_TOKEN=a, S3cr3t=s3cr3t", ["ACCESS_TOKEN=(hidden)", "entry 2", "name=token", "write unnamed="]),
         (f"ACCESS_TOKEN=a={'x' * 16},b={'x' * 16}", ["(hidden)", "entry 2 repeats the token of another caller"]),
         (f"ACCESS_TOKEN={'x' * 16_385}", ["(hidden)", "at most 16384 characters"]),
@@ -174,6 +175,7 @@ def test_a_wrong_value_is_one_line_that_helps(tmp_path: Path, line: str, words: 
         ("CORS_ALLOW_ORIGINS=chrome-extension://abc", "cors_allow_origins", "chrome-extension://abc"),
         ("ACCESS_LOG_CLIENT=Peer", "access_log_client", "peer"),
         ("TRUSTED_PROXIES=192.0.2.7 , 10.0.0.0/8,", "trusted_proxies", "192.0.2.7/32,10.0.0.0/8"),
+        ("TRUSTED_PROXIES=::ffff:10.0.0.0/104,::/0", "trusted_proxies", "10.0.0.0/8,::/0"),
         ("PORT=", "port", 6006),
         ("PORT='7000'  # mine", "port", 7000),
         ('MODEL_NAME_OR_PATH="./my models/x"', "model_name_or_path", "./my models/x"),
@@ -192,6 +194,30 @@ def test_a_wrong_value_is_one_line_that_helps(tmp_path: Path, line: str, words: 
 )
 def test_spellings_that_are_accepted(tmp_path: Path, line: str, name: str, value: object) -> None:
     assert getattr(load(tmp_path, line), name) == value
+
+
+def test_all_wrong_values_are_reported_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODEL_DEVICE", '"cpu')
+    monkeypatch.setenv("HF_ENDPOINT", "mirror")
+    with pytest.raises(SettingsError) as caught:
+        load(tmp_path, "PORT=70000\nACCESS_TOKEN=two words secret\nBATCH_SIZE=few\nACCES_TOKEN=x\nLOG_LEVEL=INFO\n")
+    lines = caught.value.report.splitlines()
+    assert sorted(
+        line.removeprefix("error: ").partition(" cannot be used; ")[0].partition(" is ")[0] for line in lines
+    ) == [
+        "ACCESS_TOKEN=(hidden)",
+        "BATCH_SIZE='few'",
+        "HF_ENDPOINT='mirror'",
+        "MODEL_DEVICE in the environment",
+        "PORT='70000'",
+    ]
+    assert all(line.startswith("error: ") for line in lines)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_name_close_to_the_token_is_reported_with_wrong_values(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"^ACCES_TOKEN in .*\nPORT='x' cannot be used; [^\n]*$"):
+        load(tmp_path, "ACCES_TOKEN=s3cret\nPORT=x\n")
 
 
 def test_a_forwarded_address_needs_the_proxies_that_may_report_it(tmp_path: Path) -> None:

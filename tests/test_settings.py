@@ -58,6 +58,16 @@ def test_a_text_that_cannot_be_used_names_the_allowed_ones(field: str, text: str
     assert str(caught.value).startswith(f"--option={text!r} cannot be used; {reason}")
 
 
+def test_every_text_that_cannot_be_used_has_a_line() -> None:
+    texts = {"batch_size": ("--batch-size", "few"), "max_seq_length": ("MAX_SEQ_LENGTH", "8k")}
+    with pytest.raises(SettingsError) as caught:
+        read(texts)
+    assert sorted(line.partition(" ")[0] for line in str(caught.value).split("\n")) == [
+        "--batch-size='few'",
+        "MAX_SEQ_LENGTH='8k'",
+    ]
+
+
 def test_a_folder_gets_its_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()

@@ -89,6 +89,7 @@ def _job(args: argparse.Namespace) -> Job:
         per_query=args.per_query,
         plot=args.plot,
         save_run=args.save_run,
+        overwrite=args.overwrite,
     )
     kinds = [structured_kind(path) for path in job.inputs]
     if args.input_format and kinds[0] and kinds[1]:

@@ -99,7 +99,8 @@ def _rank(add: argparse.ArgumentParser) -> None:
     add.add_argument("--file", help="documents in any form below; - is standard input; blank lines are skipped")
     _add_input_options(add, KINDS, "default: by the suffix of the name (also .gz); lines where it has none")
     add.add_argument("--top-k", type=count, metavar="N", help="only the best N")
-    add.add_argument("--output", choices=_OUTPUTS, default="auto")
+    text = "default: table in a terminal, json in a pipe; jsonl: an object a line; csv: index, score, text"
+    add.add_argument("--output", choices=(*_OUTPUTS, "jsonl", "csv"), default="auto", help=text)
 
 
 def _batch(add: argparse.ArgumentParser) -> None:
@@ -137,12 +138,13 @@ def _evaluate(add: argparse.ArgumentParser) -> None:
     add.add_argument("--per-query", metavar="FILE.csv", help="measures of every query and system")
     add.add_argument("--plot", metavar="FILE.png", help="every query: a system against the reference")
     add.add_argument("--save-run", metavar="FILE", help="candidates and scores of the reranker as a TREC run")
+    add.add_argument("--overwrite", action="store_true", help="replace existing files of these three names")
     add.add_argument("--output", choices=(*_OUTPUTS, "markdown"), default="auto")
     _add_concurrency(add)
 
 
 def _completion(add: argparse.ArgumentParser) -> None:
-    add.add_argument("shell", choices=("bash", "zsh"))
+    add.add_argument("shell", choices=("bash", "zsh"), metavar="bash|zsh")
 
 
 def _serve(add: argparse.ArgumentParser) -> None:
@@ -214,7 +216,7 @@ def _check_text(words: Sequence[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run one command; `run` prints its CommandError, ModelLoadError or RerankError as one line."""
+    """Run one command; `run` prints its CommandError, ModelLoadError or RerankError."""
     words = sys.argv[1:] if argv is None else argv
     _check_text(words)
     args, rest = parser(words).parse_known_args(words)
@@ -260,7 +262,8 @@ def run(command: Callable[[], None] = main) -> NoReturn:
             with printing():
                 pass
     except (CommandError, ModelLoadError, RerankError) as error:
-        print(f"error: {harmless(str(error))}", file=sys.stderr)  # the text may quote a file
+        for line in error.args if isinstance(error, CommandError) else [error]:
+            print(f"error: {harmless(str(line))}", file=sys.stderr)  # the text may quote a file
         code = error.code if isinstance(error, CommandError) else 2 if isinstance(error, InvalidRequestError) else 1
     except BrokenPipeError:  # such as `... | head`
         discard_output()

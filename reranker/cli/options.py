@@ -63,7 +63,7 @@ def load_env_file() -> list[str]:
         environment.load()
         return [str(miss) for miss in environment.near_misses()]
     except SettingsError as error:
-        raise InputError(str(error)) from None
+        raise InputError(*str(error).split("\n")) from None
 
 
 def source(args: argparse.Namespace) -> Source:
@@ -84,7 +84,7 @@ def source(args: argparse.Namespace) -> Source:
         variables = {name: (name.upper(), text) for name in fields if (text := environment.get(name.upper()))}
         return Source(model=read(variables | given))
     except SettingsError as error:
-        raise InputError(str(error)) from None
+        raise InputError(*str(error).split("\n")) from None
 
 
 def _service(args: argparse.Namespace, field: str | None) -> Source:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import csv
+import io
+import json
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -10,11 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from reranker.cli.options import source
-from reranker.errors import InputError
+from reranker.errors import FailedError, InputError
 from reranker.rankers.ranker import Scored, rank_one
 from reranker.rankers.source import open_ranker
 from reranker.rows import documents
-from reranker.terminal import harmless, note, print_result, truncated
+from reranker.terminal import harmless, note, print_result, printing, truncated
 from reranker.types import RerankRequest
 
 MAX_SHOWN = 500  # characters of a document in the table, where a row is one line
@@ -31,7 +34,10 @@ def rank(args: argparse.Namespace) -> None:
     if scored.truncated:
         note(truncated(scored.truncated, args.url))
     rows = [{"index": i, "score": scored.scores[i], "text": texts[i]} for i in best]
-    print_result(rows, lambda: _print(texts, scored, best), args.output)
+    if args.output in ("csv", "jsonl"):
+        _print_lines(rows, args.output)
+    else:
+        print_result(rows, lambda: _print(texts, scored, best), args.output)
 
 
 def _texts(args: argparse.Namespace) -> list[str]:
@@ -46,6 +52,21 @@ def _texts(args: argparse.Namespace) -> list[str]:
             name = "--" + option.replace("_", "-")
             raise InputError(f"{name} is for --file and standard input; documents that are arguments have no form")
     return list(args.document)
+
+
+def _print_lines(rows: Sequence[dict[str, object]], output: str) -> None:
+    file = io.StringIO()
+    if output == "csv":
+        table = csv.DictWriter(file, ("index", "score", "text"), lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+    else:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    with printing():
+        try:
+            print(file.getvalue(), end="")
+        except UnicodeEncodeError:  # a lone surrogate, or a terminal that is not UTF-8
+            raise FailedError("standard output cannot hold a document's characters: use --output json") from None
 
 
 def _print(texts: Sequence[str], scored: Scored, best: Sequence[int]) -> None:

@@ -61,6 +61,8 @@ class Job:
     plot: str | None = None
     save_run: str | None = None
     """With several rerankers each has a file: its number is put before the suffix."""
+    overwrite: bool = False
+    """Whether outputs may replace files of earlier runs."""
 
     @property
     def inputs(self) -> list[str]:
@@ -89,7 +91,8 @@ def evaluate(job: Job, systems: Sequence[System]) -> Report:
     one another share its model; a model is released before the next one is loaded.
 
     Raises:
-        InputError: the data cannot be read, or does not fit together; or an output would replace a file.
+        InputError: the data cannot be read, or does not fit together; or an output exists
+            and `job.overwrite` is not set.
         ModelLoadError: a model cannot be served.
         FailedError: scoring failed, or an output cannot be written.
     """
@@ -198,7 +201,7 @@ def _check_systems(job: Job, systems: Sequence[System]) -> None:
 
 
 def _check_outputs(job: Job, systems: Sequence[System]) -> None:
-    """Refuse outputs that would replace an input or one another, or that cannot be written.
+    """Refuse outputs that would replace an input, one another or an earlier run's, or that cannot be written.
 
     Before the model is loaded, so that a bad name does not lose the scores.
     """
@@ -218,6 +221,8 @@ def _check_outputs(job: Job, systems: Sequence[System]) -> None:
             continue
         if other := taken.get(_identity(path)):
             raise InputError(f"{option}={name} would replace {other}; name another file")
+        if path.exists() and not job.overwrite:
+            raise InputError(f"{option}={name} exists already; give another name, or --overwrite")
         taken[_identity(path)] = f"the output of {option}"
     if job.plot:
         check_plot(job.plot)
@@ -225,7 +230,10 @@ def _check_outputs(job: Job, systems: Sequence[System]) -> None:
 
 def _outputs(job: Job, systems: Sequence[System]) -> Iterator[tuple[str, str]]:
     """Yield option and name of every file that will be written."""
-    for option, name in {"--per-query": job.per_query, "--plot": job.plot}.items():
+    plot = job.plot
+    if plot and Path(plot).name and not Path(plot).suffix and not Path(plot).is_dir():
+        plot += ".png"  # matplotlib adds it
+    for option, name in {"--per-query": job.per_query, "--plot": plot}.items():
         if name is not None:
             yield option, name
     if job.save_run is not None:
@@ -324,13 +332,18 @@ def _rerank(ranker: Ranker, data: _Data, system: System, name: str) -> tuple[Ran
     ranking: Ranking = {}
     cut, start = 0, time.monotonic()
     with meter(sum(len(request.documents) for request in requests.values())) as progress:
-        for query, outcome in zip(requests, ranker.rank_many(requests.values()), strict=True):
-            if isinstance(outcome, RerankError):
-                raise FailedError(f"{name}, query {query}: {outcome}")
-            documents = list(data.first[query])
-            ranking[query] = {documents[i]: outcome.scores[i] for i in outcome.best(None)}
-            cut += outcome.truncated
-            progress.advance(progress.done + len(outcome.scores), len(outcome.scores))
+        try:
+            for query, outcome in zip(requests, ranker.rank_many(requests.values()), strict=True):
+                if isinstance(outcome, RerankError):
+                    raise FailedError(f"{name}, query {query}: {outcome}")
+                documents = list(data.first[query])
+                ranking[query] = {documents[i]: outcome.scores[i] for i in outcome.best(None)}
+                cut += outcome.truncated
+                progress.advance(progress.done + len(outcome.scores), len(outcome.scores))
+        except (FailedError, KeyboardInterrupt):
+            count = plural(len(requests), "query", "queries")
+            progress.say(f"{name}: {len(ranking)} of {count} scored; nothing is kept, the next run starts anew")
+            raise
     if cut:
         note(f"{name}: {truncated(cut, system.source.url if system.source else None)}")
     return ranking, {"seconds": round(time.monotonic() - start, 1), "truncated": cut}

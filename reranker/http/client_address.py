@@ -14,12 +14,21 @@ Network = IPv4Network | IPv6Network
 
 _MAX_HOPS = 32
 """Hops of X-Forwarded-For that are read, from the last one."""
+_MAPPED_BITS = 96
+"""Bits of ::ffff:0:0, before the IPv4 address (RFC 4291, 2.5.5.2)."""
 _PORT = re.compile(r"\[([^\]]+)\](?::\d+)?|([\d.]+):\d+")  # some proxies append the port
 
 
 def networks(text: str) -> tuple[Network, ...]:
     """Return the addresses and networks of TRUSTED_PROXIES, which commas separate; raise ValueError."""
-    return tuple(ip_network(part.strip()) for part in text.split(",") if part.strip())
+    return tuple(_unmapped(ip_network(part.strip())) for part in text.split(",") if part.strip())
+
+
+def _unmapped(network: Network) -> Network:
+    """Return an IPv4-mapped network as IPv4, as `_address` returns the addresses in it."""
+    if network.version == 6 and (mapped := network.network_address.ipv4_mapped) and network.prefixlen >= _MAPPED_BITS:
+        return IPv4Network((mapped, network.prefixlen - _MAPPED_BITS))
+    return network
 
 
 class ClientAddress:

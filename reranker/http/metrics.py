@@ -62,6 +62,8 @@ class Row(NamedTuple):
     mode: Literal["livesum", "livemin", "livemostrecent"] = "livesum"
     zeros: tuple[str, ...] = ()
     """Values of its one label that start at 0, because to Prometheus a counter that appears with 1 has not risen."""
+    late: bool = False
+    """Absent until it is set first: the 0 of a worker that has no model yet, or failed, would be the minimum."""
 
 
 TABLE = (
@@ -111,7 +113,13 @@ TABLE = (
         ("result",),
         zeros=("hit", "miss"),
     ),
-    Row("reranker_batch_token_budget", Gauge, "Max tokens in a forward pass; out of memory lowers it.", mode="livemin"),
+    Row(
+        "reranker_batch_token_budget",
+        Gauge,
+        "Max tokens in a forward pass; out of memory lowers it.",
+        mode="livemin",
+        late=True,
+    ),
     Row("reranker_batch_tokens", Histogram, "Tokens in a forward pass, each uncached prefix once.", (), _TOKENS),
     Row("reranker_batch_documents", Histogram, "Documents in a forward pass.", (), _DOCUMENTS),
     Row("reranker_batch_duration_seconds", Histogram, "Time of a forward pass.", (), _SECONDS),
@@ -147,11 +155,13 @@ class Metrics(Observer):
         values.ValueClass = values.MultiProcessValue(lambda: worker) if self.folder else values.MutexValue
         disable_created_metrics()
         self.registry = CollectorRegistry()
-        metrics = {row.name: _create(row, self.registry) for row in TABLE}
+        metrics = {row.name: _create(row, self.registry) for row in TABLE if not row.late}
+        late = {row.name: row for row in TABLE if row.late}
 
         @cache  # the library's own lookup costs several times as much as the counting
         def child(name: str, *labels: object) -> Any:
-            return metrics[name].labels(*labels) if labels else metrics[name]
+            metric = metrics.get(name) or _create(late[name], self.registry)
+            return metric.labels(*labels) if labels else metric
 
         self._child = child
         for caller in (NONE, UNNAMED, *callers):

@@ -32,10 +32,10 @@ class Local:
                 yield Scored(scores, outcome.truncated_documents, outcome.query_truncated)
 
     @property
-    def facts(self) -> dict[str, str]:
+    def facts(self) -> dict[str, str | int]:
         """See `Ranker.facts`."""
         info = self.scorer.info
         names = ("prompt", "device", "precision", "max_seq_length", "max_batch_tokens", "self_check")
         adapter = {"adapter": info.adapter} if info.adapter else {}
         computed = {"family": info.family, "logit": info.score}  # `check` prints a score as "score"
-        return {"model": info.name} | adapter | computed | {name: str(getattr(info, name)) for name in names}
+        return {"model": info.name} | adapter | computed | {name: getattr(info, name) for name in names}

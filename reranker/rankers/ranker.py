@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from reranker.errors import RerankError
 from reranker.types import RerankRequest
@@ -37,7 +37,7 @@ class Ranker(Protocol):
         """
 
     @property
-    def facts(self) -> dict[str, str]:
+    def facts(self) -> Mapping[str, Any]:
         """Properties of the model or service, for display."""
 
 

@@ -75,3 +75,11 @@ def test_another_shell_is_refused(tmp_path: Path) -> None:
     err = cli("completion", "tcsh", cwd=tmp_path, code=2).stderr
     assert err.startswith("error: ")
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [[], ["fish"]])
+def test_an_error_names_the_shells(words: list[str], tmp_path: Path) -> None:
+    error = cli("completion", *words, cwd=tmp_path, code=2).stderr
+    assert error.count("\n") == 1
+    assert "bash" in error
+    assert "zsh" in error

@@ -184,6 +184,8 @@ def test_the_environment_file_gives_defaults_and_the_command_line_overrides_them
     (tmp_path / ".env").write_text("BATCH_SIZE=none  # a comment\nMODEL_DEVICE=cpu  # a comment\n")
     assert "BATCH_SIZE='none' cannot be used" in cli("rank", "q", "d", cwd=tmp_path, code=2).stderr
     assert "--device='x'" in cli("rank", "q", "d", "--batch-size", "3", "--device", "x", cwd=tmp_path, code=2).stderr
+    both = cli("rank", "q", "d", "--device", "x", cwd=tmp_path, code=2).stderr.splitlines()
+    assert sorted(line.partition("=")[0] for line in both) == ["error: --device", "error: BATCH_SIZE"]
 
 
 @pytest.mark.parametrize(
@@ -241,8 +243,8 @@ def test_check_says_what_was_chosen(model_path: Path, tmp_path: Path) -> None:
     facts = json.loads(done.stdout)
     assert facts["status"] == "ok"
     assert (facts["model"], facts["device"], facts["precision"]) == (str(model_path), "cpu", "float32")
-    assert facts["max_seq_length"] == "512"
-    assert int(facts["max_batch_tokens"]) >= 1024
+    assert facts["max_seq_length"] == 512
+    assert facts["max_batch_tokens"] >= 1024
     assert 0 < facts["score"] < 1
 
 

@@ -90,6 +90,24 @@ def test_an_instruction_reaches_the_model(expected: list[float], server: Server,
     assert any(abs(row["score"] - expected[row["index"]]) > 1e-4 for row in rows)
 
 
+def test_a_line_for_each_document(server: Server, tmp_path: Path) -> None:
+    args = ("rank", QUERY, *DOCUMENTS, "--url", url(server))
+    rows = json.loads(cli(*args, cwd=tmp_path).stdout)
+    lines = cli(*args, "--output", "jsonl", cwd=tmp_path).stdout
+    assert [json.loads(line) for line in lines.splitlines()] == rows
+    table = csv.DictReader(cli(*args, "--output", "csv", cwd=tmp_path).stdout.splitlines(keepends=True))
+    assert [{"index": int(r["index"]), "score": float(r["score"]), "text": r["text"]} for r in table] == rows
+    assert table.fieldnames == ["index", "score", "text"]
+
+
+@pytest.mark.parametrize("output", ["csv", "jsonl"])
+def test_what_standard_output_cannot_hold_is_refused(output: str, server: Server, tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text('"\\ud800"\n')
+    args = ("rank", QUERY, "--file", "d.jsonl", "--url", url(server), "--output", output)
+    done = cli(*args, cwd=tmp_path, code=1)
+    assert done.stderr == "error: standard output cannot hold a document's characters: use --output json\n"
+
+
 @pytest.mark.parametrize("form", ["lines", "jsonl", "objects", "csv", "stdin", "stdin-jsonl"])
 def test_every_form_of_input(form: str, server: Server, tmp_path: Path) -> None:
     documents = [d for d in DOCUMENTS if d] if form in ("lines", "stdin") else DOCUMENTS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import ssl
@@ -178,6 +179,10 @@ def test_refusals_have_the_services_shape(proxy: Proxy) -> None:
     assert [answer.status_code for answer in (large, head, *hidden)] == [413, 400, 404, 404, 404]
     kinds = [answer.json()["error_type"] for answer in (large, head, *hidden)]
     assert kinds == ["body_too_large", "headers_too_large", "not_found", "not_found", "not_found"]
+    for answer in (large, head, *hidden):
+        assert re.fullmatch(r"[0-9a-f]{32}", answer.headers["x-request-id"])
+        assert answer.headers["strict-transport-security"] == "max-age=31536000"
+    until(lambda: f"id={large.headers['x-request-id']}" in proxy.logs, "nginx has written its log")
 
 
 def test_no_plain_http_and_no_second_request_in_the_first(proxy: Proxy) -> None:
@@ -210,6 +215,7 @@ def test_too_many_and_down_say_when_to_come_back_and_no_log_holds_a_token(proxy:
     assert down.headers["retry-after"] == "5"
     for answer in (*refused, down):
         assert answer.headers["strict-transport-security"] == "max-age=31536000"
+        assert re.fullmatch(r"[0-9a-f]{32}", answer.headers["x-request-id"])
     for path in ("/health", "/health%0A", "/a%22b"):
         proxy.client.get(f"{path}&access_token={TOKEN}/more")
     proxy.client.get("/nothing", params=QUERY, headers={**BEARER, "Referer": f"https://h/docs?access_token={TOKEN}"})

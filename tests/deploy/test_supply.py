@@ -306,6 +306,14 @@ def test_the_packages_of_the_service_are_those_it_imports_and_no_tools_of_the_te
     }
 
 
+def test_make_help_names_every_target() -> None:
+    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    assert targets[0] == "serve", "`make` alone serves"
+    assert not [target for target in targets if not re.search(rf"(make|\|) {target}( \||\n)", shown)]
+    assert "PYTHON=python3.12" in shown
+
+
 def test_what_the_security_policy_names_exists() -> None:
     text = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,14 +36,29 @@ def strings(path: Path) -> list[str]:
     return [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
 
 
-def test_every_alert_links_to_its_row() -> None:
+def test_every_alert_names_its_row() -> None:
     anchors = re.findall(r'<a id="(\w+)"></a>', TEXT)
     assert len(anchors) == len(set(anchors))
-    assert {f"docs/runbook.md#{anchor}" for anchor in anchors} == {r["annotations"]["runbook_url"] for r in rules()}
+    assert {f"docs/runbook.md#{anchor}" for anchor in anchors} == {r["annotations"]["runbook"] for r in rules()}
     for rule in rules():
         [row] = [row for row in ROWS if f'id="{rule["alert"].lower()}"' in row]
         assert f"`{rule['alert']}`" in cells(row)[0]
-        assert rule["annotations"]["runbook_url"].endswith(f"#{rule['alert'].lower()}")
+        assert rule["annotations"]["runbook"].endswith(f"#{rule['alert'].lower()}")
+
+
+def test_the_commands_that_make_links_are_true(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "deploy", tmp_path / "deploy")
+    commands = [line.removeprefix("    ") for line in TEXT.splitlines() if line.startswith("    ")]
+    for command in commands:
+        line = command.replace(".venv/bin/python", sys.executable)
+        subprocess.run(line, shell=True, cwd=tmp_path, env={"PATH": os.environ["PATH"]}, check=True)
+    for path in ("prometheus/alerts.yml", "kubernetes/alerts.yaml"):
+        value = yaml.safe_load((tmp_path / "deploy" / path).read_text(encoding="utf-8"))
+        found = [rule["annotations"] for group in value.get("spec", value)["groups"] for rule in group["rules"]]
+        assert len(found) == len(rules())
+        for notes in found:
+            assert re.fullmatch(r"https://wiki\.example/reranker/docs/runbook\.md#reranker\w+", notes["runbook_url"])
+            assert "runbook" not in notes
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: re.sub(r"<.*?>", "", cells(row)[0])[:40])

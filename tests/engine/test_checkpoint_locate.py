@@ -55,6 +55,38 @@ def test_a_missing_folder_says_how_to_download(name: str) -> None:
     assert "modelscope download" in message
 
 
+@pytest.mark.parametrize("name", ["bge-reranker-v2-m3", "Qwen3-Reranker-0.6B"])
+def test_a_missing_folder_with_the_name_of_a_model_names_that_one(name: str) -> None:
+    owner = "BAAI" if name.startswith("bge") else "Qwen"
+    assert f"download it first, `hf download {owner}/{name} --local-dir models/{name}` or" in refused(f"models/{name}")
+
+
+@pytest.mark.parametrize(
+    ("folder", "config", "advice"),
+    [
+        ("bge-reranker-base", "{}", "the whole repository, `hf download BAAI/bge-reranker-base --local-dir"),
+        (
+            "mine",
+            '{"model_type": "bert"}',
+            "the whole repository of this bert model, `hf download OWNER/NAME --local-dir",
+        ),
+        ("mine", "[]", "the whole repository of the model, `hf download OWNER/NAME --local-dir"),
+        ("models--A--b--c/snapshots/0f", "{}", "the whole repository, `hf download A/b--c`"),
+    ],
+)
+def test_a_foreign_folder_without_a_tokenizer_is_not_told_to_download_another_model(
+    folder: str, config: str, advice: str, tmp_path: Path
+) -> None:
+    path = tmp_path / folder
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(config)
+    (path / "model.safetensors").write_bytes(b"")
+    for name in (path, path.parent.parent) if "snapshots" in folder else [path]:
+        message = refused(name)
+        assert f"holds no tokenizer (no tokenizer.json, no vocab.json): download {advice}" in message
+        assert "Qwen" not in message
+
+
 def test_a_folder_is_taken_as_it_is(model_path: Path) -> None:
     assert locate(str(model_path)).path == model_path
 

@@ -10,14 +10,18 @@ import json
 import math
 import shutil
 import subprocess
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from reranker.errors import InputError
+from reranker.errors import FailedError, InputError
 from reranker.evaluate.bm25 import candidates, words
 from reranker.evaluate.measures import measure, parse_measures
+from reranker.rankers.client import Client
+from reranker.rankers.ranker import Scored
+from reranker.types import RerankRequest
 from tests.cli.command import COMMAND, cli, environment, write_lines
 from tests.cli.test_rank import FAKE, url
 from tests.conftest import Server, Start
@@ -213,6 +217,35 @@ def test_an_output_that_is_an_input_is_refused(option: str, name: str, tmp_path:
     err = cli("evaluate", *args, option, name, "--url", "http://127.0.0.1:9", cwd=tmp_path, code=2).stderr
     assert f"error: {option}={name} would replace the input " in err
     assert before == {path: (tmp_path / path).read_bytes() for path in INPUTS}
+
+
+@pytest.mark.parametrize(
+    ("option", "given", "name"),
+    [*((option, "old.png", "old.png") for option in OUTPUTS), ("--plot", "old", "old.png")],
+)
+def test_an_output_that_exists_is_replaced_only_on_request(option: str, given: str, name: str, tmp_path: Path) -> None:
+    args = ["evaluate", *trec(tmp_path), option, given, "--url", "http://127.0.0.1:9"]
+    (tmp_path / name).write_text("of an earlier run")
+    err = cli(*args, cwd=tmp_path, code=2).stderr
+    assert err == f"error: {option}={name} exists already; give another name, or --overwrite\n"
+    assert "cannot reach" in cli(*args, "--overwrite", cwd=tmp_path, code=1).stderr
+    assert (tmp_path / name).read_text() == "of an earlier run", "nothing was scored"
+
+
+def test_a_run_that_ends_early_says_that_it_keeps_nothing(
+    service: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def first_and_end(client: Client, requests: Iterable[RerankRequest]) -> Iterator[Scored]:
+        for request in requests:
+            yield Scored([0.5] * len(request.documents), 0)
+            raise FailedError("gone")
+
+    monkeypatch.setattr(Client, "rank_many", first_and_end)
+    done = cli("evaluate", *trec(tmp_path), "--save-run", "new.txt", "--url", url(service), cwd=tmp_path, code=1)
+    lines = done.stderr.splitlines()
+    assert lines[-2].endswith(": 1 of 2 queries scored; nothing is kept, the next run starts anew")
+    assert lines[-1] == "error: gone"
+    assert not (tmp_path / "new.txt").exists()
 
 
 @pytest.mark.parametrize("pair", [OUTPUTS[:2], OUTPUTS[1:], OUTPUTS[::2]], ids=" ".join)

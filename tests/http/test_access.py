@@ -156,6 +156,7 @@ def test_a_line_has_the_errors_detail_and_no_word_of_the_client(
         (FORWARDED | {"trusted_proxies": "192.0.2.7"}, ["203.0.113.1:4711"], "203.0.113.1"),
         (FORWARDED | {"trusted_proxies": "192.0.2.7"}, ["[2001:db8::1]:4711"], "2001:db8::1"),
         (FORWARDED | {"trusted_proxies": "192.0.2.7"}, ["::ffff:203.0.113.1"], "203.0.113.1"),
+        (FORWARDED | {"trusted_proxies": "::ffff:192.0.2.0/120"}, ["203.0.113.1"], "203.0.113.1"),
         (FORWARDED | {"trusted_proxies": "192.0.2.7,10.0.0.0/8"}, ["203.0.113.1" + ", 10.0.0.1" * 1000], "10.0.0.1"),
     ],
 )

@@ -572,6 +572,19 @@ def test_a_pass_of_several_requests(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_library")
+def test_a_worker_without_a_model_does_not_lower_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its file may stay: gunicorn calls no hook for a worker whose failed load stops a new generation."""
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    failed = Metrics(str(tmp_path), "0b")
+    assert b"reranker_batch_token_budget" not in failed.render("")[0]
+    Metrics(str(tmp_path), "0").loaded(FakeScorer(max_batch_tokens=1000).info, 1)
+    assert b"\nreranker_batch_token_budget 1000.0\n" in failed.render("")[0]
+    alone = Metrics()
+    alone.loaded(FakeScorer(max_batch_tokens=1000).info, 1)
+    assert alone.registry.get_sample_value("reranker_batch_token_budget") == 1000
+
+
+@pytest.mark.usefixtures("_library")
 def test_the_limit_of_the_queue_is_what_can_be_scored_in_time() -> None:
     metrics = Metrics()
 

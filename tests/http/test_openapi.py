@@ -92,6 +92,12 @@ def test_routes_that_are_not_tested_are_described_as_those_that_are(fake_server:
         assert paths[path]["post"] | {name: same[name] for name in ("summary", "operationId")} == same
 
 
+def test_summaries_are_plain_text(fake_server: Server) -> None:
+    """Swagger UI shows them as they are, while descriptions are Markdown."""
+    document = fake_server.client.get("/openapi.json").json()
+    assert not [o["summary"] for path in document["paths"].values() for o in path.values() if "`" in o["summary"]]
+
+
 def test_no_route_is_left_out(fake_server: Server) -> None:
     assert {str(context.path).replace("{name:path}", "{name}") for context in iter_route_contexts(app.routes)} == set(
         described(fake_server)["paths"]

@@ -5,6 +5,7 @@ Each of the three may hold a LoRA adapter, whose base is in the same folder or i
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -30,11 +31,10 @@ _OPENED = (
     *("config_sentence_transformers.json", "sentence_bert_config.json", "model-*-of-*.safetensors", CONFIG, WEIGHTS),
 )
 """Patterns of the files that loading opens."""
-_DOWNLOAD = (
-    "download it first, for example `hf download Qwen/Qwen3-Reranker-4B --local-dir {path}` "
-    "or `modelscope download --model Qwen/Qwen3-Reranker-4B --local_dir {path}`"
-)
-_SAFETENSORS = "use a checkpoint with *.safetensors, such as Qwen/Qwen3-Reranker-4B"
+_DOWNLOAD = "`hf download {name} --local-dir {path}` or `modelscope download --model {name} --local_dir {path}`"
+_OWNERS = {"qwen3-reranker-": "Qwen", "bge-reranker-": "BAAI"}
+"""The owner on both hubs, by the start of a model's name in lower case."""
+_SAFETENSORS = "use a checkpoint of it with *.safetensors"
 _PICKLE = f"pickles are not read, because loading one runs code: {_SAFETENSORS}, or convert it with save_pretrained"
 _OTHER_FORMATS = {
     "*.gguf": f"GGUF is not read: {_SAFETENSORS} and MODEL_PRECISION=int8",
@@ -100,7 +100,6 @@ def locate(name: str, revision: str | None = None) -> Located:
 def _find(name: str, revision: str | None) -> tuple[Path, str]:
     """Return the folder, and the advice for a file that is missing in it."""
     path = Path(name).expanduser()
-    download = _DOWNLOAD.format(path=path)
     if path.is_file():
         problem = f"{path} is a file: set MODEL_NAME_OR_PATH to the folder that holds config.json and *.safetensors"
         raise ModelLoadError("; ".join(filter(None, (problem, _other_format(path.parent, path.name)))))
@@ -109,10 +108,35 @@ def _find(name: str, revision: str | None) -> tuple[Path, str]:
             path, revision = _snapshot(path, revision), None
         problem = f"{path} is a folder and not a hub name; leave it empty"
         refuse_if(revision, f"MODEL_REVISION={revision} cannot be honoured: {problem}")
-        return path, download
+        return path, _missing_file(path)
     hub_name = _HUB_NAME.fullmatch(name) and not path.parent.is_dir()
-    refuse_if(not hub_name, f"the model folder {path} does not exist: {download}")
+    if not hub_name:
+        known = _known_name(path)
+        download = _DOWNLOAD.format(name=known or "Qwen/Qwen3-Reranker-4B", path=path)
+        example = "" if known else "for example "
+        raise ModelLoadError(f"the model folder {path} does not exist: download it first, {example}{download}")
     return _download(name, revision)
+
+
+def _known_name(path: Path) -> str:
+    """Return the hub name of the model that a folder is named after; '' if its owner is not known."""
+    owners = (owner for start, owner in _OWNERS.items() if path.name.lower().startswith(start))
+    return f"{owner}/{path.name}" if (owner := next(owners, "")) else ""
+
+
+def _missing_file(path: Path) -> str:
+    """Return the advice for a folder without one of its files: where its own model comes from, not another one."""
+    cache = path.parent.parent.name
+    if path.parent.name == "snapshots" and cache.startswith("models--"):
+        return f"download the whole repository, `hf download {cache.removeprefix('models--').replace('--', '/', 1)}`"
+    if known := _known_name(path):
+        return f"download the whole repository, {_DOWNLOAD.format(name=known, path=path)}"
+    try:
+        kind = json.loads((path / "config.json").read_bytes()).get("model_type")
+    except (OSError, ValueError, AttributeError):  # `_check_files` names it
+        kind = None
+    model = f"this {kind} model" if isinstance(kind, str) else "the model"
+    return f"download the whole repository of {model}, `hf download OWNER/NAME --local-dir {path}`"
 
 
 def _with_adapter(folder: Path, advice: str) -> Located:
