@@ -72,6 +72,7 @@ SOURCES = [ROOT / n for n in ("app.py", "config.py", "gunicorn.conf.py")] + [
     path
     for folder in ("reranker", "benchmarks", "studies", "demo", "deploy")
     for path in sorted((ROOT / folder).rglob("*.py"))
+    if ".cache" not in path.parts  # environments of the peers
 ]
 SOURCES.remove(ROOT / "benchmarks" / "peers.py")  # talks to its own child processes, and serves nobody
 MODULES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "multiprocessing"}

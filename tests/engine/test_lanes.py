@@ -4,7 +4,9 @@ import copy
 import gc
 import random
 import threading
+import time
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -128,29 +130,68 @@ def test_int8_in_lanes_gives_the_same_scores(model_path: Path, monkeypatch: pyte
     assert packed(scorer, group) == [pytest.approx(logits, abs=1e-4) for logits in plain]
 
 
-def test_lanes_share_the_cores_and_leave_the_number_of_threads_alone(scorer: Scorer) -> None:
+@pytest.fixture
+def _threads() -> Iterator[None]:
+    """Restore the number of threads, which lanes set to all their cores after a batch."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize(("cores", "parts", "width"), [(4, 2, 2), (4, 4, 1), (2, 4, 1)])
+def test_lanes_share_the_cores_and_return_them(scorer: Scorer, cores: int, parts: int, width: int) -> None:
     seen: list[tuple[str, int]] = []
 
     def forward(batch: PackedBatch) -> torch.Tensor:
         seen.append((threading.current_thread().name, torch.get_num_threads()))
         return torch.zeros(batch.shape.documents)
 
-    before = torch.get_num_threads()
-    for cores, parts, width in ((4, 2, 2), (4, 4, 1), (2, 4, 1)):
-        seen.clear()
-        lanes = Lanes(4, cores)
-        part = scorer.pack([Slice(EncodedRequest([1, 2], [[3]]), 0, 1)])
-        assert isinstance(part, PackedBatch)
-        assert lanes.run(forward, DealtBatch((), (part,) * parts, tuple((i,) for i in range(parts)))) == [0.0] * parts
-        assert [threads for _, threads in seen] == [width] * parts
-        assert all(name.startswith("lane") for name, _ in seen)
-        assert torch.get_num_threads() == before
-        fresh: list[int] = []
-        thread = threading.Thread(target=lambda: fresh.append(torch.get_num_threads()))  # noqa: B023
+    lanes = Lanes(4, cores)
+    part = scorer.pack([Slice(EncodedRequest([1, 2], [[3]]), 0, 1)])
+    assert isinstance(part, PackedBatch)
+    assert lanes.run(forward, DealtBatch((), (part,) * parts, tuple((i,) for i in range(parts)))) == [0.0] * parts
+    assert [threads for _, threads in seen] == [width] * parts
+    assert all(name.startswith("lane") for name, _ in seen)
+    fresh: list[int] = []
+    thread = threading.Thread(target=lambda: fresh.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert [torch.get_num_threads(), *fresh] == [cores, cores]
+    lanes.close()
+
+
+@pytest.mark.usefixtures("_threads")
+def test_batches_in_lanes_overlap_and_a_pass_with_all_cores_runs_alone(scorer: Scorer) -> None:
+    lanes, part = Lanes(2, 2), scorer.pack([Slice(EncodedRequest([1, 2], [[3]]), 0, 1)])
+    assert isinstance(part, PackedBatch)
+    go, events = threading.Event(), list[str]()
+
+    def forward(batch: PackedBatch) -> torch.Tensor:
+        events.append("lane")
+        go.wait(300)
+        return torch.zeros(batch.shape.documents)
+
+    def alone() -> None:
+        with lanes.all_cores():
+            events.append(f"alone with {torch.get_num_threads()}")
+
+    def batch() -> None:
+        lanes.run(forward, DealtBatch((), (part,), ((0,),)))
+
+    threads = [threading.Thread(target=work) for work in (batch, batch, alone)]
+    for thread in threads[:2]:
         thread.start()
+    while len(events) < 2:  # the second batch starts while the first one runs
+        time.sleep(0.001)
+    threads[2].start()
+    time.sleep(0.02)
+    assert events == ["lane", "lane"]
+    go.set()
+    for thread in threads:
         thread.join()
-        assert fresh == [before]
-        lanes.close()
+    assert events[2:] == ["alone with 2"]
+    lanes.close()
 
 
 class Failing:
