@@ -123,6 +123,7 @@ class Lanes:
         self.count = count
         self.cores = cores
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="lane")
+        self._threads = torch.get_num_threads()  # not of the caller of `run`, which may be new
         self._changed = threading.Condition()
         self._running = 0  # batches in lanes
         self._wide = False  # a pass with all cores runs
@@ -153,7 +154,7 @@ class Lanes:
             with self._changed:
                 self._running -= 1
                 if not self._running:  # a lane's number is MKL's for all threads, and that of every thread that starts
-                    torch.set_num_threads(self.cores)
+                    torch.set_num_threads(self._threads)
                 self._changed.notify_all()
 
     @contextmanager
@@ -166,6 +167,7 @@ class Lanes:
             torch.set_num_threads(self.cores)
             yield
         finally:
+            torch.set_num_threads(self._threads)
             with self._changed:
                 self._wide = False
                 self._changed.notify_all()

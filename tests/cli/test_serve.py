@@ -32,7 +32,7 @@ def test_it_becomes_gunicorn_with_the_configuration_of_make_serve(
     assert (program, FILES) == (sys.executable, ROOT)
     assert arguments == [sys.executable, "-m", "gunicorn", "-c", str(ROOT / "gunicorn.conf.py"), "app:app"]
     assert "gunicorn -c gunicorn.conf.py --pid" in (ROOT / "Makefile").read_text(encoding="utf-8")
-    assert variables["PYTHONPATH"].split(os.pathsep) == [str(ROOT), "/other", os.getcwd()]
+    assert variables["PYTHONPATH"].split(os.pathsep) == [str(ROOT), "/other"]
 
 
 def test_the_service_alone_reads_the_settings(

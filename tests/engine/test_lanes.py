@@ -6,7 +6,6 @@ import random
 import threading
 import time
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -130,24 +129,17 @@ def test_int8_in_lanes_gives_the_same_scores(model_path: Path, monkeypatch: pyte
     assert packed(scorer, group) == [pytest.approx(logits, abs=1e-4) for logits in plain]
 
 
-@pytest.fixture
-def _threads() -> Iterator[None]:
-    """Restore the number of threads, which lanes set to all their cores after a batch."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("_threads")
 @pytest.mark.parametrize(("cores", "parts", "width"), [(4, 2, 2), (4, 4, 1), (2, 4, 1)])
-def test_lanes_share_the_cores_and_return_them(scorer: Scorer, cores: int, parts: int, width: int) -> None:
+def test_lanes_share_the_cores_and_leave_the_number_of_threads_alone(
+    scorer: Scorer, cores: int, parts: int, width: int
+) -> None:
     seen: list[tuple[str, int]] = []
 
     def forward(batch: PackedBatch) -> torch.Tensor:
         seen.append((threading.current_thread().name, torch.get_num_threads()))
         return torch.zeros(batch.shape.documents)
 
-    lanes = Lanes(4, cores)
+    before, lanes = torch.get_num_threads(), Lanes(4, cores)
     part = scorer.pack([Slice(EncodedRequest([1, 2], [[3]]), 0, 1)])
     assert isinstance(part, PackedBatch)
     assert lanes.run(forward, DealtBatch((), (part,) * parts, tuple((i,) for i in range(parts)))) == [0.0] * parts
@@ -157,11 +149,10 @@ def test_lanes_share_the_cores_and_return_them(scorer: Scorer, cores: int, parts
     thread = threading.Thread(target=lambda: fresh.append(torch.get_num_threads()))
     thread.start()
     thread.join()
-    assert [torch.get_num_threads(), *fresh] == [cores, cores]
+    assert [torch.get_num_threads(), *fresh] == [before, before]
     lanes.close()
 
 
-@pytest.mark.usefixtures("_threads")
 def test_batches_in_lanes_overlap_and_a_pass_with_all_cores_runs_alone(scorer: Scorer) -> None:
     lanes, part = Lanes(2, 2), scorer.pack([Slice(EncodedRequest([1, 2], [[3]]), 0, 1)])
     assert isinstance(part, PackedBatch)

@@ -117,7 +117,8 @@ def test_an_operator_that_is_missing_or_wrong_is_not_used(
 
 @pytest.mark.parametrize("timed", [(1.0, 0.5), (0.5, 1.0)], indirect=True)
 def test_scores_of_16_bit_weights_are_those_of_float32_to_the_last_bit(timed: None) -> None:
-    exact, half = (Scorer.load(DEMO, device="cpu", precision=name) for name in ("float32", "float32-w16"))
+    precisions = ("float32", "float32-w16")  # in equal passes: a measured budget differs between two loads
+    exact, half = (Scorer.load(DEMO, device="cpu", precision=name, max_batch_tokens=4096) for name in precisions)
     assert half.info.precision == "float32-w16"
     for documents in (["gzip"], ["gzip compresses files", "chess is a game", "tar " * 300] * 7):
         assert half.rerank("how to compress files", documents) == exact.rerank("how to compress files", documents)

@@ -291,6 +291,7 @@ def test_a_pass_takes_no_more_memory_than_is_planned_for_it(
 ) -> None:
     """With the widths of 4B, a sixteenth of each; all rows at once, as on a GPU, but without its compiled layers."""
     monkeypatch.setattr("reranker.engine.linear.BLOCK_ROWS", 1 << 20)
+    monkeypatch.setattr("reranker.engine.model.choose_product", lambda linears: None)  # oneDNN's layout has no storage
     monkeypatch.setattr(precision, "_unsupported", lambda dtype, device: "")
     monkeypatch.setattr(quantized, "Int8Linear", Int8GpuLinear)
     if name == "int8":
