@@ -33,6 +33,8 @@ _WIDENED_BYTES = 2 << 20
 _TOLERANCE = 1e-5
 """Of a product, as a share of its norm. Another order of the sums explains 1e-6 with 10,000 inputs."""
 _MIN_GAIN = 1.03
+MIN_WEIGHTS = 4 << 20
+"""Of all projections. Of a smaller model the gain is small and noisy, and workers must not choose differently."""
 _COMPARED_ROWS, _COMPARED_WEIGHTS = (16, 256), 2 << 20
 
 
@@ -132,6 +134,9 @@ def choose_product(linears: Sequence[CpuLinear | WideningLinear]) -> None:
 
     One thread computes, as in a lane, and few and many rows count as they take time; it takes well under a second.
     """
+    if sum(linear.weight.numel() for linear in linears if linear.weight is not None) < MIN_WEIGHTS:
+        logger.info("products: torch's own (the model is small)")
+        return
     start = time.thread_time()
     shapes = {
         (tuple(linear.weight.shape), linear.bias is None): linear for linear in linears if linear.weight is not None

@@ -28,6 +28,12 @@ def projection(inputs: int, outputs: int, bias: bool, dtype: torch.dtype = torch
     return nn.Linear(inputs, outputs, bias=bias).to(dtype).requires_grad_(False)
 
 
+@pytest.fixture(autouse=True)
+def _any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The models of these tests are small."""
+    monkeypatch.setattr(linears, "MIN_WEIGHTS", 0)
+
+
 @pytest.fixture
 def timed(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """The seconds of torch's product and of oneDNN's, in place of measured ones."""
@@ -68,6 +74,16 @@ def test_widened_products_are_those_of_float32_to_the_last_bit(
     x = torch.randn(max(ROWS), inputs)
     for rows in ROWS:
         assert torch.equal(layer(x[:rows]), wide(x[:rows]))
+
+
+def test_a_small_model_is_not_timed(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Workers that choose by noise would give scores with different last digits."""
+    monkeypatch.undo()
+    linear = CpuLinear(projection(96, 160, bias=False))
+    with caplog.at_level(logging.INFO):
+        choose_product([linear])
+    assert linear.packed is None
+    assert "products: torch's own (the model is small)" in caplog.messages
 
 
 @pytest.mark.parametrize("timed", [(1.0, 0.9), (1.0, 1.0)], indirect=True)
