@@ -196,7 +196,7 @@ def test_the_page_ranks_and_says_that_no_instruction_is_read(tmp_path: Path, sta
     documents = ["a game of chess", "gzip compresses a file"]
     best = max(documents, key=lambda document: form.logit(forms.QUERY, document))
     expect(page.locator("#ranking p").first).to_have_text(best)
-    expect(page.locator("#cut")).to_have_text("The served model reads no instruction, so it was ignored.")
+    expect(page.locator("#warnings")).to_have_text("The served model reads no instruction, so it was ignored.")
     page.close()
 
 
