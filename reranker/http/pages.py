@@ -44,7 +44,6 @@ class Page:
             "Cache-Control": f"{cache}, no-cache",
             "ETag": f'"{hashlib.sha256(self.body).hexdigest()[:32]}"',
             "Referrer-Policy": "no-referrer",
-            "Cross-Origin-Opener-Policy": "same-origin",  # the playground stays the opener of /docs only
             "X-Content-Type-Options": "nosniff",
         }
 
