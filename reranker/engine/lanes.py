@@ -137,15 +137,16 @@ class Lanes:
         """Return the logits of the batch's documents, in order; its lanes may start while those of another batch end.
 
         Raises:
-            RuntimeError: of the first lane that failed, after all lanes have ended, so that none runs beside the next
-                pass.
+            RuntimeError: of the first lane that failed, after all lanes of the batch have ended, so that none runs
+                beside its retry.
         """
         with self._changed:
             self._changed.wait_for(lambda: not self._wide)
             self._running += 1
         width = max(1, self.cores // len(batch.parts))
-        lanes: list[Future[list[float]]] = [self._pool.submit(_run, width, forward, part) for part in batch.parts]
+        lanes: list[Future[list[float]]] = []
         try:
+            lanes += [self._pool.submit(_run, width, forward, part) for part in batch.parts]
             wait(lanes)
             logits = dict(zip(chain(*batch.positions), chain(*map(Future.result, lanes)), strict=True))
             return [logits[position] for position in range(len(logits))]

@@ -129,7 +129,7 @@ class Scorer:
         choices = choose_precisions(precision, target.value, weights.precision or weights.half, fits)
         scorer, rate = _first_usable(weights, target.value, precision, choices, start)
         memory = devices.memory(target.value, max_memory_percentage)
-        scorer.max_batch_tokens = choose_budget(rate, memory, max_batch_tokens)
+        scorer.max_batch_tokens = choose_budget(rate, memory, max_batch_tokens, scorer.max_passes)
         return scorer
 
     @property

@@ -159,9 +159,9 @@ def choose_lanes(scorer: Scorer, documents: int, rate: Rate) -> Rate:
     return Rate(max(rate.tokens_per_second, tokens / best), rate.bytes_per_token)
 
 
-def choose_budget(rate: Rate, memory: devices.Memory, requested: int | None) -> int:
-    """Return the tokens of a forward pass from speed and memory, and log the reason."""
-    by_memory = int(memory.available * _MEMORY_SHARE / rate.bytes_per_token)
+def choose_budget(rate: Rate, memory: devices.Memory, requested: int | None, passes: int = 1) -> int:
+    """Return the tokens of a forward pass, of which `passes` may run at a time, and log the reason."""
+    by_memory = int(memory.available * _MEMORY_SHARE / rate.bytes_per_token / passes)
     by_speed = int(rate.tokens_per_second * BATCH_SECONDS)
     budget = requested or max(MIN_BATCH_TOKENS, min(by_memory, by_speed, MAX_BATCH_TOKENS))
     logger.info(

@@ -157,6 +157,23 @@ def test_it_is_scored_as_transformers_does(variant: Served, tmp_path: Path) -> N
     assert found.prefix + found.documents[0] == loaded.reference.plain("x", long, variant.length)
 
 
+@pytest.mark.parametrize("kind", ["xlm-roberta", "bert", "modernbert-cls"])
+def test_a_tokenizer_that_transformers_builds_in_another_way_is_a_warning(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """XLM-RoBERTa's class does not read the normalizer of tokenizer.json."""
+
+    def change(words: Tokenizer) -> None:
+        words.normalizer = normalizers.Sequence([normalizers.Lowercase()])
+
+    folder = KINDS[kind](tmp_path / "m")
+    load(folder)
+    assert "TEI's may differ" not in caplog.text
+    tokenizer(change)(folder)
+    load(folder)
+    assert ("get other tokens from XLMRobertaTokenizer" in caplog.text) is (kind == "xlm-roberta")
+
+
 class Refused(NamedTuple):
     """A variant that is refused, and words of the error."""
 

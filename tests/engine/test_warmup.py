@@ -35,6 +35,12 @@ def test_the_budget_is_limited_by_speed_and_memory(
     )
 
 
+def test_two_passes_at_a_time_share_the_memory() -> None:
+    memory = Memory(total=4 * GIB >> 10, allowed=4 * GIB >> 10, used=0)
+    budgets = [choose_budget(Rate(1e9, 1024.0), memory, None, passes) for passes in (1, 2)]
+    assert budgets == [int(0.8 * 4096), int(0.4 * 4096)]
+
+
 @pytest.fixture(scope="module")
 def loaded(model_path: Path) -> Scorer:
     """A scorer without lanes, whatever this machine measures."""

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from reranker.engine.checkpoint.files import AGAIN, first_line, read_json, read_text, refuse_if
 from reranker.errors import ModelLoadError
+
+logger = logging.getLogger(__name__)
+
+_PROBES = ("Gzip Files", "files ", "a  b\n", "é１", "中文 压缩", "naïve-Text's")
+"""Texts that a lower-casing, an accent, a width or a blank treated in another way would change."""
 
 
 def load_tokenizer(path: Path, base: Path | None = None) -> PreTrainedTokenizerBase:
@@ -77,6 +85,26 @@ def check_tokenizer(path: Path, tokenizer: PreTrainedTokenizerBase, rows: int, c
     largest = max(largest, *(token for token, added in tokenizer.added_tokens_decoder.items() if not added.special), 0)
     problem = f"the tokenizer in {path} has the token id {largest}, but config.json has a vocab_size of {rows}"
     refuse_if(largest >= rows, f"{problem}: they do not belong to one model")
+
+
+def warn_if_rebuilt(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Warn if the tokenizer gives other tokens than its tokenizer.json alone, as other servers read it.
+
+    transformers 5 builds the tokenizers of BERT and XLM-RoBERTa by their class, without the file's normalizer and
+    pre-tokenizer.
+    """
+    file = path / "tokenizer.json"
+    if not file.is_file():
+        return
+    alone = Tokenizer.from_file(str(file))
+    alone.no_truncation()
+    alone.no_padding()
+    for text in _PROBES:
+        if alone.encode(text, add_special_tokens=False).ids != tokenizer.encode(text, add_special_tokens=False):
+            problem = "texts such as %r get other tokens from %s (transformers %s) than from %s alone: scores are "
+            way = "those of transformers; TEI's may differ"
+            logger.warning(problem + way, text, type(tokenizer).__name__, version("transformers"), file)
+            return
 
 
 def _check_merges(file: Path, vocabulary: dict[str, int]) -> None:

@@ -23,7 +23,7 @@ from reranker.engine.bidirectional import PairAttention
 from reranker.engine.checkpoint.config import Checkpoint
 from reranker.engine.checkpoint.files import refuse_if
 from reranker.engine.checkpoint.layout import read_layout, warn_of_activation
-from reranker.engine.checkpoint.tokenizer import check_tokenizer
+from reranker.engine.checkpoint.tokenizer import check_tokenizer, warn_if_rebuilt
 from reranker.engine.checkpoint.weights import Names, Weights
 from reranker.engine.families.base import Backbone, Family, Head, LayerFns, Widths, Wrap
 from reranker.engine.families.decoder import Loader, refuse_unread
@@ -188,7 +188,9 @@ class EncoderFamily(Family):
         layout = read_layout(checkpoint.folders, tokenizer, special, pairs=True)
         self.template = pair_template(path, tokenizer, special)
         self.max_positions = min(self.positions, layout.max_length or self.positions)
-        check_tokenizer(Path(tokenizer.name_or_path), tokenizer, config.vocab_size, self.template.own_tokens)
+        folder = Path(tokenizer.name_or_path)
+        check_tokenizer(folder, tokenizer, config.vocab_size, self.template.own_tokens)
+        warn_if_rebuilt(folder, tokenizer)
 
     @property
     def positions(self) -> int:
