@@ -29,7 +29,7 @@ import httpx
 import torch
 
 from benchmarks.engine import tokens
-from benchmarks.floor import floor
+from benchmarks.floor import Floor, floor
 from benchmarks.models import MODELS, model
 from benchmarks.plot import Row, append
 from benchmarks.reference import Reference
@@ -43,9 +43,24 @@ class Load:
     """The result of one server under one load."""
 
     seconds: float = 0.0
+    """For the workload once, as processor_seconds and documents."""
     processor_seconds: float = 0.0
+    documents: float = 0.0
+    """That got a score: a request that fails is no work."""
+    scored: list[int] = field(default_factory=list)
+    """By request that got a response."""
     latencies: list[float] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+
+    @property
+    def rate(self) -> float:
+        """Documents a second."""
+        return self.documents / self.seconds
+
+    @property
+    def each(self) -> float:
+        """Processor seconds for a document; infinite where none got a score."""
+        return self.processor_seconds / self.documents if self.documents else math.inf
 
 
 def main() -> None:
@@ -95,7 +110,6 @@ def _measure(a: argparse.Namespace, path: Path, workload: str, running: list[Run
     with _alone(None, running):
         reference = Reference(path, work)
         packed = tokens(a.shape, path, work)[0]
-        least = floor(a.shape, "cpu", getattr(torch, a.precision), packed, a.threads) if a.floor else None
     apart: dict[str, float] = {}
     for server in running:
         with _alone(server, running), httpx.Client(timeout=600, trust_env=False) as client:
@@ -104,41 +118,44 @@ def _measure(a: argparse.Namespace, path: Path, workload: str, running: list[Run
     failures: list[str] = []
     for clients in a.clients:
         loads: dict[str, list[Load]] = {server.name: [] for server in running}
+        floors: list[Floor] = []
         for turn in range(a.rounds):
+            if a.floor:
+                with _alone(None, running):
+                    floors.append(floor(a.shape, "cpu", getattr(torch, a.precision), packed, a.threads))
             for server in running[:: -1 if turn % 2 else 1]:
                 with _alone(server, running):
                     loads[server.name].append(_closed(server, work, clients))
+        least = statistics.median(documents / f.seconds for f in floors) if floors else math.nan
         for name, of in loads.items():
-            wall, used, cores = (
-                statistics.median(x)
-                for x in zip(
-                    *((x.seconds, x.processor_seconds, x.processor_seconds / x.seconds) for x in of), strict=True
-                )
-            )
-            rates = [documents / x.seconds for x in of]
-            row = [name, str(clients), f"{documents / wall:.2f}", f"{min(rates):.2f} to {max(rates):.2f}"]
-            row += [f"{used / documents * 100:.1f}", fewer_cores(cores, a.threads)]
-            row += [_ratio(of, loads[running[0].name], kind) for kind in ("seconds", "processor_seconds")]
-            row += [f"{least.seconds / wall:.0%}"] if least else []
+            rates = [load.rate for load in of]
+            rate, used = statistics.median(rates), statistics.median(load.each for load in of) * 100
+            cores = statistics.median(load.processor_seconds / load.seconds for load in of)
+            row = [name, str(clients), f"{rate:.2f}", f"{min(rates):.2f} to {max(rates):.2f}", f"{used:.1f}"]
+            row += [fewer_cores(cores, a.threads), *_times(of, loads[running[0].name])]
+            row += [f"{rate / least:.0%}"] if floors else []
             latencies = [x for load in of for x in load.latencies]
             row += [f"{percentile(latencies, p):.2f}" for p in (50, 95)]
             rows.append([*row, str(sum(len(x.failures) for x in of)), f"{apart[name]:.1e}"])
             failures += [f"{name}, {clients} clients: {failure}" for load in of for failure in load.failures]
             if a.rows:
-                kinds = (a.shape, a.precision, workload, clients)
-                append(a.rows, Row(*kinds, name, documents / wall, used / documents * 100, cores))
+                append(a.rows, Row(a.shape, a.precision, workload, clients, name, rate, used, cores))
+        if floors:
+            used = statistics.median(f.processor_seconds for f in floors) / documents * 100
+            rows.append([f"floor: {floors[0].product}", str(clients), f"{least:.2f}", "-", f"{used:.1f}"])
+            rows[-1] += [*3 * ["-"], "100%", *4 * ["-"]]
     print(f"\n{workload}: {len(work)} requests, {documents} documents, {packed} packed tokens.\n")
     head = ["server", "clients", "documents/s", "of a round", "CPU s / 100 documents", "cores used"]
-    head += ["times our wall", "times our CPU s", *(["of the floor"] if least else []), "p50 s", "p95 s", "failed"]
+    head += ["times our wall", "times our CPU s", *(["of the floor"] if a.floor else []), "p50 s", "p95 s", "failed"]
     print(table([*head, "apart"], rows))
-    if least:
-        rate = f"{documents / least.seconds:.2f} documents/s, {least.processor_seconds / documents * 100:.1f} CPU s"
-        print(f"\nFloor: {rate} for 100; {a.threads} times {least.gflops:.0f} GFLOP/s ({least.product}).")
-    print(*sorted(set(failures)), sep="\n", end="")
+    print(*sorted(set(failures)), sep="\n", end="", flush=True)
 
 
-def _ratio(of: list[Load], ours: list[Load], kind: str) -> str:
-    return f"{statistics.median(getattr(x, kind) / getattr(o, kind) for x, o in zip(of, ours, strict=True)):.2f}"
+def _times(of: list[Load], ours: list[Load]) -> list[str]:
+    """How many times our wall and processor seconds a server needs for a document: medians of the rounds' ratios."""
+    wall = statistics.median(o.rate / x.rate if x.rate else math.inf for x, o in zip(of, ours, strict=True))
+    used = statistics.median(x.each / o.each for x, o in zip(of, ours, strict=True))
+    return [f"{wall:.2f}", f"{used:.2f}"]
 
 
 @contextmanager
@@ -155,7 +172,7 @@ def _alone(server: Running | None, running: list[Running]) -> Iterator[None]:
 
 
 def _closed(server: Running, work: Requests, clients: int) -> Load:
-    """The workload, so often that every client has at least one request; the times are those of one workload."""
+    """The workload, so often that every client has at least one request."""
     load, waiting = Load(), queue.Queue[dict[str, Any]]()
     repeats = math.ceil(clients / len(work))
     for request in work * repeats:
@@ -178,6 +195,7 @@ def _closed(server: Running, work: Requests, clients: int) -> Load:
         thread.join()
     load.seconds = (time.perf_counter() - start) / repeats
     load.processor_seconds = (server.processor_seconds() - used) / repeats
+    load.documents = sum(load.scored) / repeats
     return load
 
 
@@ -186,10 +204,11 @@ def _ask(http: httpx.Client, server: Running, request: dict[str, Any], load: Loa
     salt = "".join(random.choices("abcdefghijklmnopqrstuvwxyz", k=5))
     try:
         scores = server.rerank(http, f"{request['query']} {salt}", request["documents"])
-        if any(map(math.isnan, scores)):
+        load.scored.append(sum(not math.isnan(score) for score in scores))
+        if load.scored[-1] < len(scores):
             load.failures.append("not every document has a score")
-    except (httpx.HTTPError, KeyError) as error:
-        load.failures.append(str(error) or type(error).__name__)
+    except (httpx.HTTPError, LookupError, TypeError, ValueError) as error:  # any of a response of another form
+        load.failures.append(f"{type(error).__name__}: {error}".removesuffix(": "))
     load.latencies.append(time.perf_counter() - start)
 
 
