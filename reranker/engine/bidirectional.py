@@ -12,12 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reranker.engine.attention import Attention, VarlenAttention, choose_kernel, varlen_attn, varlen_options
+from reranker.engine.attention import (
+    Attention,
+    SdpaAttention,
+    VarlenAttention,
+    choose_kernel,
+    varlen_attn,
+    varlen_options,
+)
 from reranker.engine.batch import PackedBatch
 
 _OPTIONS = None if varlen_attn is None else varlen_options(inspect.signature(varlen_attn).parameters)
 # Lengths are padded to multiples of it: by 8 tokens on average, and few calls.
 _STEP = 16
+_FEW = 32
+"""Queries of a block of SdpaPairs, at least: as many rows as its kernel multiplies at a time."""
 _BLOCK = 128
 """Queries of a call with a window, which sees as many keys and the window on both sides."""
 
@@ -34,7 +43,78 @@ def choose_pair_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) 
     kernel, reason = choose_kernel(device, dtype, head_dim)
     if kernel is VarlenAttention:
         return VarlenPairs, reason
+    if kernel is SdpaAttention:
+        return SdpaPairs, f"scaled_dot_product_attention per pair {reason[reason.find('(') :]}"
     return GroupedPairs, f"scaled_dot_product_attention per group of lengths {reason[reason.find('(') :]}"
+
+
+class _Block(NamedTuple):
+    """Queries of a pair and the keys that they see, as rows of q and of k and v."""
+
+    start: int
+    stop: int
+    first_key: int
+    last_key: int
+    """One more than the last."""
+    masked: int | None
+    """The place of the first key in the mask; None: every query sees every key."""
+
+
+class SdpaPairs:
+    """`scaled_dot_product_attention` pair by pair, and with a window block by block of its queries: for a CPU.
+
+    Each call reads the packed tokens in place. Calls for several pairs would be fewer, but gathering and padding their
+    tokens takes longer than that saves, at 16 tokens a pair as at 400.
+    """
+
+    def __init__(self, batch: PackedBatch, window: int | None = None) -> None:
+        self.pairs: list[tuple[int, int]] = []
+        """First row of each pair, and one more than its last."""
+        self.blocks: list[_Block] = []
+        size, start = 0 if window is None else max(_FEW, window), 0
+        for length in batch.lengths_q[batch.prefixes :]:
+            stop = start + length
+            self.pairs.append((start, stop))
+            if window is None or length <= window + 1:
+                self.blocks.append(_Block(start, stop, start, stop, None))
+            else:
+                for first in range(start, stop, size):
+                    end, low = min(first + size, stop), max(first - window, start)
+                    self.blocks.append(_Block(first, end, low, min(end + window, stop), low - first + window))
+            start = stop
+        rows, columns = torch.arange(size)[:, None], torch.arange(size + 2 * (window or 0))
+        near = (columns - (window or 0) - rows).abs() <= (window or 0)
+        self.mask = _additive(near).to(batch.index.device)
+        """[size, size + 2 * window], additive: of the queries of a block, and the keys around it."""
+
+    def attend_all(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """See `Attention.attend_all`."""
+        out = torch.empty_like(q)
+        queries, keys, values = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, H, T, D]
+        self.mask = self.mask.to(q.dtype)
+        for start, stop, first, last, masked in self.blocks:
+            mask = None if masked is None else self.mask[: stop - start, masked : masked + last - first]
+            attended = F.scaled_dot_product_attention(
+                queries[:, :, start:stop],
+                keys[:, :, first:last],
+                values[:, :, first:last],
+                attn_mask=mask,
+                scale=scale,
+            )
+            out[start:stop] = attended[0].transpose(0, 1)
+        return out
+
+    def attend_last(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """See `Attention.attend_last`."""
+        out = torch.empty_like(q)
+        keys, values = (x.transpose(0, 1)[None] for x in (k, v))
+        for i, (start, stop) in enumerate(self.pairs):
+            query = q[i, None, :, None]
+            attended = F.scaled_dot_product_attention(
+                query, keys[:, :, start:stop], values[:, :, start:stop], scale=scale
+            )
+            out[i] = attended[0, :, 0]
+        return out
 
 
 class _Call(NamedTuple):
@@ -51,6 +131,7 @@ class _Call(NamedTuple):
 class GroupedPairs:
     """`scaled_dot_product_attention` for pairs of similar lengths in one call each; long ones with a window in blocks.
 
+    For a GPU without the varlen kernel, where launches take the time.
     Padding is masked. The length to which a pair is padded depends on its own length alone, so that its score does not
     depend on the rest of the batch.
     """

@@ -11,6 +11,7 @@ import gc
 import logging
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -217,6 +218,9 @@ class Scorer:
         logger.warning("out of memory at %d tokens: token budget is now %d", batch.tokens, self.max_batch_tokens)
         return [logit for half in halves for logit in self.score(self.pack(half))]
 
+    def _pack_and_score(self, part: Slice) -> list[float]:
+        return self.score(self.pack([part]))
+
     def rerank(self, query: str, documents: Sequence[str], instruction: str | None = None) -> list[float]:
         """Return relevance scores (probabilities of relevance) in the order of the documents.
 
@@ -234,9 +238,13 @@ class Scorer:
             logger.warning(
                 "%d of %d documents did not fit and were truncated (max_seq_length)", truncated, request.count
             )
-        logits: list[float] = []
-        for part in split(request, self.max_batch_tokens, self.max_batch_documents):
-            logits += self.score(self.pack([part]))
+        parts = split(request, self.max_batch_tokens, self.max_batch_documents)
+        if self.max_passes == 1 or len(parts) == 1:
+            passes = list(map(self._pack_and_score, parts))
+        else:
+            with ThreadPoolExecutor(self.max_passes) as pool:
+                passes = list(pool.map(self._pack_and_score, parts))
+        logits = [logit for part in passes for logit in part]
         if not all(map(math.isfinite, logits)):
             raise ScoringError(NOT_A_NUMBER)
         return [sigmoid(logit) for logit in logits]

@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, ModernB
 from reranker.engine.acceleration import sample
 from reranker.engine.attention import SdpaAttention, VarlenAttention
 from reranker.engine.batch import PackedBatch, pack, pad
-from reranker.engine.bidirectional import GroupedPairs, PairAttention, VarlenPairs, choose_pair_kernel
+from reranker.engine.bidirectional import GroupedPairs, PairAttention, SdpaPairs, VarlenPairs, choose_pair_kernel
 from reranker.engine.families.base import Head
 from reranker.engine.families.bert import BertEncoder, XlmRobertaEncoder
 from reranker.engine.families.encoder import Encoder
@@ -44,14 +44,15 @@ def plain(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> 
     return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
 
 
+@pytest.mark.parametrize("kernel", [SdpaPairs, GroupedPairs])
 @pytest.mark.parametrize("window", [None, 0, 1, 5, 64, 200])
-def test_each_pair_equals_the_plain_computation(window: int | None) -> None:
+def test_each_pair_equals_the_plain_computation(window: int | None, kernel: type[PairAttention]) -> None:
     rng, generator = random.Random(1), torch.Generator().manual_seed(1)
     for round_ in range(6):
         lengths = [rng.choice([1, 2, 15, 16, 17, 65, 127, 128, 129, 260, rng.randrange(1, 300)]) for _ in range(7)]
         batch = batch_of(lengths if round_ else [300], requests=1 + round_ % 3)
         q, k, v = torch.randn(3, batch.tokens, HEADS, WIDTH, generator=generator).unbind()
-        attention = GroupedPairs(batch, window)
+        attention = kernel(batch, window)
         found, start = attention.attend_all(q, k, v, 0.3), 0
         firsts: list[Tensor] = []
         for length in batch.lengths_q[batch.prefixes :]:
@@ -65,22 +66,26 @@ def test_each_pair_equals_the_plain_computation(window: int | None) -> None:
             assert torch.allclose(attention.attend_last(q[first], k, v, 0.3), torch.stack(firsts), atol=2e-6)
 
 
-def test_a_pair_is_padded_by_its_own_length_alone() -> None:
+@pytest.mark.parametrize("kernel", [SdpaPairs, GroupedPairs])
+def test_a_pair_does_not_depend_on_the_others(kernel: type[PairAttention]) -> None:
     generator = torch.Generator().manual_seed(2)
     q, k, v = torch.randn(3, 41, HEADS, WIDTH, generator=generator).unbind()
-    alone = GroupedPairs(batch_of([41])).attend_all(q, k, v, 0.3)
+    alone = kernel(batch_of([41])).attend_all(q, k, v, 0.3)
     others = torch.randn(3, 90, HEADS, WIDTH, generator=generator).unbind()
     q, k, v = (torch.cat([own, other]) for own, other in zip((q, k, v), others, strict=True))
-    assert torch.allclose(GroupedPairs(batch_of([41, 46, 44])).attend_all(q, k, v, 0.3)[:41], alone, atol=1e-6)
+    assert torch.allclose(kernel(batch_of([41, 46, 44])).attend_all(q, k, v, 0.3)[:41], alone, atol=1e-6)
 
 
-@pytest.mark.parametrize("kernel", [VarlenAttention, GroupedAttention, SdpaAttention])
-def test_the_kernel_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch, kernel: Any) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "expected"),
+    [(VarlenAttention, VarlenPairs), (GroupedAttention, GroupedPairs), (SdpaAttention, SdpaPairs)],
+)
+def test_the_kernel_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch, kernel: Any, expected: Any) -> None:
     monkeypatch.setattr(
         "reranker.engine.bidirectional.choose_kernel", lambda *args: (kernel, "calls (no varlen kernel)")
     )
     chosen, reason = choose_pair_kernel(META, torch.float32, 8)
-    assert chosen is (VarlenPairs if kernel is VarlenAttention else GroupedPairs)
+    assert chosen is expected
     assert "no varlen kernel" in reason
 
 
