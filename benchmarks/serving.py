@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -21,6 +23,12 @@ from benchmarks.openmp import environment
 from benchmarks.peers import CHAT_TEMPLATE
 
 MODEL = "qwen3-reranker"
+_EXPORT = """
+import functools, sys, torch
+torch.onnx.export = functools.partial(torch.onnx.export, dynamo=False)  # optimum 1.24 knows no other exporter
+from optimum.exporters.onnx import main_export
+main_export(sys.argv[1], output=sys.argv[2], task="text-classification")
+"""
 
 
 @dataclass
@@ -106,17 +114,30 @@ def vllm(shape: str, path: Path, threads: int, precision: str) -> Iterator[Runni
 
 
 @contextmanager
-def infinity(shape: str, path: Path, threads: int, precision: str) -> Iterator[Running]:
-    """Infinity with its torch backend, whose batches are sorted by length."""
+def infinity(shape: str, path: Path, threads: int, precision: str, engine: str = "torch") -> Iterator[Running]:
+    """Infinity, whose batches are sorted by length; with a default batch, by one of its engines for a CPU."""
     port = free_port()
     options = {"host": "127.0.0.1", "port": str(port), "served-model-name": MODEL, "model-id": str(path)}
-    options |= {"engine": "torch", "device": "cpu", "dtype": precision, "batch-size": "32"}
+    options |= {"engine": engine, "device": "cpu", "dtype": precision, "batch-size": "32"}
     command = [str(CACHE / "infinity/bin/infinity_emb"), "v2", "--no-model-warmup"]
     for name, value in options.items():
         command += [f"--{name}", value]
     env = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "OMP_NUM_THREADS": str(threads)}
-    server = Running("Infinity", f"http://127.0.0.1:{port}/rerank")
+    server = Running(f"Infinity, {engine}", f"http://127.0.0.1:{port}/rerank")
     with _peer(command, port, env, server):
+        yield server
+
+
+@contextmanager
+def infinity_onnx(shape: str, path: Path, threads: int, precision: str) -> Iterator[Running]:
+    """Infinity with ONNX Runtime, which its author recommends for CPUs; the model is exported on the first start."""
+    folder = path / "onnx"
+    if not (folder / "model.onnx").exists():
+        partial = folder.with_name("onnx.partial")
+        command = [str(CACHE / "infinity/bin/python"), "-c", _EXPORT, str(path), str(partial)]
+        subprocess.run(command, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+        partial.rename(folder)
+    with infinity(shape, folder, threads, precision, "optimum") as server:
         yield server
 
 
@@ -142,10 +163,11 @@ def _peer(command: list[str], port: int, env: dict[str, str], server: Running) -
 Server = Callable[[str, Path, int, str], AbstractContextManager[Running]]
 """Shape, checkpoint, threads, precision -> the running server."""
 
-PEERS: dict[str, Server] = {"vllm": vllm, "infinity": infinity}
+PEERS: dict[str, Server] = {"vllm": vllm, "infinity": infinity, "infinity-onnx": infinity_onnx}
 
 
 def installed(shape: str) -> list[str]:
     """The peers that serve a shape and are installed here."""
     serves = {"infinity": shape in ENCODERS, "vllm": shape not in ENCODERS}
-    return [name for name in PEERS if serves[name] and (CACHE / name / "bin/python").exists()]
+    environments = {name: name.partition("-")[0] for name in PEERS}
+    return [name for name, of in environments.items() if serves[of] and (CACHE / of / "bin/python").exists()]
