@@ -52,10 +52,11 @@ class DealtBatch:
 
 
 def deal(slices: Sequence[Slice], lanes: int) -> list[Deal]:
-    """Divide a batch into at most `lanes` lanes of about equal tokens; every lane has a document.
+    """Divide a batch into at most `lanes` lanes of about equal tokens, the largest first; every lane has a document.
 
     Whole requests first, largest first, so that a prefix is computed once. If the lanes are then unequal, the largest
-    requests are split by document, as few of them as possible.
+    requests are split by document, as few of them as possible. The largest comes first because a thread that is idle
+    at the end of the pass before takes it, and ends with the others.
     """
     offsets = [0, *accumulate(part.stop - part.start for part in slices)]
     lanes = min(lanes, offsets[-1])
@@ -68,7 +69,8 @@ def deal(slices: Sequence[Slice], lanes: int) -> list[Deal]:
             if attempts[-1][0] <= enough:
                 break
     _, best = min(attempts, key=lambda attempt: attempt[0])
-    return [_deal(slices, offsets, documents) for documents in best if documents]
+    dealt = [_deal(slices, offsets, documents) for documents in best if documents]
+    return sorted(dealt, key=lambda part: sum(share.tokens for share in part.slices), reverse=True)
 
 
 def _distribute(

@@ -49,6 +49,7 @@ def test_every_document_is_dealt_once_and_lanes_are_even(seed: int) -> None:
         assert all(part.start < part.stop for part in lane.slices)
     # No worse than the bound of longest-first dealing: an equal share, and one more document with its prefix.
     loads = [sum(part.tokens for part in lane.slices) for lane in dealt]
+    assert loads == sorted(loads, reverse=True)
     largest = max(len(d) + len(part.request.prefix) for part in batch for d in part.documents)
     assert max(loads) <= sum(part.tokens for part in batch) / min(lanes, len(flat)) + largest * min(lanes, len(batch))
 

@@ -166,7 +166,7 @@ class Encoder(Backbone):
 
     def cache_prefix(self, tokens: list[int], kernel: type[Attention]) -> None:
         """Pairs share no prefix: there is nothing to cache."""
-        raise NotImplementedError
+        raise AssertionError("pairs share no prefix")
 
 
 class EncoderFamily(Family):
