@@ -125,7 +125,7 @@ def _measure(a: argparse.Namespace, path: Path, workload: str, running: list[Run
                     floors.append(floor(a.shape, "cpu", getattr(torch, a.precision), packed, a.threads))
             for server in running[:: -1 if turn % 2 else 1]:
                 with _alone(server, running):
-                    loads[server.name].append(_closed(server, work, clients))
+                    loads[server.name].append(closed(server, work, clients))
         least = statistics.median(documents / f.seconds for f in floors) if floors else math.nan
         for name, of in loads.items():
             rates = [load.rate for load in of]
@@ -171,7 +171,7 @@ def _alone(server: Running | None, running: list[Running]) -> Iterator[None]:
             other.pause(False)
 
 
-def _closed(server: Running, work: Requests, clients: int) -> Load:
+def closed(server: Running, work: Requests, clients: int) -> Load:
     """The workload, so often that every client has at least one request."""
     load, waiting = Load(), queue.Queue[dict[str, Any]]()
     repeats = math.ceil(clients / len(work))
