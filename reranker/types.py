@@ -184,7 +184,7 @@ class ModelInfo:
     max_batch_tokens: int
     demo: bool = False
     self_check: str = "passed"
-    """Result of ranking obvious pairs at load: `passed`, or `failed: ` and the languages."""
+    """Result of ranking obvious texts at load: `passed`, or `failed: ` and the languages."""
     family: str = ""
     """The architecture that is computed."""
     score: str = ""

@@ -138,6 +138,7 @@ def _facts(report: Report) -> Iterator[str]:
         details += [f"{result.facts['seconds']} s"] if "seconds" in result.facts else []
         if details:
             yield f"{result.name}: {', '.join(details)}"
+    yield from report.verdicts
 
 
 def _markdown(report: Report) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from reranker.evaluate.judgements import Grades, Ranking
 from reranker.evaluate.measures import Values, measure, parse_measures
-from reranker.evaluate.statistics import CONFIDENCE, RESAMPLES, Difference, difference
+from reranker.evaluate.statistics import CONFIDENCE, FEW_QUERIES, RESAMPLES, Difference, difference
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +83,29 @@ class Report:
             if result.name != self.reference
         }
 
+    @property
+    def verdicts(self) -> list[str]:
+        """A sentence on each of `others`: whether the first measure shows a difference to the reference.
+
+        With k others, p counts below 0.05 / k (Bonferroni).
+        """
+        name, found = self.measures[0], []
+        for result in self.others:
+            change, level = self.differences[name, result.name], (1 - CONFIDENCE) / len(self.others)
+            queries = change.better + change.equal + change.worse
+            if change.p is not None and change.p < level:
+                better = "better" if change.mean > 0 else "worse"
+                verdict = (
+                    f"{better} than {self.reference} by {name}: {change.mean:+.4f}, p {change.p:.4f} < {level:.4g}"
+                )
+            else:
+                p = "one query proves nothing" if change.p is None else f"p {change.p:.4f}, not below {level:.4g}"
+                verdict = f"no difference to {self.reference} is shown by {name} ({p})"
+                verdict += ": judge more queries, or take the cheaper"
+            few = f"; {queries} queries are few, the interval is too narrow" if 1 < queries < FEW_QUERIES else ""
+            found.append(f"{result.name}: {verdict}{few}")
+        return found
+
     def json(self) -> dict[str, Any]:
         """Return everything but the values of single queries, as one JSON object."""
         systems = []
@@ -93,7 +116,8 @@ class Report:
                 measures[name] = {"mean": result.mean(name), "difference": None if change is None else asdict(change)}
             systems.append({"name": result.name, **result.facts, "measures": measures})
         statistics = {"reference": self.reference, "confidence": CONFIDENCE, "resamples": RESAMPLES}
-        return {**self.facts, **statistics, "systems": systems, "examples": [asdict(e) for e in self.examples]}
+        found = {"systems": systems, "verdicts": self.verdicts, "examples": [asdict(e) for e in self.examples]}
+        return {**self.facts, **statistics, **found}
 
 
 def compare(

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
 SEED = 0
+FEW_QUERIES = 20
+"""Below it the bootstrap interval is too narrow."""
 _TINY = 1e-9
 """A smaller change of a measure is rounding."""
 _VALUES = 2_000_000

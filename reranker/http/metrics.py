@@ -92,7 +92,7 @@ TABLE = (
         ("model", "device", "precision", "family", "score", "version"),
     ),
     Row("reranker_demo_model_workers", Gauge, "Workers with the bundled demo model, which is for trying the API only."),
-    Row("reranker_self_check_failed_workers", Gauge, "Workers whose model ranked an obvious pair wrong at the start."),
+    Row("reranker_self_check_failed_workers", Gauge, "Workers whose model ranked an obvious text wrong at the start."),
     Row("reranker_device_memory_bytes", Gauge, "Device memory of the workers; on a CPU, that of the processes."),
     Row("reranker_queue_tokens", Gauge, "Tokens in the queue."),
     Row(

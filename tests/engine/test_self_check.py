@@ -55,7 +55,7 @@ class Stub:
         self.requests.append(request)
         if self.error:
             raise self.error
-        return EncodedRequest([1], [[2], [3]])
+        return EncodedRequest([1], [[2], [3], [4]])
 
     def pack(self, slices: list[Slice]) -> list[Slice]:
         return slices
@@ -69,19 +69,21 @@ def check(stub: Stub) -> str:
 
 
 def test_it_asks_by_the_instruction_of_the_checkpoint() -> None:
-    stub = Stub([1.0, 0.0])
+    stub = Stub([1.0, 0.0, 0.5])
     assert check(stub) == "passed"
-    assert [request.instruction for request in stub.requests] == ["Find code"] * 2
+    assert [request.instruction for request in stub.requests] == ["Find code"] * 6
 
 
-@pytest.mark.parametrize("logits", [[0.0, 1.0], [1.0, 1.0], [math.nan, 0.0], [math.inf, 0.0], [1.0, math.nan]])
+@pytest.mark.parametrize(
+    "logits", [[0, 1, -1], [0, -1, 1], [1, 1, 0], [1, 0, 1], [math.nan, 0, 0], [math.inf, 0, 0], [1, 0, math.nan]]
+)
 def test_only_a_higher_finite_score_passes(logits: list[float]) -> None:
     assert check(Stub(logits)) == "failed: English, Chinese"
 
 
 @pytest.mark.parametrize(("right", "wrong"), [("English", "Chinese"), ("Chinese", "English")])
 def test_a_model_of_one_language_passes_for_it(right: str, wrong: str, caplog: pytest.LogCaptureFixture) -> None:
-    answers = {"English": [1.0, 0.0], "Chinese": [1.0, 0.0]} | {wrong: [0.0, 1.0]}
+    answers = {"English": [1.0, 0.0, 0.0], "Chinese": [1.0, 0.0, 0.0]} | {wrong: [0.0, 1.0, 0.0]}
     stub = Stub([])
 
     def score(_: object) -> list[float]:

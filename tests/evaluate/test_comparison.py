@@ -185,3 +185,30 @@ def test_a_service_without_a_name_is_called_by_its_address(tmp_path: Path) -> No
     with stub() as other:
         report = json.loads(cli("evaluate", *trec(tmp_path), "--url", other.url, cwd=tmp_path).stdout)
     assert (report["systems"][1]["name"], report["systems"][1]["model"]) == (other.url, None)
+
+
+def test_each_system_gets_a_verdict_by_the_first_measure() -> None:
+    grades = {f"q{i}": {"right": 1} for i in range(24)}
+
+    def run(right: int) -> dict[str, dict[str, float]]:
+        """The right document is first for so many queries, and second for the others."""
+        return {f"q{i}": {"right": 1.0, "wrong": 0.0 if i < right else 2.0} for i in range(24)}
+
+    runs = {"base": run(8), "better": run(24), "worse": run(0), "same": run(9)}
+    report = compare(grades, runs, "rr")
+    assert report.verdicts[0].startswith("better: better than base by RR: +0.3333, p 0.000")
+    assert report.verdicts[0].endswith(" < 0.01667")  # 0.05 / 3
+    assert report.verdicts[1].startswith("worse: worse than base by RR: -0.1667, p 0.0")
+    no_difference = "same: no difference to base is shown by RR (p 1.0000, not below 0.01667): judge more queries"
+    assert report.verdicts[2] == f"{no_difference}, or take the cheaper"
+    assert report.json()["verdicts"] == report.verdicts
+
+
+def test_few_queries_are_said() -> None:
+    grades = {query: {"right": 1} for query in ("a", "b")}
+    first, second = ({query: {"right": 1.0, "wrong": wrong} for query in grades} for wrong in (0.0, 2.0))
+    runs = {"x": first, "y": second}
+    assert compare(grades, runs, "rr").verdicts[0].endswith("; 2 queries are few, the interval is too narrow")
+    one = compare({"a": grades["a"]}, runs, "rr").verdicts
+    no_difference = "y: no difference to x is shown by RR (one query proves nothing)"
+    assert one == [f"{no_difference}: judge more queries, or take the cheaper"]

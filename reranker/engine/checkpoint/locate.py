@@ -244,6 +244,8 @@ def _check_file(file: Path) -> None:
 
 def _without_config(path: Path, advice: str) -> str:
     """Return where else the configuration or which other format the folder holds, and the way out."""
+    if path.name == "demo":
+        return ": the bundled demo model is MODEL_NAME_OR_PATH without a value (on the command line --model '')"
     inner = [
         folder
         for folder in _oldest_first([*path.glob("*"), *path.glob("snapshots/*")])

@@ -52,7 +52,7 @@ class Info(BaseModel):
     demo: bool
     """Whether it is the bundled demo model, which is for trying the API only."""
     self_check: str
-    """`passed`, `failed` or `not run`, with the languages whose obvious pair decided, or the reason."""
+    """`passed`, `failed` or `not run`, with the languages whose obvious texts decided, or the reason."""
     family: str
     """The architecture that is computed, such as Qwen3."""
     score: str
