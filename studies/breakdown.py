@@ -1,6 +1,6 @@
 """Time of a forward pass on this CPU by kind of operation, the gain of a second thread, and how threads should wait.
 
-    python -m studies.breakdown [--shape mid] [--requests 2] [--rounds 3]
+    python -m studies.breakdown [--shape mid] [--requests 2] [--documents N] [--rounds 3]
 
 torch's profiler around the engine's own pass over requests of short.json, one thread; tokenising and packing beside it.
 Then passes of one request of growing size with one thread and with two in alternation: wall time and processor seconds.
@@ -30,9 +30,9 @@ from reranker import Scorer
 from reranker.types import EncodedRequest, RerankRequest, Slice
 
 GROUPS = {
-    "matrix products": ("mm", "addmm"),
+    "matrix products": ("mm", "addmm", "_linear_pointwise"),
     "attention": ("_scaled_dot_product_flash_attention_for_cpu",),
-    "keys and values gathered, results put back": ("index", "copy_", "cat", "index_select"),
+    "copies: keys and values, blocks, padding": ("index", "copy_", "cat", "index_select", "fill_", "constant_pad_nd"),
     "norms": ("_fused_rms_norm", "rms_norm", "pow", "mean", "rsqrt", "sum", "div_"),
     "rotary, SwiGLU, residuals": ("silu", "silu_", "mul", "mul_", "add", "add_", "addcmul_", "addcmul", "neg"),
 }
@@ -50,7 +50,7 @@ def breakdown(scorer: Scorer, slices: list[Slice]) -> tuple[dict[str, float], fl
         begun = time.perf_counter()
         scorer.score(batch)
         whole = time.perf_counter() - begun
-    groups = {f"aten::{name}": group for group, names in GROUPS.items() for name in names}
+    groups = {f"{space}::{name}": g for g, names in GROUPS.items() for name in names for space in ("aten", "mkldnn")}
     seconds: dict[str, float] = defaultdict(float)
     for event in profile.key_averages():
         if event.key in groups:
@@ -71,12 +71,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="mid")
     parser.add_argument("--requests", type=int, default=2)
+    parser.add_argument("--documents", type=int, help="documents of each request; all")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)  # as a process of `waiting`
     a = parser.parse_args()
     torch.set_num_threads(1)
     scorer = Scorer.load(model(a.shape), device="cpu", precision="float32")
-    requests = [RerankRequest(r["query"], r["documents"]) for r in read("short", a.requests)]
+    requests = [RerankRequest(r["query"], r["documents"]) for r in read("short", a.requests, a.documents)]
     if a.serve:
         serve(scorer, requests[0])
         return

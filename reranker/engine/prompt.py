@@ -213,14 +213,14 @@ class Prompt:
         if limit < _MIN_QUERY_TOKENS:
             raise InvalidRequestError(
                 f"prompt and instruction leave no room for a query and a document in {self.max_seq_length} tokens; "
-                f"shorten the instruction or raise MAX_SEQ_LENGTH"
+                f"shorten the instruction, or raise MAX_SEQ_LENGTH where the model allows more"
             )
         if not request.truncate_query:
             where = "" if request.query_index is None else f"query[{request.query_index}]: "
             raise InvalidRequestError(
                 f"{where}the query and instruction leave no room for a document: they and the prompt take more than "
                 f"{self.max_seq_length - 1} of {self.max_seq_length} tokens; shorten the query, send truncate: true to "
-                f"have it truncated, or raise MAX_SEQ_LENGTH"
+                f"have it truncated, or raise MAX_SEQ_LENGTH where the model allows more"
             )
         # Encoded again as text, so that the result is the prompt of a shorter query, token for token.
         start = query[: _character(self._encode_start([" " + query], limit, offsets=True)[0], limit, 1)]
