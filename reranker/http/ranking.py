@@ -36,7 +36,8 @@ class Ranking:
         if self._instruction_unread:
             warnings.append("instruction is not read: the prompt of the served model has none")
         if self.result.query_truncated:
-            warnings.append("the query did not fit and was truncated; a larger MAX_SEQ_LENGTH, where the model allows it, reads more of it")
+            more = "a larger MAX_SEQ_LENGTH, where the model allows it, reads more of it"
+            warnings.append(f"the query did not fit and was truncated; {more}")
         if self.result.truncated_documents:
             warnings.append(
                 f"{self.result.truncated_documents} of {len(self.parsed.request.documents)} documents did not fit and "
