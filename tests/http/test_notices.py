@@ -217,8 +217,8 @@ def test_a_query_that_does_not_fit_is_refused_or_truncated_as_asked(short: Serve
     assert refused.status_code == 422
     assert "send truncate: true to have it truncated" in refused.json()["detail"]
     assert short.client.post("/v1/rerank", json=body | {"truncate": False}).status_code == 422
-    more = "a larger MAX_SEQ_LENGTH, where the model allows it, reads more of it"
-    says = f"the query did not fit and was truncated; {more}"
+    hint = "a larger MAX_SEQ_LENGTH, where the model allows it, reads more of it"
+    says = f"the query did not fit and was truncated; {hint}"
     for path, more in (
         ("/v1/rerank", {"documents": DOCUMENTS, "truncate": True}),
         ("/rerank", {"texts": DOCUMENTS}),
