@@ -771,15 +771,17 @@ def test_the_docs_need_no_internet_and_work_with_a_token_in_the_address(guarded:
 
 def test_the_docs_ask_for_the_token_or_take_that_of_the_page(guarded: Server, visit: Open) -> None:
     page = visit(guarded)
-    page.click("nav a")
-    docs = page.context.pages[-1]
+    with page.context.expect_page() as opened:
+        page.click("nav a")
+    docs = opened.value
     docs.fill("#token", "wrong")
     docs.keyboard.press("Enter")
     expect(docs.locator("#status")).to_contain_text("The access token is wrong.")
     docs.close()
     page.fill("#token", TOKEN)
-    page.click("nav a")
-    docs = page.context.pages[-1]
+    with page.context.expect_page() as opened:
+        page.click("nav a")
+    docs = opened.value
     operation = docs.locator(".opblock", has_text="/health").first
     operation.locator(".opblock-summary").click()
     operation.get_by_text("Try it out").click()
