@@ -7,11 +7,19 @@ from pathlib import Path
 
 from reranker.batch.local import Job, run
 from reranker.cli.options import source
+from reranker.errors import InputError
+from reranker.rows.forms import structured_kind
 from reranker.rows.row import Defaults
 
 
 def batch(args: argparse.Namespace) -> None:
-    """Run the command; see `local.run` for errors."""
+    """Run the command; see `local.run` for errors.
+
+    Raises:
+        InputError: the output is named after another form than JSON lines.
+    """
+    if structured_kind(args.output) in ("csv", "tsv", "parquet") or args.output.lower().endswith(".gz"):
+        raise InputError(f"{args.output}: the output is JSON lines, not compressed: name it *.jsonl")
     job = Job(
         input=args.input,
         output=Path(args.output),

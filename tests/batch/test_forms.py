@@ -171,6 +171,14 @@ def test_an_encoding_of_parquet_has_no_effect(tmp_path: Path) -> None:
         assert err == "error: --encoding has no effect: in.parquet is Parquet, always UTF-8; leave it out\n"
 
 
+@pytest.mark.parametrize("name", ["out.csv", "out.TSV", "out.parquet", "out.jsonl.gz"])
+def test_an_output_named_after_another_form_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "in.csv").write_text("query,document\nq,d\n")
+    err = cli("batch", "in.csv", name, cwd=tmp_path, code=2).stderr
+    assert err == f"error: {name}: the output is JSON lines, not compressed: name it *.jsonl\n"
+    assert not (tmp_path / name).exists()
+
+
 def test_what_batch_cannot_read_again(tmp_path: Path) -> None:
     assert "error: . is a folder" in cli("batch", ".", "o.jsonl", cwd=tmp_path, code=2).stderr
     for name in ("-", "/dev/stdin"):
