@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -114,16 +115,18 @@ def vllm(shape: str, path: Path, threads: int, precision: str) -> Iterator[Runni
 
 
 @contextmanager
-def infinity(shape: str, path: Path, threads: int, precision: str, engine: str = "torch") -> Iterator[Running]:
-    """Infinity, whose batches are sorted by length; with a default batch, by one of its engines for a CPU."""
+def infinity(
+    shape: str, path: Path, threads: int, precision: str, engine: str = "torch", batch: int = 32
+) -> Iterator[Running]:
+    """Infinity, whose batches are sorted by length, with one of its engines for a CPU and by default its own batch."""
     port = free_port()
     options = {"host": "127.0.0.1", "port": str(port), "served-model-name": MODEL, "model-id": str(path)}
-    options |= {"engine": engine, "device": "cpu", "dtype": precision, "batch-size": "32"}
+    options |= {"engine": engine, "device": "cpu", "dtype": precision, "batch-size": str(batch)}
     command = [str(CACHE / "infinity/bin/infinity_emb"), "v2", "--no-model-warmup"]
     for name, value in options.items():
         command += [f"--{name}", value]
     env = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "OMP_NUM_THREADS": str(threads)}
-    server = Running(f"Infinity, {engine}", f"http://127.0.0.1:{port}/rerank")
+    server = Running(f"Infinity, {engine}, batch {batch}", f"http://127.0.0.1:{port}/rerank")
     with _peer(command, port, env, server):
         yield server
 
@@ -163,7 +166,12 @@ def _peer(command: list[str], port: int, env: dict[str, str], server: Running) -
 Server = Callable[[str, Path, int, str], AbstractContextManager[Running]]
 """Shape, checkpoint, threads, precision -> the running server."""
 
-PEERS: dict[str, Server] = {"vllm": vllm, "infinity": infinity, "infinity-onnx": infinity_onnx}
+PEERS: dict[str, Server] = {
+    "vllm": vllm,
+    "infinity": infinity,
+    "infinity-8": partial(infinity, batch=8),
+    "infinity-onnx": infinity_onnx,
+}
 
 
 def installed(shape: str) -> list[str]:

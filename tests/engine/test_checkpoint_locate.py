@@ -15,6 +15,7 @@ from huggingface_hub.utils._paths import filter_repo_objects
 from reranker import ModelLoadError, Scorer
 from reranker.engine.checkpoint import locate as module
 from reranker.engine.checkpoint.locate import FILES, locate
+from reranker.root import ROOT
 from tests.cli.command import run_process
 
 ORIGINAL = """.gitattributes LICENSE README.md config.json generation_config.json merges.txt
@@ -197,6 +198,14 @@ def test_the_folder_above_checkpoints_names_them(model_path: Path, tmp_path: Pat
     (tmp_path / "out" / "logs" / "config.json").write_text("{}")
     message = refused(tmp_path / "out")
     assert f"{tmp_path / 'out' / 'checkpoint-900'}, {tmp_path / 'out' / 'checkpoint-1000'} do" in message
+
+
+def test_the_name_of_the_demo_model_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a checkout `demo` is the folder that made the model; another folder of that name is any other."""
+    monkeypatch.chdir(ROOT)
+    assert "the bundled demo model is MODEL_NAME_OR_PATH without a value" in refused("demo")
+    (tmp_path / "demo").mkdir()
+    assert "bundled" not in refused(tmp_path / "demo")
 
 
 @pytest.mark.parametrize(

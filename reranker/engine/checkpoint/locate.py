@@ -19,6 +19,7 @@ from huggingface_hub import constants, snapshot_download
 from reranker.engine.checkpoint.adapter import CONFIG, WEIGHTS, Adapter
 from reranker.engine.checkpoint.files import AGAIN, refuse_if, refuse_pointer
 from reranker.errors import ModelLoadError
+from reranker.root import ROOT
 
 logger = logging.getLogger(__name__)
 
@@ -244,7 +245,7 @@ def _check_file(file: Path) -> None:
 
 def _without_config(path: Path, advice: str) -> str:
     """Return where else the configuration or which other format the folder holds, and the way out."""
-    if path.name == "demo":
+    if path.resolve() == ROOT / "demo":  # the folder that made the model
         return ": the bundled demo model is MODEL_NAME_OR_PATH without a value (on the command line --model '')"
     inner = [
         folder
