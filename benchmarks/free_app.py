@@ -27,7 +27,7 @@ class FreeScorer:
     memory = 0
     max_batch_tokens = 262_144
     max_batch_documents = 1 << 30
-    max_passes = 1
+    lanes = None
     info = ModelInfo("free", "none", "float32", 8192, max_batch_tokens)
 
     def encode(self, request: RerankRequest) -> EncodedRequest:

@@ -22,7 +22,7 @@ class SleepingScorer:
 
     memory = 0
     max_batch_documents = 1 << 30
-    max_passes = 1
+    lanes = None
 
     def __init__(self) -> None:
         self.rate = float(os.environ["RATE"])

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from reranker.errors import InvalidRequestError
 from reranker.types import EncodedRequest, ModelInfo, RerankRequest, Slice
 
 PREFIX = 10
+
+
+class FakeLanes:
+    """Lanes whose idleness a test sets; a pass with them may overlap with another one."""
+
+    def __init__(self) -> None:
+        self.idle = False
+        self.on_idle: Callable[[], None] = lambda: None
 
 
 class FakeScorer:
@@ -21,7 +29,7 @@ class FakeScorer:
         self.seconds = seconds
         self.max_batch_tokens = max_batch_tokens
         self.max_batch_documents = max_batch_documents
-        self.max_passes = 1
+        self.lanes: FakeLanes | None = None
         self.passes: list[list[Slice]] = []
         self.words: dict[str, int] = {}
         self.threads: set[str] = set()

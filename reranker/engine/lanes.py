@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import heapq
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 from typing import NamedTuple
@@ -116,6 +115,9 @@ def _deal(slices: Sequence[Slice], offsets: Sequence[int], documents: Mapping[in
 class Lanes:
     """Threads that each run a forward pass with their share of the cores.
 
+    Attributes:
+        on_idle: called in a thread when a lane becomes idle, so that the next batch may start.
+
     Args:
         count: the number of threads, at least 2.
         cores: the number of threads that torch may use in total; the lanes of a batch share them.
@@ -124,63 +126,77 @@ class Lanes:
     def __init__(self, count: int, cores: int) -> None:
         self.count = count
         self.cores = cores
+        self.on_idle: Callable[[], None] = lambda: None
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="lane")
         self._threads = torch.get_num_threads()  # not of the caller of `run`, which may be new
         self._changed = threading.Condition()
-        self._running = 0  # batches in lanes
+        self._parts = 0  # in lanes, or waiting for one
         self._wide = False  # a pass with all cores runs
+
+    @property
+    def idle(self) -> bool:
+        """Whether a lane has nothing to do."""
+        return self._parts < self.count and not self._wide
 
     def count_for(self, slices: Sequence[Slice]) -> int:
         """Return the number of lanes for a batch: at most one per document and per MIN_TOKENS, at least one."""
         documents = sum(part.stop - part.start for part in slices)
         return max(1, min(self.count, documents, sum(part.tokens for part in slices) // MIN_TOKENS))
 
-    def run(self, forward: Callable[[PackedBatch], Tensor], batch: DealtBatch) -> list[float]:
+    def run(self, forward: Callable[[PackedBatch], Tensor], batch: PackedBatch | DealtBatch) -> list[float]:
         """Return the logits of the batch's documents, in order; its lanes may start while those of another batch end.
+
+        A batch that was not dealt uses all cores, or the lane that is idle first if other batches run.
 
         Raises:
             RuntimeError: of the first lane that failed, after all lanes of the batch have ended, so that none runs
                 beside its retry.
         """
+        parts = batch.parts if isinstance(batch, DealtBatch) else (batch,)
         with self._changed:
             self._changed.wait_for(lambda: not self._wide)
-            self._running += 1
-        width = max(1, self.cores // len(batch.parts))
+            width = self.cores // (self.count if self._parts else len(parts))
+            wide = self._wide = len(parts) == 1 and not self._parts
+            self._parts += 0 if wide else len(parts)
+        if wide:
+            return self._run_wide(forward, parts[0])
         lanes: list[Future[list[float]]] = []
         try:
-            lanes += [self._pool.submit(_run, width, forward, part) for part in batch.parts]
+            for part in parts:
+                lanes.append(self._pool.submit(self._run, max(1, width), forward, part))
             wait(lanes)
-            logits = dict(zip(chain(*batch.positions), chain(*map(Future.result, lanes)), strict=True))
-            return [logits[position] for position in range(len(logits))]
+            logits = list(map(Future.result, lanes))
         finally:
             lanes.clear()  # an error refers to this frame, and would keep the tensors of its pass through the list
-            with self._changed:
-                self._running -= 1
-                if not self._running:  # a lane's number is MKL's for all threads, and that of every thread that starts
-                    torch.set_num_threads(self._threads)
-                self._changed.notify_all()
-
-    @contextmanager
-    def all_cores(self) -> Iterator[None]:
-        """Let the calling thread use all cores for a pass without lanes, once none of the lanes runs."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._running and not self._wide)
-            self._wide = True
-        try:
-            torch.set_num_threads(self.cores)
-            yield
-        finally:
-            torch.set_num_threads(self._threads)
-            with self._changed:
-                self._wide = False
-                self._changed.notify_all()
+        if not isinstance(batch, DealtBatch):
+            return logits[0]
+        by_position = dict(zip(chain(*batch.positions), chain(*logits), strict=True))
+        return [by_position[position] for position in range(len(by_position))]
 
     def close(self) -> None:
         """End the threads."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
+    def _run(self, width: int, forward: Callable[[PackedBatch], Tensor], part: PackedBatch) -> list[float]:
+        torch.set_num_threads(width)  # of this thread alone, in the OpenMP build and in MKL
+        try:
+            logits: list[float] = forward(part).tolist()
+            return logits
+        finally:
+            with self._changed:
+                self._parts -= 1
+                if not self._parts:  # a lane's number is MKL's for all threads, and that of every thread that starts
+                    torch.set_num_threads(self._threads)
+                self._changed.notify_all()
+            self.on_idle()
 
-def _run(width: int, forward: Callable[[PackedBatch], Tensor], part: PackedBatch) -> list[float]:
-    torch.set_num_threads(width)  # of this thread alone, in the OpenMP build and in MKL
-    logits: list[float] = forward(part).tolist()
-    return logits
+    def _run_wide(self, forward: Callable[[PackedBatch], Tensor], batch: PackedBatch) -> list[float]:
+        try:
+            torch.set_num_threads(self.cores)
+            logits: list[float] = forward(batch).tolist()
+            return logits
+        finally:
+            torch.set_num_threads(self._threads)
+            with self._changed:
+                self._wide = False
+                self._changed.notify_all()

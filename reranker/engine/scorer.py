@@ -12,7 +12,6 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -190,11 +189,10 @@ class Scorer:
             DeviceLostError: the device needs a new process.
         """
         try:
-            if isinstance(batch, DealtBatch):
-                assert self.lanes is not None  # `pack` creates a DealtBatch for lanes only
+            if self.lanes is not None:
                 return self.lanes.run(self.model.forward, batch)
-            with self.lanes.all_cores() if self.lanes else nullcontext():
-                logits: list[float] = self.model.forward(batch).tolist()
+            assert isinstance(batch, PackedBatch)  # `pack` deals for lanes only
+            logits: list[float] = self.model.forward(batch).tolist()
             return logits
         except RuntimeError as error:
             if not devices.out_of_memory(error):

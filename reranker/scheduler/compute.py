@@ -18,6 +18,16 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+class LanesLike(Protocol):
+    """The part of a scorer's Lanes that the service uses."""
+
+    on_idle: Callable[[], None]
+
+    @property
+    def idle(self) -> bool:
+        """Whether a lane has nothing to do."""
+
+
 class ScorerLike(Protocol):
     """The part of a Scorer that the service uses; `encode` and `pack` run in other threads, beside `score`."""
 
@@ -25,8 +35,8 @@ class ScorerLike(Protocol):
     max_batch_documents: int
 
     @property
-    def max_passes(self) -> int:
-        """Passes that may run at a time: 2 if one leaves cores idle before its end, else 1."""
+    def lanes(self) -> LanesLike | None:
+        """With lanes, which are not all busy at the end of a pass, two passes may run at a time; None: one."""
 
     @property
     def info(self) -> ModelInfo:

@@ -1,8 +1,8 @@
 """The batch loop: forward passes over the queue, one after another, each shared by all pending jobs.
 
-There is no wait window: a batch is all that is pending when the device becomes idle. During a pass, the next batch
-gathers; once it is full and half of the pass is over, it is packed in another thread. It starts when the pass ends or,
-where a pass is dealt to lanes, as soon as one of them is idle. The event loop never computes.
+There is no wait window: a batch is all that is pending when the device becomes idle or, where passes are dealt to lanes,
+one of the lanes. During a pass, the next batch gathers; once it is full and half of the pass is over, it is packed in
+another thread. The event loop never computes.
 """
 
 from __future__ import annotations
@@ -103,8 +103,10 @@ class Passes:
         running: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         running.set_result(None)
         before = running
+        if scorer.lanes is not None:
+            scorer.lanes.on_idle = partial(self._lane_is_idle, asyncio.get_running_loop())
         while True:
-            await self._gather(scorer, running)
+            await self._gather(scorer, running, before)
             batch = self._queue.take(scorer.max_batch_tokens, scorer.max_batch_documents)
             self._observer.queue_changed(self._queue.tokens)
             if not batch:
@@ -114,7 +116,7 @@ class Passes:
                 slices, pack = [part for _, part in batch], catch_panics(scorer.pack)
                 with suppress(Exception):  # the compute thread will raise it again
                     packed = await asyncio.get_running_loop().run_in_executor(self._packer, pack, slices)
-            await (running if scorer.max_passes == 1 else before)
+            await (running if scorer.lanes is None else before)
             if all(job.done.done() for job, _ in batch):  # all clients disconnected while it was packed
                 continue
             seconds = sum(part.tokens for _, part in batch) / self._admission.tokens_per_second
@@ -123,12 +125,23 @@ class Passes:
             before, running = running, asyncio.create_task(self._score_batch(scorer, batch, packed, running))
             running.add_done_callback(lambda _: self._changed.set())
 
-    async def _gather(self, scorer: ScorerLike, running: asyncio.Future[None]) -> None:
+    def _lane_is_idle(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Wake the batch loop; in a thread of the device."""
+        with suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(self._changed.set)
+
+    async def _gather(
+        self, scorer: ScorerLike, running: asyncio.Future[None], before: asyncio.Future[None]
+    ) -> None:
         """Wait until the device is idle and a job is pending, or a full batch is and half of the running pass is over.
 
         Half: a small request that arrives before gets into the next pass, and there is time to pack.
         """
-        while not (running.done() and len(self._queue)):
+
+        def idle() -> bool:
+            return running.done() or (scorer.lanes is not None and scorer.lanes.idle and before.done())
+
+        while not (idle() and len(self._queue)):
             if running.done():
                 running.result()  # raises the error of the last pass even though no job is pending
             full = self._queue.tokens >= scorer.max_batch_tokens

@@ -154,35 +154,48 @@ def test_lanes_share_the_cores_and_leave_the_number_of_threads_alone(
     lanes.close()
 
 
-def test_batches_in_lanes_overlap_and_a_pass_with_all_cores_runs_alone(scorer: Scorer) -> None:
-    lanes, part = Lanes(2, 2), scorer.pack([Slice(EncodedRequest([1, 2], [[3]]), 0, 1)])
+def test_batches_in_lanes_overlap_and_a_part_alone_takes_all_cores_only_if_no_other_runs(scorer: Scorer) -> None:
+    lanes, part = Lanes(2, 4), scorer.pack([Slice(EncodedRequest([1, 2], [[3]]), 0, 1)])
     assert isinstance(part, PackedBatch)
-    go, events = threading.Event(), list[str]()
+    go, widths, idle = threading.Event(), list[int](), list[bool]()
+    lanes.on_idle = lambda: idle.append(lanes.idle)
 
     def forward(batch: PackedBatch) -> torch.Tensor:
-        events.append("lane")
+        widths.append(torch.get_num_threads())
         go.wait(300)
         return torch.zeros(batch.shape.documents)
 
-    def alone() -> None:
-        with lanes.all_cores():
-            events.append(f"alone with {torch.get_num_threads()}")
-
-    def batch() -> None:
-        lanes.run(forward, DealtBatch((), (part,), ((0,),)))
-
-    threads = [threading.Thread(target=work) for work in (batch, batch, alone)]
-    for thread in threads[:2]:
+    def start(batch: PackedBatch | DealtBatch) -> threading.Thread:
+        thread = threading.Thread(target=lanes.run, args=(forward, batch))
         thread.start()
-    while len(events) < 2:  # the second batch starts while the first one runs
-        time.sleep(0.001)
-    threads[2].start()
+        return thread
+
+    def wait_for(passes: int) -> None:
+        while len(widths) < passes:
+            time.sleep(0.001)
+
+    dealt = DealtBatch((), (part, part), ((0,), (1,)))
+    wide = start(part)
+    wait_for(1)
+    others = [start(dealt), start(part)]
     time.sleep(0.02)
-    assert events == ["lane", "lane"]
+    assert (widths, lanes.idle) == ([4], False)  # nothing runs beside a pass with all cores
     go.set()
-    for thread in threads:
+    for thread in (wide, *others):
         thread.join()
-    assert events[2:] == ["alone with 2"]
+    assert lanes.idle
+    assert widths in ([4, 2, 2, 2], [4, 4, 2, 2])  # the two were waiting for the same moment
+    go.clear()
+    others = [start(dealt)]
+    wait_for(6)
+    others.append(start(part))  # it waits for a lane, not for all of them
+    time.sleep(0.02)
+    assert len(widths) == 6
+    go.set()
+    for thread in others:
+        thread.join()
+    assert widths[4:] == [2, 2, 2]
+    assert idle[-1]
     lanes.close()
 
 

@@ -23,7 +23,7 @@ from reranker.scheduler import passes as passes_module
 from reranker.scheduler.batcher import Batcher
 from reranker.scheduler.events import ForwardPass
 from reranker.types import Chunk, EncodedRequest, RerankRequest, RerankResult, Slice
-from tests.fake import PREFIX, FakeScorer
+from tests.fake import PREFIX, FakeLanes, FakeScorer
 
 
 def ask(documents: int = 1, query: str = "red fish", words: str = "red") -> RerankRequest:
@@ -886,7 +886,7 @@ def test_a_lost_device_fails_a_request_with_several_queries(caplog: pytest.LogCa
 def test_a_pass_that_may_overlap_starts_before_the_one_before_it_ends() -> None:
     """At most two run; the speed of overlapping passes is that of both together."""
     scorer = FakeScorer(max_batch_tokens=PREFIX + 4)
-    scorer.max_passes = 2
+    scorer.lanes = FakeLanes()
     score, running, most = scorer.score, 0, 0
     lock = threading.Lock()
 
@@ -918,9 +918,31 @@ def test_a_pass_that_may_overlap_starts_before_the_one_before_it_ends() -> None:
     run(test, scorer)
 
 
+def test_a_pass_that_is_not_full_starts_as_soon_as_a_lane_is_idle() -> None:
+    scorer = FakeScorer(max_batch_tokens=PREFIX + 4)
+    lanes = scorer.lanes = FakeLanes()
+
+    async def test(batcher: Batcher) -> None:
+        first = await held(batcher, scorer, ask(4))
+        [second] = await queued(batcher, ask(2))
+        await asyncio.sleep(0.02)
+        assert len(scorer.passes) == 1  # all lanes are busy: later requests may join it
+        lanes.idle = True
+        thread = threading.Thread(target=lanes.on_idle)
+        thread.start()
+        while len(scorer.passes) < 2:
+            await asyncio.sleep(0.001)
+        thread.join()
+        assert not first.done()
+        scorer.hold.set()
+        assert [(await task).logits for task in (first, second)] == [[1.0] * 4, [1.0] * 2]
+
+    run(test, scorer)
+
+
 def test_of_two_passes_that_overlap_one_may_fail() -> None:
     scorer = FakeScorer(max_batch_tokens=PREFIX + 4)
-    scorer.max_passes = 2
+    scorer.lanes = FakeLanes()
 
     async def test(batcher: Batcher) -> None:
         first = await held(batcher, scorer, ask(4))
