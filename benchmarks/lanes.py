@@ -100,8 +100,13 @@ def _asleep(scorer: Scorer, part: Slice, counts: list[int]) -> None:
     thin.hidden(batch)
     dispatch = time.process_time() - used
     linears = [module for module in _decoder(thin).modules() if isinstance(module, nn.Linear)]
+    products: list[None] = []  # a layer computes in blocks of tokens, with a product for each
+    hooks = [module.register_forward_hook(lambda *_: products.append(None)) for module in linears]
+    thin.hidden(batch)
+    for hook in hooks:
+        hook.remove()
     for module in linears:
-        _sleeping(module, max(0.0, seconds - dispatch) / len(linears))
+        _sleeping(module, max(0.0, seconds - dispatch) / len(products))
 
     def forward(lane: PackedBatch) -> Tensor:
         thin.hidden(lane)

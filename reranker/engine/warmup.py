@@ -8,8 +8,10 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from reranker.engine.scorer import Batch, Scorer
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # Target duration of a batch: a longer one makes small requests wait, a shorter one wastes launches.
 BATCH_SECONDS = 0.5
@@ -74,26 +77,34 @@ def _measure_growing(scorer: Scorer) -> tuple[int, Rate]:
     """
     best = Rate(0.0, 0.0)
     for documents in (1, 8, 64):
-        rate, seconds = _best_pass(scorer, documents, min_passes=2)  # the first pass is cold
-        best = Rate(max(best.tokens_per_second, rate.tokens_per_second), rate.bytes_per_token)
-        if seconds > BATCH_SECONDS / 2:
+        batch = warm_up_batch(scorer, documents)
+        rates = _repeat(partial(measure, scorer, batch), at_least=2)  # the first pass is cold
+        speed = max(rate.tokens_per_second for rate in rates)
+        best = Rate(max(best.tokens_per_second, speed), rates[-1].bytes_per_token)
+        if batch.tokens / speed > BATCH_SECONDS / 2:
             break
     return documents, best
 
 
-def shortest_pass(scorer: Scorer, documents: int) -> float:
-    """Seconds that a batch takes, the best of up to three."""
-    return _best_pass(scorer, documents, min_passes=1)[1]
+def _repeat(work: Callable[[], T], at_least: int) -> list[T]:
+    """Do short work up to three times, because another process may delay it."""
+    results, start = list[T](), time.perf_counter()
+    while len(results) < at_least or (len(results) < 3 and time.perf_counter() - start < 2 * BATCH_SECONDS):
+        results.append(work())
+    return results
 
 
-def _best_pass(scorer: Scorer, documents: int, min_passes: int) -> tuple[Rate, float]:
-    """Score a batch up to three times, because another process may delay a pass; return the best rate and seconds."""
-    batch, start = warm_up_batch(scorer, documents), time.perf_counter()
-    rates: list[Rate] = []
-    while len(rates) < min_passes or (len(rates) < 3 and time.perf_counter() - start < 2 * BATCH_SECONDS):
-        rates.append(measure(scorer, batch))
-    speed = max(rate.tokens_per_second for rate in rates)
-    return Rate(speed, rates[-1].bytes_per_token), batch.tokens / speed
+def by_turns(scorer: Scorer, documents: int, ways: Sequence[Lanes | None]) -> list[float]:
+    """Seconds of a batch with each of the lanes, the shortest of up to three turns: what delays one delays all."""
+
+    def turn() -> list[float]:
+        seconds = []
+        for scorer.lanes in ways:
+            batch = warm_up_batch(scorer, documents)
+            seconds.append(batch.tokens / measure(scorer, batch).tokens_per_second)
+        return seconds
+
+    return list(map(min, zip(*_repeat(turn, at_least=1), strict=True)))
 
 
 def warm_up_batch(scorer: Scorer, documents: int) -> Batch:
@@ -137,18 +148,18 @@ def choose_lanes(scorer: Scorer, documents: int, rate: Rate) -> Rate:
     document_tokens = warm_up_batch(scorer, 2).tokens - warm_up_batch(scorer, 1).tokens
     documents = max(documents, 2 * cores, -(-cores * MIN_TOKENS // document_tokens))  # enough for all lanes
     tokens = warm_up_batch(scorer, documents).tokens
-    one_pass = best = shortest_pass(scorer, documents)
+    one_pass = best = tokens / rate.tokens_per_second
     powers = {2**i for i in range(1, cores.bit_length()) if 2**i < cores} if one_pass < _SLOW_SECONDS else set()
     for count in sorted(powers | {cores}):
-        previous, scorer.lanes = scorer.lanes, Lanes(count, cores)
-        seconds = shortest_pass(scorer, documents)
-        if seconds >= best * _MAX_LANE_TIME:
-            scorer.lanes.close()
-            scorer.lanes = previous
+        previous, lanes = scorer.lanes, Lanes(count, cores)
+        before, seconds = by_turns(scorer, documents, [previous, lanes])
+        one_pass = one_pass if previous else before
+        faster = seconds < before * _MAX_LANE_TIME
+        scorer.lanes, unused, best = (lanes, previous, seconds) if faster else (previous, lanes, before)
+        if unused is not None:
+            unused.close()
+        if not faster:
             break
-        if previous is not None:
-            previous.close()
-        best = seconds
     logger.info(
         "lanes: %s (%d cores; warm-up ran %.0f tokens/s in one pass with all cores, %.0f with these lanes)",
         scorer.lanes.count if scorer.lanes else "none, one pass with all cores",

@@ -1,8 +1,8 @@
 """The batch loop: forward passes over the queue, one after another, each shared by all pending jobs.
 
-There is no wait window: a batch is all that is pending when the device becomes idle or, where passes are dealt to lanes,
-one of the lanes. During a pass, the next batch gathers; once it is full and half of the pass is over, it is packed in
-another thread. The event loop never computes.
+There is no wait window: a batch is all that is pending when the device, or one of the lanes of a CPU, becomes idle.
+During a pass, the next batch gathers; once it is full and half of the pass is over, it is packed in another thread. The
+event loop never computes.
 """
 
 from __future__ import annotations
@@ -130,9 +130,7 @@ class Passes:
         with suppress(RuntimeError):  # the loop is closed
             loop.call_soon_threadsafe(self._changed.set)
 
-    async def _gather(
-        self, scorer: ScorerLike, running: asyncio.Future[None], before: asyncio.Future[None]
-    ) -> None:
+    async def _gather(self, scorer: ScorerLike, running: asyncio.Future[None], before: asyncio.Future[None]) -> None:
         """Wait until the device is idle and a job is pending, or a full batch is and half of the running pass is over.
 
         Half: a small request that arrives before gets into the next pass, and there is time to pack.
