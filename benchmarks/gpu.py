@@ -44,8 +44,9 @@ from reranker.engine.acceleration import sample
 from reranker.engine.attention import choose_kernel
 from reranker.engine.checkpoint.tokenizer import load_tokenizer
 from reranker.engine.checkpoint.weights import EMBEDDING
-from reranker.engine.families.base import Head, Wrap
+from reranker.engine.families.base import Head
 from reranker.engine.families.decoder import Decoder
+from reranker.engine.families.loader import Loader, Wrap
 from reranker.engine.families.qwen3 import TEMPLATE
 from reranker.engine.footprint import weight_bytes
 from reranker.engine.model import Model
@@ -195,7 +196,7 @@ class Bench:
         kernel, _ = choose_kernel(self.device, self.dtype, self.config.head_dim)
         gc.collect()
         before = self._held()
-        backbone = Decoder(self.weights, self.config, self.device, self.dtype, self.dtype, wrap)
+        backbone = Decoder(Loader(self.weights, self.device, self.dtype, self.dtype, wrap), self.config)
         loaded = self._held() - before
         model = Model(backbone, Head(rows[0] - rows[1]), self.device, precision, kernel)
         scorer = Scorer(model, self.prompt, name="random weights", max_batch_tokens=1024)

@@ -28,7 +28,7 @@ from reranker.engine.budget import split
 from reranker.engine.checkpoint.locate import Located
 from reranker.engine.checkpoint.weights import Weights
 from reranker.engine.families import open_checkpoint
-from reranker.engine.families.base import Wrap
+from reranker.engine.families.loader import Loader, Wrap
 from reranker.engine.quantized import Float8Linear, Int8GpuLinear, Int8Linear
 from reranker.engine.scorer import DEMO
 from reranker.types import RerankRequest
@@ -178,7 +178,7 @@ def logit_errors(most: int) -> str:
         peaks: list[float] = []
         for kind in (None, *NARROW):
             wrap = _wrap(kind, peaks)
-            backbone = family.backbone(weights, CPU, torch.bfloat16, torch.bfloat16, wrap)
+            backbone = family.backbone(Loader(weights, CPU, torch.bfloat16, torch.bfloat16, wrap))
             backbone.cache_prefix(reference.prompt.static_prefix, reference.model.kernel)
             reference.model.backbone = backbone
             got = torch.tensor([logit for batch in batches for logit in reference.score(batch)])

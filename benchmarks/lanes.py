@@ -27,6 +27,7 @@ from reranker.engine.batch import PackedBatch
 from reranker.engine.budget import split
 from reranker.engine.families.base import Head
 from reranker.engine.families.decoder import Decoder
+from reranker.engine.families.loader import Loader
 from reranker.engine.lanes import DealtBatch, Lanes
 from reranker.engine.model import Model
 from reranker.engine.scorer import Scorer
@@ -138,7 +139,7 @@ def _thin(whole: Model) -> Model:
     config.hidden_size, config.intermediate_size, config.head_dim = 16, 16, 8
     config.num_attention_heads, config.num_key_value_heads = 2, 1
     weights = RandomWeights(config, whole.device, whole.dtype)
-    backbone = Decoder(weights, config, whole.device, whole.dtype, whole.dtype)
+    backbone = Decoder(Loader(weights, whole.device, whole.dtype, whole.dtype), config)
     thin = Model(backbone, Head(torch.zeros(16)), whole.device, whole.dtype, whole.kernel)
     thin.cache_prefix(list(whole.static_prefix))
     return thin

@@ -116,13 +116,13 @@ def waiting(text: str) -> Iterator[None]:
 class Meter:
     """Progress on standard error: a bar in a terminal, else a line every 30 seconds."""
 
-    def __init__(self, progress: Progress, total: int, done: int) -> None:
+    def __init__(self, progress: Progress, total: int) -> None:
         self.progress = progress
         self.total = total
-        self.done = done
+        self.done = 0
         self.documents = 0
         self.start = self._last_line = time.monotonic()
-        self.task = progress.add_task("", total=total, completed=done, rate="")
+        self.task = progress.add_task("", total=total, rate="")
 
     @property
     def rate(self) -> str:
@@ -148,9 +148,9 @@ class Meter:
 
 
 @contextmanager
-def meter(total: int, done: int = 0) -> Iterator[Meter]:
-    """Show the progress of `total` units of any kind, `done` of them in an earlier run."""
+def meter(total: int) -> Iterator[Meter]:
+    """Show the progress of `total` units of any kind."""
     console = Console(stderr=True)
     columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        yield Meter(progress, total, done)
+        yield Meter(progress, total)

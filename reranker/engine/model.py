@@ -20,6 +20,7 @@ from reranker.engine.checkpoint.inventory import check_weights
 from reranker.engine.checkpoint.scales import Layout, Scheme
 from reranker.engine.checkpoint.weights import Weights
 from reranker.engine.families.base import Backbone, Family, Head, LayerFns
+from reranker.engine.families.loader import Loader
 from reranker.engine.families.official import largest_official
 from reranker.engine.footprint import Footprint, footprint
 from reranker.engine.graphs import Graphs
@@ -179,7 +180,7 @@ def _cpu_backbone(family: Family, weights: Weights, device: torch.device, precis
         linears.append(kind(linear))
         return linears[-1]
 
-    backbone = family.backbone(weights, device, stored, between(precision, device), wrap)
+    backbone = family.backbone(Loader(weights, device, stored, between(precision, device), wrap))
     if precision is not torch.bfloat16:
         choose_product(linears)
     return backbone
@@ -190,7 +191,7 @@ def _backbone(family: Family, weights: Weights, device: torch.device, precision:
     if device.type == "cpu" and precision in (torch.float32, torch.bfloat16, WIDENED):
         return _cpu_backbone(family, weights, device, precision)
     if precision not in QUANTIZED:
-        return family.backbone(weights, device, precision, compute, lambda linear, names: linear)
+        return family.backbone(Loader(weights, device, precision, compute))
 
     def wrap(linear: nn.Linear, names: Sequence[str]) -> nn.Module:
         if weights.precision is not precision:
@@ -199,7 +200,7 @@ def _backbone(family: Family, weights: Weights, device: torch.device, precision:
         return linear.to(compute) if stored is None else quantize(linear, precision, stored.to(device))
 
     try:
-        backbone = family.backbone(weights, device, weights.dtype, compute, wrap)
+        backbone = family.backbone(Loader(weights, device, weights.dtype, compute, wrap))
     except (RuntimeError, ValueError, NotImplementedError, AttributeError) as error:
         if devices.out_of_memory(error) or devices.lost(error):
             raise

@@ -17,7 +17,7 @@ import struct
 import time
 from collections.abc import Callable, Collection
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -169,7 +169,7 @@ class Metrics(Observer):
             child("reranker_caller_prompt_tokens", caller)
         self._set_wanted()
         child("reranker_start_time_seconds").set(time.time())
-        child("reranker_build_info", __version__, _torch_version(), platform.python_version()).set(1)
+        child("reranker_build_info", __version__, version("torch"), platform.python_version()).set(1)
 
     def _set_wanted(self) -> None:
         self._child("reranker_workers").set(self._wanted() if self.folder else 1)  # else the metrics are one worker's
@@ -265,14 +265,6 @@ class Metrics(Observer):
             except (OSError, ValueError, RuntimeError, struct.error) as error:  # for example after a clean-up of /tmp
                 logger.warning("the folder of shared metrics cannot be read, so /metrics is one worker's: %s", error)
         return encode(self.registry), kind
-
-
-def _torch_version() -> str:
-    """Return it without the import, which takes seconds."""
-    try:
-        return version("torch")
-    except PackageNotFoundError:
-        return "none"
 
 
 def _create(row: Row, registry: CollectorRegistry) -> Any:

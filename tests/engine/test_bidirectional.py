@@ -19,6 +19,7 @@ from reranker.engine.bidirectional import GroupedPairs, PairAttention, SdpaPairs
 from reranker.engine.families.base import Head
 from reranker.engine.families.bert import BertEncoder, XlmRobertaEncoder
 from reranker.engine.families.encoder import Encoder
+from reranker.engine.families.loader import Loader
 from reranker.engine.families.modernbert import ModernBertEncoder
 from reranker.engine.graphs import SIZES, bucket, fits
 from reranker.engine.grouped import GroupedAttention
@@ -107,7 +108,7 @@ def test_a_gpu_takes_every_call(name: str, kernel: type[PairAttention]) -> None:
     with META:
         stored = AutoModelForSequenceClassification.from_config(config, dtype=torch.bfloat16).state_dict()
     weights: Any = SimpleNamespace(path=Path("meta"), tensor=lambda name: stored[name])
-    backbone = kind(weights, config, META, torch.bfloat16, torch.bfloat16)
+    backbone = kind(Loader(weights, META, torch.bfloat16, torch.bfloat16), config)
     if isinstance(backbone, BertEncoder) and name == "bert":
         backbone.separator = 3
     model = Model(backbone, Head(torch.empty(64, device=META), 0.5), META, torch.bfloat16, kernel)

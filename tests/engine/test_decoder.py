@@ -28,6 +28,7 @@ from reranker.engine.batch import pack
 from reranker.engine.checkpoint.inventory import check_weights
 from reranker.engine.checkpoint.weights import EMBEDDING, HEAD, Weights
 from reranker.engine.families.decoder import Decoder
+from reranker.engine.families.loader import Loader
 from reranker.engine.footprint import weight_bytes
 from reranker.engine.precision import FLOAT8, QUANTIZED
 from reranker.engine.quantized import quantize
@@ -78,7 +79,7 @@ def shape(rng: random.Random, tied: bool) -> dict[str, Any]:
 
 
 def decoder(folder: Path, config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> Decoder:
-    return Decoder(Weights(folder), config, CPU, dtype, dtype)
+    return Decoder(Loader(Weights(folder), CPU, dtype, dtype), config)
 
 
 @torch.inference_mode()
@@ -234,12 +235,14 @@ def test_loading_needs_the_final_size_and_at_most_one_layer(
     quantized, dtype = precision in QUANTIZED, QUANTIZED.get(precision, precision)
     with Live() as live:
         backbone = Decoder(
-            weights,
+            Loader(
+                weights,
+                CPU,
+                stored if quantized else dtype,
+                dtype,
+                lambda linear, names: quantize(linear, precision) if quantized else linear,
+            ),
             config,
-            CPU,
-            stored if quantized else dtype,
-            dtype,
-            lambda linear, names: quantize(linear, precision) if quantized else linear,
         )
     held = (*backbone.decoder.parameters(), *backbone.decoder.buffers())
     final = sum(tensor.nbytes for tensor in held)

@@ -24,6 +24,7 @@ from reranker.engine.attention import Attention, VarlenAttention
 from reranker.engine.batch import PackedBatch, pack, pad
 from reranker.engine.families import decoder
 from reranker.engine.families.base import Head, LayerFns
+from reranker.engine.families.loader import Loader
 from reranker.engine.graphs import bucket, fits
 from reranker.engine.grouped import GroupedAttention
 from reranker.engine.model import Model
@@ -78,7 +79,7 @@ def loaded(size: str, precision: torch.dtype, kernel: type[Attention]) -> Model:
     def wrap(linear: nn.Linear, names: Sequence[str]) -> nn.Module:
         return Float8Linear(linear) if precision is FLOAT8 else linear
 
-    backbone = decoder.Decoder(weights_of(config), config, META, dtype, dtype, wrap)
+    backbone = decoder.Decoder(Loader(weights_of(config), META, dtype, dtype, wrap), config)
     model = Model(backbone, Head(torch.empty(config.hidden_size, device=META)), META, precision, kernel)
     model.cache_prefix([1] * PREFIX)
     return model

@@ -16,7 +16,7 @@ from reranker.engine.checkpoint.adapter import Adapter
 from reranker.engine.checkpoint.locate import Located
 from reranker.engine.checkpoint.weights import Weights
 from reranker.engine.device import Choice, Memory
-from reranker.engine.families import decoder, open_checkpoint
+from reranker.engine.families import decoder, loader, open_checkpoint
 from reranker.engine.footprint import COMFORTABLE, Footprint, weight_bytes
 from reranker.engine.model import Model, needed_memory
 from reranker.engine.precision import PRECISIONS, choose_precisions
@@ -159,8 +159,8 @@ OUT_OF_MEMORY = [
 LOST = torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device\nand more")
 STAGES: dict[str, tuple[Any, str, str]] = {
     "memory": (devices, "memory", "out of memory while the model was loaded"),
-    "projections": (decoder.Loader, "projection", "the weights do not fit in the free memory of cpu"),
-    "second layer": (decoder.Loader, "layer", "the weights do not fit in the free memory of cpu"),
+    "projections": (loader.Loader, "projection", "the weights do not fit in the free memory of cpu"),
+    "second layer": (decoder, "_load", "the weights do not fit in the free memory of cpu"),
     "quantised": (model, "quantize", "the weights do not fit in the free memory of cpu"),
     "prefix": (decoder.Decoder, "cache_prefix", "the weights fit, but not the "),
     "first pass": (Model, "forward", "the weights fit, but no forward pass beside them"),

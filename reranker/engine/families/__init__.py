@@ -54,8 +54,9 @@ def open_checkpoint(located: Located) -> Family:
     checkpoint = read(located, settings)
     if adapter is not None:
         logger.info("merging the LoRA adapter %s", checkpoint.merged)
-        zero = "the LoRA adapter in %s changes no projection (every lora_B is zero): it was not trained, or not saved"
-        logger.log(logging.WARNING if adapter.is_untrained() else logging.DEBUG, zero, adapter.folder)
+        if adapter.is_untrained():
+            problem = "the LoRA adapter in %s changes no projection (every lora_B is zero)"
+            logger.warning(problem + ": it was not trained, or not saved", adapter.folder)
     return family(checkpoint)
 
 

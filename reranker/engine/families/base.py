@@ -7,22 +7,19 @@ turns a hidden state into a logit. A family is one file that implements the firs
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from reranker.engine.attention import Attention
 from reranker.engine.batch import PackedBatch
 from reranker.engine.checkpoint.config import Checkpoint
 from reranker.engine.checkpoint.weights import DECODER, Names, Weights
+from reranker.engine.families.loader import Loader
 from reranker.engine.template import Template
-
-Wrap = Callable[[nn.Linear, Sequence[str]], nn.Module]
-"""Replaces a projection, for example by a quantised one; the second argument has the names of its joined weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,20 +121,5 @@ class Family(ABC):
         """Read the head, on the CPU; raise ModelLoadError if it gives every document the same score."""
 
     @abstractmethod
-    def backbone(
-        self,
-        weights: Weights,
-        device: torch.device,
-        stored_dtype: torch.dtype,
-        compute_dtype: torch.dtype,
-        wrap: Wrap,
-    ) -> Backbone:
-        """Load the layers onto the device, one at a time.
-
-        Args:
-            weights: those of the checkpoint, as `check_weights` accepted them.
-            device: where they are computed.
-            stored_dtype: of the projections that `wrap` receives.
-            compute_dtype: of everything between the projections.
-            wrap: replaces each projection.
-        """
+    def backbone(self, loader: Loader) -> Backbone:
+        """Load the layers onto the loader's device, one at a time."""

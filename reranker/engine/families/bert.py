@@ -18,6 +18,7 @@ from reranker.engine.checkpoint.config import Checkpoint, check_numbers
 from reranker.engine.checkpoint.files import refuse_if
 from reranker.engine.families.base import Backbone, LayerFns
 from reranker.engine.families.encoder import Encoder, EncoderFamily, Place
+from reranker.engine.families.loader import Loader
 from reranker.engine.linear import in_blocks
 
 _COMPUTED: dict[str, tuple[Any, ...]] = {
@@ -149,9 +150,9 @@ class Bert(EncoderFamily):
         parts = ("word", "position", "token_type")
         return tuple(f"{self.root}.embeddings.{part}_embeddings.weight" for part in parts)
 
-    def backbone(self, *args: Any) -> Backbone:
+    def backbone(self, loader: Loader) -> Backbone:
         """See `Family.backbone`."""
-        encoder = super().backbone(*args)
+        encoder = super().backbone(loader)
         assert isinstance(encoder, BertEncoder)
         encoder.separator = self.separator
         return encoder

@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from reranker.engine.checkpoint.adapter import SEQ_CLS
@@ -21,9 +20,10 @@ from reranker.engine.checkpoint.files import AGAIN, refuse_if
 from reranker.engine.checkpoint.layout import Answers, Layout, read_layout
 from reranker.engine.checkpoint.tokenizer import check_tokenizer
 from reranker.engine.checkpoint.weights import HEAD, SCORE_HEAD, Weights
-from reranker.engine.families.base import Backbone, Family, Head, Widths, Wrap
+from reranker.engine.families.base import Backbone, Family, Head, Widths
 from reranker.engine.families.decoder import Decoder, widths
 from reranker.engine.families.labels import check_labels, label_head
+from reranker.engine.families.loader import Loader
 from reranker.engine.template import Template, text_of
 from reranker.errors import ModelLoadError
 
@@ -111,16 +111,9 @@ class CausalFamily(Family):
             weight, name = weight / divisor, f"{name} / {divisor:g}"
         return Head(weight, name=name)
 
-    def backbone(
-        self,
-        weights: Weights,
-        device: torch.device,
-        stored_dtype: torch.dtype,
-        compute_dtype: torch.dtype,
-        wrap: Wrap,
-    ) -> Backbone:
+    def backbone(self, loader: Loader) -> Backbone:
         """See `Family.backbone`; of an output matrix of its own (8B: 1.2 GB) only the rows of the head are read."""
-        return Decoder(weights, self.checkpoint.config, device, stored_dtype, compute_dtype, wrap)
+        return Decoder(loader, self.checkpoint.config)
 
     def _template(self, layout: Layout) -> Template:
         template = layout.template or self.card

@@ -11,10 +11,8 @@ modeling_qwen3.py and modeling_qwen2.py.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +22,10 @@ from transformers import AutoModel, PretrainedConfig
 from reranker.engine.attention import Attention
 from reranker.engine.batch import PackedBatch, pack
 from reranker.engine.checkpoint.files import ORIGINAL, refuse_if
-from reranker.engine.checkpoint.weights import EMBEDDING, Weights
-from reranker.engine.families.base import Backbone, LayerFns, Widths, Wrap
+from reranker.engine.checkpoint.weights import EMBEDDING
+from reranker.engine.families.base import Backbone, LayerFns, Widths
+from reranker.engine.families.loader import Loader, refuse_unread
 from reranker.engine.linear import cat, in_blocks, row_blocks
-from reranker.errors import ModelLoadError
 from reranker.types import EncodedRequest, Slice
 
 
@@ -56,7 +54,7 @@ def widths(config: PretrainedConfig) -> Widths:
 
 
 class Decoder(Backbone):
-    """A decoder with causal attention in every layer; see `Family.backbone` for the arguments.
+    """A decoder with causal attention in every layer; see `Family.backbone`.
 
     Qwen3 has norms of queries and keys, Qwen2 has biases of queries, keys and values instead; transformers' module for
     the model_type decides. Embeddings stay as they are stored, unless they are wider than `compute_dtype`: each row is
@@ -69,43 +67,32 @@ class Decoder(Backbone):
     causal = True
     eager = LayerFns(before_attention, after_attention)
 
-    def __init__(
-        self,
-        weights: Weights,
-        config: PretrainedConfig,
-        device: torch.device,
-        stored_dtype: torch.dtype,
-        compute_dtype: torch.dtype,
-        wrap: Wrap = lambda linear, names: linear,
-    ) -> None:
+    def __init__(self, loader: Loader, config: PretrainedConfig) -> None:
+        weights = loader.weights
         sliding = any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ())
         problem = f"{weights.path / 'config.json'} has layers with sliding attention (layer_types)"
         refuse_if(sliding, f"{problem}, which is not computed: {ORIGINAL}")
         config = copy.deepcopy(config)  # transformers writes the dtype into it
         with torch.device("meta"):
-            decoder = AutoModel.from_config(config, attn_implementation="sdpa", dtype=compute_dtype).eval()
+            decoder = AutoModel.from_config(config, attn_implementation="sdpa", dtype=loader.compute_dtype).eval()
         self.decoder: Any = decoder
+        self.layers: list[Any] = list(decoder.layers)
         self.vocab_size: int = config.vocab_size
         self.activation_width = widths(config).activation
         self.head_dim: int = decoder.layers[0].self_attn.head_dim
-        loader = Loader(weights, device, stored_dtype, compute_dtype, wrap)
-        decoder.rotary_emb = type(decoder.rotary_emb)(config).to(device)  # its buffers are computed, and not stored
+        decoder.rotary_emb = type(decoder.rotary_emb)(config).to(loader.device)  # its buffers are not stored
         rows = weights.tensor(EMBEDDING)
-        dtype = min(rows.dtype, compute_dtype, key=lambda dtype: dtype.itemsize)
+        dtype = min(rows.dtype, loader.compute_dtype, key=lambda dtype: dtype.itemsize)
         decoder.embed_tokens.weight = loader.parameter(dtype, rows)
         del rows
-        for i, layer in enumerate(self._layers):
-            loader.layer(layer, f"model.layers.{i}")
+        for i, layer in enumerate(self.layers):
+            _load(loader, layer, f"model.layers.{i}")
         loader.norm(decoder.norm, "model.norm")
         _refuse_unread(decoder)
 
-    @property
-    def _layers(self) -> list[Any]:
-        return list(cast("Iterable[Any]", self.decoder.layers))
-
     def hidden(self, batch: PackedBatch, kernel: type[Attention], layer_fns: LayerFns) -> Tensor:
         """See `Backbone.hidden`."""
-        decoder, attention, layers = self.decoder, kernel(batch), self._layers
+        decoder, attention, layers = self.decoder, kernel(batch), self.layers
         norm = decoder.norm
         x: Tensor = decoder.embed_tokens(batch.input_ids).to(norm.weight.dtype)  # [T, hidden]
         cos, sin = decoder.rotary_emb(x, batch.position_ids[None])  # [1, T, D]
@@ -130,69 +117,26 @@ class Decoder(Backbone):
 
         with torch.inference_mode():
             self.hidden(batch, kernel, LayerFns(before, self.eager.after))
-        for layer, (k, v) in zip(self._layers, computed, strict=True):  # clones made here are no inference tensors
+        for layer, (k, v) in zip(self.layers, computed, strict=True):  # clones made here are no inference tensors
             layer.self_attn.cached_k, layer.self_attn.cached_v = k.clone(), v.clone()
 
 
-@dataclass(frozen=True, slots=True)
-class Loader:
-    """Replaces the parameters of modules on the meta device by those of a checkpoint; see `Family.backbone`."""
-
-    weights: Weights
-    device: torch.device
-    stored_dtype: torch.dtype
-    compute_dtype: torch.dtype
-    wrap: Wrap
-
-    def layer(self, layer: Any, name: str) -> None:
-        """Load a layer with q, k, v and gate, up as one projection each: fewer and larger products."""
-        attn, mlp = layer.self_attn, layer.mlp
-        attn.register_buffer("cached_k", None)
-        attn.register_buffer("cached_v", None)
-        attn.qkv_proj = self.projection(attn, f"{name}.self_attn", "q_proj", "k_proj", "v_proj")
-        attn.o_proj = self.projection(attn, f"{name}.self_attn", "o_proj")
-        mlp.gate_up_proj = self.projection(mlp, f"{name}.mlp", "gate_proj", "up_proj")
-        mlp.down_proj = self.projection(mlp, f"{name}.mlp", "down_proj")
-        for norm in ("q_norm", "k_norm"):
-            if hasattr(attn, norm):
-                self.norm(getattr(attn, norm), f"{name}.self_attn.{norm}")
-            else:
-                attn.register_module(norm, None)
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            self.norm(getattr(layer, norm), f"{name}.{norm}")
-
-    def norm(self, norm: Any, name: str) -> None:
-        """Load the weight of a norm."""
-        norm.weight = self.parameter(self.compute_dtype, self.weights.tensor(f"{name}.weight"))
-
-    def projection(self, module: nn.Module, name: str, *parts: str) -> nn.Module:
-        """Return projections of the same input as one; they are deleted from the module."""
-        linears: list[nn.Linear] = [getattr(module, part) for part in parts]
-        bias, outputs = linears[0].bias is not None, sum(linear.out_features for linear in linears)
-        joined = nn.Linear(linears[0].in_features, outputs, bias=bias, device="meta")
-        for kind in ("weight", "bias")[: 1 + bias]:
-            stored = (self.weights.tensor(f"{name}.{part}.{kind}") for part in parts)
-            setattr(joined, kind, self.parameter(self.stored_dtype, *stored))
-        for part in parts:
-            delattr(module, part)
-        return self.wrap(joined, [f"{name}.{part}.weight" for part in parts])
-
-    def parameter(self, dtype: torch.dtype, *parts: Tensor) -> nn.Parameter:
-        """Copy tensors, one below the other, into new memory of the device, which needs no other for it.
-
-        On a CPU too: through a view, a file that is overwritten in place would become a part of the loaded model.
-        """
-        joined = torch.empty(sum(map(len, parts)), *parts[0].shape[1:], dtype=dtype, device=self.device)
-        for place, part in zip(joined.split([len(part) for part in parts]), parts, strict=True):
-            place.copy_(part)
-        return nn.Parameter(joined, requires_grad=False)
-
-
-def refuse_unread(module: nn.Module, unread: Iterable[str]) -> None:
-    """Refuse a module of transformers for the first of its tensors that a pass does not read."""
-    for name in unread:
-        problem = f"{type(module).__name__} of the installed transformers has {name}, which is not computed"
-        raise ModelLoadError(f"{problem}: install the version in requirements.txt")
+def _load(loader: Loader, layer: Any, name: str) -> None:
+    """Load a layer with q, k, v and gate, up as one projection each: fewer and larger products."""
+    attn, mlp = layer.self_attn, layer.mlp
+    attn.register_buffer("cached_k", None)
+    attn.register_buffer("cached_v", None)
+    attn.qkv_proj = loader.projection(attn, f"{name}.self_attn", "q_proj", "k_proj", "v_proj")
+    attn.o_proj = loader.projection(attn, f"{name}.self_attn", "o_proj")
+    mlp.gate_up_proj = loader.projection(mlp, f"{name}.mlp", "gate_proj", "up_proj")
+    mlp.down_proj = loader.projection(mlp, f"{name}.mlp", "down_proj")
+    for norm in ("q_norm", "k_norm"):
+        if hasattr(attn, norm):
+            loader.norm(getattr(attn, norm), f"{name}.self_attn.{norm}")
+        else:
+            attn.register_module(norm, None)
+    for norm in ("input_layernorm", "post_attention_layernorm"):
+        loader.norm(getattr(layer, norm), f"{name}.{norm}")
 
 
 def _refuse_unread(decoder: nn.Module) -> None:

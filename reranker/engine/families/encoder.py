@@ -25,9 +25,9 @@ from reranker.engine.checkpoint.files import refuse_if
 from reranker.engine.checkpoint.layout import read_layout, warn_of_activation
 from reranker.engine.checkpoint.tokenizer import check_tokenizer, warn_if_rebuilt
 from reranker.engine.checkpoint.weights import Names, Weights
-from reranker.engine.families.base import Backbone, Family, Head, LayerFns, Widths, Wrap
-from reranker.engine.families.decoder import Loader, refuse_unread
+from reranker.engine.families.base import Backbone, Family, Head, LayerFns, Widths
 from reranker.engine.families.labels import check_labels, label_head
+from reranker.engine.families.loader import Loader, refuse_unread
 from reranker.engine.template import Slot, Template
 
 
@@ -42,7 +42,7 @@ class Place(NamedTuple):
 
 
 class Encoder(Backbone):
-    """A loaded encoder with the hidden layers of its head; see `Family.backbone` for the arguments."""
+    """A loaded encoder with the hidden layers of its head; see `Family.backbone`."""
 
     causal = False
     projections: ClassVar[tuple[tuple[str, ...], ...]]
@@ -56,31 +56,22 @@ class Encoder(Backbone):
     intermediate: ClassVar[int]
     """Numbers per token inside the feed-forward part of a layer, as multiples of intermediate_size."""
 
-    def __init__(
-        self,
-        weights: Weights,
-        config: PretrainedConfig,
-        device: torch.device,
-        stored_dtype: torch.dtype,
-        compute_dtype: torch.dtype,
-        wrap: Wrap = lambda linear, names: linear,
-    ) -> None:
+    def __init__(self, loader: Loader, config: PretrainedConfig) -> None:
         config = copy.deepcopy(config)  # transformers writes the dtype into it
         with torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(
-                config, attn_implementation="sdpa", dtype=compute_dtype
+                config, attn_implementation="sdpa", dtype=loader.compute_dtype
             ).eval()
         self.model: Any = model
         self.base: Any = model.base_model
         self.config: Any = config
-        self.dtype = compute_dtype
+        self.dtype = loader.compute_dtype
         self.vocab_size: int = config.vocab_size
         self.activation_width = self.activation(config)
         self.head_dim: int = config.hidden_size // config.num_attention_heads
         refuse_unread(model, self._unread())
         parent, _, leaf = self.classifier.rpartition(".")
         delattr(model.get_submodule(parent), leaf)
-        loader = Loader(weights, device, stored_dtype, compute_dtype, wrap)
         self.layers: list[Any] = list(self.base.get_submodule(self.layers_name))
         prefix = f"{model.base_model_prefix}.{self.layers_name}"
         joined = {f"{prefix}.{i}.{p}" for i in range(len(self.layers)) for parts in self.projections for p in parts}
@@ -213,16 +204,9 @@ class EncoderFamily(Family):
         name = self.encoder.classifier
         return label_head(weights.path, weights.tensor(f"{name}.weight"), weights.tensor(f"{name}.bias"))
 
-    def backbone(
-        self,
-        weights: Weights,
-        device: torch.device,
-        stored_dtype: torch.dtype,
-        compute_dtype: torch.dtype,
-        wrap: Wrap,
-    ) -> Backbone:
+    def backbone(self, loader: Loader) -> Backbone:
         """See `Family.backbone`."""
-        encoder = self.encoder(weights, self.checkpoint.config, device, stored_dtype, compute_dtype, wrap)
+        encoder = self.encoder(loader, self.checkpoint.config)
         encoder.positions = self.positions
         return encoder
 
