@@ -40,6 +40,8 @@ _COMPILER_SHARE = 1 / 6
 _SLOW_SECONDS = 5.0
 # Lanes are used, and doubled, only if a batch takes at most this share of the time.
 _MAX_LANE_TIME = 0.97
+# A comparison of lanes may take so long for three turns: on a fast machine one takes 0.4 s.
+_TURNS_SECONDS = 3.0
 _DOCUMENT = "The warm-up document says nothing of interest, but it has about as many words as a short passage. " * 2
 
 
@@ -78,7 +80,7 @@ def _measure_growing(scorer: Scorer) -> tuple[int, Rate]:
     best = Rate(0.0, 0.0)
     for documents in (1, 8, 64):
         batch = warm_up_batch(scorer, documents)
-        rates = _repeat(partial(measure, scorer, batch), at_least=2)  # the first pass is cold
+        rates = _repeat(partial(measure, scorer, batch), 2 * BATCH_SECONDS, at_least=2)  # the first pass is cold
         speed = max(rate.tokens_per_second for rate in rates)
         best = Rate(max(best.tokens_per_second, speed), rates[-1].bytes_per_token)
         if batch.tokens / speed > BATCH_SECONDS / 2:
@@ -86,10 +88,10 @@ def _measure_growing(scorer: Scorer) -> tuple[int, Rate]:
     return documents, best
 
 
-def _repeat(work: Callable[[], T], at_least: int) -> list[T]:
-    """Do short work up to three times, because another process may delay it."""
+def _repeat(work: Callable[[], T], seconds: float, at_least: int = 1) -> list[T]:
+    """Do work up to three times while `seconds` are not over, because another process may delay it."""
     results, start = list[T](), time.perf_counter()
-    while len(results) < at_least or (len(results) < 3 and time.perf_counter() - start < 2 * BATCH_SECONDS):
+    while len(results) < at_least or (len(results) < 3 and time.perf_counter() - start < seconds):
         results.append(work())
     return results
 
@@ -104,7 +106,7 @@ def by_turns(scorer: Scorer, documents: int, ways: Sequence[Lanes | None]) -> li
             seconds.append(batch.tokens / measure(scorer, batch).tokens_per_second)
         return seconds
 
-    return list(map(min, zip(*_repeat(turn, at_least=1), strict=True)))
+    return list(map(min, zip(*_repeat(turn, _TURNS_SECONDS), strict=True)))
 
 
 def warm_up_batch(scorer: Scorer, documents: int) -> Batch:
@@ -146,13 +148,15 @@ def choose_lanes(scorer: Scorer, documents: int, rate: Rate) -> Rate:
     if cores == 1:
         return rate
     document_tokens = warm_up_batch(scorer, 2).tokens - warm_up_batch(scorer, 1).tokens
-    documents = max(documents, 2 * cores, -(-cores * MIN_TOKENS // document_tokens))  # enough for all lanes
-    tokens = warm_up_batch(scorer, documents).tokens
+    few = max(2 * cores, -(-cores * MIN_TOKENS // document_tokens))  # enough for all lanes
+    powers: set[int] = set()
+    if few * document_tokens / rate.tokens_per_second < _SLOW_SECONDS:
+        few, powers = 2 * few, {2**i for i in range(1, cores.bit_length()) if 2**i < cores}
+    tokens = warm_up_batch(scorer, few).tokens
     one_pass = best = tokens / rate.tokens_per_second
-    powers = {2**i for i in range(1, cores.bit_length()) if 2**i < cores} if one_pass < _SLOW_SECONDS else set()
     for count in sorted(powers | {cores}):
         previous, lanes = scorer.lanes, Lanes(count, cores)
-        before, seconds = by_turns(scorer, documents, [previous, lanes])
+        before, seconds = by_turns(scorer, few, [previous, lanes])
         one_pass = one_pass if previous else before
         faster = seconds < before * _MAX_LANE_TIME
         scorer.lanes, unused, best = (lanes, previous, seconds) if faster else (previous, lanes, before)
@@ -167,6 +171,8 @@ def choose_lanes(scorer: Scorer, documents: int, rate: Rate) -> Rate:
         tokens / one_pass,
         tokens / best,
     )
+    if scorer.lanes and documents > few:  # parts of a full pass are larger, and faster
+        tokens, best = warm_up_batch(scorer, documents).tokens, by_turns(scorer, documents, [scorer.lanes])[0]
     return Rate(max(rate.tokens_per_second, tokens / best), rate.bytes_per_token)
 
 
