@@ -116,11 +116,11 @@ class Lanes:
     """Threads that each run a forward pass with their share of the cores.
 
     Attributes:
-        on_idle: called in a thread when a lane becomes idle, so that the next batch may start.
+        on_idle: called in a thread when a part has ended and cores are idle, so that the next batch may start.
 
     Args:
         count: the number of threads, at least 2.
-        cores: the number of threads that torch may use in total; the lanes of a batch share them.
+        cores: the number of threads that torch may use in total; the parts that run share them.
     """
 
     def __init__(self, count: int, cores: int) -> None:
@@ -130,13 +130,15 @@ class Lanes:
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="lane")
         self._threads = torch.get_num_threads()  # not of the caller of `run`, which may be new
         self._changed = threading.Condition()
-        self._parts = 0  # in lanes, or waiting for one
+        self._waiting = 0  # parts that no lane has taken
+        self._widths: list[int] = []  # cores of each part that runs
         self._wide = False  # a pass with all cores runs
 
     @property
     def idle(self) -> bool:
-        """Whether a lane has nothing to do."""
-        return self._parts < self.count and not self._wide
+        """Whether the cores of a lane have nothing to do."""
+        free = self.cores - sum(self._widths)
+        return not self._wide and not self._waiting and free >= max(1, self.cores // self.count)
 
     def count_for(self, slices: Sequence[Slice]) -> int:
         """Return the number of lanes for a batch: at most one per document and per MIN_TOKENS, at least one."""
@@ -155,15 +157,14 @@ class Lanes:
         parts = batch.parts if isinstance(batch, DealtBatch) else (batch,)
         with self._changed:
             self._changed.wait_for(lambda: not self._wide)
-            width = self.cores // (self.count if self._parts else len(parts))
-            wide = self._wide = len(parts) == 1 and not self._parts
-            self._parts += 0 if wide else len(parts)
+            wide = self._wide = len(parts) == 1 and not self._waiting and not self._widths
+            self._waiting += 0 if wide else len(parts)
         if wide:
             return self._run_wide(forward, parts[0])
         lanes: list[Future[list[float]]] = []
         try:
             for part in parts:
-                lanes.append(self._pool.submit(self._run, max(1, width), forward, part))
+                lanes.append(self._pool.submit(self._run, forward, part))
             wait(lanes)
             logits = list(map(Future.result, lanes))
         finally:
@@ -177,18 +178,25 @@ class Lanes:
         """End the threads."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _run(self, width: int, forward: Callable[[PackedBatch], Tensor], part: PackedBatch) -> list[float]:
+    def _run(self, forward: Callable[[PackedBatch], Tensor], part: PackedBatch) -> list[float]:
+        with self._changed:
+            sharing = min(self.count, self._waiting + len(self._widths))  # this part is one of those that wait
+            width = max(1, self.cores // sharing)
+            self._waiting -= 1
+            self._widths.append(width)
         torch.set_num_threads(width)  # of this thread alone, in the OpenMP build and in MKL
         try:
             logits: list[float] = forward(part).tolist()
             return logits
         finally:
             with self._changed:
-                self._parts -= 1
-                if not self._parts:  # a lane's number is MKL's for all threads, and that of every thread that starts
+                self._widths.remove(width)
+                if not self._widths and not self._waiting:
+                    # A lane's number is MKL's for all threads, and that of every thread that starts.
                     torch.set_num_threads(self._threads)
                 self._changed.notify_all()
-            self.on_idle()
+            if self.idle:
+                self.on_idle()
 
     def _run_wide(self, forward: Callable[[PackedBatch], Tensor], batch: PackedBatch) -> list[float]:
         try:

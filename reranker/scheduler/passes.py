@@ -54,6 +54,7 @@ class Passes:
         self._jobs: set[Job] = set()  # unresolved: in the queue, in a batch, or in parts of both
         self._packer = ThreadPoolExecutor(1, thread_name_prefix="packer")  # tokenising must not delay it
         self._changed = asyncio.Event()  # set by a new job and at the end of a pass
+        self._lane_idle = False  # since the newest pass started
         self._half_over = math.nan  # when half of the newest pass will be over; NaN if the speed is unknown
         self._over = math.nan  # when all of it will be
 
@@ -104,7 +105,7 @@ class Passes:
         running.set_result(None)
         before = running
         if scorer.lanes is not None:
-            scorer.lanes.on_idle = partial(self._lane_is_idle, asyncio.get_running_loop())
+            scorer.lanes.on_idle = partial(self._wake, asyncio.get_running_loop())
         while True:
             await self._gather(scorer, running, before)
             batch = self._queue.take(scorer.max_batch_tokens, scorer.max_batch_documents)
@@ -122,22 +123,29 @@ class Passes:
             seconds = sum(part.tokens for _, part in batch) / self._admission.tokens_per_second
             start = time.monotonic() if running.done() else max(time.monotonic(), self._over)
             self._half_over, self._over = start + seconds / 2, start + seconds
+            self._lane_idle = False  # the pass is not in the lanes yet
             before, running = running, asyncio.create_task(self._score_batch(scorer, batch, packed, running))
             running.add_done_callback(lambda _: self._changed.set())
 
-    def _lane_is_idle(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Wake the batch loop; in a thread of the device."""
+    def _wake(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Tell the batch loop that a lane is idle; in a thread of the device."""
+
+        def wake() -> None:
+            self._lane_idle = True
+            self._changed.set()
+
         with suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(self._changed.set)
+            loop.call_soon_threadsafe(wake)
 
     async def _gather(self, scorer: ScorerLike, running: asyncio.Future[None], before: asyncio.Future[None]) -> None:
-        """Wait until the device is idle and a job is pending, or a full batch is and half of the running pass is over.
+        """Wait until device or lane is idle and a job pending, or a full batch is and half of the running pass is over.
 
         Half: a small request that arrives before gets into the next pass, and there is time to pack.
         """
 
         def idle() -> bool:
-            return running.done() or (scorer.lanes is not None and scorer.lanes.idle and before.done())
+            lane = self._lane_idle and scorer.lanes is not None and scorer.lanes.idle
+            return running.done() or (before.done() and lane)
 
         while not (idle() and len(self._queue)):
             if running.done():
@@ -156,10 +164,12 @@ class Passes:
     ) -> None:
         """Score a batch. After an error its requests are scored one by one, and only the one that causes it fails.
 
-        If the pass `before` still runs, this one counts from its end: until then it fills the cores that are idle.
+        If the pass `before` still runs, this one counts from its end: until then it fills the cores that are idle. But
+        it counts at least half of its own time, which two passes share at most.
         """
         budget = scorer.max_batch_tokens  # lower after a pass that ran out of memory
-        start, timed = time.monotonic(), True
+        start = begun = time.monotonic()
+        timed = True
         score = partial(self._compute.score, scorer, [part for _, part in batch], packed)
         early: asyncio.Task[list[float]] | None = None
         if before is not None and not before.done():
@@ -183,7 +193,8 @@ class Passes:
             rest = iter(logits)
             for job, part in batch:
                 job.fill(part, list(islice(rest, part.stop - part.start)))
-            self._report(scorer, batch, budget, time.monotonic() - start, timed)
+            end = time.monotonic()
+            self._report(scorer, batch, budget, max(end - start, (end - begun) / 2), timed)
 
     async def _isolate(self, scorer: ScorerLike, batch: Batch, error: Exception) -> None:
         """Fail the only request of a failed batch, or score each unresolved one in its own batch."""

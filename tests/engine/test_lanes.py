@@ -135,9 +135,11 @@ def test_lanes_share_the_cores_and_leave_the_number_of_threads_alone(
     scorer: Scorer, cores: int, parts: int, width: int
 ) -> None:
     seen: list[tuple[str, int]] = []
+    together = threading.Barrier(parts)
 
     def forward(batch: PackedBatch) -> torch.Tensor:
         seen.append((threading.current_thread().name, torch.get_num_threads()))
+        together.wait(300)
         return torch.zeros(batch.shape.documents)
 
     before, lanes = torch.get_num_threads(), Lanes(4, cores)
@@ -154,48 +156,82 @@ def test_lanes_share_the_cores_and_leave_the_number_of_threads_alone(
     lanes.close()
 
 
+class Held:
+    """A forward pass that notes its threads and waits."""
+
+    def __init__(self, lanes: Lanes, batch: PackedBatch | DealtBatch) -> None:
+        self.widths: list[int] = []
+        self.go = threading.Event()
+        self.thread = threading.Thread(target=lanes.run, args=(self.forward, batch))
+        self.thread.start()
+
+    def forward(self, batch: PackedBatch) -> torch.Tensor:
+        self.widths.append(torch.get_num_threads())
+        self.go.wait(300)
+        return torch.zeros(batch.shape.documents)
+
+    def wait(self, parts: int) -> None:
+        while len(self.widths) < parts:
+            time.sleep(0.001)
+
+    def end(self) -> None:
+        self.go.set()
+        self.thread.join()
+
+
 def test_batches_in_lanes_overlap_and_a_part_alone_takes_all_cores_only_if_no_other_runs(scorer: Scorer) -> None:
     lanes, part = Lanes(2, 4), scorer.pack([Slice(EncodedRequest([1, 2], [[3]]), 0, 1)])
     assert isinstance(part, PackedBatch)
-    go, widths, idle = threading.Event(), list[int](), list[bool]()
+    idle: list[bool] = []
     lanes.on_idle = lambda: idle.append(lanes.idle)
+    dealt = DealtBatch((), (part, part), ((0,), (1,)))
+    wide = Held(lanes, part)
+    wide.wait(1)
+    assert not lanes.idle
+    first = Held(lanes, dealt)
+    time.sleep(0.02)
+    assert (wide.widths, first.widths) == ([4], [])  # nothing runs beside a pass with all cores
+    wide.end()
+    first.wait(2)
+    assert (first.widths, lanes.idle, idle) == ([2, 2], False, [])
+    second = Held(lanes, part)
+    while not lanes._waiting:  # it waits for a lane, not for all of them
+        time.sleep(0.001)
+    assert second.widths == []
+    first.go.set()
+    second.wait(1)
+    first.thread.join()
+    assert second.widths in ([2], [4])  # the cores that are free when it starts
+    second.end()
+    assert lanes.idle
+    assert idle
+    lanes.close()
+
+
+def test_a_lane_with_all_cores_is_not_idle(scorer: Scorer) -> None:
+    """Two parts of eight lanes share the cores; when one has ended, the next batch may start in its place."""
+    lanes, part = Lanes(8, 8), scorer.pack([Slice(EncodedRequest([1, 2], [[3]]), 0, 1)])
+    assert isinstance(part, PackedBatch)
+    ends = [threading.Event(), threading.Event()]
+    started: list[int] = []
 
     def forward(batch: PackedBatch) -> torch.Tensor:
-        widths.append(torch.get_num_threads())
-        go.wait(300)
+        started.append(torch.get_num_threads())
+        ends[len(started) - 1].wait(300)
         return torch.zeros(batch.shape.documents)
 
-    def start(batch: PackedBatch | DealtBatch) -> threading.Thread:
-        thread = threading.Thread(target=lanes.run, args=(forward, batch))
-        thread.start()
-        return thread
-
-    def wait_for(passes: int) -> None:
-        while len(widths) < passes:
-            time.sleep(0.001)
-
-    dealt = DealtBatch((), (part, part), ((0,), (1,)))
-    wide = start(part)
-    wait_for(1)
-    others = [start(dealt), start(part)]
-    time.sleep(0.02)
-    assert (widths, lanes.idle) == ([4], False)  # nothing runs beside a pass with all cores
-    go.set()
-    for thread in (wide, *others):
-        thread.join()
+    woken = threading.Event()
+    lanes.on_idle = woken.set
+    thread = threading.Thread(target=lanes.run, args=(forward, DealtBatch((), (part, part), ((0,), (1,)))))
+    thread.start()
+    while len(started) < 2:
+        time.sleep(0.001)
+    assert (started, lanes.idle) == ([4, 4], False)
+    ends[0].set()
+    assert woken.wait(300)
     assert lanes.idle
-    assert widths in ([4, 2, 2, 2], [4, 4, 2, 2])  # the two were waiting for the same moment
-    go.clear()
-    others = [start(dealt)]
-    wait_for(6)
-    others.append(start(part))  # it waits for a lane, not for all of them
-    time.sleep(0.02)
-    assert len(widths) == 6
-    go.set()
-    for thread in others:
-        thread.join()
-    assert widths[4:] == [2, 2, 2]
-    assert idle[-1]
+    ends[1].set()
+    thread.join()
     lanes.close()
 
 

@@ -70,7 +70,7 @@ def test_as_many_lanes_as_are_fastest(
     scorer = copy.copy(loaded)
     monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
 
-    delays = itertools.cycle([0.0, 5.0, 5.0, 0.0, 0.0, 5.0])  # of another process, which no way escapes in every turn
+    delays = itertools.cycle([0.0, 0.0, 0.0, 5.0, 5.0, 5.0])  # of another process: turns escape it, blocks would not
 
     def measure(scorer: Scorer, batch: Batch) -> Rate:
         if scorer.lanes:  # the measured batch must use the lanes in question
@@ -79,7 +79,7 @@ def test_as_many_lanes_as_are_fastest(
         return Rate(batch.tokens / (next(delays) + seconds[scorer.lanes.count if scorer.lanes else 1]), 1.0)
 
     monkeypatch.setattr(warmup, "measure", measure)
-    monkeypatch.setattr(warmup, "BATCH_SECONDS", 100.0)  # three turns, however slow the machine is
+    monkeypatch.setattr(warmup, "_TURNS_SECONDS", 100.0)  # three turns, however slow the machine is
     documents = max(2 * cores, 8)
     warmup.choose_lanes(scorer, documents, Rate(warmup.warm_up_batch(scorer, documents).tokens / seconds[1], 1.0))
     assert (scorer.lanes.count if scorer.lanes else None) == chosen

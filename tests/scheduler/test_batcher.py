@@ -921,13 +921,13 @@ def test_a_pass_that_may_overlap_starts_before_the_one_before_it_ends() -> None:
 def test_a_pass_that_is_not_full_starts_as_soon_as_a_lane_is_idle() -> None:
     scorer = FakeScorer(max_batch_tokens=PREFIX + 4)
     lanes = scorer.lanes = FakeLanes()
+    lanes.idle = True  # as before the pass is in the lanes
 
     async def test(batcher: Batcher) -> None:
         first = await held(batcher, scorer, ask(4))
         [second] = await queued(batcher, ask(2))
         await asyncio.sleep(0.02)
-        assert len(scorer.passes) == 1  # all lanes are busy: later requests may join it
-        lanes.idle = True
+        assert len(scorer.passes) == 1  # no lane has become idle: later requests may join it
         thread = threading.Thread(target=lanes.on_idle)
         thread.start()
         while len(scorer.passes) < 2:
@@ -936,6 +936,22 @@ def test_a_pass_that_is_not_full_starts_as_soon_as_a_lane_is_idle() -> None:
         assert not first.done()
         scorer.hold.set()
         assert [(await task).logits for task in (first, second)] == [[1.0] * 4, [1.0] * 2]
+
+    run(test, scorer)
+
+
+def test_a_pass_that_ends_with_the_one_before_it_does_not_count_as_if_it_took_no_time() -> None:
+    """The second pass fills an idle lane for 0.2 s, and ends as soon as the first one does."""
+    scorer = FakeScorer(max_batch_tokens=PREFIX + 4, seconds=0.2)
+    scorer.lanes = FakeLanes()
+    speeds: list[float] = []
+
+    async def test(batcher: Batcher) -> None:
+        batcher.admission.observe_speed = lambda tokens, seconds: speeds.append(seconds)  # type: ignore[method-assign]
+        first, second = await queued(batcher, ask(4), ask(4))
+        await asyncio.gather(first, second)
+        assert speeds
+        assert min(speeds) >= 0.1
 
     run(test, scorer)
 
