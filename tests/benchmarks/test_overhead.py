@@ -49,6 +49,7 @@ def test_what_is_outside_the_model_and_the_promises() -> None:
     assert [kept for _, kept in promises(slow, {1: spent, 8: late})] == [False, False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONTESTANTS)
 def test_every_contestant_answers_the_request(name: str) -> None:
     app, settings = CONTESTANTS[name]

@@ -85,7 +85,7 @@ def listening(server: Server) -> bool:
     [
         (signal.SIGTERM, 1),
         (signal.SIGTERM, 2),
-        (signal.SIGINT, 1),
+        pytest.param(signal.SIGINT, 1, marks=pytest.mark.slow),
         (signal.SIGQUIT, 1),
         pytest.param(signal.SIGINT, 2, marks=pytest.mark.slow),
         pytest.param(signal.SIGQUIT, 2, marks=pytest.mark.slow),

@@ -327,7 +327,7 @@ def test_prometheus_takes_port_and_token_from_the_environment(tmp_path: Path, gi
     assert after == before
 
 
-@pytest.mark.parametrize("token", ["tok", ""])
+@pytest.mark.parametrize("token", ["tok", pytest.param("", marks=pytest.mark.slow)])
 def test_a_real_prometheus_scrapes_and_every_panel_has_something_to_show(
     start: Start, tmp_path: Path, token: str
 ) -> None:

@@ -260,6 +260,7 @@ def test_real_workers_of_a_reload_are_replaced_on_their_gpus(start: Start, gpus:
         assert workers_by_gpu(server, 3) == {"0": 1, "1": 1, "2": 1}
 
 
+@pytest.mark.slow
 def test_a_restart_after_a_reload_reads_the_env_file_again(start: Start) -> None:
     """A reload makes gunicorn copy the environment, in which the first .env has been exported."""
     server = start(command=[*FAKE, *PID], env_file="MAX_DOCUMENTS=3\n")
